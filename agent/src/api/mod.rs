@@ -1,0 +1,1 @@
+//! The local HTTP API on the agent's unix socket, which the command line and the metrics page use.

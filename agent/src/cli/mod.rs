@@ -1,0 +1,74 @@
+//! The command line: one file per subcommand; it parses, calls and prints.
+//!
+//! Exit codes (documented in `lifeboat --help` and docs/cli.md): 0 done, 1 failed, 2 wrong usage,
+//! 3 the daemon or a device cannot be reached, 4 the plan is blocked or was aborted, 5 a proof failed.
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Moves containers and their data off a degrading host, and proves that nothing was lost.
+#[derive(Parser)]
+#[command(
+    name = "lifeboat",
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 daemon or device not reachable, 4 plan blocked or aborted, 5 proof failed"
+)]
+struct Cli {
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {}
+
+/// Why a subcommand did not succeed; chooses the exit code.
+#[derive(Debug)]
+pub enum Failure {
+    /// Anything else: 1.
+    Failed(anyhow::Error),
+    /// The daemon or a device cannot be reached: 3.
+    Unreachable(anyhow::Error),
+    /// The plan is blocked or was aborted: 4.
+    Blocked(anyhow::Error),
+    /// A proof failed: 5.
+    Unproven(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// What every subcommand returns.
+pub type Outcome = Result<(), Failure>;
+
+/// Parses the arguments, runs the subcommand and returns its documented exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome: Outcome = match cli.command {};
+    #[allow(unreachable_code, reason = "no subcommand has landed yet")]
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let (code, error) = match failure {
+                Failure::Failed(error) => (1, error),
+                Failure::Unreachable(error) => (3, error),
+                Failure::Blocked(error) => (4, error),
+                Failure::Unproven(error) => (5, error),
+            };
+            if cli.json {
+                println!(
+                    "{}",
+                    serde_json::json!({ "error": format!("{error:#}"), "code": code })
+                );
+            } else {
+                eprintln!("lifeboat: {error:#}");
+            }
+            ExitCode::from(code)
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Container runtimes through the Docker-compatible API, joined with cgroups.

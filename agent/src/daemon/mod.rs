@@ -1,0 +1,1 @@
+//! Wires the rooms into the two roles: agent and duplicator.

@@ -1,0 +1,1 @@
+//! Registry, allocation, identities, tokens and the mutual-TLS control channel.

@@ -1,0 +1,1 @@
+//! Degradation policy and verdict. Pure.

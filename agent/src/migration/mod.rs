@@ -1,0 +1,1 @@
+//! The delegator: plan, phases, journal, twin start-up, cut-over, report.

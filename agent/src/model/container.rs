@@ -1,0 +1,79 @@
+//! A container as the host shows it, whatever runtime made it.
+
+use super::ids::ContainerName;
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+/// Life-cycle state, in the Docker-compatible API's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Made, never started.
+    Created,
+    /// Running.
+    Running,
+    /// Frozen by its cgroup.
+    Paused,
+    /// Ended.
+    Exited,
+    /// Anything else the runtime says (removing, dead, …).
+    Other,
+}
+
+/// A port published on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedPort {
+    /// Address on the host; unspecified for all.
+    pub host_ip: IpAddr,
+    /// Port on the host.
+    pub host_port: u16,
+    /// Port in the container.
+    pub container_port: u16,
+    /// Whether it is UDP rather than TCP.
+    pub udp: bool,
+}
+
+/// A directory of the host that the container sees.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Name of the runtime's volume; none for a bind mount.
+    pub volume: Option<String>,
+    /// Directory (or file) on the host.
+    pub source: PathBuf,
+    /// Where the container sees it.
+    pub destination: PathBuf,
+    /// Whether the container may write.
+    pub writable: bool,
+}
+
+/// One container, or one cgroup that holds processes without a runtime.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Container {
+    /// Name, or the cgroup's path below the agent's scope.
+    pub name: ContainerName,
+    /// The runtime's id; empty without a runtime.
+    pub id: String,
+    /// Socket of the runtime that owns it; none for a bare cgroup.
+    pub runtime: Option<String>,
+    /// cgroup2 path below the agent's scope, with a leading slash.
+    pub cgroup_path: String,
+    /// cgroup2 id: the inode number of the directory (kernel: cgroup_id()).
+    pub cgroup_id: u64,
+    /// First process, in the agent's PID namespace; 0 when not running.
+    pub pid: i32,
+    /// State.
+    pub state: State,
+    /// Image reference.
+    pub image: String,
+    /// Image id.
+    pub image_id: String,
+    /// Addresses in its networks.
+    pub addresses: Vec<IpAddr>,
+    /// Ports published on the host.
+    pub published: Vec<PublishedPort>,
+    /// Mounted volumes.
+    pub mounts: Vec<Mount>,
+    /// Registration id: containers with the same one are correlated.
+    pub registration_id: Option<String>,
+}

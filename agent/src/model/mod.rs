@@ -1,0 +1,11 @@
+//! The words of the design as types: ids, units, evidence, plans and wire types. Pure.
+//!
+//! Invariants: everything here is plain data with `serde`; nothing opens a file or reads a clock.
+
+pub mod action;
+pub mod container;
+pub mod edge;
+pub mod ids;
+pub mod metric;
+pub mod units;
+pub mod volume;

@@ -1,0 +1,1 @@
+//! Graph, matrix, tree, start order and groups. Pure.

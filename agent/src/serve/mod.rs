@@ -1,0 +1,1 @@
+//! Answers requests while and after the data moves: forwarding of published ports.

@@ -1,0 +1,1 @@
+//! Kernel maps and /proc to samples.

@@ -1,0 +1,1 @@
+//! Directory trees: scanning, change detection, and rebuilding them on the target.

@@ -1,0 +1,2 @@
+//! `cargo xtask`: one subcommand a file.
+fn main() {}
