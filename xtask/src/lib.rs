@@ -1,1 +1,7 @@
 //! Library of the development tasks, so that the end-to-end tests drive the same lab as the commands.
+//!
+//! It does not depend on the product's crates: set-up must build before the eBPF toolchain exists.
+
+pub mod lab;
+pub mod process;
+pub mod workspace;
