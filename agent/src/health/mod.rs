@@ -1,1 +1,23 @@
-//! Degradation policy and verdict. Pure.
+//! Degradation policy and verdict.
+//!
+//! Purpose: a [`Policy`] that operators write, and a [`Judge`] that turns samples into a [`Verdict`]
+//! with its evidence. Invariants: pure, time comes in as an argument; nothing fires or clears without
+//! a sample; missing or stale data is never `healthy`; a clock that steps back changes nothing; the
+//! judge's whole state can be saved and goes on after a restart as if nothing had happened.
+//! Non-goals: measuring (telemetry) and acting (migration).
+
+mod file;
+mod judge;
+mod policy;
+mod quantity;
+mod series;
+mod state;
+mod verdict;
+
+pub use judge::Judge;
+pub use policy::{
+    Condition, Delegation, Guards, OnTimeout, Policy, PolicyError, Rule, Severity, Threshold,
+};
+pub use quantity::in_unit;
+pub use state::SavedState;
+pub use verdict::{Evidence, Missing, Verdict, VerdictKind};

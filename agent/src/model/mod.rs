@@ -6,6 +6,8 @@ pub mod action;
 pub mod container;
 pub mod edge;
 pub mod ids;
+pub mod locate;
 pub mod metric;
+pub mod nearest;
 pub mod units;
 pub mod volume;

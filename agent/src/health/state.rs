@@ -1,0 +1,83 @@
+//! Everything the judge remembers.
+
+use super::policy::{Policy, Threshold};
+use super::series::{Series, Ticks};
+use super::verdict::VerdictKind;
+use crate::model::action::Actions;
+use crate::model::units::UnixMillis;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The judge's memory, to be kept over a restart. Its form is private to this version; state that
+/// does not fit the policy any more is dropped when it is loaded.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SavedState {
+    /// The judge's own clock: advances with the wall clock and stands still when that steps back.
+    pub(super) ticks: Ticks,
+    /// Wall clock when it was last advanced.
+    pub(super) wall: Option<UnixMillis>,
+    pub(super) kind: VerdictKind,
+    pub(super) since: Ticks,
+    /// Whether the last verdict that was not `unknown` was `degraded`.
+    pub(super) degraded: bool,
+    /// Last change of that, for `guards.hold`.
+    pub(super) turned: Option<Ticks>,
+    /// Actions chosen when `degraded` last held by evidence.
+    pub(super) delegate: Actions,
+    pub(super) thresholds: BTreeMap<String, Remembered>,
+}
+
+/// State of one threshold.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Remembered {
+    pub definition: String,
+    /// By the subject's name; the device's is empty.
+    pub series: BTreeMap<String, Series>,
+}
+
+impl SavedState {
+    /// Moves the judge's clock to `now`. A step back moves it by the least it can, so that the next
+    /// samples still count as newer ones.
+    pub(super) fn advance(&mut self, now: UnixMillis) -> Ticks {
+        self.ticks = match self.wall {
+            // Far from 0, so that a first sample may be older than the first call.
+            None => now.0.max(1),
+            Some(wall) if now < wall => self.ticks + 1,
+            Some(wall) => self.ticks + (now.0 - wall.0),
+        };
+        self.wall = Some(now);
+        self.ticks
+    }
+
+    /// When a sample of `at` was measured, on the judge's clock.
+    pub(super) fn tick_of(&self, at: UnixMillis) -> Ticks {
+        let age = self.wall.unwrap_or_default().0.saturating_sub(at.0);
+        self.ticks.saturating_sub(age).max(1)
+    }
+
+    /// A tick as a time on today's wall clock.
+    pub(super) fn wall_time(&self, tick: Ticks) -> UnixMillis {
+        let wall = self.wall.unwrap_or_default();
+        UnixMillis(wall.0.saturating_sub(self.ticks.saturating_sub(tick)))
+    }
+
+    /// Keeps what belongs to a threshold of `policy` with an unchanged definition.
+    pub(super) fn fit(&mut self, policy: &Policy) {
+        let definitions: BTreeMap<&str, String> = policy
+            .thresholds
+            .iter()
+            .map(|threshold| (threshold.name.as_str(), threshold.definition()))
+            .collect();
+        self.thresholds
+            .retain(|name, state| definitions.get(name.as_str()) == Some(&state.definition));
+    }
+
+    pub(super) fn of(&mut self, threshold: &Threshold) -> &mut Remembered {
+        self.thresholds
+            .entry(threshold.name.clone())
+            .or_insert_with(|| Remembered {
+                definition: threshold.definition(),
+                series: BTreeMap::new(),
+            })
+    }
+}
