@@ -1,5 +1,324 @@
 //! Plain data that the kernel programs and the agent share.
 //!
-//! Invariants: every type is `#[repr(C)]`, has no padding that is read, and means the same on both sides.
+//! Invariants: every type is `#[repr(C)]`, has no implicit padding, and means the same on both sides.
 //! Non-goals: behaviour; it lives in the programs and in the agent's `telemetry` room.
 #![no_std]
+
+/// Slots of a latency histogram: slot n counts values in [2^n, 2^(n+1)) ns, slot 0 also zero, the last
+/// one everything from 2^39 ns (9 minutes) up.
+pub const SLOTS: usize = 40;
+
+/// Deepest cgroup whose ancestors the start-up probe reports.
+pub const MAX_LEVEL: usize = 32;
+
+/// Sockets handed to one run of the `ports_refresh` program: a raw tracepoint's arguments.
+pub const REFRESH_BATCH: usize = 12;
+
+/// A log2 histogram of nanoseconds.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Latency {
+    /// Values counted, by slot.
+    pub slots: [u64; SLOTS],
+}
+
+impl Latency {
+    /// Nothing counted.
+    pub const EMPTY: Self = Self { slots: [0; SLOTS] };
+}
+
+/// A runnable task that waits for a CPU.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Waiting {
+    /// When it became runnable, ns of the monotonic clock.
+    pub since_ns: u64,
+    /// Its cgroup2 id.
+    pub cgroup: u64,
+}
+
+/// What a block request did, from the kernel's `enum req_op`.
+pub mod op {
+    /// REQ_OP_READ.
+    pub const READ: u32 = 0;
+    /// REQ_OP_WRITE.
+    pub const WRITE: u32 = 1;
+    /// REQ_OP_FLUSH.
+    pub const FLUSH: u32 = 2;
+    /// REQ_OP_DISCARD.
+    pub const DISCARD: u32 = 3;
+}
+
+/// Whose block I/O, of which kind, on which disk.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct BlockKey {
+    /// cgroup2 id of the issuer.
+    pub cgroup: u64,
+    /// Disk as the kernel's dev_t: major << 20 | minor.
+    pub device: u32,
+    /// `enum req_op`.
+    pub op: u32,
+}
+
+/// Block I/O since the programs were loaded.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct BlockStats {
+    /// Time from issue to completion.
+    pub latency: Latency,
+    /// Bytes completed.
+    pub bytes: u64,
+    /// Requests completed.
+    pub requests: u64,
+    /// Requests that completed with an error.
+    pub errors: u64,
+}
+
+impl BlockStats {
+    /// Nothing counted.
+    pub const EMPTY: Self = Self {
+        latency: Latency::EMPTY,
+        bytes: 0,
+        requests: 0,
+        errors: 0,
+    };
+}
+
+/// A request between issue and completion.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct InFlight {
+    /// Where its completion is counted.
+    pub key: BlockKey,
+    /// When it was issued, ns of the monotonic clock.
+    pub since_ns: u64,
+}
+
+/// Side of a connection.
+pub mod role {
+    /// It connected.
+    pub const CLIENT: u8 = 1;
+    /// It listened.
+    pub const SERVER: u8 = 2;
+}
+
+/// A kind of connection: many connections of one client to one service share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct PortKey {
+    /// cgroup2 id of the socket.
+    pub cgroup: u64,
+    /// Peer address; IPv4 as ::ffff:a.b.c.d.
+    pub peer: [u8; 16],
+    /// Network namespace, its inode number.
+    pub netns: u32,
+    /// Local port when server, else 0.
+    pub local_port: u16,
+    /// Peer's port when client, else 0.
+    pub peer_port: u16,
+    /// [`role`].
+    pub role: u8,
+    /// Zero.
+    pub padding: [u8; 7],
+}
+
+/// What the connections of one kind did since the programs were loaded.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct PortStats {
+    /// Connections made.
+    pub connections: u64,
+    /// Payload bytes sent, without those sent again.
+    pub sent: u64,
+    /// Payload bytes received in order.
+    pub received: u64,
+    /// Segments sent again.
+    pub retransmits: u64,
+    /// First connection, ns of the monotonic clock.
+    pub first_ns: u64,
+    /// Last time one was opened, moved bytes or closed, ns of the monotonic clock.
+    pub last_ns: u64,
+    /// Smoothed round-trip time of the last one looked at, µs.
+    pub srtt_us: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+/// An open connection and what of it is already counted in its kind.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Open {
+    /// Its kind.
+    pub key: PortKey,
+    /// Counted of [`PortStats::sent`].
+    pub sent: u64,
+    /// Counted of [`PortStats::received`].
+    pub received: u64,
+    /// Counted of [`PortStats::retransmits`].
+    pub retransmits: u64,
+}
+
+/// A listening port of a network namespace.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct ListenKey {
+    /// cgroup2 id of the socket.
+    pub cgroup: u64,
+    /// Network namespace, its inode number.
+    pub netns: u32,
+    /// Port.
+    pub port: u16,
+    /// Zero.
+    pub padding: u16,
+}
+
+/// The start-up probe's answer: the cgroup2 ids of the agent's own cgroup and its ancestors, root first;
+/// 0 past its own level.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Ancestors {
+    /// Ids by level.
+    pub ids: [u64; MAX_LEVEL],
+}
+
+/// Maps and queues whose failed inserts are counted, in the order of the `LOSSES` array.
+pub mod loss {
+    /// `WAITING`: a runnable task was not noted.
+    pub const WAITING: u32 = 0;
+    /// `RUN_QUEUE`: a cgroup has no histogram.
+    pub const RUN_QUEUE: u32 = 1;
+    /// `IN_FLIGHT`: a request was not noted.
+    pub const IN_FLIGHT: u32 = 2;
+    /// `BLOCK`: a (cgroup, disk, op) has no statistics.
+    pub const BLOCK: u32 = 3;
+    /// `OPEN`: an open connection was not noted.
+    pub const OPEN: u32 = 4;
+    /// `PORTS`: a kind of connection was not noted.
+    pub const PORTS: u32 = 5;
+    /// `LISTENING`: a listening port was not noted.
+    pub const LISTENING: u32 = 6;
+    /// `FIRST_SEEN`: the ring buffer was full.
+    pub const FIRST_SEEN: u32 = 7;
+    /// How many there are.
+    pub const COUNT: u32 = 8;
+}
+
+/// Offsets of kernel fields, in bytes, from the running kernel's BTF; and the scope.
+///
+/// A field that the kernel lacks is 0 here and its program is not loaded.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Layout {
+    /// cgroup2 id of the scope; only read when `scope_level` is not 0.
+    pub scope_id: u64,
+    /// Level of the scope in the kernel's hierarchy; 0: everything is in scope.
+    pub scope_level: u32,
+    /// 1 when `cgroup_ancestors` holds ids, 0 when it holds pointers (since Linux 6.1).
+    pub ancestors_are_ids: u32,
+    /// 1 when block_rq_issue has the queue before the request (before Linux 5.11).
+    pub issue_has_queue: u32,
+    /// 1 when a request names its disk itself (before Linux 5.17), 0 when its queue does.
+    pub request_has_disk: u32,
+    /// task_struct.pid
+    pub task_pid: u32,
+    /// task_struct.__state, or .state before Linux 5.14
+    pub task_state: u32,
+    /// task_struct.on_cpu
+    pub task_on_cpu: u32,
+    /// task_struct.cgroups
+    pub task_cgroups: u32,
+    /// css_set.dfl_cgrp
+    pub css_set_dfl_cgrp: u32,
+    /// cgroup.kn
+    pub cgroup_kn: u32,
+    /// cgroup.level
+    pub cgroup_level: u32,
+    /// cgroup.ancestors, or .ancestor_ids
+    pub cgroup_ancestors: u32,
+    /// cgroup.root
+    pub cgroup_root: u32,
+    /// kernfs_node.id
+    pub kernfs_node_id: u32,
+    /// cgroup_root.hierarchy_id
+    pub cgroup_root_hierarchy_id: u32,
+    /// request.cmd_flags
+    pub request_cmd_flags: u32,
+    /// request.__data_len
+    pub request_data_len: u32,
+    /// request.bio
+    pub request_bio: u32,
+    /// request.q, or .rq_disk
+    pub request_queue_or_disk: u32,
+    /// request_queue.disk
+    pub queue_disk: u32,
+    /// gendisk.major
+    pub disk_major: u32,
+    /// gendisk.first_minor
+    pub disk_first_minor: u32,
+    /// bio.bi_blkg; 0 when the kernel has no block cgroups
+    pub bio_blkg: u32,
+    /// blkcg_gq.blkcg
+    pub blkg_blkcg: u32,
+    /// blkcg.css.cgroup
+    pub blkcg_cgroup: u32,
+    /// sock.sk_cgrp_data.cgroup
+    pub sock_cgroup: u32,
+    /// sock.__sk_common.skc_family
+    pub sock_family: u32,
+    /// sock.__sk_common.skc_num
+    pub sock_num: u32,
+    /// sock.__sk_common.skc_dport
+    pub sock_dport: u32,
+    /// sock.__sk_common.skc_daddr
+    pub sock_daddr: u32,
+    /// sock.__sk_common.skc_v6_daddr
+    pub sock_v6_daddr: u32,
+    /// sock.__sk_common.skc_net.net
+    pub sock_net: u32,
+    /// sock.sk_protocol
+    pub sock_protocol: u32,
+    /// net.ns.inum
+    pub net_inum: u32,
+    /// tcp_sock.bytes_sent
+    pub tcp_bytes_sent: u32,
+    /// tcp_sock.bytes_retrans
+    pub tcp_bytes_retrans: u32,
+    /// tcp_sock.bytes_received
+    pub tcp_bytes_received: u32,
+    /// tcp_sock.total_retrans
+    pub tcp_total_retrans: u32,
+    /// tcp_sock.srtt_us
+    pub tcp_srtt_us: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::*;
+    use aya::Pod;
+
+    // SAFETY: `#[repr(C)]` integers and arrays of them without implicit padding; any bytes are a value.
+    unsafe impl Pod for Latency {}
+    // SAFETY: as above.
+    unsafe impl Pod for Waiting {}
+    // SAFETY: as above.
+    unsafe impl Pod for BlockKey {}
+    // SAFETY: as above.
+    unsafe impl Pod for BlockStats {}
+    // SAFETY: as above.
+    unsafe impl Pod for InFlight {}
+    // SAFETY: as above.
+    unsafe impl Pod for PortKey {}
+    // SAFETY: as above.
+    unsafe impl Pod for PortStats {}
+    // SAFETY: as above.
+    unsafe impl Pod for Open {}
+    // SAFETY: as above.
+    unsafe impl Pod for ListenKey {}
+    // SAFETY: as above.
+    unsafe impl Pod for Ancestors {}
+    // SAFETY: as above.
+    unsafe impl Pod for Layout {}
+}

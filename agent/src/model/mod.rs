@@ -9,5 +9,6 @@ pub mod ids;
 pub mod locate;
 pub mod metric;
 pub mod nearest;
+pub mod telemetry;
 pub mod units;
 pub mod volume;

@@ -1,0 +1,173 @@
+//! Reading kernel memory, and the maps and helpers all families use.
+
+use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::Array;
+use core::arch::asm;
+use lifeboat_ebpf::{Latency, Layout, SLOTS, loss};
+
+#[map]
+static LOSSES: Array<u64> = Array::with_max_entries(loss::COUNT, 0);
+
+/// Replaced by the agent before loading; read-only from then on, so that the verifier knows each value.
+#[unsafe(no_mangle)]
+pub static LAYOUT: Layout = Layout {
+    scope_id: 0,
+    scope_level: 0,
+    ancestors_are_ids: 0,
+    issue_has_queue: 0,
+    request_has_disk: 0,
+    task_pid: 0,
+    task_state: 0,
+    task_on_cpu: 0,
+    task_cgroups: 0,
+    css_set_dfl_cgrp: 0,
+    cgroup_kn: 0,
+    cgroup_level: 0,
+    cgroup_ancestors: 0,
+    cgroup_root: 0,
+    kernfs_node_id: 0,
+    cgroup_root_hierarchy_id: 0,
+    request_cmd_flags: 0,
+    request_data_len: 0,
+    request_bio: 0,
+    request_queue_or_disk: 0,
+    queue_disk: 0,
+    disk_major: 0,
+    disk_first_minor: 0,
+    bio_blkg: 0,
+    blkg_blkcg: 0,
+    blkcg_cgroup: 0,
+    sock_cgroup: 0,
+    sock_family: 0,
+    sock_num: 0,
+    sock_dport: 0,
+    sock_daddr: 0,
+    sock_v6_daddr: 0,
+    sock_net: 0,
+    sock_protocol: 0,
+    net_inum: 0,
+    tcp_bytes_sent: 0,
+    tcp_bytes_retrans: 0,
+    tcp_bytes_received: 0,
+    tcp_total_retrans: 0,
+    tcp_srtt_us: 0,
+    padding: 0,
+};
+
+/// A value of [`LAYOUT`], as the agent set it.
+macro_rules! layout {
+    ($field:ident) => {
+        $crate::kernel::set_by_agent(&$crate::kernel::LAYOUT.$field)
+    };
+}
+pub(crate) use layout;
+
+#[inline(always)]
+pub fn set_by_agent<T: Copy>(placeholder: &T) -> T {
+    // SAFETY: a reference is valid to read; volatile, because the compiler must not fold the placeholder.
+    unsafe { core::ptr::read_volatile(placeholder) }
+}
+
+/// An object in the kernel; never dereferenced as a Rust reference.
+pub type Object = *const u8;
+
+/// Loads a field from a pointer whose kernel type the verifier knows.
+///
+/// # Safety
+/// `object` must come from a tp_btf argument or from a typed load of such; the kernel turns a fault into 0.
+#[inline(always)]
+pub unsafe fn load<T: Copy>(object: Object, offset: u32) -> T {
+    // SAFETY: the caller's contract; the verifier rejects the program when the field does not fit its type.
+    unsafe { core::ptr::read_volatile(object.byte_add(offset as usize).cast()) }
+}
+
+/// Reads a field from any kernel address; none when the address is bad.
+#[inline(always)]
+pub fn probe<T>(object: Object, offset: u32) -> Option<T> {
+    // SAFETY: the helper checks the address and copies; T is a plain integer or pointer at every use.
+    unsafe { bpf_probe_read_kernel(object.wrapping_byte_add(offset as usize).cast()) }.ok()
+}
+
+/// Counts a failed insert or reserve.
+#[inline(always)]
+pub fn lost(index: u32) {
+    if let Some(counter) = LOSSES.get_ptr_mut(index) {
+        add(counter, 1);
+    }
+}
+
+/// Adds to a counter in a map, which other CPUs may do at the same time.
+///
+/// Assembly, because Rust's BPF target has no atomic read-modify-write in `core`.
+#[inline(always)]
+pub fn add(counter: *mut u64, value: u64) {
+    // SAFETY: every caller passes an aligned counter within a map value, which lives for the whole
+    // program run (maps free under RCU).
+    unsafe {
+        asm!(
+            "lock *(u64 *)({counter} + 0) += {value}",
+            counter = in(reg) counter,
+            value = in(reg) value,
+            options(nostack),
+        );
+    }
+}
+
+/// Puts `value` into a counter in a map and returns what was there (Linux 5.12).
+#[inline(always)]
+pub fn exchange(counter: *mut u64, value: u64) -> u64 {
+    let before;
+    // SAFETY: as for `add`.
+    unsafe {
+        asm!(
+            "{value} = xchg_64({counter} + 0, {value})",
+            counter = in(reg) counter,
+            value = inout(reg) value => before,
+            options(nostack),
+        );
+    }
+    before
+}
+
+/// Counts a latency in its slot.
+#[inline(always)]
+pub fn record(latency: *mut Latency, nanoseconds: u64) {
+    let mut slot = log2(nanoseconds);
+    if slot >= SLOTS {
+        slot = SLOTS - 1;
+    }
+    // SAFETY: `latency` points into a map value and `slot` is below SLOTS.
+    let counter = unsafe { (&raw mut (*latency).slots).cast::<u64>().add(slot) };
+    add(counter, 1);
+}
+
+/// Index of the highest set bit; 0 for 0. The BPF instruction set has no count-leading-zeros.
+#[inline(always)]
+fn log2(mut value: u64) -> usize {
+    let mut bits = 0;
+    if value >= 1 << 32 {
+        value >>= 32;
+        bits += 32;
+    }
+    if value >= 1 << 16 {
+        value >>= 16;
+        bits += 16;
+    }
+    if value >= 1 << 8 {
+        value >>= 8;
+        bits += 8;
+    }
+    if value >= 1 << 4 {
+        value >>= 4;
+        bits += 4;
+    }
+    if value >= 1 << 2 {
+        value >>= 2;
+        bits += 2;
+    }
+    if value >= 1 << 1 {
+        bits += 1;
+    }
+    bits
+}

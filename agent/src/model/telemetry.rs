@@ -1,0 +1,302 @@
+//! What one sweep of the senses yields.
+//!
+//! Invariants: a source that is absent yields no value, never a zero; statistics are over the interval
+//! since the sweep before, edges accumulate; what was lost is counted beside what was seen.
+
+use super::edge::Edge;
+use super::ids::ContainerName;
+use super::metric::Sample;
+use super::units::{Bytes, UnixMillis};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+/// A log2 histogram of nanoseconds: slot n counts values in [2^n, 2^(n+1)), slot 0 also zero.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Histogram {
+    slots: Vec<u64>,
+}
+
+impl Histogram {
+    /// A histogram of slot counts, lowest slot first; slots beyond the 64th are none.
+    #[must_use]
+    pub fn from_slots(slots: &[u64]) -> Self {
+        let used = slots
+            .iter()
+            .take(64)
+            .rposition(|&count| count > 0)
+            .map_or(0, |last| last + 1);
+        Self {
+            slots: slots[..used].to_vec(),
+        }
+    }
+
+    /// Counts one value, in nanoseconds.
+    pub fn record(&mut self, nanoseconds: u64) {
+        let slot = nanoseconds.checked_ilog2().unwrap_or(0) as usize;
+        if self.slots.len() <= slot {
+            self.slots.resize(slot + 1, 0);
+        }
+        self.slots[slot] += 1;
+    }
+
+    /// Adds what `other` counted.
+    pub fn merge(&mut self, other: &Self) {
+        if self.slots.len() < other.slots.len() {
+            self.slots.resize(other.slots.len(), 0);
+        }
+        for (mine, theirs) in self.slots.iter_mut().zip(&other.slots) {
+            *mine += theirs;
+        }
+    }
+
+    /// What was counted since `before`, an earlier state of the same histogram. A counter that went
+    /// back was started anew and counts from zero.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let slots: Vec<u64> = self
+            .slots
+            .iter()
+            .enumerate()
+            .map(|(slot, &count)| {
+                let earlier = before.slots.get(slot).copied().unwrap_or(0);
+                count.checked_sub(earlier).unwrap_or(count)
+            })
+            .collect();
+        Self::from_slots(&slots)
+    }
+
+    /// Values counted.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.slots.iter().sum()
+    }
+
+    /// The value, in nanoseconds, below which `percent` (0–100) of the counted values lie; none when
+    /// nothing was counted. Exact to its slot (a factor of two), interpolated within it.
+    #[must_use]
+    pub fn percentile(&self, percent: f64) -> Option<f64> {
+        let count = self.count();
+        if count == 0 {
+            return None;
+        }
+        let wanted = (count as f64 * percent.clamp(0.0, 100.0) / 100.0).max(f64::MIN_POSITIVE);
+        let mut below = 0.0;
+        for (slot, &here) in self.slots.iter().enumerate() {
+            let here = here as f64;
+            if here > 0.0 && below + here >= wanted {
+                let low = if slot == 0 {
+                    0.0
+                } else {
+                    2f64.powi(slot as i32)
+                };
+                let high = 2f64.powi(slot as i32 + 1);
+                return Some(low + (high - low) * (wanted - below) / here);
+            }
+            below += here;
+        }
+        Some(2f64.powi(self.slots.len() as i32))
+    }
+}
+
+/// Run-queue latency over the interval.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunQueueStats {
+    /// Wait between becoming runnable and running.
+    pub latency: Histogram,
+    /// Tasks that wait now.
+    pub waiting: u64,
+}
+
+/// Block I/O over the interval.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BlockIo {
+    /// Time from issue to completion, reads and writes.
+    pub latency: Histogram,
+    /// Completed requests a second.
+    pub iops: f64,
+    /// Completed bytes a second, read.
+    pub read_bytes_per_second: f64,
+    /// Completed bytes a second, written.
+    pub write_bytes_per_second: f64,
+    /// Requests that completed with an error.
+    pub errors: u64,
+}
+
+/// What the kernel showed of one container.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ContainerStats {
+    /// Name.
+    pub name: ContainerName,
+    /// Run-queue latency; none while the sched programs are disabled.
+    pub run_queue: Option<RunQueueStats>,
+    /// Block I/O; none while the block programs are disabled.
+    pub block: Option<BlockIo>,
+}
+
+/// What the kernel showed of one disk, whoever caused it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskStats {
+    /// Name (`vda`), or `major:minor` where sysfs does not know it.
+    pub name: String,
+    /// Block I/O.
+    pub block: BlockIo,
+}
+
+/// Facts of the whole host.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// Run-queue latency of everything in scope; none while the sched programs are disabled.
+    pub run_queue: Option<RunQueueStats>,
+    /// Block I/O of everything in scope; none while the block programs are disabled.
+    pub block: Option<BlockIo>,
+    /// 1-minute load average.
+    pub load1: Option<f64>,
+    /// Online CPUs.
+    pub cpus: Option<u32>,
+    /// Installed memory.
+    pub memory_total: Option<Bytes>,
+    /// Memory that can be had without swapping.
+    pub memory_available: Option<Bytes>,
+}
+
+/// A kind of connection with a peer that is no container of this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct External {
+    /// The container.
+    pub container: ContainerName,
+    /// Address of the peer; its port when the container connected, else 0.
+    pub peer: SocketAddr,
+    /// The container's service port when the peer connected, else 0.
+    pub port: u16,
+    /// Connections seen since the agent started.
+    pub connections: u64,
+    /// Bytes from the container to the peer.
+    pub sent: Bytes,
+    /// Bytes from the peer to the container.
+    pub received: Bytes,
+    /// Last time it was seen.
+    pub last_seen: UnixMillis,
+}
+
+/// Facts that did not fit into a map or queue, since the programs were loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loss {
+    /// The map or queue.
+    pub map: String,
+    /// Failed inserts.
+    pub lost: u64,
+}
+
+/// What one kernel program cost, by the kernel's own counters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramCost {
+    /// Program.
+    pub name: String,
+    /// Runs while measured.
+    pub runs: u64,
+    /// Time of those runs, nanoseconds.
+    pub run_time_ns: u64,
+}
+
+/// A program or source that does not work here, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disabled {
+    /// Program or source.
+    pub what: String,
+    /// Reason, naming the missing field or feature.
+    pub why: String,
+}
+
+/// One sweep of the senses.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// When.
+    pub at: UnixMillis,
+    /// Every metric that has a value now.
+    pub samples: Vec<Sample>,
+    /// Who depends on whom, since the agent started.
+    pub edges: Vec<Edge>,
+    /// Connections with peers that are no container of this host.
+    pub external: Vec<External>,
+    /// Service ports that containers listen on.
+    pub listening: BTreeMap<ContainerName, BTreeSet<u16>>,
+    /// Per container.
+    pub containers: Vec<ContainerStats>,
+    /// Per disk.
+    pub devices: Vec<DiskStats>,
+    /// The whole host.
+    pub host: HostFacts,
+    /// Addresses of the host itself.
+    pub addresses: Vec<IpAddr>,
+    /// What was lost.
+    pub losses: Vec<Loss>,
+    /// What the kernel programs cost.
+    pub programs: Vec<ProgramCost>,
+    /// What does not work here.
+    pub disabled: Vec<Disabled>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn of(values: &[u64]) -> Histogram {
+        let mut histogram = Histogram::default();
+        for &value in values {
+            histogram.record(value);
+        }
+        histogram
+    }
+
+    #[test]
+    fn an_empty_histogram_has_no_percentile() {
+        assert_eq!(Histogram::default().percentile(50.0), None);
+        assert_eq!(Histogram::from_slots(&[0; 40]), Histogram::default());
+    }
+
+    #[test]
+    fn a_counter_that_went_back_counts_from_zero() {
+        let before = of(&[8, 8, 8]);
+        let after = of(&[8]);
+        assert_eq!(after.since(&before), after);
+    }
+
+    proptest! {
+        #[test]
+        fn a_percentile_lies_in_the_slot_of_the_exact_one(
+            mut values in prop::collection::vec(0u64..1 << 45, 1..200),
+            percent in 0.1f64..100.0,
+        ) {
+            let found = of(&values).percentile(percent).expect("values were counted");
+            values.sort_unstable();
+            let rank = ((values.len() as f64 * percent / 100.0).ceil() as usize).clamp(1, values.len());
+            let exact = values[rank - 1];
+            let slot = exact.checked_ilog2().unwrap_or(0);
+            let low = if slot == 0 { 0.0 } else { 2f64.powi(slot as i32) };
+            prop_assert!(found >= low && found <= 2f64.powi(slot as i32 + 1), "{found} against {exact}");
+        }
+
+        #[test]
+        fn the_interval_and_what_was_before_make_the_whole(
+            first in prop::collection::vec(0u64..1 << 45, 0..50),
+            second in prop::collection::vec(0u64..1 << 45, 0..50),
+        ) {
+            let before = of(&first);
+            let mut whole = before.clone();
+            whole.merge(&of(&second));
+            prop_assert_eq!(whole.since(&before), of(&second));
+        }
+
+        #[test]
+        fn a_higher_percentile_is_never_lower(
+            values in prop::collection::vec(0u64..1 << 45, 1..50),
+            a in 0.0f64..100.0, b in 0.0f64..100.0,
+        ) {
+            let histogram = of(&values);
+            prop_assert!(histogram.percentile(a.min(b)) <= histogram.percentile(a.max(b)));
+        }
+    }
+}

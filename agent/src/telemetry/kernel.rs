@@ -1,0 +1,468 @@
+//! The kernel programs: loading, attaching and reading their maps.
+//!
+//! Invariants: a missing kernel feature disables its family with a named reason and never stops the
+//! agent; what the maps could not hold is counted. Non-goals: meaning, which is given by the sweep.
+
+use super::btf::KernelTypes;
+use super::layout::{self, Family};
+use super::scope::{self, Scope};
+use crate::model::telemetry::{Disabled, Loss, ProgramCost};
+use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
+use aya::programs::raw_trace_point::RawTracePoint;
+use aya::programs::{BtfTracePoint, RawTracePointRunOptions, TestRun};
+use aya::sys::{Stats, enable_stats};
+use aya::{Btf, Ebpf, EbpfLoader, Pod};
+use lifeboat_ebpf::{
+    Ancestors, BlockKey, BlockStats, Latency, Layout, ListenKey, Open, PortKey, PortStats,
+    REFRESH_BATCH, Waiting,
+};
+use std::fs;
+use std::hash::Hash;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lifeboat-ebpf.o"));
+
+/// Where the running kernel describes its types.
+const BTF_PATH: &str = "sys/kernel/btf/vmlinux";
+
+const TRACEPOINTS: [(Family, &str); 6] = [
+    (Family::Sched, "sched_wakeup"),
+    (Family::Sched, "sched_wakeup_new"),
+    (Family::Sched, "sched_switch"),
+    (Family::Block, "block_rq_issue"),
+    (Family::Block, "block_rq_complete"),
+    (Family::Ports, "inet_sock_set_state"),
+];
+
+/// Names of the maps of `LOSSES`, in the order of [`lifeboat_ebpf::loss`].
+const LOSSES: [&str; lifeboat_ebpf::loss::COUNT as usize] = [
+    "waiting",
+    "run-queue",
+    "in-flight",
+    "block",
+    "open",
+    "ports",
+    "listening",
+    "first-seen",
+];
+
+/// The programs that run, and those that do not.
+pub struct Kernel {
+    /// None when not even the object could be loaded.
+    ebpf: Option<Ebpf>,
+    running: Vec<Family>,
+    scope: Option<Scope>,
+    /// Keeps the kernel's measuring of programs on.
+    measuring: Option<OwnedFd>,
+}
+
+impl Kernel {
+    /// Loads and attaches what this kernel can run; `sizes` replaces the capacity of maps by name.
+    pub fn start(
+        root: &Path,
+        cgroup: &Path,
+        sizes: &[(&str, u32)],
+        disabled: &mut Vec<Disabled>,
+    ) -> Self {
+        let nothing = |disabled: &mut Vec<Disabled>, why: String| {
+            disabled.push(Disabled {
+                what: "kernel programs".to_owned(),
+                why,
+            });
+            Self {
+                ebpf: None,
+                running: Vec::new(),
+                scope: None,
+                measuring: None,
+            }
+        };
+        let types = fs::read(root.join(BTF_PATH))
+            .map_err(|error| {
+                format!(
+                    "this kernel does not describe its types ({}: {error}); it needs CONFIG_DEBUG_INFO_BTF",
+                    root.join(BTF_PATH).display()
+                )
+            })
+            .and_then(|data| KernelTypes::parse(data).map_err(|error| error.to_string()));
+        let types = match types {
+            Ok(types) => types,
+            Err(why) => return nothing(disabled, why),
+        };
+        let (mut layout, missing) = layout::find(&types);
+        drop(types);
+        match scope(root, cgroup) {
+            Ok(scope) => {
+                layout.scope_id = scope.id;
+                layout.scope_level = scope.level;
+                match Self::load(root, &layout, sizes) {
+                    Ok((ebpf, btf)) => {
+                        let mut kernel = Self {
+                            ebpf: Some(ebpf),
+                            running: Vec::new(),
+                            scope: Some(scope),
+                            measuring: None,
+                        };
+                        kernel.attach(&btf, &missing, disabled);
+                        kernel
+                    }
+                    Err(why) => nothing(disabled, why),
+                }
+            }
+            Err(why) => nothing(disabled, why),
+        }
+    }
+
+    fn load(root: &Path, layout: &Layout, sizes: &[(&str, u32)]) -> Result<(Ebpf, Btf), String> {
+        let btf = Btf::parse_file(root.join(BTF_PATH), aya::Endianness::default())
+            .map_err(|error| format!("the kernel's BTF cannot be used: {error}"))?;
+        let mut loader = EbpfLoader::new();
+        loader
+            .btf(Some(&btf))
+            .override_global("LAYOUT", layout, true);
+        for &(map, size) in sizes {
+            loader.map_max_entries(map, size);
+        }
+        let ebpf = loader
+            .load(OBJECT)
+            .map_err(|error| format!("the kernel programs cannot be loaded: {}", chain(&error)))?;
+        Ok((ebpf, btf))
+    }
+
+    fn attach(&mut self, btf: &Btf, missing: &[(Family, Disabled)], disabled: &mut Vec<Disabled>) {
+        let Some(ebpf) = &mut self.ebpf else { return };
+        for family in Family::ALL {
+            if let Some((_, reason)) = missing.iter().find(|(missed, _)| *missed == family) {
+                disabled.push(reason.clone());
+                continue;
+            }
+            match attach_family(ebpf, btf, family) {
+                Ok(()) => self.running.push(family),
+                Err((what, why)) => disabled.push(Disabled { what, why }),
+            }
+        }
+    }
+
+    /// Whether a family's programs run.
+    #[must_use]
+    pub fn runs(&self, family: Family) -> bool {
+        self.running.contains(&family)
+    }
+
+    /// The scope, when the programs could be loaded.
+    #[must_use]
+    pub fn scope(&self) -> Option<Scope> {
+        self.scope
+    }
+
+    /// Run-queue latency by cgroup2 id, since the start.
+    #[must_use]
+    pub fn run_queue(&self) -> Vec<(u64, Latency)> {
+        self.entries("RUN_QUEUE")
+    }
+
+    /// Tasks that wait for a CPU now.
+    #[must_use]
+    pub fn waiting(&self) -> Vec<(u32, Waiting)> {
+        self.entries("WAITING")
+    }
+
+    /// Block I/O, since the start.
+    #[must_use]
+    pub fn block(&self) -> Vec<(BlockKey, BlockStats)> {
+        self.entries("BLOCK")
+    }
+
+    /// Kinds of connections, since the start, with the bytes of open connections up to now.
+    #[must_use]
+    pub fn ports(&self) -> Vec<(PortKey, PortStats)> {
+        self.refresh_open();
+        self.entries("PORTS")
+    }
+
+    /// Ports listened on since the start.
+    #[must_use]
+    pub fn listening(&self) -> Vec<(ListenKey, u64)> {
+        self.entries("LISTENING")
+    }
+
+    /// Kinds of connections seen for the first time since the last call.
+    pub fn first_seen(&mut self) -> Vec<PortKey> {
+        let Some(map) = self
+            .ebpf
+            .as_mut()
+            .and_then(|ebpf| ebpf.map_mut("FIRST_SEEN"))
+        else {
+            return Vec::new();
+        };
+        let Ok(mut ring) = RingBuf::try_from(map) else {
+            return Vec::new();
+        };
+        let mut keys = Vec::new();
+        while let Some(item) = ring.next() {
+            if item.len() >= size_of::<PortKey>() {
+                // SAFETY: the program wrote a whole PortKey, any bytes of which are a value; the ring
+                // aligns to 8 but unaligned reading needs no such promise.
+                keys.push(unsafe { item.as_ptr().cast::<PortKey>().read_unaligned() });
+            }
+        }
+        keys
+    }
+
+    /// Forgets what is counted for cgroups that are gone.
+    pub fn forget_cgroups(&mut self, gone: impl Fn(u64) -> bool) {
+        self.remove_keys::<u64, Latency>("RUN_QUEUE", |key| gone(*key));
+        self.remove_keys::<BlockKey, BlockStats>("BLOCK", |key| gone(key.cgroup));
+        self.remove_keys::<ListenKey, u64>("LISTENING", |key| gone(key.cgroup));
+    }
+
+    /// What was lost, by map.
+    #[must_use]
+    pub fn losses(&self) -> Vec<Loss> {
+        let Some(array) = self
+            .map("LOSSES")
+            .and_then(|map| Array::<&MapData, u64>::try_from(map).ok())
+        else {
+            return Vec::new();
+        };
+        LOSSES
+            .iter()
+            .zip(array.iter())
+            .filter_map(|(map, lost)| {
+                Some(Loss {
+                    map: (*map).to_owned(),
+                    lost: lost.ok()?,
+                })
+            })
+            .collect()
+    }
+
+    /// Has the kernel measure its programs, or stop it. Measuring itself costs about as much as an
+    /// almost empty program.
+    ///
+    /// # Errors
+    /// The kernel refuses before Linux 5.8.
+    pub fn measure(&mut self, on: bool) -> Result<(), String> {
+        self.measuring = if on {
+            let measuring = enable_stats(Stats::RunTime).map_err(|error| {
+                format!(
+                    "the kernel does not measure its programs: {}",
+                    chain(&error)
+                )
+            })?;
+            Some(measuring)
+        } else {
+            None
+        };
+        Ok(())
+    }
+
+    /// What the programs cost while measured.
+    #[must_use]
+    pub fn costs(&self) -> Vec<ProgramCost> {
+        let programs = self.ebpf.iter().flat_map(Ebpf::programs);
+        let mut costs: Vec<ProgramCost> = programs
+            .filter_map(|(name, program)| {
+                let info = program.info().ok()?;
+                Some(ProgramCost {
+                    name: name.to_owned(),
+                    runs: info.run_count(),
+                    run_time_ns: u64::try_from(info.run_time().as_nanos()).unwrap_or(u64::MAX),
+                })
+            })
+            .collect();
+        costs.sort_by(|a, b| a.name.cmp(&b.name));
+        costs
+    }
+
+    fn refresh_open(&self) {
+        let Some(ebpf) = &self.ebpf else { return };
+        let Some(Ok(program)) = ebpf
+            .program("ports_refresh")
+            .map(<&RawTracePoint>::try_from)
+        else {
+            return;
+        };
+        let sockets: Vec<u64> = self.keys::<u64, Open>("OPEN");
+        for batch in sockets.chunks(REFRESH_BATCH) {
+            let mut options = RawTracePointRunOptions::default();
+            options.args[..batch.len()].copy_from_slice(batch);
+            if program.test_run(options).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn map(&self, name: &str) -> Option<&Map> {
+        self.ebpf.as_ref()?.map(name)
+    }
+
+    fn entries<K: Pod, V: Pod>(&self, name: &str) -> Vec<(K, V)> {
+        self.map(name)
+            .and_then(|map| HashMap::<&MapData, K, V>::try_from(map).ok())
+            .map(|map| map.iter().filter_map(Result::ok).collect())
+            .unwrap_or_default()
+    }
+
+    fn keys<K: Pod, V: Pod>(&self, name: &str) -> Vec<K> {
+        self.map(name)
+            .and_then(|map| HashMap::<&MapData, K, V>::try_from(map).ok())
+            .map(|map| map.keys().filter_map(Result::ok).collect())
+            .unwrap_or_default()
+    }
+
+    fn remove_keys<K: Pod + Eq + Hash, V: Pod>(&mut self, name: &str, gone: impl Fn(&K) -> bool) {
+        let Some(map) = self.ebpf.as_mut().and_then(|ebpf| ebpf.map_mut(name)) else {
+            return;
+        };
+        if let Ok(mut map) = HashMap::<&mut MapData, K, V>::try_from(map) {
+            let keys: Vec<K> = map.keys().filter_map(Result::ok).filter(gone).collect();
+            for key in keys {
+                // Gone already is as good.
+                let _ = map.remove(&key);
+            }
+        }
+    }
+}
+
+fn attach_family(ebpf: &mut Ebpf, btf: &Btf, family: Family) -> Result<(), (String, String)> {
+    for (_, name) in TRACEPOINTS.iter().filter(|(of, _)| *of == family) {
+        attach_one(ebpf, btf, name).map_err(|why| ((*name).to_owned(), why))?;
+    }
+    if family == Family::Ports {
+        let program: &mut RawTracePoint = ebpf
+            .program_mut("ports_refresh")
+            .and_then(|program| program.try_into().ok())
+            .ok_or_else(|| missing_program("ports_refresh"))?;
+        program
+            .load()
+            .map_err(|error| ("ports_refresh".to_owned(), chain(&error)))?;
+    }
+    Ok(())
+}
+
+fn attach_one(ebpf: &mut Ebpf, btf: &Btf, name: &str) -> Result<(), String> {
+    let program: &mut BtfTracePoint = ebpf
+        .program_mut(name)
+        .and_then(|program| program.try_into().ok())
+        .ok_or_else(|| missing_program(name).1)?;
+    program
+        .load(name, btf)
+        .map_err(|error| format!("the kernel refuses to load it: {}", chain(&error)))?;
+    program
+        .attach()
+        .map_err(|error| format!("the kernel refuses to attach it: {}", chain(&error)))?;
+    Ok(())
+}
+
+fn missing_program(name: &str) -> (String, String) {
+    let why = "it is not in the embedded object; build the agent anew".to_owned();
+    (name.to_owned(), why)
+}
+
+/// Asks the kernel where this process lies, and places the scope by it.
+fn scope(root: &Path, cgroup: &Path) -> Result<Scope, String> {
+    let probe = || -> Result<Vec<u64>, String> {
+        let mut ebpf = EbpfLoader::new()
+            .btf(None)
+            .load(OBJECT)
+            .map_err(|error| format!("the scope probe cannot be loaded: {}", chain(&error)))?;
+        let program: &mut RawTracePoint = ebpf
+            .program_mut("scope_probe")
+            .and_then(|program| program.try_into().ok())
+            .ok_or_else(|| missing_program("scope_probe").1)?;
+        program
+            .load()
+            .and_then(|()| program.test_run(RawTracePointRunOptions::default()))
+            .map_err(|error| format!("the scope probe cannot run: {}", chain(&error)))?;
+        let map = ebpf.map("ANCESTORS").ok_or("the scope probe has no map")?;
+        let ancestors = Array::<&MapData, Ancestors>::try_from(map)
+            .and_then(|array| array.get(&0, 0))
+            .map_err(|error| format!("the scope probe's answer cannot be read: {error}"))?;
+        let known = ancestors.ids.iter().take_while(|&&id| id != 0);
+        Ok(known.copied().collect())
+    };
+    scope::place(root, cgroup, &probe()?).map_err(|error| error.to_string())
+}
+
+/// An error with its causes, on one line, without the verifier's log below the first line of each.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let message = error.to_string();
+        let line = message.lines().next().unwrap_or_default();
+        if !text.contains(line) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(line);
+        }
+        next = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    const CGROUP2: [&str; 2] = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
+
+    /// The programs on this kernel; none, with the reason printed, where they may not be loaded.
+    fn kernel(sizes: &[(&str, u32)]) -> Option<Kernel> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("not run: kernel programs need root");
+            return None;
+        }
+        let cgroup = CGROUP2
+            .iter()
+            .map(Path::new)
+            .find(|path| scope::cgroup_id(path).is_ok())?;
+        let mut disabled = Vec::new();
+        let kernel = Kernel::start(Path::new("/"), cgroup, sizes, &mut disabled);
+        assert_eq!(disabled, [], "this kernel can run every program");
+        Some(kernel)
+    }
+
+    fn until(what: &str, mut holds: impl FnMut() -> bool) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while !holds() {
+            assert!(Instant::now() < end, "not within 10 s: {what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    #[test]
+    fn waking_tasks_fill_the_histogram_and_cost_is_measured() {
+        let Some(mut kernel) = kernel(&[]) else {
+            return;
+        };
+        kernel.measure(true).expect("this kernel measures programs");
+        until("a woken task has run", || {
+            let counted = kernel.run_queue();
+            counted
+                .iter()
+                .any(|(_, latency)| latency.slots.iter().sum::<u64>() > 0)
+        });
+        until("sched_switch has a cost", || {
+            let costs = kernel.costs();
+            let mut switch = costs.iter().filter(|cost| cost.name == "sched_switch");
+            switch.any(|cost| cost.runs > 0 && cost.run_time_ns > 0)
+        });
+    }
+
+    #[test]
+    fn a_map_that_is_too_small_is_counted_as_loss() {
+        let Some(kernel) = kernel(&[("RUN_QUEUE", 1), ("WAITING", 1)]) else {
+            return;
+        };
+        until("a task finds no room", || {
+            let losses = kernel.losses();
+            losses
+                .iter()
+                .any(|loss| loss.map == "waiting" && loss.lost > 0)
+        });
+    }
+}
