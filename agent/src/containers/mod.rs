@@ -1,1 +1,30 @@
 //! Container runtimes through the Docker-compatible API, joined with cgroups.
+//!
+//! Purpose: find the containers of this host, hold and release them, and make twins of them.
+//! Invariants: nothing is pulled from a registry; a runtime that is not there is a named problem and
+//! never a failure of discovery; what a twin could not take over is listed, never dropped.
+//! Non-goals: building images, and any runtime without the Docker-compatible API (its cgroups are
+//! still shown, by their paths).
+
+mod cgroups;
+mod client;
+mod create;
+mod discover;
+mod fence;
+mod images;
+mod inspect;
+mod ops;
+mod ready;
+mod resources;
+mod twin;
+
+pub use cgroups::{FreezeError, Scope, freeze, thaw};
+pub use client::{Engine, Runtime, RuntimeError, Version};
+pub use discover::{Discovery, Runtimes};
+pub use fence::{Fence, FenceError, HOOKS_DIR, Means};
+pub use images::{ImageError, LoadedImage};
+pub use inspect::REGISTRATION_LABEL;
+pub use ops::{Event, PauseError};
+pub use ready::{How, NotReady, Readiness, ReadyRules};
+pub use resources::ResourceError;
+pub use twin::{Twin, TwinError, TwinSpec};

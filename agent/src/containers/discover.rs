@@ -1,0 +1,260 @@
+//! Which containers this host has, from all its runtimes and from its cgroups.
+//!
+//! Invariants: a runtime that does not answer is a problem in the result, never a failure; the same
+//! cgroup is never shown twice; asking every second costs one list request a runtime, because a
+//! container is inspected again only when its state or its first process changed.
+
+use super::cgroups::{Cgroup, Scope};
+use super::client::{Runtime, RuntimeError};
+use super::inspect;
+use crate::model::container::{Container, State};
+use crate::model::ids::ContainerName;
+use futures_util::future::join_all;
+use serde_json::Value;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What is there, and what could not be looked at.
+#[derive(Clone, Debug, Default)]
+pub struct Discovery {
+    /// Containers of all runtimes in any state, then cgroups nobody claims; by name.
+    pub containers: Vec<Container>,
+    /// What went wrong, for people; empty when everything was seen.
+    pub problems: Vec<String>,
+}
+
+/// All runtimes of this host, joined with its cgroups.
+#[derive(Debug)]
+pub struct Runtimes {
+    runtimes: Vec<Runtime>,
+    scope: Scope,
+    /// By runtime socket and container id.
+    known: Mutex<HashMap<(String, String), Known>>,
+}
+
+#[derive(Clone, Debug)]
+struct Known {
+    container: Container,
+    /// The list's word for its state when it was inspected.
+    listed: String,
+    /// Start time of the first process, in clock ticks since boot: tells a reused PID apart.
+    started: Option<u64>,
+}
+
+impl Runtimes {
+    /// The runtimes at these sockets, seen through a cgroup scope. Does no I/O.
+    #[must_use]
+    pub fn new(sockets: &[String], scope: Scope) -> Self {
+        Self {
+            runtimes: sockets.iter().map(|socket| Runtime::new(socket)).collect(),
+            scope,
+            known: Mutex::default(),
+        }
+    }
+
+    /// Every runtime, in the order of the configuration.
+    #[must_use]
+    pub fn all(&self) -> &[Runtime] {
+        &self.runtimes
+    }
+
+    /// The runtime with this socket, as [`Container::runtime`] names it.
+    #[must_use]
+    pub fn get(&self, socket: &str) -> Option<&Runtime> {
+        let wanted = Runtime::new(socket);
+        self.runtimes
+            .iter()
+            .find(|runtime| runtime.socket() == wanted.socket())
+    }
+
+    /// The runtime that owns a container; `None` for a bare cgroup.
+    #[must_use]
+    pub fn of(&self, container: &Container) -> Option<&Runtime> {
+        self.get(container.runtime.as_deref()?)
+    }
+
+    /// The scope.
+    #[must_use]
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// Looks at everything once.
+    pub async fn discover(&self) -> Discovery {
+        let mut discovery = Discovery::default();
+        for seen in join_all(self.runtimes.iter().map(|runtime| self.look(runtime))).await {
+            match seen {
+                Ok((containers, problems)) => {
+                    discovery.containers.extend(containers);
+                    discovery.problems.extend(problems);
+                }
+                Err(error) => discovery.problems.push(error.to_string()),
+            }
+        }
+        self.forget_gone(&discovery.containers);
+        self.add_unclaimed(&mut discovery);
+        discovery.containers.sort_by(|a, b| a.name.cmp(&b.name));
+        discovery
+    }
+
+    async fn look(&self, runtime: &Runtime) -> Result<(Vec<Container>, Vec<String>), RuntimeError> {
+        let list: Vec<Value> = runtime
+            .get("/containers/json?all=true", "list containers")
+            .await?;
+        let mut containers = Vec::with_capacity(list.len());
+        let mut problems = Vec::new();
+        for entry in &list {
+            let id = entry["Id"].as_str().unwrap_or_default();
+            let listed = entry["State"].as_str().unwrap_or_default();
+            let container = match self.unchanged(runtime, id, listed) {
+                Some(container) => container,
+                None => match self.look_closer(runtime, id, listed, &mut problems).await {
+                    Ok(Some(container)) => container,
+                    Ok(None) => continue,
+                    // Removed since the list was made.
+                    Err(error) if error.not_found() => continue,
+                    Err(error) => {
+                        problems.push(error.to_string());
+                        continue;
+                    }
+                },
+            };
+            containers.push(container);
+        }
+        Ok((containers, problems))
+    }
+
+    fn unchanged(&self, runtime: &Runtime, id: &str, listed: &str) -> Option<Container> {
+        let key = (runtime.socket().display().to_string(), id.to_owned());
+        let known = self.known().get(&key)?.clone();
+        let same_process = known.container.pid == 0
+            || (known.started.is_some() && known.started == start_time(known.container.pid));
+        (known.listed == listed && same_process).then_some(known.container)
+    }
+
+    /// Inspects one container; `None` when its cgroup lies outside the scope.
+    async fn look_closer(
+        &self,
+        runtime: &Runtime,
+        id: &str,
+        listed: &str,
+        problems: &mut Vec<String>,
+    ) -> Result<Option<Container>, RuntimeError> {
+        let inspect = runtime.inspect(id).await?;
+        let socket = runtime.socket().display().to_string();
+        let Some(mut container) = inspect::container(&inspect, &socket) else {
+            problems.push(format!(
+                "the runtime at {socket} describes a container without id or name"
+            ));
+            return Ok(None);
+        };
+        if container.pid != 0 {
+            match self.scope.cgroup_of(container.pid, &container.id) {
+                Ok(Some(cgroup)) if cgroup.path == "/" => {
+                    problems.push(format!(
+                        "container {} has no cgroup2 of its own: what the kernel sees of it counts as the host's; \
+                         on hybrid cgroups choose the OCI runtime runc",
+                        container.name
+                    ));
+                    (container.cgroup_path, container.cgroup_id) = (cgroup.path, cgroup.id);
+                }
+                Ok(Some(cgroup)) => {
+                    (container.cgroup_path, container.cgroup_id) = (cgroup.path, cgroup.id);
+                }
+                Ok(None) => return Ok(None),
+                // Ended since it was inspected: shown as such the next time.
+                Err(_) => container.pid = 0,
+            }
+        }
+        let known = Known {
+            listed: listed.to_owned(),
+            started: start_time(container.pid),
+            container: container.clone(),
+        };
+        self.known().insert((socket, id.to_owned()), known);
+        Ok(Some(container))
+    }
+
+    fn forget_gone(&self, containers: &[Container]) {
+        let ids: BTreeSet<&str> = containers.iter().map(|c| c.id.as_str()).collect();
+        self.known().retain(|(_, id), _| ids.contains(id.as_str()));
+    }
+
+    fn add_unclaimed(&self, discovery: &mut Discovery) {
+        let claimed: BTreeSet<String> = discovery
+            .containers
+            .iter()
+            .filter(|container| container.cgroup_path.len() > 1)
+            .map(|container| container.cgroup_path.clone())
+            .collect();
+        match self.scope.unclaimed(&claimed) {
+            Ok(cgroups) => discovery
+                .containers
+                .extend(cgroups.into_iter().map(|(cgroup, pid)| bare(cgroup, pid))),
+            Err(error) => discovery.problems.push(format!(
+                "cannot walk the cgroups below {}: {error}",
+                self.scope.cgroup_root.display()
+            )),
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<(String, String), Known>> {
+        // Every entry is whole by itself, so a panic elsewhere leaves nothing half-written.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn bare(cgroup: Cgroup, pid: i32) -> Container {
+    Container {
+        name: ContainerName(cgroup.path.clone()),
+        id: String::new(),
+        runtime: None,
+        cgroup_path: cgroup.path,
+        cgroup_id: cgroup.id,
+        pid,
+        state: State::Running,
+        image: String::new(),
+        image_id: String::new(),
+        addresses: Vec::new(),
+        published: Vec::new(),
+        mounts: Vec::new(),
+        registration_id: None,
+    }
+}
+
+/// Field 22 of /proc/PID/stat (proc(5)); the name in field 2 may hold spaces and parentheses.
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat[stat.rfind(')')? + 2..]
+        .split(' ')
+        .nth(19)?
+        .parse()
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_runtime_that_is_not_there_is_a_problem_and_not_a_failure() {
+        let scope = tempfile::tempdir().unwrap();
+        std::fs::write(scope.path().join("cgroup.procs"), "").unwrap();
+        let runtimes = Runtimes::new(
+            &["/nonexistent/p.sock".to_owned()],
+            Scope {
+                cgroup_root: scope.path().to_owned(),
+            },
+        );
+        let discovery = runtimes.discover().await;
+        assert!(discovery.containers.is_empty());
+        assert_eq!(discovery.problems.len(), 1);
+        assert!(discovery.problems[0].contains("/nonexistent/p.sock"));
+    }
+
+    #[test]
+    fn the_start_time_of_a_live_process_is_read_and_of_a_dead_one_is_not() {
+        assert!(start_time(i32::try_from(std::process::id()).unwrap()).is_some());
+        assert_eq!(start_time(0), None);
+    }
+}

@@ -1,0 +1,120 @@
+//! Reads the runtimes' inspect answers. Pure: JSON in, the design's words out.
+//!
+//! Invariants: a field a runtime leaves out or writes as null is absent, never an error; only a missing
+//! id or name is one.
+
+use crate::model::container::{Container, Mount, PublishedPort, State};
+use crate::model::ids::ContainerName;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+/// Label that names a container's registration: containers with the same value are correlated.
+pub const REGISTRATION_LABEL: &str = "lifeboat.registration-id";
+
+/// A container's description without its cgroup, from `GET /containers/{id}/json`.
+pub(super) fn container(inspect: &Value, socket: &str) -> Option<Container> {
+    let id = inspect["Id"].as_str()?;
+    let name = inspect["Name"].as_str()?.trim_start_matches('/');
+    let state = state(inspect["State"]["Status"].as_str().unwrap_or_default());
+    let alive = matches!(state, State::Running | State::Paused);
+    let pid = inspect["State"]["Pid"].as_i64().unwrap_or(0);
+    Some(Container {
+        name: ContainerName::from(name),
+        id: id.to_owned(),
+        runtime: Some(socket.to_owned()),
+        cgroup_path: String::new(),
+        cgroup_id: 0,
+        pid: if alive {
+            i32::try_from(pid).unwrap_or(0)
+        } else {
+            0
+        },
+        state,
+        image: text(&inspect["Config"]["Image"]),
+        image_id: text(&inspect["Image"]),
+        addresses: addresses(inspect),
+        published: published(inspect),
+        mounts: mounts(inspect),
+        registration_id: inspect["Config"]["Labels"][REGISTRATION_LABEL]
+            .as_str()
+            .map(str::to_owned),
+    })
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// Podman says `stopped` and `initialized` and `configured` where Docker has one word less.
+pub(super) fn state(word: &str) -> State {
+    match word {
+        "created" | "initialized" | "configured" => State::Created,
+        "running" | "restarting" => State::Running,
+        "paused" => State::Paused,
+        "exited" | "stopped" => State::Exited,
+        _ => State::Other,
+    }
+}
+
+fn addresses(inspect: &Value) -> Vec<IpAddr> {
+    let networks = inspect["NetworkSettings"]["Networks"].as_object();
+    let found: BTreeSet<IpAddr> = networks
+        .into_iter()
+        .flat_map(serde_json::Map::values)
+        .flat_map(|network| [&network["IPAddress"], &network["GlobalIPv6Address"]])
+        .filter_map(|address| address.as_str()?.parse().ok())
+        .collect();
+    found.into_iter().collect()
+}
+
+/// Published ports as they are; as configured when the container does not run.
+fn published(inspect: &Value) -> Vec<PublishedPort> {
+    let live = &inspect["NetworkSettings"]["Ports"];
+    let ports = if live.as_object().is_some_and(|ports| !ports.is_empty()) {
+        live
+    } else {
+        &inspect["HostConfig"]["PortBindings"]
+    };
+    let mut found: Vec<PublishedPort> = Vec::new();
+    for (key, bindings) in ports.as_object().into_iter().flatten() {
+        let (port, protocol) = key.split_once('/').unwrap_or((key, "tcp"));
+        let Ok(container_port) = port.parse() else {
+            continue;
+        };
+        for binding in bindings.as_array().into_iter().flatten() {
+            let host_port = binding["HostPort"].as_str().and_then(|p| p.parse().ok());
+            let host_ip = binding["HostIp"].as_str().and_then(|ip| ip.parse().ok());
+            let Some(host_port) = host_port else {
+                continue;
+            };
+            let port = PublishedPort {
+                host_ip: host_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+                host_port,
+                container_port,
+                udp: protocol == "udp",
+            };
+            if !found.contains(&port) {
+                found.push(port);
+            }
+        }
+    }
+    found
+}
+
+/// Volumes and bind mounts; file systems in memory have no data to move.
+fn mounts(inspect: &Value) -> Vec<Mount> {
+    inspect["Mounts"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|mount| matches!(mount["Type"].as_str(), Some("volume" | "bind")))
+        .map(|mount| Mount {
+            volume: (mount["Type"] == "volume").then(|| text(&mount["Name"])),
+            source: PathBuf::from(text(&mount["Source"])),
+            destination: PathBuf::from(text(&mount["Destination"])),
+            writable: mount["RW"].as_bool().unwrap_or(true),
+        })
+        .collect()
+}
