@@ -2,6 +2,10 @@
 //!
 //! It does not depend on the product's crates: set-up must build before the eBPF toolchain exists.
 
+pub mod demo_app;
+pub mod images;
 pub mod lab;
+pub mod ledger;
+pub mod load;
 pub mod process;
 pub mod workspace;

@@ -16,11 +16,14 @@ struct CommandLine {
 enum Task {
     /// Lab hosts on this machine
     Lab(xtask::lab::command::Arguments),
+    /// Writes to the demo application and keeps a ledger
+    Load(xtask::load::Arguments),
 }
 
 fn main() -> ExitCode {
     let result = match CommandLine::parse().task {
         Task::Lab(arguments) => xtask::lab::command::run(&arguments),
+        Task::Load(arguments) => xtask::load::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Fault, HostSpec, Lab, LabSpec, remove};
+use crate::demo_app;
 use crate::process::become_root;
 
 /// Lab hosts on this machine.
@@ -38,6 +39,11 @@ enum Action {
         /// The command and its arguments
         #[arg(last = true, required = true)]
         command: Vec<String>,
+    },
+    /// Starts the demo application on a host, at its port 8080
+    DemoApp {
+        /// Host name
+        host: String,
     },
     /// Makes a host go bad for a while
     Fault {
@@ -146,6 +152,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             let error = lab.host(host)?.command(command).exec();
             Err(error).context("cannot start `sh`")
         }
+        Action::DemoApp { host } => demo_app::deploy(Lab::open(name)?.host(host)?),
         Action::Fault {
             host,
             kind,

@@ -141,12 +141,16 @@ impl Fabric {
     pub(super) fn loss(&self, host: &Host, percent: u8) -> Result<()> {
         let port = port(host);
         let mut script = self.without("loss", &format!("\"{port}\""))?;
-        if percent > 0 {
-            for side in ["iifname", "oifname"] {
-                script.push_str(&format!(
-                    "add rule bridge lab loss {side} {port} numgen random mod 100 < {percent} drop\n"
-                ));
-            }
+        let chance = match percent {
+            0 => return self.nft(&script),
+            // nft knows no "less than 100 of 100".
+            100.. => String::new(),
+            percent => format!("numgen random mod 100 < {percent} "),
+        };
+        for side in ["iifname", "oifname"] {
+            script.push_str(&format!(
+                "add rule bridge lab loss {side} {port} {chance}drop\n"
+            ));
         }
         self.nft(&script)
     }
