@@ -5,6 +5,7 @@
 pub mod action;
 pub mod container;
 pub mod edge;
+pub mod fleet;
 pub mod ids;
 pub mod locate;
 pub mod metric;

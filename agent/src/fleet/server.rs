@@ -1,0 +1,301 @@
+//! The control channel's server: an accept loop over mutual TLS 1.3 in front of an `axum` router.
+//!
+//! Invariants: every request a router sees carries the verified [`PeerIdentity`] as extension; clients
+//! without a certificate reach a separate router, or nothing; no peer, and no stranger, can hold up the
+//! accept loop or use up the places of others.
+
+use super::identity::{DUPLICATOR, Fingerprint, Identity, device_of};
+use super::tls;
+use crate::model::ids::DeviceId;
+use axum::extract::DefaultBodyLimit;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json, Router};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// The largest request or answer body on the control channel, in bytes; a plan with the descriptions of
+/// a hundred containers is well below.
+pub const BODY_LIMIT: usize = 8 << 20;
+/// Time for a client to finish the handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for a client to send a request's header, and for an idle connection.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for a client without certificate, all in all.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Handshakes and strangers at a time.
+const HANDSHAKES: usize = 64;
+/// Connections of fleet members at a time.
+const CONNECTIONS: usize = 512;
+/// Time for running requests to end after the server was told to stop.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Who is at the other end, as the TLS handshake proved it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerIdentity {
+    /// The device its certificate names.
+    pub device: DeviceId,
+    /// Whether it is the duplicator.
+    pub is_duplicator: bool,
+    /// Fingerprint of its certificate.
+    pub certificate_fingerprint: Fingerprint,
+}
+
+impl PeerIdentity {
+    /// Refuses everyone but the duplicator.
+    ///
+    /// # Errors
+    /// 403.
+    pub fn require_duplicator(&self) -> Result<(), ErrorAnswer> {
+        if self.is_duplicator {
+            Ok(())
+        } else {
+            Err(ErrorAnswer::new(
+                StatusCode::FORBIDDEN,
+                format!(
+                    "only the duplicator may ask this, and this is {}",
+                    self.device
+                ),
+            ))
+        }
+    }
+}
+
+/// An error as the control channel answers it: `{"error": …, "code": …}`.
+#[derive(Debug)]
+pub struct ErrorAnswer {
+    status: StatusCode,
+    error: String,
+    code: Option<&'static str>,
+}
+
+impl ErrorAnswer {
+    /// An answer with `status`; `error` says what failed and what to do.
+    pub fn new(status: StatusCode, error: impl fmt::Display) -> Self {
+        Self {
+            status,
+            error: error.to_string(),
+            code: None,
+        }
+    }
+
+    /// Adds a word by which a program can tell this error.
+    #[must_use]
+    pub fn code(mut self, code: &'static str) -> Self {
+        self.code = Some(code);
+        self
+    }
+}
+
+impl IntoResponse for ErrorAnswer {
+    fn into_response(self) -> Response {
+        let body = serde_json::json!({ "error": self.error, "code": self.code });
+        (self.status, Json(body)).into_response()
+    }
+}
+
+/// The server could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The address cannot be listened on.
+    #[error(
+        "cannot listen on {address} for the control channel: {error}; change `listen` or stop what uses it"
+    )]
+    Listen {
+        /// Address.
+        address: SocketAddr,
+        /// Cause.
+        error: std::io::Error,
+    },
+    /// The identity does not make a TLS server.
+    #[error("cannot use this device's identity for TLS: {0}; enrol the device anew")]
+    Tls(rustls::Error),
+}
+
+/// A bound control channel that does not serve yet.
+pub struct ControlServer {
+    listener: TcpListener,
+    address: SocketAddr,
+    members_only: TlsAcceptor,
+    strangers_too: TlsAcceptor,
+}
+
+impl ControlServer {
+    /// Binds `listen`.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub async fn bind(identity: &Identity, listen: SocketAddr) -> Result<Self, ServeError> {
+        let bound = async {
+            let listener = TcpListener::bind(listen).await?;
+            let address = listener.local_addr()?;
+            Ok((listener, address))
+        };
+        let (listener, address) = bound.await.map_err(|error| ServeError::Listen {
+            address: listen,
+            error,
+        })?;
+        Ok(Self {
+            listener,
+            address,
+            members_only: tls::server(identity, false)
+                .map_err(ServeError::Tls)?
+                .into(),
+            strangers_too: tls::server(identity, true).map_err(ServeError::Tls)?.into(),
+        })
+    }
+
+    /// The bound address.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves fleet members until `stop`.
+    pub async fn serve(self, members: Router, stop: CancellationToken) {
+        self.run(members, None, stop).await;
+    }
+
+    /// Serves fleet members, and `strangers` to clients without a certificate, until `stop`.
+    pub async fn serve_enrolling(
+        self,
+        members: Router,
+        strangers: Router,
+        stop: CancellationToken,
+    ) {
+        self.run(members, Some(strangers), stop).await;
+    }
+
+    async fn run(self, members: Router, strangers: Option<Router>, stop: CancellationToken) {
+        let limit = DefaultBodyLimit::max(BODY_LIMIT);
+        let shared = Arc::new(Shared {
+            acceptor: if strangers.is_some() {
+                self.strangers_too
+            } else {
+                self.members_only
+            },
+            members: members.layer(limit.clone()),
+            strangers: strangers.map(|router| router.layer(limit)),
+            connections: Semaphore::new(CONNECTIONS),
+            stop: stop.clone(),
+        });
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+        let tasks = TaskTracker::new();
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => break,
+                accepted = self.listener.accept() => accepted,
+            };
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Usually EMFILE: others must end before the next one can begin.
+                    tracing::warn!(%error, "control channel: cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let Ok(place) = handshakes.clone().try_acquire_owned() else {
+                tracing::warn!(%address, "control channel: refused, {HANDSHAKES} handshakes are under way");
+                continue;
+            };
+            let shared = shared.clone();
+            tasks.spawn(async move {
+                if let Err(reason) = shared.connection(stream, place).await {
+                    tracing::warn!(%address, %reason, "control channel: connection refused or broken");
+                }
+            });
+        }
+        tasks.close();
+        if tokio::time::timeout(DRAIN, tasks.wait()).await.is_err() {
+            tracing::warn!("control channel: requests were still running {DRAIN:?} after the stop");
+        }
+    }
+}
+
+struct Shared {
+    acceptor: TlsAcceptor,
+    members: Router,
+    strangers: Option<Router>,
+    connections: Semaphore,
+    stop: CancellationToken,
+}
+
+impl Shared {
+    async fn connection(
+        &self,
+        stream: TcpStream,
+        place: tokio::sync::OwnedSemaphorePermit,
+    ) -> Result<(), String> {
+        let _ = stream.set_nodelay(true);
+        let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.acceptor.accept(stream))
+            .await
+            .map_err(|_| format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"))?
+            .map_err(|error| format!("TLS handshake failed: {error}"))?;
+        let certificate = stream
+            .get_ref()
+            .1
+            .peer_certificates()
+            .and_then(|chain| chain.first())
+            .cloned();
+        match (certificate, &self.strangers) {
+            (Some(certificate), _) => {
+                let device = device_of(&certificate).map_err(|error| error.to_string())?;
+                let peer = PeerIdentity {
+                    is_duplicator: device.as_str() == DUPLICATOR,
+                    certificate_fingerprint: Fingerprint::of(&certificate),
+                    device,
+                };
+                drop(place);
+                let _place = self.connections.try_acquire().map_err(|_| {
+                    format!(
+                        "{} refused, {CONNECTIONS} connections are open",
+                        peer.device
+                    )
+                })?;
+                self.http(stream, self.members.clone().layer(Extension(peer)))
+                    .await
+            }
+            (None, Some(strangers)) => {
+                // Keeps its handshake place: strangers compete among themselves only.
+                let served = self.http(stream, strangers.clone());
+                let served = tokio::time::timeout(STRANGER_TIMEOUT, served).await;
+                drop(place);
+                served
+                    .map_err(|_| format!("no certificate, and not done in {STRANGER_TIMEOUT:?}"))?
+            }
+            (None, None) => Err("no certificate presented".to_owned()),
+        }
+    }
+
+    async fn http(&self, stream: TlsStream<TcpStream>, router: Router) -> Result<(), String> {
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        tokio::pin!(connection);
+        let served = tokio::select! {
+            served = connection.as_mut() => served,
+            () = self.stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        match served {
+            Ok(()) => Ok(()),
+            // A peer that goes away between requests, or idles past the limit, is nothing to report.
+            Err(error) if error.is_incomplete_message() || error.is_timeout() => Ok(()),
+            Err(error) => Err(super::client::innermost(&error)),
+        }
+    }
+}
