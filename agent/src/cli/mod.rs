@@ -3,6 +3,9 @@
 //! Exit codes (documented in `lifeboat --help` and docs/cli.md): 0 done, 1 failed, 2 wrong usage,
 //! 3 the daemon or a device cannot be reached, 4 the plan is blocked or was aborted, 5 a proof failed.
 
+mod duplicator;
+mod fleet;
+
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -22,7 +25,10 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Duplicator(duplicator::Args),
+    Fleet(fleet::Args),
+}
 
 /// Why a subcommand did not succeed; chooses the exit code.
 #[derive(Debug)]
@@ -49,8 +55,10 @@ pub type Outcome = Result<(), Failure>;
 /// Parses the arguments, runs the subcommand and returns its documented exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let outcome: Outcome = match cli.command {};
-    #[allow(unreachable_code, reason = "no subcommand has landed yet")]
+    let outcome = match cli.command {
+        Command::Duplicator(args) => duplicator::execute(&args),
+        Command::Fleet(args) => fleet::execute(args, cli.json),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -1,1 +1,4 @@
 //! Wires the rooms into the two roles: agent and duplicator.
+
+pub mod duplicator;
+pub mod logging;

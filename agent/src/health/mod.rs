@@ -18,6 +18,6 @@ pub use judge::Judge;
 pub use policy::{
     Condition, Delegation, Guards, OnTimeout, Policy, PolicyError, Rule, Severity, Threshold,
 };
-pub use quantity::in_unit;
+pub use quantity::{in_unit, span};
 pub use state::SavedState;
 pub use verdict::{Evidence, Missing, Verdict, VerdictKind};

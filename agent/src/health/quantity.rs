@@ -8,7 +8,7 @@ use std::time::Duration;
 ///
 /// # Errors
 /// What would be right.
-pub(super) fn span(text: &str) -> Result<Duration, String> {
+pub fn span(text: &str) -> Result<Duration, String> {
     let wrong = || {
         format!(
             "`{text}` is not a span of time: write a whole number with ms, s, m, h or d, for instance 20s, 10m or 1h30m"
