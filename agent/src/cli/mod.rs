@@ -5,6 +5,9 @@
 
 mod duplicator;
 mod fleet;
+mod output;
+mod policy;
+mod relations;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -28,6 +31,10 @@ struct Cli {
 enum Command {
     Duplicator(duplicator::Args),
     Fleet(fleet::Args),
+    /// Who depends on whom, and in which order they start.
+    Relations(relations::Args),
+    /// Check degradation policies.
+    Policy(policy::Args),
 }
 
 /// Why a subcommand did not succeed; chooses the exit code.
@@ -41,6 +48,8 @@ pub enum Failure {
     Blocked(anyhow::Error),
     /// A proof failed: 5.
     Unproven(anyhow::Error),
+    /// The subcommand has printed what is wrong by itself: 1.
+    Told,
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
@@ -58,11 +67,14 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Duplicator(args) => duplicator::execute(&args),
         Command::Fleet(args) => fleet::execute(args, cli.json),
+        Command::Relations(args) => relations::run(&args, cli.json),
+        Command::Policy(args) => policy::run(&args, cli.json),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             let (code, error) = match failure {
+                Failure::Told => return ExitCode::FAILURE,
                 Failure::Failed(error) => (1, error),
                 Failure::Unreachable(error) => (3, error),
                 Failure::Blocked(error) => (4, error),

@@ -1,150 +1,22 @@
-//! The policy file: its form (serde), then its meaning, each mistake with its place.
+//! The meaning of the policy file, each mistake with its place.
 
-use super::policy::{Condition, Delegation, Guards, OnTimeout, Policy, Rule, Severity, Threshold};
+use super::form::{self, FileCondition, FileCount, FileGuards, FilePolicy, FileThreshold, Scalar};
+use super::policy::{Condition, Delegation, Guards, Policy, Rule, Threshold};
 use super::quantity::{quantity, span};
-use crate::model::action::{Action, Actions};
-use crate::model::locate::{Fault, Field, parse};
+use crate::model::action::Actions;
+use crate::model::locate::{Fault, Field};
 use crate::model::metric::{METRICS, Metric, Per, Unit};
 use crate::model::nearest::hint;
-use serde::Deserialize;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
 use std::collections::BTreeSet;
-use std::fmt;
-use std::marker::PhantomData;
 use std::time::Duration;
 
 /// Three sweeps of the default interval, and no less than PSI's averaging window of 10 s
 /// (Documentation/accounting/psi.rst).
 const STALE_AFTER: Duration = Duration::from_secs(10);
 
-/// Keys that the design has and this version does not.
-const LATER: &[&str] = &[
-    "rising",
-    "falling",
-    "forecast",
-    "not",
-    "relative_to_load",
-    "relative_to_peers",
-];
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FilePolicy {
-    version: u64,
-    name: String,
-    #[serde(default)]
-    stale_after: Option<Scalar>,
-    thresholds: Named<FileThreshold>,
-    degraded: Vec<FileCondition>,
-    #[serde(default)]
-    delegate: Vec<FileDelegation>,
-    #[serde(default)]
-    guards: FileGuards,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileThreshold {
-    metric: String,
-    #[serde(default)]
-    per: Option<Per>,
-    #[serde(default)]
-    above: Option<Scalar>,
-    #[serde(default)]
-    below: Option<Scalar>,
-    #[serde(default)]
-    clear: Option<Scalar>,
-    #[serde(default, rename = "for")]
-    lasting: Option<Scalar>,
-    #[serde(default)]
-    count: Option<FileCount>,
-    #[serde(default)]
-    severity: Severity,
-    #[serde(default)]
-    optional: bool,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileCount {
-    at_least: u64,
-    within: Scalar,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileCondition {
-    #[serde(default)]
-    failures: Option<usize>,
-    #[serde(default)]
-    any: Option<Vec<String>>,
-    #[serde(default)]
-    all: Option<Vec<String>>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileDelegation {
-    when: FileCondition,
-    actions: Vec<Action>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileGuards {
-    #[serde(default)]
-    hold: Option<Scalar>,
-    #[serde(default)]
-    fleet_max_evacuating: Option<Scalar>,
-    #[serde(default)]
-    approvals: Vec<String>,
-    #[serde(default)]
-    approval_timeout: Option<Scalar>,
-    #[serde(default)]
-    on_timeout: OnTimeout,
-}
-
-/// A scalar as it is written; YAML would make a number of some.
-struct Scalar(String);
-
-impl<'de> Deserialize<'de> for Scalar {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // YAML scalars may be read as text whatever they look like.
-        String::deserialize(deserializer).map(Self)
-    }
-}
-
-/// A mapping in the file's order in which no key may stand twice.
-struct Named<T>(Vec<(String, T)>);
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Named<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
-            type Value = Named<T>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a mapping of names")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Named<T>, A::Error> {
-                let mut entries: Vec<(String, T)> = Vec::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    if entries.iter().any(|(known, _)| *known == name) {
-                        return Err(de::Error::custom(format!(
-                            "duplicate name `{name}`: rename one of the two"
-                        )));
-                    }
-                    entries.push((name, map.next_value()?));
-                }
-                Ok(Named(entries))
-            }
-        }
-        deserializer.deserialize_map(Entries(PhantomData))
-    }
-}
-
 /// Reads and checks a policy.
 pub(super) fn read(text: &str) -> Result<Policy, Vec<Fault>> {
-    let file: FilePolicy = parse(text).map_err(|fault| vec![explained(fault)])?;
+    let file = form::read(text).map_err(|fault| vec![fault])?;
     let mut check = Check {
         text,
         faults: Vec::new(),
@@ -155,26 +27,6 @@ pub(super) fn read(text: &str) -> Result<Policy, Vec<Fault>> {
     } else {
         Err(check.faults)
     }
-}
-
-/// serde's message for an unknown field, in our words.
-fn explained(mut fault: Fault) -> Fault {
-    let unknown = fault
-        .message
-        .strip_prefix("unknown field `")
-        .and_then(|rest| rest.split_once('`'))
-        .map(|(key, rest)| (key.to_owned(), rest.to_owned()));
-    if let Some((key, rest)) = unknown {
-        let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
-        fault.message = if LATER.contains(&key.as_str()) || key.starts_with("relative_") {
-            format!(
-                "`{key}` is not supported in this version: remove it, the rest of the entry works without"
-            )
-        } else {
-            format!("unknown field{}", hint(&key, known))
-        };
-    }
-    fault
 }
 
 struct Check<'a> {

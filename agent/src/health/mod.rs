@@ -7,12 +7,20 @@
 //! Non-goals: measuring (telemetry) and acting (migration).
 
 mod file;
+mod form;
 mod judge;
 mod policy;
 mod quantity;
 mod series;
 mod state;
 mod verdict;
+
+#[cfg(test)]
+mod policy_tests;
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod shipped;
 
 pub use judge::Judge;
 pub use policy::{

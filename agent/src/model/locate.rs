@@ -132,11 +132,14 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Fault> {
         );
         let inner = error.into_inner();
         let message = plain_message(&inner, &field);
-        let in_key = ["unknown field", "missing field", "duplicate"]
+        let in_key = ["unknown field", "missing field"]
             .iter()
             .any(|start| message.starts_with(start));
-        let position = locate(text, &field, in_key)
-            .filter(|_| !field.0.is_empty())
+        // The path leads to the first of two equal keys; the parser stood at the second.
+        let by_path = !field.0.is_empty() && !message.starts_with("duplicate");
+        let position = by_path
+            .then(|| locate(text, &field, in_key))
+            .flatten()
             .or_else(|| {
                 inner.location().map(|place| Position {
                     line: place.line(),

@@ -1,13 +1,13 @@
 //! "Did you mean": the known names nearest to a mistyped one.
 
 /// Up to three of `known` that are nearest to `name` in single-character edits, nearest first; none
-/// when even the nearest differs in more than half of its characters.
+/// when even the nearest differs in more than a third of its characters.
 #[must_use]
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let mut ranked: Vec<(usize, &str)> = known
         .into_iter()
         .map(|candidate| (edits(name, candidate), candidate))
-        .filter(|(edits, candidate)| *edits <= candidate.chars().count().div_ceil(2))
+        .filter(|(edits, candidate)| *edits <= candidate.chars().count().div_ceil(3))
         .collect();
     ranked.sort_unstable();
     ranked.into_iter().take(3).map(|(_, name)| name).collect()

@@ -1,0 +1,254 @@
+//! Policies that are right, and the message for each way to be wrong.
+
+use super::*;
+use crate::model::action::Action;
+use crate::model::metric::Unit;
+use std::time::Duration;
+
+const GOOD: &str = "\
+version: 1
+name: test
+thresholds:
+  disk-slow:
+    metric: block.latency_p99
+    per: disk
+    above: 40ms
+    clear: 15ms
+    for: 20s
+  disk-errors:
+    metric: block.errors
+    count: { at_least: 3, within: 10m }
+    severity: critical
+  memory-low:
+    metric: memory.available
+    below: 3GiB
+    optional: true
+degraded:
+  - failures: 2
+  - any: [disk-errors]
+delegate:
+  - when: { all: [disk-slow, disk-errors] }
+    actions: [encrypt, transfer]
+guards:
+  hold: 1h30m
+  fleet_max_evacuating: 30%
+  approvals: [oncall]
+  approval_timeout: 15m
+  on_timeout: proceed
+";
+
+#[test]
+fn a_policy_is_read_into_the_units_of_its_metrics() {
+    let policy = Policy::parse(GOOD, "f").unwrap();
+    let names: Vec<&str> = policy.thresholds.iter().map(|t| t.name.as_str()).collect();
+    assert_eq!(names, ["disk-slow", "disk-errors", "memory-low"]);
+    let slow = &policy.thresholds[0];
+    assert_eq!(
+        slow.rule,
+        Rule::Above {
+            enter: 40e6,
+            clear: 15e6
+        }
+    );
+    assert_eq!(
+        (slow.lasting, slow.severity),
+        (Duration::from_secs(20), Severity::Warning)
+    );
+    let low = 3.0 * 1_073_741_824.0;
+    assert_eq!(
+        policy.thresholds[2].rule,
+        Rule::Below {
+            enter: low,
+            clear: low
+        }
+    );
+    assert!(policy.thresholds[2].optional);
+    assert!(policy.delegate[0].actions.contains(Action::Transfer));
+    assert_eq!(policy.guards.hold, Duration::from_secs(5400));
+    assert_eq!(policy.guards.fleet_max_evacuating, Some(30.0));
+    assert_eq!(policy.guards.on_timeout, OnTimeout::Proceed);
+    assert_eq!(policy.stale_after, Duration::from_secs(10));
+}
+
+/// The good policy with one line changed must give exactly one fault, which starts so.
+fn wrong(from: &str, to: &str, expected: &str) {
+    assert!(GOOD.contains(from), "{from}");
+    let error = Policy::parse(&GOOD.replacen(from, to, 1), "f").unwrap_err();
+    let text = error.to_string();
+    assert!(text.starts_with(expected), "\n  {text}\n  {expected}");
+    assert_eq!(error.faults.len(), 1, "{text}");
+}
+
+#[test]
+fn a_mistake_names_file_line_column_field_and_what_would_be_right() {
+    wrong(
+        "clear: 15ms",
+        "clear: 50ms",
+        "f:8:12: thresholds.disk-slow.clear: 50ms is not on the healthy side of above: write at most 40ms",
+    );
+    wrong(
+        "block.latency_p99",
+        "block.latencyp99",
+        "f:5:13: thresholds.disk-slow.metric: unknown metric `block.latencyp99`; did you mean block.latency_p99",
+    );
+    wrong(
+        "above: 40ms",
+        "above: 40",
+        "f:7:12: thresholds.disk-slow.above: `40` does not fit this metric's unit: write a time such as 40ms",
+    );
+    wrong(
+        "above: 40ms",
+        "above: device-limit - 5ms",
+        "f:7:12: thresholds.disk-slow.above: `device-limit - 5ms` is not supported in this version",
+    );
+    wrong(
+        "for: 20s",
+        "for: 20",
+        "f:9:10: thresholds.disk-slow.for: `20` is not a span of time",
+    );
+    wrong(
+        "per: disk",
+        "per: sensor",
+        "f:6:10: thresholds.disk-slow.per: block.latency_p99 is not measured per sensor: write device or disk or container",
+    );
+    wrong(
+        "any: [disk-errors]",
+        "any: [disk-erors]",
+        "f:20:11: degraded[1].any[0]: unknown threshold `disk-erors`; did you mean disk-errors?",
+    );
+    wrong(
+        "failures: 2",
+        "failures: 4",
+        "f:19:15: degraded[0].failures: 4 never",
+    );
+    wrong(
+        "fleet_max_evacuating: 30%",
+        "fleet_max_evacuating: 130%",
+        "f:26:25: guards.fleet_max_evacuating: `130%` is more than 100%",
+    );
+    wrong(
+        "version: 1",
+        "version: 2",
+        "f:1:10: version: version 2 is not known",
+    );
+    wrong(
+        "within: 10m",
+        "within: 0s",
+        "f:12:35: thresholds.disk-errors.count.within: 0 would never fail",
+    );
+    wrong(
+        "at_least: 3",
+        "at_least: 0",
+        "f:12:24: thresholds.disk-errors.count.at_least: 0 would always fail",
+    );
+}
+
+#[test]
+fn a_mistake_of_form_is_told_in_the_same_way() {
+    wrong(
+        "    for: 20s",
+        "    fo: 20s",
+        "f:9:5: thresholds.disk-slow.fo: unknown field; did you mean for?",
+    );
+    wrong("    for: 20s", "    for: [20s", "f:");
+    wrong(
+        "severity: critical",
+        "severity: fatal",
+        "f:13:15: thresholds.disk-errors.severity: unknown variant `fatal`",
+    );
+    wrong(
+        "    metric: memory.available\n",
+        "",
+        "f:14:3: thresholds.memory-low: missing field `metric`",
+    );
+    wrong(
+        "[encrypt, transfer]",
+        "[encrypt, move]",
+        "f:23:24: delegate[0].actions[1]: unknown variant `move`",
+    );
+    wrong(
+        "  disk-errors:",
+        "  disk-slow:",
+        "f:10:3: thresholds.disk-slow: duplicate name",
+    );
+    wrong(
+        "at_least: 3",
+        "at_least: -3",
+        "f:12:24: thresholds.disk-errors.count.at_least: ",
+    );
+}
+
+#[test]
+fn keys_of_later_versions_are_refused_by_name() {
+    for key in [
+        "rising: true",
+        "forecast: 4h",
+        "relative_to_load: 2",
+        "not: [disk-slow]",
+    ] {
+        let name = key.split(':').next().unwrap();
+        wrong(
+            "    for: 20s",
+            &format!("    {key}"),
+            &format!(
+                "f:9:5: thresholds.disk-slow.{name}: `{name}` is not supported in this version"
+            ),
+        );
+    }
+}
+
+#[test]
+fn limits_of_the_wrong_kind_are_refused() {
+    wrong(
+        "count: { at_least: 3, within: 10m }",
+        "above: 3",
+        "f:12:5: thresholds.disk-errors.above: block.errors counts events: write count:",
+    );
+    wrong(
+        "below: 3GiB",
+        "count: { at_least: 3, within: 10m }",
+        "f:16:5: thresholds.memory-low.count: memory.available is a level",
+    );
+    wrong(
+        "    below: 3GiB\n",
+        "",
+        "f:14:3: thresholds.memory-low: has no limit",
+    );
+    wrong(
+        "    below: 3GiB",
+        "    below: 3GiB\n    above: 4GiB",
+        "f:14:3: thresholds.memory-low: has several limits",
+    );
+    wrong(
+        "severity: critical",
+        "for: 3s",
+        "f:13:5: thresholds.disk-errors.for: does not go with count",
+    );
+    wrong(
+        "- failures: 2",
+        "- { failures: 2, any: [disk-slow] }",
+        "f:19:5: degraded[0]: write exactly one",
+    );
+}
+
+#[test]
+fn all_mistakes_of_meaning_are_told_at_once_in_the_files_order() {
+    let text = GOOD
+        .replace("clear: 15ms", "clear: 50ms")
+        .replace("hold: 1h30m", "hold: soon");
+    let error = Policy::parse(&text, "f").unwrap_err();
+    let fields: Vec<String> = error
+        .faults
+        .iter()
+        .map(|fault| fault.field.to_string())
+        .collect();
+    assert_eq!(fields, ["thresholds.disk-slow.clear", "guards.hold"]);
+}
+
+#[test]
+fn values_are_shown_in_the_units_of_policies() {
+    assert_eq!(in_unit(61.4e6, Unit::Nanoseconds), "61.4 ms");
+    assert_eq!(in_unit(3e9, Unit::Nanoseconds), "3.0 s");
+    assert_eq!(in_unit(85.0, Unit::Percent), "85 %");
+    assert_eq!(in_unit(3.0 * 1_073_741_824.0, Unit::Bytes), "3.0 GiB");
+}
