@@ -42,7 +42,7 @@ fn the_proof_holds_across_restarts_of_the_databases_and_fails_for_one_lost_write
         &format!("write:{lost}"),
     ])?;
     let proof = ledger.check(source)?;
-    assert_eq!(proof.missing_in_redis, [lost.clone()]);
+    assert_eq!(proof.missing_in_redis, [lost.as_str()]);
     assert!(proof.missing_in_postgres.is_empty() && !proof.holds());
     lab.down()
 }

@@ -8,4 +8,6 @@ pub mod lab;
 pub mod ledger;
 pub mod load;
 pub mod process;
+pub mod setup;
+pub mod test;
 pub mod workspace;

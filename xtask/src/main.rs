@@ -14,6 +14,10 @@ struct CommandLine {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Installs what is missing; a second run only looks
+    Setup,
+    /// Sets up, builds and runs all checks and tests
+    Test,
     /// Lab hosts on this machine
     Lab(xtask::lab::command::Arguments),
     /// Writes to the demo application and keeps a ledger
@@ -22,6 +26,8 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match CommandLine::parse().task {
+        Task::Setup => xtask::setup::setup(),
+        Task::Test => xtask::test::test(),
         Task::Lab(arguments) => xtask::lab::command::run(&arguments),
         Task::Load(arguments) => xtask::load::run(&arguments),
     };

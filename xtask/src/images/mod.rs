@@ -90,7 +90,7 @@ fn recipe(name: &str) -> Result<Recipe> {
 }
 
 /// The newest PostgreSQL of the machine: the package's name differs between distributions.
-fn postgres_version() -> Result<String> {
+pub(crate) fn postgres_version() -> Result<String> {
     let dir = "/usr/lib/postgresql";
     fs::read_dir(dir)
         .ok()

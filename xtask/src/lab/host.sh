@@ -10,13 +10,14 @@ for dir in etc var; do
     mkdir -p "$HOST_DIR/$dir/upper" "$HOST_DIR/$dir/work"
 done
 mkdir -p "$HOST_DIR/containers" "$HOST_DIR/lifeboat" "$HOST_DIR/srv" "$HOST_DIR/logs"
-mount -t overlay overlay -o "lowerdir=/etc,upperdir=$HOST_DIR/etc/upper,workdir=$HOST_DIR/etc/work" /etc
+# volatile: nothing of a lab has to survive, and without it the last unmount would sync the whole disk.
+mount -t overlay overlay -o "volatile,lowerdir=/etc,upperdir=$HOST_DIR/etc/upper,workdir=$HOST_DIR/etc/work" /etc
 mount -t tmpfs -o mode=755 stage /mnt
 mkdir /mnt/containers /mnt/lifeboat /mnt/srv
 for dir in containers lifeboat srv; do
     mount --bind "$HOST_DIR/$dir" /mnt/$dir
 done
-mount -t overlay overlay -o "lowerdir=/var,upperdir=$HOST_DIR/var/upper,workdir=$HOST_DIR/var/work" /var
+mount -t overlay overlay -o "volatile,lowerdir=/var,upperdir=$HOST_DIR/var/upper,workdir=$HOST_DIR/var/work" /var
 mkdir -p /var/lib/containers /var/lib/lifeboat /etc/lifeboat /etc/containers
 cp "$HOST_DIR/hosts" /etc/hosts
 cp "$HOST_DIR/containers.conf" /etc/containers/containers.conf
