@@ -13,11 +13,11 @@ use aya::programs::{BtfTracePoint, RawTracePointRunOptions, TestRun};
 use aya::sys::{Stats, enable_stats};
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
 use lifeboat_ebpf::{
-    Ancestors, BlockKey, BlockStats, Latency, Layout, ListenKey, Open, PortKey, PortStats,
-    REFRESH_BATCH, Waiting,
+    Ancestors, BlockKey, BlockStats, InFlight, Latency, Layout, ListenKey, Open, PortKey,
+    PortStats, REFRESH_BATCH, Waiting,
 };
+use std::collections::HashSet;
 use std::fs;
-use std::hash::Hash;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -52,7 +52,7 @@ pub struct Kernel {
     /// None when not even the object could be loaded.
     ebpf: Option<Ebpf>,
     running: Vec<Family>,
-    scope: Option<Scope>,
+    own_cgroup: Option<u64>,
     /// Keeps the kernel's measuring of programs on.
     measuring: Option<OwnedFd>,
 }
@@ -73,7 +73,7 @@ impl Kernel {
             Self {
                 ebpf: None,
                 running: Vec::new(),
-                scope: None,
+                own_cgroup: None,
                 measuring: None,
             }
         };
@@ -92,7 +92,7 @@ impl Kernel {
         let (mut layout, missing) = layout::find(&types);
         drop(types);
         match scope(root, cgroup) {
-            Ok(scope) => {
+            Ok((scope, own_cgroup)) => {
                 layout.scope_id = scope.id;
                 layout.scope_level = scope.level;
                 match Self::load(root, &layout, sizes) {
@@ -100,7 +100,7 @@ impl Kernel {
                         let mut kernel = Self {
                             ebpf: Some(ebpf),
                             running: Vec::new(),
-                            scope: Some(scope),
+                            own_cgroup,
                             measuring: None,
                         };
                         kernel.attach(&btf, &missing, disabled);
@@ -149,10 +149,10 @@ impl Kernel {
         self.running.contains(&family)
     }
 
-    /// The scope, when the programs could be loaded.
+    /// The agent's own cgroup2 id, when the programs could be loaded.
     #[must_use]
-    pub fn scope(&self) -> Option<Scope> {
-        self.scope
+    pub fn own_cgroup(&self) -> Option<u64> {
+        self.own_cgroup
     }
 
     /// Run-queue latency by cgroup2 id, since the start.
@@ -171,6 +171,13 @@ impl Kernel {
     #[must_use]
     pub fn block(&self) -> Vec<(BlockKey, BlockStats)> {
         self.entries("BLOCK")
+    }
+
+    /// Block requests between issue and completion.
+    #[must_use]
+    pub fn in_flight(&self) -> Vec<InFlight> {
+        let requests = self.entries::<u64, InFlight>("IN_FLIGHT");
+        requests.into_iter().map(|(_, request)| request).collect()
     }
 
     /// Kinds of connections, since the start, with the bytes of open connections up to now.
@@ -210,10 +217,26 @@ impl Kernel {
     }
 
     /// Forgets what is counted for cgroups that are gone.
-    pub fn forget_cgroups(&mut self, gone: impl Fn(u64) -> bool) {
-        self.remove_keys::<u64, Latency>("RUN_QUEUE", |key| gone(*key));
-        self.remove_keys::<BlockKey, BlockStats>("BLOCK", |key| gone(key.cgroup));
-        self.remove_keys::<ListenKey, u64>("LISTENING", |key| gone(key.cgroup));
+    pub fn forget_cgroups(&mut self, gone: &HashSet<u64>) {
+        if gone.is_empty() {
+            return;
+        }
+        self.remove_keys::<u64, Latency>("RUN_QUEUE", |key| gone.contains(key));
+        self.remove_keys::<BlockKey, BlockStats>("BLOCK", |key| gone.contains(&key.cgroup));
+        self.remove_keys::<PortKey, PortStats>("PORTS", |key| gone.contains(&key.cgroup));
+        self.remove_keys::<ListenKey, u64>("LISTENING", |key| gone.contains(&key.cgroup));
+    }
+
+    /// Forgets kinds of connections, except those with an open one. Returns what was forgotten.
+    pub fn forget_ports(&mut self, keys: &HashSet<PortKey>) -> HashSet<PortKey> {
+        let open: HashSet<PortKey> = self
+            .entries::<u64, Open>("OPEN")
+            .into_iter()
+            .map(|(_, open)| open.key)
+            .collect();
+        let forgotten: HashSet<PortKey> = keys.difference(&open).copied().collect();
+        self.remove_keys::<PortKey, PortStats>("PORTS", |key| forgotten.contains(key));
+        forgotten
     }
 
     /// What was lost, by map.
@@ -311,7 +334,7 @@ impl Kernel {
             .unwrap_or_default()
     }
 
-    fn remove_keys<K: Pod + Eq + Hash, V: Pod>(&mut self, name: &str, gone: impl Fn(&K) -> bool) {
+    fn remove_keys<K: Pod, V: Pod>(&mut self, name: &str, gone: impl Fn(&K) -> bool) {
         let Some(map) = self.ebpf.as_mut().and_then(|ebpf| ebpf.map_mut(name)) else {
             return;
         };
@@ -360,8 +383,8 @@ fn missing_program(name: &str) -> (String, String) {
     (name.to_owned(), why)
 }
 
-/// Asks the kernel where this process lies, and places the scope by it.
-fn scope(root: &Path, cgroup: &Path) -> Result<Scope, String> {
+/// Asks the kernel where this process lies, and places the scope by it. Also the process's own cgroup.
+fn scope(root: &Path, cgroup: &Path) -> Result<(Scope, Option<u64>), String> {
     let probe = || -> Result<Vec<u64>, String> {
         let mut ebpf = EbpfLoader::new()
             .btf(None)
@@ -382,7 +405,9 @@ fn scope(root: &Path, cgroup: &Path) -> Result<Scope, String> {
         let known = ancestors.ids.iter().take_while(|&&id| id != 0);
         Ok(known.copied().collect())
     };
-    scope::place(root, cgroup, &probe()?).map_err(|error| error.to_string())
+    let ancestors = probe()?;
+    let scope = scope::place(root, cgroup, &ancestors).map_err(|error| error.to_string())?;
+    Ok((scope, ancestors.last().copied()))
 }
 
 /// An error with its causes, on one line, without the verifier's log below the first line of each.

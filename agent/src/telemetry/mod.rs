@@ -3,7 +3,338 @@
 //! Invariants: starting never fails for a missing kernel feature: it is disabled with a named reason;
 //! nothing on the host is changed to observe it; nothing outside the scope is reported.
 
-pub mod btf;
-pub mod kernel;
-pub mod layout;
-pub mod scope;
+mod btf;
+mod cgroups;
+mod edges;
+mod host;
+mod interval;
+mod kernel;
+mod layout;
+mod listeners;
+mod ports;
+mod scope;
+mod sockets;
+
+use crate::model::container::{Container, State};
+use crate::model::ids::ContainerName;
+use crate::model::metric::{Per, Sample, Subject};
+use crate::model::telemetry::{
+    BlockIo, ContainerStats, Disabled, DiskStats, HostFacts, RunQueueStats, Snapshot,
+};
+use crate::model::units::UnixMillis;
+use cgroups::Cgroups;
+use host::{Host, Value};
+use interval::{Counters, add_block, add_in_flight, add_waiting, block_values, run_queue_values};
+use kernel::Kernel;
+use layout::Family;
+use ports::{Clock, Ports};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The kernel measures its programs during one sweep in so many: measuring always would cost as much
+/// as the programs do.
+const MEASURED_SWEEP: u64 = 60;
+
+/// Where the senses look.
+#[derive(Clone, Debug)]
+pub struct TelemetryConfig {
+    /// Root of procfs and sysfs; `/` on the host itself.
+    pub root: PathBuf,
+    /// cgroup2 directory of the scope: nothing beyond it is reported.
+    pub cgroup: PathBuf,
+}
+
+/// The agent's senses.
+pub struct Telemetry {
+    config: TelemetryConfig,
+    kernel: Kernel,
+    disabled: Vec<Disabled>,
+    cgroups: Cgroups,
+    counters: Counters,
+    ports: Ports,
+    host: Host,
+    last_sweep: Instant,
+    sweeps: u64,
+    always_measured: bool,
+}
+
+/// What is read at once, and what is common to all of a sweep.
+struct Sweep {
+    owners: HashMap<u64, ContainerName>,
+    interval: Duration,
+    now_ns: u64,
+    values: Vec<Value>,
+}
+
+impl Telemetry {
+    /// Starts every sense that works here; the others are in [`Telemetry::disabled`].
+    #[must_use]
+    pub fn start(config: TelemetryConfig) -> Self {
+        Self::start_sized(config, &[])
+    }
+
+    /// As [`Telemetry::start`], with other capacities for maps by name.
+    fn start_sized(config: TelemetryConfig, sizes: &[(&str, u32)]) -> Self {
+        let mut disabled = Vec::new();
+        let kernel = Kernel::start(&config.root, &config.cgroup, sizes, &mut disabled);
+        for Disabled { what, why } in &disabled {
+            tracing::warn!("telemetry: {what} is disabled: {why}");
+        }
+        Self {
+            kernel,
+            disabled,
+            cgroups: Cgroups::new(config.cgroup.clone()),
+            counters: Counters::default(),
+            ports: Ports::default(),
+            host: Host::new(config.root.clone()),
+            last_sweep: Instant::now(),
+            sweeps: 0,
+            always_measured: false,
+            config,
+        }
+    }
+
+    /// Programs and sources that do not work here, with the reason.
+    #[must_use]
+    pub fn disabled(&self) -> &[Disabled] {
+        &self.disabled
+    }
+
+    /// Has the kernel measure its programs all the time, rather than during one sweep in sixty.
+    pub fn measure_programs(&mut self, always: bool) {
+        self.always_measured = always;
+        self.measure();
+    }
+
+    /// Reads everything. Blocking (files and system calls, milliseconds); meant for about once a second.
+    /// Statistics are over the time since the sweep before; edges accumulate since the start.
+    pub fn sweep(&mut self, containers: &[Container], now: UnixMillis) -> Snapshot {
+        let clock = Clock::new(now);
+        let mut sweep = Sweep {
+            owners: HashMap::new(),
+            interval: self.last_sweep.elapsed(),
+            now_ns: clock.monotonic_ns,
+            values: Vec::new(),
+        };
+        self.last_sweep = Instant::now();
+
+        // Ids first, the tree after: an id that the tree lacks is then gone for good.
+        let run_queue = self.kernel.run_queue();
+        let block = self.kernel.block();
+        let connections = self.kernel.ports();
+        let listening = self.kernel.listening();
+        let ids: HashSet<u64> = run_queue
+            .iter()
+            .map(|(cgroup, _)| *cgroup)
+            .chain(block.iter().map(|(key, _)| key.cgroup))
+            .chain(connections.iter().map(|(key, _)| key.cgroup))
+            .chain(listening.iter().map(|(key, _)| key.cgroup))
+            .collect();
+        self.cgroups.know(ids.iter().copied());
+        sweep.owners = self.cgroups.owners(containers);
+
+        let mut stats = containers
+            .iter()
+            .filter(|container| matches!(container.state, State::Running | State::Paused))
+            .map(|container| (container.name.clone(), (None, None)))
+            .collect::<BTreeMap<_, (Option<RunQueueStats>, Option<BlockIo>)>>();
+        let host_run_queue = self.run_queue(&run_queue, &mut sweep, &mut stats);
+        let (host_block, devices) = self.block(&block, &mut sweep, &mut stats);
+        self.ports.sweep(
+            &self.config.root,
+            &self.config.cgroup,
+            &ports::Seen {
+                containers,
+                owners: &sweep.owners,
+                own_cgroup: self.kernel.own_cgroup(),
+                connections: &connections,
+                listening: &listening,
+                clock,
+            },
+        );
+        self.log_first_seen(&sweep);
+        let gone: HashSet<u64> = ids
+            .into_iter()
+            .filter(|&id| !self.cgroups.has(id))
+            .collect();
+        self.kernel.forget_cgroups(&gone);
+        self.ports.forget(&mut self.kernel, &gone, clock);
+
+        let reading = self.host.read(sweep.interval);
+        sweep.values.extend(reading.values);
+        let host = HostFacts {
+            run_queue: host_run_queue,
+            block: host_block,
+            load1: reading.load1,
+            cpus: reading.cpus,
+            memory_total: reading.memory_total,
+            memory_available: reading.memory_available,
+        };
+        self.sweeps += 1;
+        self.measure();
+        Snapshot {
+            at: now,
+            samples: samples(sweep.values, now),
+            edges: self.ports.edges(),
+            external: self.ports.external(),
+            listening: self.ports.listening(),
+            containers: stats
+                .into_iter()
+                .map(|(name, (run_queue, block))| ContainerStats {
+                    name,
+                    run_queue,
+                    block,
+                })
+                .collect(),
+            devices,
+            host,
+            addresses: self.ports.host_addresses(),
+            losses: self.kernel.losses(),
+            programs: self.kernel.costs(),
+            disabled: self.disabled.clone(),
+        }
+    }
+
+    fn run_queue(
+        &mut self,
+        now: &[(u64, lifeboat_ebpf::Latency)],
+        sweep: &mut Sweep,
+        stats: &mut BTreeMap<ContainerName, (Option<RunQueueStats>, Option<BlockIo>)>,
+    ) -> Option<RunQueueStats> {
+        if !self.kernel.runs(Family::Sched) {
+            return None;
+        }
+        for (run_queue, _) in stats.values_mut() {
+            *run_queue = Some(RunQueueStats::default());
+        }
+        let mut host = RunQueueStats::default();
+        for (cgroup, latency) in self.counters.run_queue(now) {
+            host.latency.merge(&latency);
+            if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
+                run_queue.latency.merge(&latency);
+            }
+        }
+        for (_, waiting) in self.kernel.waiting() {
+            add_waiting(&mut host, &waiting, sweep.now_ns, sweep.interval);
+            if let Some((Some(run_queue), _)) = sweep.stats_of(waiting.cgroup, stats) {
+                add_waiting(run_queue, &waiting, sweep.now_ns, sweep.interval);
+            }
+        }
+        for (name, (run_queue, _)) in stats {
+            let subject = interval::subject(Per::Container, name.as_str());
+            let values = run_queue
+                .iter()
+                .flat_map(|stats| run_queue_values(&subject, stats));
+            sweep.values.extend(values);
+        }
+        sweep
+            .values
+            .extend(run_queue_values(&Subject::device(), &host));
+        Some(host)
+    }
+
+    fn block(
+        &mut self,
+        now: &[(lifeboat_ebpf::BlockKey, lifeboat_ebpf::BlockStats)],
+        sweep: &mut Sweep,
+        stats: &mut BTreeMap<ContainerName, (Option<RunQueueStats>, Option<BlockIo>)>,
+    ) -> (Option<BlockIo>, Vec<DiskStats>) {
+        if !self.kernel.runs(Family::Block) {
+            return (None, Vec::new());
+        }
+        for (_, block) in stats.values_mut() {
+            *block = Some(BlockIo::default());
+        }
+        let mut host = BlockIo::default();
+        let mut disks: BTreeMap<u32, BlockIo> = BTreeMap::new();
+        for (key, more) in self.counters.block(now) {
+            let disk = disks.entry(key.device).or_default();
+            let of = sweep.stats_of(key.cgroup, stats);
+            let of = of.and_then(|(_, block)| block.as_mut());
+            for io in [Some(&mut host), Some(disk), of].into_iter().flatten() {
+                add_block(io, &key, &more, sweep.interval);
+            }
+        }
+        for request in self.kernel.in_flight() {
+            let disk = disks.entry(request.key.device).or_default();
+            let of = sweep.stats_of(request.key.cgroup, stats);
+            let of = of.and_then(|(_, block)| block.as_mut());
+            for io in [Some(&mut host), Some(disk), of].into_iter().flatten() {
+                add_in_flight(io, &request, sweep.now_ns, sweep.interval);
+            }
+        }
+        for (name, (_, block)) in stats {
+            let subject = interval::subject(Per::Container, name.as_str());
+            let values = block.iter().flat_map(|io| block_values(&subject, io));
+            sweep.values.extend(values);
+        }
+        sweep.values.extend(block_values(&Subject::device(), &host));
+        let devices: Vec<DiskStats> = disks
+            .into_iter()
+            .map(|(device, block)| DiskStats {
+                name: disk_name(&self.config.root, device),
+                block,
+            })
+            .collect();
+        for disk in &devices {
+            let subject = interval::subject(Per::Disk, &disk.name);
+            sweep.values.extend(block_values(&subject, &disk.block));
+        }
+        (Some(host), devices)
+    }
+
+    fn log_first_seen(&mut self, sweep: &Sweep) {
+        for key in self.kernel.first_seen() {
+            if let Some(owner) = sweep.owners.get(&key.cgroup) {
+                let peer = ports::address(key.peer);
+                let (local, remote, role) = (key.local_port, key.peer_port, key.role);
+                tracing::debug!(%owner, role, local, %peer, remote, "first connection of its kind");
+            }
+        }
+    }
+
+    fn measure(&mut self) {
+        let wanted = self.always_measured || self.sweeps.is_multiple_of(MEASURED_SWEEP);
+        if let Err(why) = self.kernel.measure(wanted)
+            && self.disabled.iter().all(|known| known.why != why)
+        {
+            let what = "cost of the kernel programs".to_owned();
+            self.disabled.push(Disabled { what, why });
+        }
+    }
+}
+
+impl Sweep {
+    fn stats_of<'s, T>(
+        &self,
+        cgroup: u64,
+        stats: &'s mut BTreeMap<ContainerName, T>,
+    ) -> Option<&'s mut T> {
+        stats.get_mut(self.owners.get(&cgroup)?)
+    }
+}
+
+fn samples(values: Vec<Value>, at: UnixMillis) -> Vec<Sample> {
+    values
+        .into_iter()
+        .map(|(metric, subject, value)| Sample {
+            metric: metric.to_owned(),
+            subject,
+            value,
+            at,
+        })
+        .collect()
+}
+
+/// A disk's name in sysfs; `major:minor` where sysfs does not know it (any more).
+fn disk_name(root: &Path, device: u32) -> String {
+    let number = format!("{}:{}", device >> 20, device & 0xf_ffff);
+    let link = fs::read_link(root.join("sys/dev/block").join(&number)).ok();
+    link.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
+        .unwrap_or(number)
+}
+
+/// Ports that containers listen on, as the snapshot has them.
+type Listening = BTreeMap<ContainerName, BTreeSet<u16>>;

@@ -1,0 +1,162 @@
+//! Who listens where, and what was connected before the agent looked.
+
+use super::cgroups;
+use super::edges::{EdgeBook, Kind, Role, Totals};
+use super::sockets;
+use crate::model::container::{Container, State};
+use crate::model::edge::Learnt;
+use crate::model::ids::ContainerName;
+use crate::model::units::UnixMillis;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How often a network namespace's tables are read again, for listeners that closed since. Reading
+/// them walks the whole host's socket table, so one namespace is read in a sweep at most.
+const AGAIN: Duration = Duration::from_secs(60);
+
+/// What the socket tables of the containers' network namespaces say.
+#[derive(Default)]
+pub struct Listeners {
+    /// Containers whose namespace has been read, with the process it was read through.
+    known: BTreeMap<ContainerName, i32>,
+    namespaces: BTreeMap<u64, Namespace>,
+}
+
+struct Namespace {
+    read: Instant,
+    listening: BTreeSet<(u16, ContainerName)>,
+}
+
+impl Listeners {
+    /// The network namespace of each running container.
+    #[must_use]
+    pub fn netns(root: &Path, containers: &[Container]) -> BTreeMap<ContainerName, u64> {
+        running(containers)
+            .filter_map(|container| {
+                let netns = sockets::netns(root, &container.pid.to_string())?;
+                Some((container.name.clone(), netns))
+            })
+            .collect()
+    }
+
+    /// Reads the namespaces of containers that are new, and one that was read long ago. Connections that
+    /// nobody saw being made go into the book as inferred.
+    pub fn read(
+        &mut self,
+        root: &Path,
+        scope: &Path,
+        containers: &[Container],
+        netns: &BTreeMap<ContainerName, u64>,
+        now: UnixMillis,
+        book: &mut EdgeBook,
+    ) {
+        self.known.retain(|name, _| netns.contains_key(name));
+        self.namespaces
+            .retain(|namespace, _| netns.values().any(|known| known == namespace));
+        let mut due: BTreeSet<u64> = BTreeSet::new();
+        for container in running(containers) {
+            let before = self.known.insert(container.name.clone(), container.pid);
+            if before != Some(container.pid) {
+                due.extend(netns.get(&container.name));
+            }
+        }
+        if due.is_empty() {
+            let old = self.namespaces.iter().min_by_key(|(_, known)| known.read);
+            due.extend(
+                old.filter(|(_, known)| known.read.elapsed() > AGAIN)
+                    .map(|(namespace, _)| *namespace),
+            );
+        }
+        for namespace in due {
+            let inside: Vec<&Container> = running(containers)
+                .filter(|container| netns.get(&container.name) == Some(&namespace))
+                .collect();
+            let listening = read_namespace(root, scope, namespace, &inside, now, book);
+            let known = Namespace {
+                read: Instant::now(),
+                listening,
+            };
+            self.namespaces.insert(namespace, known);
+        }
+    }
+
+    /// Every listening port found: (network namespace, port) and who listens.
+    pub fn iter(&self) -> impl Iterator<Item = ((u64, u16), &ContainerName)> {
+        self.namespaces.iter().flat_map(|(namespace, known)| {
+            known
+                .listening
+                .iter()
+                .map(|(port, name)| ((*namespace, *port), name))
+        })
+    }
+}
+
+fn running(containers: &[Container]) -> impl Iterator<Item = &Container> {
+    containers
+        .iter()
+        .filter(|container| container.pid > 0 && container.state != State::Exited)
+}
+
+fn read_namespace(
+    root: &Path,
+    scope: &Path,
+    namespace: u64,
+    inside: &[&Container],
+    now: UnixMillis,
+    book: &mut EdgeBook,
+) -> BTreeSet<(u16, ContainerName)> {
+    let Some(through) = inside.first() else {
+        return BTreeSet::new();
+    };
+    let sockets = sockets::read(root, through.pid);
+    let groups: Vec<(ContainerName, Vec<i32>)> = inside
+        .iter()
+        .map(|container| {
+            let mut processes = cgroups::processes(scope, &container.cgroup_path);
+            processes.push(container.pid);
+            (container.name.clone(), processes)
+        })
+        .collect();
+    let holders = sockets::holders(root, &groups);
+    let mut kinds: BTreeMap<Kind, u64> = BTreeMap::new();
+    for socket in &sockets.established {
+        let Some(owner) = holders.get(&socket.inode) else {
+            continue;
+        };
+        let (local_port, peer_port) = match socket.role {
+            Role::Client => (0, socket.peer.port()),
+            Role::Server => (socket.local.port(), 0),
+        };
+        let kind = Kind {
+            owner: owner.clone(),
+            netns: namespace,
+            role: socket.role,
+            local_port,
+            peer: socket.peer.ip(),
+            peer_port,
+            learnt: Learnt::Inferred,
+        };
+        *kinds.entry(kind).or_default() += 1;
+    }
+    for (kind, connections) in kinds {
+        let observed = Kind {
+            learnt: Learnt::Observed,
+            ..kind.clone()
+        };
+        if !book.has(&kind) && !book.has(&observed) {
+            let totals = Totals {
+                connections,
+                sent: 0,
+                received: 0,
+                first_seen: now,
+                last_seen: now,
+            };
+            book.add(kind, totals);
+        }
+    }
+    let ports = sockets.listening.iter();
+    ports
+        .filter_map(|(port, inode)| Some((*port, holders.get(inode)?.clone())))
+        .collect()
+}

@@ -1,0 +1,222 @@
+//! From the kernel's kinds of connections and listening ports to edges and service ports.
+
+use super::edges::{EdgeBook, Kind, Role, Totals, World};
+use super::kernel::Kernel;
+use super::listeners::Listeners;
+use super::{Listening, sockets};
+use crate::model::container::Container;
+use crate::model::edge::{Edge, Learnt};
+use crate::model::ids::ContainerName;
+use crate::model::telemetry::External;
+use crate::model::units::UnixMillis;
+use lifeboat_ebpf::{ListenKey, PortKey, PortStats, role};
+use nix::ifaddrs::getifaddrs;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::Path;
+
+/// Kinds above which idle ones are taken out of the kernel's map, half its capacity.
+const CROWDED: usize = 4_096;
+
+/// A kind without traffic for so long is idle.
+const IDLE_NS: u64 = 60_000_000_000;
+
+/// The kernel's monotonic clock beside the wall clock.
+#[derive(Clone, Copy)]
+pub struct Clock {
+    /// Now, of the monotonic clock.
+    pub monotonic_ns: u64,
+    now: UnixMillis,
+}
+
+impl Clock {
+    /// The monotonic clock at wall time `now`.
+    #[must_use]
+    pub fn new(now: UnixMillis) -> Self {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: `time` is a timespec that lives for the call; CLOCK_MONOTONIC always exists.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+        Self {
+            monotonic_ns: time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64,
+            now,
+        }
+    }
+
+    fn wall(&self, monotonic_ns: u64) -> UnixMillis {
+        let ago = self.monotonic_ns.saturating_sub(monotonic_ns) / 1_000_000;
+        UnixMillis(self.now.0.saturating_sub(ago))
+    }
+}
+
+/// What one sweep saw.
+pub struct Seen<'a> {
+    /// The host's containers.
+    pub containers: &'a [Container],
+    /// The container of every cgroup.
+    pub owners: &'a HashMap<u64, ContainerName>,
+    /// The agent's own cgroup, whose connections are its own business.
+    pub own_cgroup: Option<u64>,
+    /// The kernel's kinds of connections.
+    pub connections: &'a [(PortKey, PortStats)],
+    /// The kernel's listening ports.
+    pub listening: &'a [(ListenKey, u64)],
+    /// When.
+    pub clock: Clock,
+}
+
+impl Seen<'_> {
+    fn owner(&self, cgroup: u64) -> Option<&ContainerName> {
+        let owner = self.owners.get(&cgroup)?;
+        let agent = self.own_cgroup.and_then(|own| self.owners.get(&own));
+        (agent != Some(owner)).then_some(owner)
+    }
+}
+
+/// Everything learnt about connections since the start.
+#[derive(Default)]
+pub struct Ports {
+    book: EdgeBook,
+    /// What of the kernel's counters is in the book.
+    counted: HashMap<PortKey, PortStats>,
+    listeners: Listeners,
+    listening: BTreeMap<(u64, u16), ContainerName>,
+    host_addresses: BTreeSet<IpAddr>,
+}
+
+impl Ports {
+    /// Takes in a sweep.
+    pub fn sweep(&mut self, root: &Path, scope: &Path, seen: &Seen<'_>) {
+        let netns = Listeners::netns(root, seen.containers);
+        self.count(seen);
+        let (containers, now) = (seen.containers, seen.clock.now);
+        self.listeners
+            .read(root, scope, containers, &netns, now, &mut self.book);
+        self.listening = self
+            .listeners
+            .iter()
+            .map(|(at, name)| (at, name.clone()))
+            .collect();
+        for (key, _) in seen.listening {
+            if let Some(owner) = seen.owner(key.cgroup) {
+                let at = (u64::from(key.netns), key.port);
+                self.listening.insert(at, owner.clone());
+            }
+        }
+        self.host_addresses = host_addresses();
+        self.book.resolve(&World {
+            containers: seen.containers,
+            netns,
+            host_netns: sockets::netns(root, "self").unwrap_or_default(),
+            host_addresses: self.host_addresses.clone(),
+            listeners: self.listening.clone(),
+        });
+    }
+
+    fn count(&mut self, seen: &Seen<'_>) {
+        for (key, stats) in seen.connections {
+            // Not counted yet: the runtime may name the container by the next sweep.
+            let Some(owner) = seen.owner(key.cgroup) else {
+                continue;
+            };
+            let before = self.counted.insert(*key, *stats);
+            let more = |field: fn(&PortStats) -> u64| {
+                let counted = before.as_ref().map_or(0, field);
+                field(stats).saturating_sub(counted)
+            };
+            let totals = Totals {
+                connections: more(|stats| stats.connections),
+                sent: more(|stats| stats.sent),
+                received: more(|stats| stats.received),
+                first_seen: seen.clock.wall(stats.first_ns),
+                last_seen: seen.clock.wall(stats.last_ns),
+            };
+            if totals.connections + totals.sent + totals.received == 0 {
+                continue;
+            }
+            self.book.add(kind(owner, key), totals);
+        }
+    }
+
+    /// Forgets what the kernel need not hold any more: it is in the book.
+    pub fn forget(&mut self, kernel: &mut Kernel, gone: &HashSet<u64>, clock: Clock) {
+        self.counted.retain(|key, _| !gone.contains(&key.cgroup));
+        if self.counted.len() <= CROWDED {
+            return;
+        }
+        let idle: HashSet<PortKey> = self
+            .counted
+            .iter()
+            .filter(|(_, stats)| clock.monotonic_ns.saturating_sub(stats.last_ns) > IDLE_NS)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in kernel.forget_ports(&idle) {
+            self.counted.remove(&key);
+        }
+    }
+
+    /// Edges between containers.
+    #[must_use]
+    pub fn edges(&self) -> Vec<Edge> {
+        self.book.edges()
+    }
+
+    /// Connections with peers that are no container of this host.
+    #[must_use]
+    pub fn external(&self) -> Vec<External> {
+        self.book.external()
+    }
+
+    /// Service ports by container.
+    #[must_use]
+    pub fn listening(&self) -> Listening {
+        let mut ports = Listening::new();
+        for ((_, port), name) in &self.listening {
+            ports.entry(name.clone()).or_default().insert(*port);
+        }
+        ports
+    }
+
+    /// Addresses of the host.
+    #[must_use]
+    pub fn host_addresses(&self) -> Vec<IpAddr> {
+        self.host_addresses.iter().copied().collect()
+    }
+}
+
+/// An address as the kernel programs write it.
+#[must_use]
+pub fn address(bytes: [u8; 16]) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical()
+}
+
+fn kind(owner: &ContainerName, key: &PortKey) -> Kind {
+    let role = if key.role == role::SERVER {
+        Role::Server
+    } else {
+        Role::Client
+    };
+    Kind {
+        owner: owner.clone(),
+        netns: u64::from(key.netns),
+        role,
+        local_port: key.local_port,
+        peer: address(key.peer),
+        peer_port: key.peer_port,
+        learnt: Learnt::Observed,
+    }
+}
+
+fn host_addresses() -> BTreeSet<IpAddr> {
+    let interfaces = getifaddrs().into_iter().flatten();
+    interfaces
+        .filter_map(|interface| {
+            let storage = interface.address?;
+            let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        })
+        .filter(|address| !address.is_loopback())
+        .collect()
+}
