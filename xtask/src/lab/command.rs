@@ -1,6 +1,7 @@
 //! `cargo xtask lab`: a lab for a person, which stays up until `down`.
 
 use std::os::unix::process::CommandExt;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -27,6 +28,9 @@ enum Action {
         /// Host names
         #[arg(default_values = ["source", "paired", "target", "duplicator", "client"])]
         hosts: Vec<String>,
+        /// Stays and ends the lab at Ctrl-C
+        #[arg(long)]
+        foreground: bool,
     },
     /// Ends the lab; nothing is left
     Down,
@@ -130,7 +134,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     become_root()?;
     let name = &arguments.lab;
     match &arguments.action {
-        Action::Up { hosts } => {
+        Action::Up { hosts, foreground } => {
             let lab = Lab::up(&LabSpec {
                 name: name.clone(),
                 hosts: hosts
@@ -139,7 +143,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                     .collect(),
             })?;
             status(&lab);
-            println!("end it with `cargo xtask lab down`");
+            if *foreground {
+                println!("end it with Ctrl-C");
+                loop {
+                    // The lab's own signal handler ends it and this process.
+                    thread::park();
+                }
+            }
+            println!("end it with `cargo xtask lab --lab {name} down`");
             lab.leave_running()
         }
         Action::Down => remove(name),

@@ -39,7 +39,9 @@ pub enum Fault {
 }
 
 impl Fault {
-    fn name(self) -> &'static str {
+    /// Name of the cgroup, below the host's, that holds the fault's processes.
+    #[must_use]
+    pub fn cgroup_name(self) -> &'static str {
         match self {
             Self::Cpu { .. } => "fault-cpu",
             Self::Disk { .. } => "fault-disk",
@@ -62,7 +64,7 @@ impl Lab {
         let seconds = time.as_secs().max(1).to_string();
         let timed = |script: &str, argument: String| {
             host.spawn_logged(
-                fault.name(),
+                fault.cgroup_name(),
                 ["timeout", &seconds, "sh", "-c", script, &argument],
             )
         };
@@ -78,7 +80,7 @@ impl Lab {
                 format!("{mib}M"),
             ),
             Fault::Disk { jobs } => host.spawn_logged(
-                fault.name(),
+                fault.cgroup_name(),
                 [
                     "sh",
                     "-c",
@@ -114,7 +116,7 @@ impl Lab {
     /// # Errors
     /// Its processes or its network rules could not be removed.
     pub fn clear_fault(&self, host: &Host, fault: Fault) -> Result<()> {
-        let cgroup = super::cgroup::Cgroup::at(host.cgroup().join(fault.name()));
+        let cgroup = super::cgroup::Cgroup::at(host.cgroup().join(fault.cgroup_name()));
         cgroup.kill_and_remove()?;
         match fault {
             Fault::Net { .. } => {
@@ -151,7 +153,7 @@ impl Lab {
             .arg(seconds)
             .arg(task)
             .args(["lab", "--lab", self.name(), "clear-fault", host.name()])
-            .arg(fault.name().trim_start_matches("fault-"))
+            .arg(fault.cgroup_name().trim_start_matches("fault-"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

@@ -363,6 +363,3 @@ impl Drop for Lab {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;
