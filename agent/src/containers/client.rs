@@ -200,6 +200,30 @@ impl Runtime {
             .copied()
     }
 
+    /// Directory under which the files of the runtime's own mount namespace are found: `/`, unless it
+    /// runs in another one than we do. Paths the runtime tells are below it.
+    ///
+    /// # Errors
+    /// When the runtime does not answer.
+    pub(super) async fn root(&self, operation: &str) -> Result<PathBuf, RuntimeError> {
+        let unreachable = |source| RuntimeError::Unreachable {
+            socket: self.socket.clone(),
+            operation: operation.to_owned(),
+            source,
+        };
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(unreachable)?;
+        let peer = stream.peer_cred().map_err(unreachable)?.pid();
+        let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+        Ok(match peer.map(|pid| pid.to_string()) {
+            Some(pid) if namespace(&pid).is_some() && namespace(&pid) != namespace("self") => {
+                PathBuf::from(format!("/proc/{pid}/root"))
+            }
+            _ => PathBuf::from("/"),
+        })
+    }
+
     pub(super) async fn get<T: DeserializeOwned>(
         &self,
         path: &str,

@@ -257,6 +257,7 @@ fn comparable(inspect: &Value) -> Value {
             )
         })
         .collect();
+    // Podman's sysctls are not among these: it shows none before the first start.
     let libpod = &inspect[LIBPOD];
     json!({
         "Name": inspect["Name"],
@@ -266,7 +267,6 @@ fn comparable(inspect: &Value) -> Value {
         "Mounts": mounts,
         "NetworkMode": mode,
         "Networks": networks,
-        "Sysctls": libpod["Sysctls"],
         "Annotations": own_annotations(&libpod["Config"]["Annotations"]),
         "BoundingCaps": libpod["BoundingCaps"],
         "EffectiveCaps": libpod["EffectiveCaps"],

@@ -16,9 +16,9 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-/// Where Podman looks for OCI hooks unless containers.conf says otherwise (containers-common,
-/// `hooks_dir`); the one under /etc is only read when configured.
-pub const HOOKS_DIR: &str = "/usr/share/containers/oci/hooks.d";
+/// Where Podman looks for OCI hooks unless containers.conf says otherwise (containers-common 0.50,
+/// `DefaultHooksDirs`; Podman 4.3 does not read the one under /etc that its manual names as well).
+const HOOKS_DIR: &str = "/usr/share/containers/oci/hooks.d";
 /// First Podman whose update call changes the restart policy.
 const PODMAN_UPDATES_POLICY: Version = Version(5, 1, 0);
 
@@ -45,7 +45,7 @@ pub enum Means {
     },
     /// An OCI hook refuses it.
     Hook {
-        /// The hook's file.
+        /// The hook's file, as the runtime sees it.
         file: PathBuf,
     },
 }
@@ -92,23 +92,18 @@ pub enum FenceError {
 
 impl Runtime {
     /// Keeps a container from being started again, whoever asks. It may run, be paused or have ended;
-    /// a running one goes on. `why` is shown to whoever tries (name the plan). `hooks_dir` is the
-    /// runtime's, normally [`HOOKS_DIR`].
+    /// a running one goes on. `why` is shown to whoever tries (name the plan).
     ///
     /// # Errors
     /// When the runtime or the file system refuses; the container is then not fenced.
-    pub async fn forbid_start(
-        &self,
-        container: &str,
-        why: &str,
-        hooks_dir: &Path,
-    ) -> Result<Fence, FenceError> {
+    pub async fn forbid_start(&self, container: &str, why: &str) -> Result<Fence, FenceError> {
         let inspect = self.inspect(container).await?;
         let id = inspect["Id"].as_str().unwrap_or(container).to_owned();
         let how = match self.engine().await? {
             Engine::Podman(version) if version < PODMAN_UPDATES_POLICY => {
-                let file = hooks_dir.join(format!("lifeboat-{id}.json"));
-                write_hook(&file, &id, why).map_err(|source| FenceError::Hook {
+                let root = self.root("find the hooks directory").await?;
+                let file = hooks_dir(&root).join(format!("lifeboat-{id}.json"));
+                write_hook(&below(&root, &file), &id, why).map_err(|source| FenceError::Hook {
                     what: "write",
                     container: container.to_owned(),
                     file: file.clone(),
@@ -142,15 +137,20 @@ impl Runtime {
                     result => result,
                 }
             }
-            Means::Hook { file } => match fs::remove_file(file).and_then(|()| sync_parent(file)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(FenceError::Hook {
-                    what: "remove",
-                    container: fence.container.clone(),
-                    file: file.clone(),
-                    source: error,
-                }),
-                _ => Ok(()),
-            },
+            Means::Hook { file } => {
+                let file = below(&self.root("find the hooks directory").await?, file);
+                match fs::remove_file(&file).and_then(|()| sync_parent(&file)) {
+                    Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                        Err(FenceError::Hook {
+                            what: "remove",
+                            container: fence.container.clone(),
+                            file,
+                            source,
+                        })
+                    }
+                    _ => Ok(()),
+                }
+            }
         }
     }
 
@@ -177,6 +177,53 @@ impl Runtime {
             shown,
         })
     }
+}
+
+/// The directory Podman reads hooks from, as Podman sees it: the last one that containers.conf(5) names
+/// in its files below `root`, else the default.
+fn hooks_dir(root: &Path) -> PathBuf {
+    let mut files = vec![
+        root.join("usr/share/containers/containers.conf"),
+        root.join("etc/containers/containers.conf"),
+    ];
+    let drop_ins = fs::read_dir(root.join("etc/containers/containers.conf.d"));
+    let mut drop_ins: Vec<PathBuf> = drop_ins
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|kind| kind == "conf"))
+        .collect();
+    drop_ins.sort();
+    files.append(&mut drop_ins);
+    let configured = files
+        .iter()
+        .filter_map(|file| fs::read_to_string(file).ok())
+        .filter_map(|text| configured_hooks_dir(&text))
+        .next_back();
+    PathBuf::from(configured.unwrap_or_else(|| HOOKS_DIR.to_owned()))
+}
+
+/// An absolute path of another mount namespace, as we see it.
+fn below(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+/// The last string of the array `hooks_dir`; Podman reads its directories in order and lets later ones
+/// win.
+fn configured_hooks_dir(containers_conf: &str) -> Option<String> {
+    let text: String = containers_conf
+        .lines()
+        .filter(|line| !line.trim_start().starts_with('#'))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    let (_, rest) = text.split_once("hooks_dir")?;
+    let (_, array) = rest.split_once('[')?;
+    let (array, _) = array.split_once(']')?;
+    array
+        .rsplit(',')
+        .map(|item| item.trim().trim_matches(['"', '\'']))
+        .find(|item| item.starts_with('/'))
+        .map(str::to_owned)
 }
 
 /// The hook of one container (oci-hooks(5), schema 1.0.0). It runs for every start of every container,
@@ -247,6 +294,22 @@ mod tests {
         assert!(words.contains("released by plan `p1` \"$(id)\""), "{words}");
         let (started, words) = run_hook(&hook, r#"{"ociVersion":"1.0.2","id":"cd34"}"#);
         assert!(started && words.is_empty());
+    }
+
+    #[test]
+    fn the_hooks_directory_is_the_one_containers_conf_names() {
+        let conf = "[engine]\n# hooks_dir = [\"/no\"]\nhooks_dir = [\n  \"/a/hooks.d\",\n  \"/b/hooks.d\",\n]\n";
+        assert_eq!(configured_hooks_dir(conf).as_deref(), Some("/b/hooks.d"));
+        assert_eq!(configured_hooks_dir("[engine]\n"), None);
+        let root = tempfile::tempdir().unwrap();
+        let etc = root.path().join("etc/containers");
+        assert_eq!(hooks_dir(root.path()), Path::new(HOOKS_DIR));
+        fs::create_dir_all(etc.join("containers.conf.d")).unwrap();
+        fs::write(etc.join("containers.conf"), conf).unwrap();
+        assert_eq!(hooks_dir(root.path()), Path::new("/b/hooks.d"));
+        let last = etc.join("containers.conf.d/90-x.conf");
+        fs::write(last, "hooks_dir = ['/c']\n").unwrap();
+        assert_eq!(hooks_dir(root.path()), Path::new("/c"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ mod twin;
 pub use cgroups::{FreezeError, Scope, freeze, thaw};
 pub use client::{Engine, Runtime, RuntimeError, Version};
 pub use discover::{Discovery, Runtimes};
-pub use fence::{Fence, FenceError, HOOKS_DIR, Means};
+pub use fence::{Fence, FenceError, Means};
 pub use images::{ImageError, LoadedImage};
 pub use inspect::REGISTRATION_LABEL;
 pub use ops::{Event, PauseError};

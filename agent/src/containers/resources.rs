@@ -29,22 +29,16 @@ pub enum ResourceError {
     },
     /// The name is taken by something else.
     #[error(
-        "{kind} {name} exists at {} with {field} {there}, the source has {wanted}; rename or remove it first",
+        "{what} exists at {} and is another one: {difference}; rename or remove it first",
         socket.display()
     )]
     Different {
-        /// `network` or `volume`.
-        kind: &'static str,
-        /// Its name.
-        name: String,
+        /// `network X` or `volume X`.
+        what: String,
         /// Socket of the runtime that has it.
         socket: PathBuf,
-        /// What differs.
-        field: &'static str,
-        /// How it is there.
-        there: String,
-        /// How it should be.
-        wanted: String,
+        /// The field and its two values.
+        difference: String,
     },
 }
 
@@ -172,12 +166,9 @@ impl Runtime {
             return Ok(());
         }
         Err(ResourceError::Different {
-            kind,
-            name: name.to_owned(),
+            what: format!("{kind} {name}"),
             socket: self.socket().to_owned(),
-            field,
-            there: there.to_string(),
-            wanted: wanted.to_string(),
+            difference: format!("its {field} is {there}, the source's is {wanted}"),
         })
     }
 }

@@ -9,6 +9,7 @@ use super::resources::ResourceError;
 use crate::model::container::State;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use std::path::Path;
 
 /// Everything needed to make a container again, taken from its runtime on the source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -126,7 +127,9 @@ impl Runtime {
             let mut libpod: Value = self
                 .get_libpod(&path, &format!("inspect container {container}"))
                 .await?;
-            libpod["Sysctls"] = sysctls(&libpod);
+            let oci = oci_config(&self.root("read the OCI configuration").await?, &libpod);
+            libpod["Sysctls"] = oci["linux"]["sysctl"].clone();
+            libpod["Config"]["Umask"] = json!(umask(&libpod, &oci));
             inspect[create::LIBPOD] = libpod;
         }
         Ok(inspect)
@@ -221,13 +224,42 @@ impl Runtime {
     }
 }
 
-/// Sysctls of a container that has been started, from the configuration Podman wrote for the OCI
-/// runtime; no API of Podman 4 shows them. Those Podman sets by itself are the same on the target.
-fn sysctls(libpod: &Value) -> Value {
+/// What Podman handed to the OCI runtime when it last started the container; null when it never did.
+/// No API of Podman 4 shows sysctls.
+fn oci_config(root: &Path, libpod: &Value) -> Value {
     let file = libpod["OCIConfigPath"].as_str().unwrap_or_default();
-    let config: Value = std::fs::read(file)
+    std::fs::read(root.join(file.trim_start_matches('/')))
         .ok()
         .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default();
-    config["linux"]["sysctl"].clone()
+        .unwrap_or_default()
+}
+
+/// The umask the container really gets. Podman shows `0000` for a container made through its compatible
+/// API, where none is set and the OCI runtime keeps the service's own, which is 0022.
+fn umask(libpod: &Value, oci: &Value) -> String {
+    let set = oci["process"]["user"]["umask"].as_u64();
+    let shown = libpod["Config"]["Umask"].as_str().unwrap_or_default();
+    match (set, oci.is_null(), shown) {
+        (Some(umask), _, _) => format!("{umask:04o}"),
+        (None, true, shown) if !matches!(shown, "" | "0000") => shown.to_owned(),
+        (None, _, _) => "0022".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unset_umask_is_the_services_and_a_set_one_is_kept() {
+        let shown = |umask: &str| json!({ "Config": { "Umask": umask } });
+        let started = |user: Value| json!({ "process": { "user": user } });
+        assert_eq!(umask(&shown("0000"), &started(json!({ "uid": 0 }))), "0022");
+        assert_eq!(
+            umask(&shown("0000"), &started(json!({ "umask": 0 }))),
+            "0000"
+        );
+        assert_eq!(umask(&shown("0077"), &Value::Null), "0077");
+        assert_eq!(umask(&shown("0000"), &Value::Null), "0022");
+    }
 }
