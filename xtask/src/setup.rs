@@ -5,7 +5,7 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -215,7 +215,8 @@ fn not_here(missing: &[(&str, &str)], toolchain: &Toolchain) -> anyhow::Error {
 fn apt_get(arguments: &[&str]) -> Result<()> {
     let mut command = as_root("env");
     command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get"]);
-    run(command.args(arguments))
+    // What is installed and why was said before; dpkg's own lines would hide it.
+    run(command.args(arguments).stdout(Stdio::null()))
 }
 
 fn as_root(program: &str) -> Command {
