@@ -1,1 +1,96 @@
-//! Sealed records over the wire: io_uring engine and its blocking twin, queues and rates.
+//! Sealed records over the wire: the data plane between source, paired device and target.
+//!
+//! Blocking threads with one engine each (io_uring, or plain calls where it is forbidden); callers
+//! from asynchronous code use `spawn_blocking`. Invariants: memory in flight is capped; every record
+//! is authenticated before it is used; every block is verified by its signature and every epoch by
+//! one root; a device that only transfers never has a data key. Non-goals: who may do what (the
+//! fleet decides and hands out keys), when to pause a workload (the migration decides).
+
+mod connection;
+pub mod engine;
+pub mod frame;
+pub mod hello;
+pub mod link;
+pub mod message;
+pub mod payload;
+mod queue;
+mod rebuild;
+pub mod receive;
+pub mod relay;
+pub mod seal;
+pub mod sender;
+pub mod server;
+mod source;
+mod spool;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+pub use engine::EngineChoice;
+pub use link::{Hop, LinkError};
+pub use receive::{ReceivePlan, ReceiveProgress, ReceiveVolume};
+pub use relay::RelayPlan;
+pub use seal::{DataKey, LinkKey};
+pub use sender::{DataPath, EpochReport, SendError, Sender};
+pub use server::{BindError, DataServer};
+
+/// How the data plane behaves.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Which engine does I/O.
+    pub engine: EngineChoice,
+    /// Most bytes of records that wait for an acknowledgement.
+    pub in_flight_cap: usize,
+    /// Threads that read, sign and seal, or open, verify and write, for each epoch.
+    pub workers: usize,
+    /// A peer that is silent or takes nothing for this long is gone.
+    pub patience: Duration,
+    /// Connections tried without progress before a link is given up.
+    pub retries: u32,
+    /// Pause before the first reconnection; doubled each time, at most 5 s.
+    pub backoff: Duration,
+    /// Most data connections served at a time.
+    pub connections_cap: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            engine: EngineChoice::Auto,
+            in_flight_cap: 128 << 20,
+            workers: 2,
+            patience: Duration::from_secs(8),
+            retries: 8,
+            backoff: Duration::from_millis(200),
+            connections_cap: 64,
+        }
+    }
+}
+
+/// What a running epoch has done so far; readable from any thread.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes read from the source's files.
+    pub bytes_read: AtomicU64,
+    /// Bytes of records sent, again-sent ones included.
+    pub bytes_sent: AtomicU64,
+    /// Entries looked at.
+    pub entries: AtomicU64,
+    cancelled: AtomicBool,
+}
+
+impl Progress {
+    /// Asks the epoch to stop; it ends with an error soon.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether someone asked to stop.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,22 @@
-//! Directory trees: scanning, change detection, and rebuilding them on the target.
+//! Directory trees: scanning, change detection between epochs, and rebuilding them on the target.
+//!
+//! Invariants: no path leaves the volume's directory (every open is confined beneath it, without
+//! following symbolic links); zero blocks and holes are marks, never bytes; the root of a volume is
+//! defined once ([`tree::TreeState::root_of`]) and computed by source and target on their own.
+//! Non-goals here: the wire, sealing, block devices.
+
+pub mod apply;
+pub mod change;
+pub mod codec;
+pub mod confined;
+pub mod scan;
+pub mod sign;
+pub mod tree;
+pub mod walk;
+pub mod xattrs;
+
+pub use change::WorkPlan;
+pub use confined::Confined;
+pub use scan::{ScanError, scan};
+pub use sign::{BlockSize, FleetKey};
+pub use tree::{Entry, Exception, Kind, Timestamp, TreeState};

@@ -1,0 +1,153 @@
+//! One data connection after its greeting: frames in, frames out, a time limit on every step.
+
+use super::engine::{Engine, EngineChoice, NoEngine, engine};
+use super::frame::{FrameKind, HEADER_LEN, Header};
+use super::message::{Message, MessageError, MessageSeal};
+use crate::model::ids::{Epoch, VolumeId};
+use crate::volume::codec::Malformed;
+use nix::sys::socket::{setsockopt, sockopt};
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A connection broke or its peer misbehaved. Reconnecting can help.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    /// The socket failed, the peer left or fell silent.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// A frame was not understood.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// A message was not authentic.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    /// io_uring was demanded.
+    #[error(transparent)]
+    Engine(#[from] NoEngine),
+}
+
+/// A frame that arrived.
+#[derive(Debug)]
+pub(super) enum Incoming {
+    Message(VolumeId, Epoch, Message),
+    /// A record with its header at its front.
+    Record(Header, Vec<u8>),
+}
+
+/// Receiving half.
+pub(super) struct Receiver {
+    socket: Arc<TcpStream>,
+    engine: Box<dyn Engine>,
+    seal: MessageSeal,
+    patience: Duration,
+}
+
+/// Sending half.
+pub(super) struct Transmitter {
+    socket: Arc<TcpStream>,
+    engine: Box<dyn Engine>,
+    seal: MessageSeal,
+    patience: Duration,
+}
+
+/// Sets what every data socket needs: no delay for small messages, and the kernel's own notice of a
+/// dead peer while data waits to be acknowledged.
+pub(super) fn tune(socket: &TcpStream, patience: Duration) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    let limit = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+    setsockopt(socket, sockopt::TcpUserTimeout, &limit)?;
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    Ok(())
+}
+
+/// Both halves of an agreed connection. `caller` tells which side this is.
+pub(super) fn split(
+    socket: &Arc<TcpStream>,
+    connection_key: &[u8; 32],
+    caller: bool,
+    choice: EngineChoice,
+    patience: Duration,
+) -> Result<(Receiver, Transmitter), NoEngine> {
+    let receiver = Receiver {
+        socket: Arc::clone(socket),
+        engine: engine(choice)?,
+        seal: MessageSeal::new(connection_key, !caller),
+        patience,
+    };
+    let transmitter = Transmitter {
+        socket: Arc::clone(socket),
+        engine: engine(choice)?,
+        seal: MessageSeal::new(connection_key, caller),
+        patience,
+    };
+    Ok((receiver, transmitter))
+}
+
+impl Receiver {
+    /// The next frame; `buffer` gives its memory to a record.
+    pub(super) fn next(&mut self, mut buffer: Vec<u8>) -> Result<Incoming, ConnectionError> {
+        let mut head = [0; HEADER_LEN];
+        let socket = self.socket.as_fd();
+        self.engine.receive(socket, &mut head, self.patience)?;
+        let header = Header::decode(&head)?;
+        buffer.resize(HEADER_LEN + header.length as usize, 0);
+        buffer[..HEADER_LEN].copy_from_slice(&head);
+        self.engine
+            .receive(socket, &mut buffer[HEADER_LEN..], self.patience)?;
+        if header.kind == FrameKind::Control {
+            let message = self.seal.open(&header, &buffer[HEADER_LEN..])?;
+            return Ok(Incoming::Message(header.volume, header.epoch, message));
+        }
+        Ok(Incoming::Record(header, buffer))
+    }
+}
+
+impl Receiver {
+    /// Reads and drops what still comes until the peer leaves, for as long as patience lasts: closing
+    /// a socket with unread bytes resets it, and the peer would lose our last words.
+    pub(super) fn discard(&mut self) {
+        let until = std::time::Instant::now() + self.patience;
+        let mut byte = [0; 1];
+        let mut heap = vec![0; 256 << 10];
+        while std::time::Instant::now() < until {
+            // One byte at least, then whatever is there.
+            let socket = self.socket.as_fd();
+            if self
+                .engine
+                .receive(socket, &mut byte, self.patience)
+                .is_err()
+            {
+                return;
+            }
+            let flags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
+            let _ = nix::sys::socket::recv(socket.as_raw_fd(), &mut heap, flags);
+        }
+    }
+}
+
+impl Transmitter {
+    /// Sends a message.
+    pub(super) fn message(
+        &mut self,
+        volume: VolumeId,
+        epoch: Epoch,
+        message: &Message,
+    ) -> io::Result<()> {
+        let frame = self.seal.frame(volume, epoch, message);
+        self.record(&frame)
+    }
+
+    /// Sends a finished frame.
+    pub(super) fn record(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.engine.send(self.socket.as_fd(), frame, self.patience)
+    }
+
+    /// Ends the connection for both halves.
+    pub(super) fn shut(&self) {
+        // It may be closed already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}

@@ -1,0 +1,455 @@
+//! Control messages between two ends of a data connection, as values.
+//!
+//! Invariants: every message is authenticated with a key of its own connection and its position in
+//! it, so none can be forged, changed, replayed or reordered; decoding never panics.
+
+use super::frame::{FrameKind, HEADER_LEN, Header};
+use super::seal::{OpenFailed, Salt, TAG_LEN};
+use crate::model::ids::{Epoch, Signature, VolumeId};
+use crate::volume::BlockSize;
+use crate::volume::codec::{Malformed, Reader, put_short};
+
+/// Identifies one attempt to send one epoch across reconnections.
+pub type SessionId = [u8; 16];
+
+/// Why a receiver gives up on an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureCode {
+    /// No room on the target's disk.
+    NoSpace,
+    /// Any other failure to write.
+    Write,
+    /// A record or block was not what it should be; sending it again can help.
+    Corrupt,
+    /// The peer broke the protocol.
+    Protocol,
+    /// A device behind the relay could not be reached.
+    Unreachable,
+}
+
+/// A receiver's reason to stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Class.
+    pub code: FailureCode,
+    /// For people.
+    pub text: String,
+}
+
+/// What the receiver can build upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// It holds exactly the tree that the sender named: send what changed.
+    Known,
+    /// It does not: send every entry; a list of the blocks it has follows.
+    Everything,
+}
+
+/// The target's word that an epoch is applied, verified and durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Done {
+    /// Root that the target computed from what it wrote and verified.
+    pub root: Signature,
+    /// Entries in its tree.
+    pub entries: u64,
+    /// Keyed with the fleet key over plan, volume, epoch and root: relays cannot forge it.
+    pub proof: [u8; 32],
+}
+
+/// Blocks of one file that the receiver already has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Have {
+    /// Keyed hash of the path, so that a relay learns no names.
+    pub path_hash: [u8; 32],
+    /// Index of the first block in `blocks`.
+    pub first: u64,
+    /// Signatures.
+    pub blocks: Vec<Signature>,
+}
+
+/// A control message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Sender: starts or resumes an epoch.
+    Begin {
+        /// Attempt.
+        session: SessionId,
+        /// Salt of the sealing session; replaced by a paired device that seals.
+        salt: Salt,
+        /// Block size of the volume.
+        block_size: BlockSize,
+        /// Root of the tree the sender wants to build upon.
+        basis: Option<Signature>,
+    },
+    /// Receiver: ready.
+    Begun {
+        /// All records below this number have arrived.
+        watermark: u64,
+        /// What to build upon.
+        basis: Basis,
+        /// Salt of the sealing session, for a sender whose records another device seals.
+        salt: Salt,
+    },
+    /// Receiver: blocks it has; several follow each other.
+    Have(Vec<Have>),
+    /// Receiver: the list is complete.
+    HaveEnd,
+    /// Receiver: all records below the number have arrived (also sent as a sign of life).
+    Ack(u64),
+    /// Receiver: the epoch is complete.
+    Done(Done),
+    /// Receiver: the epoch cannot go on.
+    Failed(Failure),
+    /// Sender: a sign of life.
+    Ping,
+}
+
+const HAVE_CAP: usize = 4096;
+
+impl Message {
+    fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Begin {
+                session,
+                salt,
+                block_size,
+                basis,
+            } => {
+                out.push(1);
+                out.extend_from_slice(session);
+                out.extend_from_slice(salt);
+                let size = u32::try_from(block_size.bytes()).unwrap_or(0);
+                out.extend_from_slice(&size.to_le_bytes());
+                out.push(u8::from(basis.is_some()));
+                out.extend_from_slice(&basis.map_or([0; 32], |root| root.0));
+            }
+            Self::Begun {
+                watermark,
+                basis,
+                salt,
+            } => {
+                out.push(2);
+                out.extend_from_slice(&watermark.to_le_bytes());
+                out.push(u8::from(*basis == Basis::Everything));
+                out.extend_from_slice(salt);
+            }
+            Self::Have(list) => {
+                out.push(3);
+                let count = u32::try_from(list.len()).unwrap_or(u32::MAX);
+                out.extend_from_slice(&count.to_le_bytes());
+                for have in list {
+                    out.extend_from_slice(&have.path_hash);
+                    out.extend_from_slice(&have.first.to_le_bytes());
+                    let count = u32::try_from(have.blocks.len()).unwrap_or(u32::MAX);
+                    out.extend_from_slice(&count.to_le_bytes());
+                    for block in &have.blocks {
+                        out.extend_from_slice(&block.0);
+                    }
+                }
+            }
+            Self::HaveEnd => out.push(4),
+            Self::Ack(watermark) => {
+                out.push(5);
+                out.extend_from_slice(&watermark.to_le_bytes());
+            }
+            Self::Done(done) => {
+                out.push(6);
+                out.extend_from_slice(&done.root.0);
+                out.extend_from_slice(&done.entries.to_le_bytes());
+                out.extend_from_slice(&done.proof);
+            }
+            Self::Failed(failure) => {
+                out.push(7);
+                out.push(match failure.code {
+                    FailureCode::NoSpace => 0,
+                    FailureCode::Write => 1,
+                    FailureCode::Corrupt => 2,
+                    FailureCode::Protocol => 3,
+                    FailureCode::Unreachable => 4,
+                });
+                put_short(out, failure.text.as_bytes());
+            }
+            Self::Ping => out.push(8),
+        }
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut reader = Reader::new(bytes);
+        let message = match reader.u8()? {
+            1 => {
+                let session = reader.array()?;
+                let salt = reader.array()?;
+                let block_size = BlockSize::new(reader.u32()?).ok_or(Malformed(
+                    "the block size is not a power of two from 64 KiB to 1 MiB",
+                ))?;
+                let known = reader.u8()? != 0;
+                let root = Signature(reader.array()?);
+                Self::Begin {
+                    session,
+                    salt,
+                    block_size,
+                    basis: known.then_some(root),
+                }
+            }
+            2 => Self::Begun {
+                watermark: reader.u64()?,
+                basis: if reader.u8()? == 0 {
+                    Basis::Known
+                } else {
+                    Basis::Everything
+                },
+                salt: reader.array()?,
+            },
+            3 => {
+                let count = reader.u32()? as usize;
+                if count > HAVE_CAP {
+                    return Err(Malformed("a list of held files is longer than its cap"));
+                }
+                let mut list = Vec::with_capacity(count);
+                for _ in 0..count {
+                    let path_hash = reader.array()?;
+                    let first = reader.u64()?;
+                    let blocks = reader.u32()? as usize;
+                    let bytes = reader.bytes(blocks.saturating_mul(32))?;
+                    let blocks = bytes
+                        .as_chunks::<32>()
+                        .0
+                        .iter()
+                        .map(|chunk| Signature(*chunk))
+                        .collect();
+                    list.push(Have {
+                        path_hash,
+                        first,
+                        blocks,
+                    });
+                }
+                Self::Have(list)
+            }
+            4 => Self::HaveEnd,
+            5 => Self::Ack(reader.u64()?),
+            6 => Self::Done(Done {
+                root: Signature(reader.array()?),
+                entries: reader.u64()?,
+                proof: reader.array()?,
+            }),
+            7 => Self::Failed(Failure {
+                code: match reader.u8()? {
+                    0 => FailureCode::NoSpace,
+                    1 => FailureCode::Write,
+                    2 => FailureCode::Corrupt,
+                    3 => FailureCode::Protocol,
+                    4 => FailureCode::Unreachable,
+                    _ => return Err(Malformed("an unknown failure code")),
+                },
+                text: String::from_utf8_lossy(reader.short()?).into_owned(),
+            }),
+            8 => Self::Ping,
+            _ => return Err(Malformed("a message is of an unknown kind")),
+        };
+        if !reader.is_empty() {
+            return Err(Malformed("bytes are left over after a message"));
+        }
+        Ok(message)
+    }
+}
+
+/// Splits a list of held blocks into messages of bounded size.
+pub fn have_messages(
+    files: impl IntoIterator<Item = ([u8; 32], Vec<Signature>)>,
+) -> impl Iterator<Item = Message> {
+    const BLOCKS: usize = 8192;
+    let mut pieces = files.into_iter().flat_map(|(path_hash, blocks)| {
+        let chunks: Vec<Have> = blocks
+            .chunks(BLOCKS)
+            .zip(0_u64..)
+            .map(|(chunk, index)| Have {
+                path_hash,
+                first: index * BLOCKS as u64,
+                blocks: chunk.to_vec(),
+            })
+            .collect();
+        chunks
+    });
+    let mut waiting: Option<Have> = None;
+    std::iter::from_fn(move || {
+        let mut list = Vec::new();
+        let mut count = 0;
+        while let Some(piece) = waiting.take().or_else(|| pieces.next()) {
+            if list.len() == HAVE_CAP || (count > 0 && count + piece.blocks.len() > BLOCKS) {
+                waiting = Some(piece);
+                break;
+            }
+            count += piece.blocks.len();
+            list.push(piece);
+        }
+        (!list.is_empty()).then_some(Message::Have(list))
+    })
+}
+
+/// Authenticates the messages of one direction of one connection.
+#[derive(Debug)]
+pub struct MessageSeal {
+    key: super::seal::LinkKey,
+    next: u64,
+}
+
+impl MessageSeal {
+    /// For a connection's key and a direction; `to_receiver` on the side of the sender's messages.
+    #[must_use]
+    pub fn new(connection_key: &[u8; 32], to_receiver: bool) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("lifeboat 2026 control messages");
+        hasher
+            .update(connection_key)
+            .update(&[u8::from(to_receiver)]);
+        Self {
+            key: super::seal::LinkKey(*hasher.finalize().as_bytes()),
+            next: 0,
+        }
+    }
+
+    /// The next message as a whole frame.
+    #[must_use]
+    pub fn frame(&mut self, volume: VolumeId, epoch: Epoch, message: &Message) -> Vec<u8> {
+        let mut frame = vec![0; HEADER_LEN];
+        message.encode(&mut frame);
+        let mut header = Header {
+            kind: FrameKind::Control,
+            barrier: false,
+            length: 0,
+            volume,
+            epoch,
+            number: self.next,
+            first_block: 0,
+        };
+        self.next += 1;
+        header.length = header.length_for(&frame, TAG_LEN);
+        frame[..HEADER_LEN].copy_from_slice(&header.encode());
+        let tag = blake3::keyed_hash(&self.key.0, &frame);
+        frame.extend_from_slice(tag.as_bytes());
+        frame
+    }
+
+    /// Checks and decodes the next message.
+    ///
+    /// # Errors
+    /// [`MessageError`] when it is forged, out of order or malformed.
+    pub fn open(&mut self, header: &Header, body: &[u8]) -> Result<Message, MessageError> {
+        let at = body.len().checked_sub(TAG_LEN).ok_or(OpenFailed)?;
+        let tag: [u8; TAG_LEN] = body[at..].try_into().map_err(|_| OpenFailed)?;
+        let mut hasher = blake3::Hasher::new_keyed(&self.key.0);
+        hasher.update(&header.encode()).update(&body[..at]);
+        if hasher.finalize() != blake3::Hash::from(tag) || header.number != self.next {
+            return Err(OpenFailed.into());
+        }
+        self.next += 1;
+        Ok(Message::decode(&body[..at])?)
+    }
+}
+
+/// A control message was not accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MessageError {
+    /// Not authentic.
+    #[error(
+        "a control message is not authentic: it was changed on the way or comes from elsewhere"
+    )]
+    Forged(#[from] OpenFailed),
+    /// Authentic but not understood.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn samples() -> Vec<Message> {
+        vec![
+            Message::Begin {
+                session: [1; 16],
+                salt: [2; 32],
+                block_size: BlockSize::default(),
+                basis: Some(Signature([3; 32])),
+            },
+            Message::Begun {
+                watermark: 9,
+                basis: Basis::Everything,
+                salt: [4; 32],
+            },
+            Message::Have(vec![Have {
+                path_hash: [5; 32],
+                first: 6,
+                blocks: vec![Signature([7; 32]); 3],
+            }]),
+            Message::HaveEnd,
+            Message::Ack(8),
+            Message::Done(Done {
+                root: Signature([9; 32]),
+                entries: 10,
+                proof: [11; 32],
+            }),
+            Message::Failed(Failure {
+                code: FailureCode::NoSpace,
+                text: "full".to_owned(),
+            }),
+            Message::Ping,
+        ]
+    }
+
+    fn open(seal: &mut MessageSeal, frame: &[u8]) -> Result<Message, MessageError> {
+        let header = Header::decode(frame[..HEADER_LEN].try_into().unwrap()).unwrap();
+        seal.open(&header, &frame[HEADER_LEN..])
+    }
+
+    #[test]
+    fn every_message_survives_its_layout() {
+        let mut there = MessageSeal::new(&[1; 32], true);
+        let mut here = MessageSeal::new(&[1; 32], true);
+        for message in samples() {
+            let frame = there.frame(VolumeId(1), Epoch(2), &message);
+            assert_eq!(open(&mut here, &frame).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn a_message_replayed_reordered_or_turned_round_is_refused() {
+        let mut there = MessageSeal::new(&[1; 32], true);
+        let first = there.frame(VolumeId(1), Epoch(2), &Message::Ack(1));
+        let second = there.frame(VolumeId(1), Epoch(2), &Message::Ack(2));
+        let mut here = MessageSeal::new(&[1; 32], true);
+        assert!(open(&mut here, &second).is_err());
+        assert!(open(&mut here, &first).is_ok());
+        assert!(open(&mut here, &first).is_err());
+        let mut back = MessageSeal::new(&[1; 32], false);
+        assert!(open(&mut back, &first).is_err());
+    }
+
+    #[test]
+    fn long_lists_are_split_below_the_cap_and_stay_whole() {
+        let files: Vec<_> = (0..30_u8)
+            .map(|n| ([n; 32], vec![Signature([n; 32]); usize::from(n) * 1000]))
+            .collect();
+        let mut seal = MessageSeal::new(&[1; 32], false);
+        let mut total = 0;
+        for message in have_messages(files) {
+            let frame = seal.frame(VolumeId(0), Epoch(0), &message);
+            assert!(Header::decode(frame[..HEADER_LEN].try_into().unwrap()).is_ok());
+            if let Message::Have(list) = message {
+                total += list.iter().map(|have| have.blocks.len()).sum::<usize>();
+            }
+        }
+        assert_eq!(total, (0..30).sum::<usize>() * 1000);
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_any_bytes_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            if let Ok(message) = Message::decode(&bytes) {
+                let mut again = Vec::new();
+                message.encode(&mut again);
+                prop_assert_eq!(Message::decode(&again), Ok(message));
+            }
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! What a record says once it is opened: removals, entries, file contents, and the end of an epoch.
+//!
+//! Order in an epoch: removals → entries (directories, special files, the start of each large file)
+//! → files and segments in any order → finishes (large files, hard links) → end. Each arrow is a
+//! barrier. Invariants: every count is checked against the bytes that are there before anything is
+//! allocated; decoding never panics.
+
+use super::frame::HEADER_LEN;
+use crate::model::ids::Signature;
+use crate::volume::BlockSize;
+use crate::volume::codec::{Malformed, Reader, put_short};
+use crate::volume::tree::{Entry, Kind, checked_path};
+
+/// Kind of a payload: its first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PayloadKind {
+    /// Paths to remove, deepest first.
+    Removals = 1,
+    /// Directories, special files, starts of large files.
+    Entries = 2,
+    /// Small files, whole.
+    Files = 3,
+    /// A run of blocks of one large file.
+    Segment = 4,
+    /// Final metadata of large files; hard links.
+    Finish = 5,
+    /// The end with the sender's root.
+    End = 6,
+}
+
+impl PayloadKind {
+    /// Whether records of this kind may be applied side by side.
+    #[must_use]
+    pub fn is_parallel(self) -> bool {
+        matches!(self, Self::Files | Self::Segment)
+    }
+
+    /// Kind of an opened payload.
+    ///
+    /// # Errors
+    /// Empty or unknown.
+    pub fn of(payload: &[u8]) -> Result<Self, Malformed> {
+        match payload.first() {
+            Some(1) => Ok(Self::Removals),
+            Some(2) => Ok(Self::Entries),
+            Some(3) => Ok(Self::Files),
+            Some(4) => Ok(Self::Segment),
+            Some(5) => Ok(Self::Finish),
+            Some(6) => Ok(Self::End),
+            _ => Err(Malformed("a record is of an unknown kind")),
+        }
+    }
+}
+
+/// One block as it travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Block<'a> {
+    /// All zero.
+    Zero,
+    /// The receiver's block at this place is right.
+    Same,
+    /// New bytes and their signature.
+    Data(Signature, &'a [u8]),
+}
+
+/// Bytes of one block's descriptor.
+pub const DESCRIPTOR_LEN: usize = 33;
+
+const FLAG_ZERO: u8 = 0;
+const FLAG_DATA: u8 = 1;
+const FLAG_SAME: u8 = 2;
+
+/// A descriptor of a block in a record.
+#[must_use]
+pub fn descriptor(block: Block<'_>) -> [u8; DESCRIPTOR_LEN] {
+    let mut bytes = [0; DESCRIPTOR_LEN];
+    match block {
+        Block::Zero => bytes[0] = FLAG_ZERO,
+        Block::Same => bytes[0] = FLAG_SAME,
+        Block::Data(signature, _) => {
+            bytes[0] = FLAG_DATA;
+            bytes[1..].copy_from_slice(&signature.0);
+        }
+    }
+    bytes
+}
+
+/// An item of [`PayloadKind::Entries`].
+#[derive(Clone, Debug)]
+pub enum EntryItem {
+    /// A directory or special file.
+    Entry(Entry),
+    /// A large file whose segments follow.
+    Start {
+        /// Its path.
+        path: Box<[u8]>,
+        /// Its size in bytes when it was found.
+        size: u64,
+    },
+}
+
+/// A run of blocks of one file.
+#[derive(Clone, Debug)]
+pub struct Segment<'a> {
+    /// The file.
+    pub path: Box<[u8]>,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Index of the first block.
+    pub first: u64,
+    /// The blocks.
+    pub blocks: Vec<Block<'a>>,
+}
+
+/// A record under construction: place for the header, then the payload.
+#[must_use]
+pub fn start(mut buffer: Vec<u8>, kind: PayloadKind) -> Vec<u8> {
+    buffer.clear();
+    buffer.resize(HEADER_LEN, 0);
+    buffer.push(kind as u8);
+    buffer
+}
+
+/// Appends a path to remove.
+pub fn put_removal(record: &mut Vec<u8>, path: &[u8]) {
+    put_short(record, path);
+}
+
+/// Appends a directory or special file.
+pub fn put_entry(record: &mut Vec<u8>, entry: &Entry) {
+    record.push(0);
+    entry.encode(record);
+}
+
+/// Appends the start of a large file.
+pub fn put_start(record: &mut Vec<u8>, path: &[u8], size: u64) {
+    record.push(1);
+    put_short(record, path);
+    record.extend_from_slice(&size.to_le_bytes());
+}
+
+/// Appends a small file whose blocks are `blocks`.
+pub fn put_file(record: &mut Vec<u8>, entry: &Entry, blocks: &[Block<'_>]) {
+    entry.encode(record);
+    for block in blocks {
+        record.extend_from_slice(&descriptor(*block));
+    }
+    for block in blocks {
+        if let Block::Data(_, bytes) = block {
+            record.extend_from_slice(bytes);
+        }
+    }
+}
+
+/// Appends the head of a segment and room for `count` descriptors and returns where these begin; the
+/// data of its blocks follows them.
+pub fn put_segment(record: &mut Vec<u8>, path: &[u8], size: u64, first: u64, count: u32) -> usize {
+    put_short(record, path);
+    record.extend_from_slice(&size.to_le_bytes());
+    record.extend_from_slice(&first.to_le_bytes());
+    record.extend_from_slice(&count.to_le_bytes());
+    let at = record.len();
+    record.resize(at + count as usize * DESCRIPTOR_LEN, 0);
+    at
+}
+
+/// Appends the final metadata of a large file, or a hard link.
+pub fn put_finish(record: &mut Vec<u8>, entry: &Entry) {
+    entry.encode(record);
+}
+
+/// Appends the end of the epoch.
+pub fn put_end(record: &mut Vec<u8>, root: Signature, entries: u64) {
+    record.extend_from_slice(&root.0);
+    record.extend_from_slice(&entries.to_le_bytes());
+}
+
+/// An opened payload.
+#[derive(Clone, Debug)]
+pub enum Payload<'a> {
+    /// See [`PayloadKind::Removals`].
+    Removals(Vec<Box<[u8]>>),
+    /// See [`PayloadKind::Entries`].
+    Entries(Vec<EntryItem>),
+    /// See [`PayloadKind::Files`].
+    Files(Vec<(Entry, Vec<Block<'a>>)>),
+    /// See [`PayloadKind::Segment`].
+    Segment(Segment<'a>),
+    /// See [`PayloadKind::Finish`].
+    Finish(Vec<Entry>),
+    /// See [`PayloadKind::End`].
+    End {
+        /// The sender's root.
+        root: Signature,
+        /// Entries in the sender's tree.
+        entries: u64,
+    },
+}
+
+impl<'a> Payload<'a> {
+    /// Decodes an opened payload of a volume with this block size.
+    ///
+    /// # Errors
+    /// [`Malformed`] for anything that breaks the layout.
+    pub fn decode(payload: &'a [u8], block_size: BlockSize) -> Result<Self, Malformed> {
+        let kind = PayloadKind::of(payload)?;
+        let mut reader = Reader::new(&payload[1..]);
+        let decoded = match kind {
+            PayloadKind::Removals => {
+                let mut paths = Vec::new();
+                while !reader.is_empty() {
+                    let path = checked_path(reader.short()?)?;
+                    if path.is_empty() {
+                        return Err(Malformed("the volume itself cannot be removed"));
+                    }
+                    paths.push(path);
+                }
+                Self::Removals(paths)
+            }
+            PayloadKind::Entries => {
+                let mut items = Vec::new();
+                while !reader.is_empty() {
+                    items.push(entry_item(&mut reader)?);
+                }
+                Self::Entries(items)
+            }
+            PayloadKind::Files => {
+                let mut files = Vec::new();
+                while !reader.is_empty() {
+                    let entry = Entry::decode(&mut reader)?;
+                    let Kind::File { size, .. } = entry.kind else {
+                        return Err(Malformed("a small file is not a file"));
+                    };
+                    let count = block_size.blocks_of(size);
+                    let blocks = blocks(&mut reader, block_size, size, 0, count)?;
+                    files.push((entry, blocks));
+                }
+                Self::Files(files)
+            }
+            PayloadKind::Segment => {
+                let path = checked_path(reader.short()?)?;
+                let (size, first) = (reader.u64()?, reader.u64()?);
+                let count = u64::from(reader.u32()?);
+                let blocks = blocks(&mut reader, block_size, size, first, count)?;
+                Self::Segment(Segment {
+                    path,
+                    size,
+                    first,
+                    blocks,
+                })
+            }
+            PayloadKind::Finish => {
+                let mut entries = Vec::new();
+                while !reader.is_empty() {
+                    let entry = Entry::decode(&mut reader)?;
+                    if !matches!(entry.kind, Kind::File { .. } | Kind::HardLink(_)) {
+                        return Err(Malformed("only files and hard links are finished"));
+                    }
+                    entries.push(entry);
+                }
+                Self::Finish(entries)
+            }
+            PayloadKind::End => Self::End {
+                root: Signature(reader.array()?),
+                entries: reader.u64()?,
+            },
+        };
+        if !reader.is_empty() {
+            return Err(Malformed("bytes are left over after a record"));
+        }
+        Ok(decoded)
+    }
+}
+
+fn entry_item(reader: &mut Reader<'_>) -> Result<EntryItem, Malformed> {
+    match reader.u8()? {
+        0 => {
+            let entry = Entry::decode(reader)?;
+            if matches!(entry.kind, Kind::File { .. } | Kind::HardLink(_)) {
+                return Err(Malformed("a file stands among directories"));
+            }
+            Ok(EntryItem::Entry(entry))
+        }
+        1 => {
+            let path = checked_path(reader.short()?)?;
+            let size = reader.u64()?;
+            if path.is_empty() || size > i64::MAX as u64 {
+                return Err(Malformed("a large file has an impossible path or size"));
+            }
+            Ok(EntryItem::Start { path, size })
+        }
+        _ => Err(Malformed("an entry item is of an unknown kind")),
+    }
+}
+
+fn blocks<'a>(
+    reader: &mut Reader<'a>,
+    block_size: BlockSize,
+    size: u64,
+    first: u64,
+    count: u64,
+) -> Result<Vec<Block<'a>>, Malformed> {
+    let past = first.checked_add(count);
+    if past.is_none_or(|past| past > block_size.blocks_of(size)) {
+        return Err(Malformed("a block lies past the end of its file"));
+    }
+    let bytes = usize::try_from(count)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(DESCRIPTOR_LEN);
+    let descriptors = reader.bytes(bytes)?.as_chunks::<DESCRIPTOR_LEN>().0;
+    let mut blocks = Vec::with_capacity(descriptors.len());
+    for (descriptor, index) in descriptors.iter().zip(first..) {
+        let (flag, signature) = (descriptor[0], &descriptor[1..]);
+        blocks.push(match flag {
+            FLAG_ZERO => Block::Zero,
+            FLAG_SAME => Block::Same,
+            FLAG_DATA => {
+                let mut bytes = [0; 32];
+                bytes.copy_from_slice(signature);
+                let data = reader.bytes(block_size.length_of(size, index))?;
+                Block::Data(Signature(bytes), data)
+            }
+            _ => return Err(Malformed("a block is of an unknown kind")),
+        });
+    }
+    Ok(blocks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn decoding_any_bytes_never_panics(kind in 0..8_u8, rest in proptest::collection::vec(any::<u8>(), 0..500)) {
+            let mut bytes = vec![kind];
+            bytes.extend(rest);
+            let decoded = Payload::decode(&bytes, BlockSize::default());
+            prop_assert!(decoded.is_err() || (1..=6).contains(&kind));
+        }
+    }
+
+    #[test]
+    fn a_segment_comes_back_as_it_was_put() {
+        let size = 3 * 65_536 + 10;
+        let data = vec![7; 10];
+        let signature = Signature([9; 32]);
+        let mut record = start(Vec::new(), PayloadKind::Segment);
+        let at = put_segment(&mut record, b"dir/file", size, 2, 2);
+        record[at..at + DESCRIPTOR_LEN].copy_from_slice(&descriptor(Block::Zero));
+        record[at + DESCRIPTOR_LEN..at + 2 * DESCRIPTOR_LEN]
+            .copy_from_slice(&descriptor(Block::Data(signature, &data)));
+        record.extend_from_slice(&data);
+        let payload = Payload::decode(&record[HEADER_LEN..], BlockSize::default()).unwrap();
+        let Payload::Segment(segment) = payload else {
+            panic!("not a segment");
+        };
+        assert_eq!(&*segment.path, b"dir/file");
+        assert_eq!((segment.size, segment.first), (size, 2));
+        assert_eq!(segment.blocks, [Block::Zero, Block::Data(signature, &data)]);
+    }
+
+    #[test]
+    fn blocks_past_the_end_of_a_file_are_refused() {
+        let mut record = start(Vec::new(), PayloadKind::Segment);
+        put_segment(&mut record, b"f", 65_536, u64::MAX, 2);
+        assert!(Payload::decode(&record[HEADER_LEN..], BlockSize::default()).is_err());
+        let mut record = start(Vec::new(), PayloadKind::Segment);
+        put_segment(&mut record, b"f", 65_536, 1, 1);
+        assert!(Payload::decode(&record[HEADER_LEN..], BlockSize::default()).is_err());
+    }
+}

@@ -1,0 +1,532 @@
+//! Applying opened payloads to a destination and keeping the tree that results.
+//!
+//! Invariants: every block's signature is computed here from the bytes that are written; the tree
+//! holds only what was applied; several threads may apply parallel payloads at once, the session sees
+//! to the barriers.
+
+use super::engine::{Engine, Write};
+use super::payload::{Block, EntryItem, Payload, Segment};
+use super::queue::lock;
+use crate::model::ids::Signature;
+use crate::volume::apply::{ApplyError, Destination, Parent};
+use crate::volume::confined::split;
+use crate::volume::sign::{self, ZERO};
+use crate::volume::tree::shown;
+use crate::volume::{BlockSize, Entry, FleetKey, Kind, TreeState};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Entries by path.
+pub(super) type Tree = BTreeMap<Box<[u8]>, Entry>;
+
+/// Why a payload was not applied.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RebuildError {
+    #[error(
+        "volume {volume}: the block of `{path}` at offset {offset} does not have its signature: it was changed on the way"
+    )]
+    WrongSignature {
+        volume: String,
+        path: String,
+        offset: u64,
+    },
+    #[error("volume {volume}: {what} `{path}`; source and target disagree, send the epoch again")]
+    Disagree {
+        volume: String,
+        path: String,
+        what: &'static str,
+    },
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+}
+
+/// A tree under reconstruction.
+pub(super) struct Rebuild {
+    pub(super) destination: Destination,
+    pub(super) block_size: BlockSize,
+    key: FleetKey,
+    state: Mutex<State>,
+    pub(super) bytes_written: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    tree: Tree,
+    /// Paths found here that the source has not named yet; empty when it builds upon this tree.
+    unnamed: BTreeSet<Box<[u8]>>,
+    /// Large files whose pieces are arriving.
+    building: HashMap<Box<[u8]>, Building>,
+    /// Directories whose metadata must be set at the end.
+    touched: BTreeSet<Box<[u8]>>,
+}
+
+struct Building {
+    blocks: Vec<Option<Signature>>,
+    /// Made in this epoch: everything not written is a hole already.
+    fresh: bool,
+}
+
+impl State {
+    fn name(&mut self, path: &[u8]) {
+        self.unnamed.remove(path);
+    }
+
+    fn touch_parent(&mut self, path: &[u8]) {
+        let (parent, _) = split(path);
+        if !self.touched.contains(parent) {
+            self.touched.insert(parent.into());
+        }
+    }
+
+    /// Forgets `path` and everything below it.
+    fn forget(&mut self, path: &[u8]) {
+        let mut below = path.to_vec();
+        below.push(b'/');
+        let mut gone = vec![Box::from(path)];
+        let range = (Bound::Included(below.as_slice()), Bound::Unbounded);
+        gone.extend(
+            self.tree
+                .range::<[u8], _>(range)
+                .map(|(path, _)| path)
+                .take_while(|path| path.starts_with(&below))
+                .cloned(),
+        );
+        for path in gone {
+            self.tree.remove(&path);
+            self.unnamed.remove(&path);
+            self.building.remove(&path);
+        }
+    }
+}
+
+impl Rebuild {
+    /// Over `tree`, which describes the destination exactly. When the source does not build upon it,
+    /// what it does not name is removed at the end.
+    pub(super) fn new(
+        destination: Destination,
+        block_size: BlockSize,
+        key: FleetKey,
+        tree: Tree,
+        remove_unnamed: bool,
+    ) -> Self {
+        let unnamed = if remove_unnamed {
+            tree.keys().cloned().collect()
+        } else {
+            BTreeSet::new()
+        };
+        let state = State {
+            tree,
+            unnamed,
+            ..State::default()
+        };
+        Self {
+            destination,
+            block_size,
+            key,
+            state: Mutex::new(state),
+            bytes_written: AtomicU64::new(0),
+        }
+    }
+
+    /// The signatures of every file here, each under a name that `name` makes of its path.
+    pub(super) fn held(&self, name: impl Fn(&[u8]) -> [u8; 32]) -> Vec<([u8; 32], Vec<Signature>)> {
+        let state = lock(&self.state);
+        let files = state.tree.values().filter_map(|entry| match &entry.kind {
+            Kind::File { blocks, .. } => Some((name(&entry.path), blocks.clone())),
+            _ => None,
+        });
+        files.collect()
+    }
+
+    fn disagree(&self, what: &'static str, path: &[u8]) -> RebuildError {
+        RebuildError::Disagree {
+            volume: self.destination.volume().to_owned(),
+            path: shown(path).into_owned(),
+            what,
+        }
+    }
+
+    /// Applies a payload that is not the end.
+    pub(super) fn apply(
+        &self,
+        engine: &mut dyn Engine,
+        parent: &mut Parent,
+        bytes: &[u8],
+        payload: &Payload<'_>,
+    ) -> Result<(), RebuildError> {
+        match payload {
+            Payload::Removals(paths) => self.removals(parent, paths),
+            Payload::Entries(items) => self.entries(parent, items),
+            Payload::Files(files) => self.files(engine, parent, bytes, files),
+            Payload::Segment(segment) => self.segment(engine, parent, bytes, segment),
+            Payload::Finish(entries) => self.finish(parent, entries),
+            Payload::End { .. } => Ok(()),
+        }
+    }
+
+    fn removals(&self, parent: &mut Parent, paths: &[Box<[u8]>]) -> Result<(), RebuildError> {
+        for path in paths {
+            parent.forget();
+            self.destination.remove(parent, path)?;
+            let mut state = lock(&self.state);
+            state.forget(path);
+            state.touch_parent(path);
+        }
+        parent.forget();
+        Ok(())
+    }
+
+    fn entries(&self, parent: &mut Parent, items: &[EntryItem]) -> Result<(), RebuildError> {
+        for item in items {
+            match item {
+                EntryItem::Entry(entry) => self.entry(parent, entry)?,
+                EntryItem::Start { path, size } => self.start(parent, path, *size)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn entry(&self, parent: &mut Parent, entry: &Entry) -> Result<(), RebuildError> {
+        let path = &entry.path;
+        let mut state = lock(&self.state);
+        let is_directory = entry.kind == Kind::Directory;
+        let was_directory = state
+            .tree
+            .get(path)
+            .is_some_and(|old| old.kind == Kind::Directory);
+        if is_directory {
+            if !was_directory {
+                parent.forget();
+                self.destination.directory(parent, path)?;
+                state.touch_parent(path);
+            }
+            state.touched.insert(path.clone());
+        } else {
+            if was_directory {
+                parent.forget();
+                state.forget(path);
+            }
+            self.destination.special(parent, entry)?;
+            state.touch_parent(path);
+        }
+        state.name(path);
+        state.tree.insert(path.clone(), entry.clone());
+        Ok(())
+    }
+
+    fn start(&self, parent: &mut Parent, path: &[u8], size: u64) -> Result<(), RebuildError> {
+        let mut state = lock(&self.state);
+        let building = match state.tree.get(path).map(|old| &old.kind) {
+            Some(Kind::File { blocks, .. }) => Building {
+                blocks: blocks.iter().copied().map(Some).collect(),
+                fresh: false,
+            },
+            old => {
+                if old == Some(&Kind::Directory) {
+                    parent.forget();
+                    state.forget(path);
+                }
+                self.destination
+                    .file(parent, path, false)
+                    .map_err(|error| error.needing(size))?;
+                state.touch_parent(path);
+                Building {
+                    blocks: Vec::new(),
+                    fresh: true,
+                }
+            }
+        };
+        state.tree.remove(path);
+        state.name(path);
+        state.building.insert(path.into(), building);
+        Ok(())
+    }
+
+    /// Checks the blocks' signatures and returns the signature of each; `held` are those here.
+    fn verify(
+        &self,
+        path: &[u8],
+        first: u64,
+        blocks: &[Block<'_>],
+        held: impl Fn(usize) -> Option<Signature>,
+    ) -> Result<Vec<Signature>, RebuildError> {
+        let signatures = blocks.iter().enumerate().map(|(at, block)| match block {
+            Block::Zero => Ok(ZERO),
+            Block::Same => {
+                held(at).ok_or_else(|| self.disagree("a block is missing here of", path))
+            }
+            Block::Data(expected, bytes) => {
+                let signature = sign::signature(&self.key, bytes);
+                if signature == *expected {
+                    return Ok(signature);
+                }
+                Err(RebuildError::WrongSignature {
+                    volume: self.destination.volume().to_owned(),
+                    path: shown(path).into_owned(),
+                    offset: (first + at as u64) * self.block_size.bytes(),
+                })
+            }
+        });
+        signatures.collect()
+    }
+
+    fn files(
+        &self,
+        engine: &mut dyn Engine,
+        parent: &mut Parent,
+        bytes: &[u8],
+        files: &[(Entry, Vec<Block<'_>>)],
+    ) -> Result<(), RebuildError> {
+        let held: Vec<Option<Vec<Signature>>> = {
+            let mut state = lock(&self.state);
+            files
+                .iter()
+                .map(
+                    |(entry, _)| match state.tree.get(&entry.path).map(|e| &e.kind) {
+                        Some(Kind::File { blocks, .. }) => Some(blocks.clone()),
+                        Some(Kind::Directory) => {
+                            state.forget(&entry.path);
+                            None
+                        }
+                        _ => None,
+                    },
+                )
+                .collect()
+        };
+        let mut finished = Vec::with_capacity(files.len());
+        let mut open = Vec::with_capacity(files.len());
+        for ((entry, blocks), held) in files.iter().zip(&held) {
+            let path = &entry.path;
+            let here = |at: usize| held.as_ref().and_then(|held| held.get(at).copied());
+            let signatures = self.verify(path, 0, blocks, here)?;
+            let file = self
+                .destination
+                .file(parent, path, held.is_some())
+                .map_err(|error| error.needing(entry.size()))?;
+            let mut entry = entry.clone();
+            if let Kind::File { blocks, .. } = &mut entry.kind {
+                *blocks = signatures;
+            }
+            finished.push(entry);
+            open.push(file);
+        }
+        let mut writes = Vec::with_capacity(files.len());
+        for (((entry, blocks), held), file) in files.iter().zip(&held).zip(&open) {
+            if held.is_some() {
+                self.punch(file, &entry.path, entry.size(), 0, blocks)?;
+            }
+            let runs = runs(self.block_size, bytes, 0, blocks);
+            writes.extend(runs.map(|(offset, bytes)| (&entry.path, file, offset, bytes)));
+        }
+        self.write(engine, writes)?;
+        for ((file, entry), ((_, blocks), held)) in
+            open.iter().zip(&finished).zip(files.iter().zip(&held))
+        {
+            let whole = held.is_none() && !matches!(blocks.last(), Some(Block::Zero));
+            self.destination.finish_file(file, entry, whole)?;
+        }
+        let mut state = lock(&self.state);
+        for (entry, held) in finished.into_iter().zip(held) {
+            if held.is_none() {
+                state.touch_parent(&entry.path);
+            }
+            state.name(&entry.path);
+            state.tree.insert(entry.path.clone(), entry);
+        }
+        Ok(())
+    }
+
+    fn segment(
+        &self,
+        engine: &mut dyn Engine,
+        parent: &mut Parent,
+        bytes: &[u8],
+        segment: &Segment<'_>,
+    ) -> Result<(), RebuildError> {
+        let path = &segment.path;
+        let first = usize::try_from(segment.first).unwrap_or(usize::MAX);
+        let (held, fresh) = {
+            let state = lock(&self.state);
+            let building = state.building.get(path).ok_or_else(|| {
+                self.disagree("a piece came for a file that was not begun:", path)
+            })?;
+            let held: Vec<Option<Signature>> = building
+                .blocks
+                .iter()
+                .skip(first)
+                .take(segment.blocks.len())
+                .copied()
+                .collect();
+            (held, building.fresh)
+        };
+        let here = |at: usize| held.get(at).copied().flatten();
+        let signatures = self.verify(path, segment.first, &segment.blocks, here)?;
+        let file = self.destination.file(parent, path, true)?;
+        if !fresh {
+            self.punch(&file, path, segment.size, segment.first, &segment.blocks)?;
+        }
+        let writes = runs(self.block_size, bytes, segment.first, &segment.blocks)
+            .map(|(offset, bytes)| (path, &file, offset, bytes))
+            .collect();
+        self.write(engine, writes)?;
+        let mut state = lock(&self.state);
+        if let Some(building) = state.building.get_mut(path) {
+            let end = first + signatures.len();
+            if building.blocks.len() < end {
+                building.blocks.resize(end, None);
+            }
+            for (place, signature) in building.blocks[first..end].iter_mut().zip(signatures) {
+                *place = Some(signature);
+            }
+        }
+        Ok(())
+    }
+
+    fn punch(
+        &self,
+        file: &std::fs::File,
+        path: &[u8],
+        size: u64,
+        first: u64,
+        blocks: &[Block<'_>],
+    ) -> Result<(), RebuildError> {
+        for (block, index) in blocks.iter().zip(first..) {
+            if *block == Block::Zero {
+                let length = self.block_size.length_of(size, index);
+                let offset = index * self.block_size.bytes();
+                self.destination.punch(file, path, offset, length)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(
+        &self,
+        engine: &mut dyn Engine,
+        writes: Vec<(&Box<[u8]>, &std::fs::File, u64, &[u8])>,
+    ) -> Result<(), RebuildError> {
+        let mut pending: Vec<Write<'_>> = writes
+            .iter()
+            .map(|(_, file, offset, bytes)| Write {
+                file: file.as_fd(),
+                offset: *offset,
+                bytes,
+                done: Ok(()),
+            })
+            .collect();
+        engine.write(&mut pending);
+        let mut total = 0;
+        for (write, (path, ..)) in pending.into_iter().zip(&writes) {
+            let needed = write.bytes.len() as u64;
+            write
+                .done
+                .map_err(|e| self.destination.failed("write", path, needed, e))?;
+            total += needed;
+        }
+        self.bytes_written.fetch_add(total, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn finish(&self, parent: &mut Parent, entries: &[Entry]) -> Result<(), RebuildError> {
+        for entry in entries {
+            let path = &entry.path;
+            let mut state = lock(&self.state);
+            let mut entry = entry.clone();
+            match &mut entry.kind {
+                Kind::HardLink(primary) => {
+                    let old = state.tree.get(path).map(|old| &old.kind);
+                    if old == Some(&Kind::Directory) {
+                        parent.forget();
+                        state.forget(path);
+                    }
+                    let known = state.tree.get(&*primary).map(|first| &first.kind);
+                    if !matches!(known, Some(Kind::File { .. })) {
+                        return Err(self.disagree("there is no first name for the link", path));
+                    }
+                    self.destination.link(parent, path, primary)?;
+                    state.touch_parent(path);
+                }
+                Kind::File { size, blocks } => {
+                    let mut building = state.building.remove(path).ok_or_else(|| {
+                        self.disagree("the end came for a file never begun:", path)
+                    })?;
+                    let count = self.block_size.blocks_of(*size);
+                    let count = usize::try_from(count).unwrap_or(usize::MAX);
+                    if building.blocks.len() < count {
+                        return Err(self.disagree("blocks are missing of", path));
+                    }
+                    building.blocks.truncate(count);
+                    *blocks = building
+                        .blocks
+                        .into_iter()
+                        .collect::<Option<_>>()
+                        .ok_or_else(|| self.disagree("blocks are missing of", path))?;
+                    let file = self.destination.file(parent, path, true)?;
+                    self.destination.finish_file(&file, &entry, false)?;
+                }
+                _ => {}
+            }
+            state.name(path);
+            state.tree.insert(path.clone(), entry);
+        }
+        Ok(())
+    }
+
+    /// Removes what the source did not name, sets the directories' metadata, makes everything durable
+    /// and returns the root of what is here now.
+    pub(super) fn end(&self) -> Result<(Signature, Tree), RebuildError> {
+        let mut state = lock(&self.state);
+        if let Some(path) = state.building.keys().next() {
+            return Err(self.disagree("the end of the epoch came before the end of", path));
+        }
+        let mut parent = Parent::default();
+        let unnamed = std::mem::take(&mut state.unnamed);
+        for path in unnamed.iter().rev().filter(|path| !path.is_empty()) {
+            parent.forget();
+            self.destination.remove(&mut parent, path)?;
+            state.forget(path);
+            state.touch_parent(path);
+        }
+        for path in std::mem::take(&mut state.touched).iter().rev() {
+            if let Some(entry) = state.tree.get(path)
+                && entry.kind == Kind::Directory
+            {
+                self.destination.finish_directory(entry)?;
+            }
+        }
+        self.destination.sync()?;
+        let tree = std::mem::take(&mut state.tree);
+        let root = TreeState::root_of(&self.key, self.block_size, tree.values());
+        Ok((root, tree))
+    }
+}
+
+/// Runs of data blocks that lie next to each other both in the record and in the file.
+fn runs<'b>(
+    block_size: BlockSize,
+    record: &'b [u8],
+    first: u64,
+    blocks: &[Block<'b>],
+) -> impl Iterator<Item = (u64, &'b [u8])> {
+    let base = record.as_ptr() as usize;
+    let mut joined: Vec<(u64, std::ops::Range<usize>)> = Vec::new();
+    for (block, index) in blocks.iter().zip(first..) {
+        let Block::Data(_, bytes) = block else {
+            continue;
+        };
+        let offset = index * block_size.bytes();
+        let start = bytes.as_ptr() as usize - base;
+        match joined.last_mut() {
+            Some((at, range)) if range.end == start && *at + (range.len() as u64) == offset => {
+                range.end = start + bytes.len();
+            }
+            _ => joined.push((offset, start..start + bytes.len())),
+        }
+    }
+    joined
+        .into_iter()
+        .map(|(offset, range)| (offset, &record[range]))
+}

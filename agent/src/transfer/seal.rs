@@ -1,0 +1,312 @@
+//! Sealing records for the target with AES-256-GCM.
+//!
+//! Invariants: each sealing session has its own key, derived from the plan's key and a random salt,
+//! and its nonces are record numbers, so no nonce is used twice, also after a restart. The header,
+//! the plan and the direction are associated data: a record cannot be moved to another place.
+
+use super::frame::{FrameKind, HEADER_LEN, Header};
+use crate::model::ids::PlanId;
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use rand::TryRngCore;
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+/// Bytes that sealing adds to a payload.
+pub const SEAL_LEN: usize = 16;
+/// Bytes that tagging adds to a payload.
+pub const TAG_LEN: usize = 32;
+
+macro_rules! key {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Zeroize, ZeroizeOnDrop)]
+        pub struct $name(pub [u8; 32]);
+
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(concat!(stringify!($name), "(…)"))
+            }
+        }
+    };
+}
+
+key!(
+    /// Key of a plan, known to the target and to whoever encrypts, never to who only transfers.
+    DataKey
+);
+key!(
+    /// Key of one admission: who may open data connections for a plan from one device to another.
+    LinkKey
+);
+
+/// Random public value that makes a sealing session's key its own.
+pub type Salt = [u8; 32];
+
+/// The system's random source failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot draw random bytes from the kernel: {0}")]
+pub struct NoRandom(rand::rand_core::OsError);
+
+/// Random bytes from the kernel.
+///
+/// # Errors
+/// The kernel has none to give.
+pub fn random<const N: usize>() -> Result<[u8; N], NoRandom> {
+    let mut bytes = [0; N];
+    rand::rngs::OsRng
+        .try_fill_bytes(&mut bytes)
+        .map_err(NoRandom)?;
+    Ok(bytes)
+}
+
+/// A record did not open: changed on the way, in another place, or sealed with another key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the record does not open: it was changed on the way or sealed with another key")]
+pub struct OpenFailed;
+
+/// Seals and opens the records of one session.
+#[derive(Debug)]
+pub struct Sealer {
+    key: LessSafeKey,
+    prefix: Vec<u8>,
+}
+
+impl Sealer {
+    /// For the session with this salt.
+    #[must_use]
+    pub fn new(plan: &PlanId, key: &DataKey, salt: &Salt) -> Self {
+        let mut session = session_key(key, salt);
+        let unbound = UnboundKey::new(&AES_256_GCM, &session)
+            .expect("a 32-byte key is what AES-256-GCM takes");
+        session.zeroize();
+        Self {
+            key: LessSafeKey::new(unbound),
+            prefix: associated_prefix(plan),
+        }
+    }
+
+    /// Seals the payload that follows the place for the header in `record`, and writes the header.
+    /// A number must never be used for two payloads.
+    pub fn seal(&self, header: &Header, record: &mut Vec<u8>) {
+        let header = Header {
+            length: header.length_for(record, SEAL_LEN),
+            ..*header
+        };
+        record[..HEADER_LEN].copy_from_slice(&header.encode());
+        let aad = self.associated(&header);
+        let payload = &mut record[HEADER_LEN..];
+        let tag = self
+            .key
+            .seal_in_place_separate_tag(nonce(header.number), Aad::from(aad), payload)
+            .expect("AES-GCM refuses only payloads beyond 64 GiB; records are capped");
+        record.extend_from_slice(tag.as_ref());
+    }
+
+    /// Opens a record's body in place and returns its payload.
+    ///
+    /// # Errors
+    /// [`OpenFailed`], and the body is then worthless.
+    pub fn open<'b>(&self, header: &Header, body: &'b mut [u8]) -> Result<&'b [u8], OpenFailed> {
+        let aad = self.associated(header);
+        self.key
+            .open_in_place(nonce(header.number), Aad::from(aad), body)
+            .map(|payload| &*payload)
+            .map_err(|_| OpenFailed)
+    }
+
+    fn associated(&self, header: &Header) -> Vec<u8> {
+        let mut aad = Vec::with_capacity(self.prefix.len() + HEADER_LEN);
+        aad.extend_from_slice(&self.prefix);
+        aad.extend_from_slice(&header.encode());
+        aad
+    }
+}
+
+/// Key of the session with this salt.
+fn session_key(key: &DataKey, salt: &Salt) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("lifeboat 2026 record sealing session");
+    hasher.update(&key.0).update(salt);
+    *hasher.finalize().as_bytes()
+}
+
+/// Associated data that is the same for all records: the plan and the direction (to the target; the
+/// way back carries no sealed records, its messages are authenticated by other keys).
+fn associated_prefix(plan: &PlanId) -> Vec<u8> {
+    let mut prefix = b"lifeboat record 1 to target ".to_vec();
+    prefix.extend_from_slice(plan.as_str().as_bytes());
+    prefix.push(0);
+    prefix
+}
+
+fn nonce(number: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[4..].copy_from_slice(&number.to_be_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
+
+/// Tags records on one link with keyed BLAKE3: plain ones on a trusted link, and sealed ones on their
+/// way through a device that cannot open them.
+#[derive(Debug)]
+pub struct Tagger {
+    key: LinkKey,
+}
+
+impl Tagger {
+    /// For one session over one admission.
+    #[must_use]
+    pub fn new(link: &LinkKey, session: &[u8; 16]) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("lifeboat 2026 plain record tags");
+        hasher.update(&link.0).update(session);
+        Self {
+            key: LinkKey(*hasher.finalize().as_bytes()),
+        }
+    }
+
+    /// Writes the header of `record` and appends the tag.
+    pub fn tag(&self, header: &Header, record: &mut Vec<u8>) {
+        let header = Header {
+            length: header.length_for(record, TAG_LEN),
+            ..*header
+        };
+        record[..HEADER_LEN].copy_from_slice(&header.encode());
+        let tag = blake3::keyed_hash(&self.key.0, record);
+        record.extend_from_slice(tag.as_bytes());
+    }
+
+    /// Tags a sealed record for its way to or from a paired device.
+    pub fn wrap(&self, header: &Header, record: &mut Vec<u8>) {
+        let header = Header {
+            kind: FrameKind::Carried,
+            ..*header
+        };
+        self.tag(&header, record);
+    }
+
+    /// Checks a record tagged by [`Tagger::wrap`] and makes it the sealed one again.
+    ///
+    /// # Errors
+    /// [`OpenFailed`] when the tag does not fit.
+    pub fn unwrap(&self, header: &Header, record: &mut Vec<u8>) -> Result<(), OpenFailed> {
+        self.check(record)?;
+        let header = Header {
+            kind: FrameKind::Sealed,
+            length: header.length_for(record, 0),
+            ..*header
+        };
+        record[..HEADER_LEN].copy_from_slice(&header.encode());
+        Ok(())
+    }
+
+    /// Checks a whole record, header included, and cuts the tag off.
+    ///
+    /// # Errors
+    /// [`OpenFailed`] when the tag does not fit.
+    pub fn check(&self, record: &mut Vec<u8>) -> Result<(), OpenFailed> {
+        let at = record.len().checked_sub(TAG_LEN).ok_or(OpenFailed)?;
+        if at < HEADER_LEN {
+            return Err(OpenFailed);
+        }
+        let tag: [u8; TAG_LEN] = record[at..].try_into().map_err(|_| OpenFailed)?;
+        // `blake3::Hash` compares in constant time.
+        if blake3::keyed_hash(&self.key.0, &record[..at]) != blake3::Hash::from(tag) {
+            return Err(OpenFailed);
+        }
+        record.truncate(at);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ids::{Epoch, VolumeId};
+    use aes_gcm::aead::{Aead, KeyInit, Payload};
+    use proptest::prelude::*;
+
+    fn header(number: u64) -> Header {
+        Header {
+            kind: FrameKind::Sealed,
+            barrier: false,
+            length: 0,
+            volume: VolumeId(3),
+            epoch: Epoch(7),
+            number,
+            first_block: 11,
+        }
+    }
+
+    fn sealed(plan: &str, number: u64, payload: &[u8]) -> Vec<u8> {
+        let sealer = Sealer::new(&PlanId::from(plan), &DataKey([1; 32]), &[2; 32]);
+        let mut record = vec![0; HEADER_LEN];
+        record.extend_from_slice(payload);
+        sealer.seal(&header(number), &mut record);
+        record
+    }
+
+    proptest! {
+        #[test]
+        fn sealing_equals_the_reference_implementation_byte_for_byte(
+            payload in proptest::collection::vec(any::<u8>(), 0..5000),
+            number in any::<u64>(),
+        ) {
+            let record = sealed("plan", number, &payload);
+            let key = session_key(&DataKey([1; 32]), &[2; 32]);
+            let cipher = aes_gcm::Aes256Gcm::new(&key.into());
+            let mut aad = associated_prefix(&PlanId::from("plan"));
+            aad.extend_from_slice(&record[..HEADER_LEN]);
+            let mut nonce = [0; 12];
+            nonce[4..].copy_from_slice(&number.to_be_bytes());
+            let expected = cipher.encrypt(&nonce.into(), Payload { msg: &payload, aad: &aad }).unwrap();
+            prop_assert_eq!(&record[HEADER_LEN..], &expected[..]);
+        }
+
+        #[test]
+        fn a_record_with_any_flipped_bit_does_not_open(
+            payload in proptest::collection::vec(any::<u8>(), 1..500),
+            at in any::<prop::sample::Index>(),
+            bit in 0..8_u8,
+        ) {
+            let mut record = sealed("plan", 1, &payload);
+            let at = at.index(record.len());
+            record[at] ^= 1 << bit;
+            let opener = Sealer::new(&PlanId::from("plan"), &DataKey([1; 32]), &[2; 32]);
+            let (head, body) = record.split_at_mut(HEADER_LEN);
+            let opened = Header::decode((&*head).try_into().unwrap())
+                .map(|header| opener.open(&header, body).is_ok());
+            prop_assert!(!matches!(opened, Ok(true)));
+        }
+    }
+
+    #[test]
+    fn a_record_of_another_plan_or_session_does_not_open() {
+        let record = sealed("plan", 1, b"secret");
+        let header = Header::decode(record[..HEADER_LEN].try_into().unwrap()).unwrap();
+        let open = |plan: &str, key: u8, salt: u8| {
+            let opener = Sealer::new(&PlanId::from(plan), &DataKey([key; 32]), &[salt; 32]);
+            let mut body = record[HEADER_LEN..].to_vec();
+            opener.open(&header, &mut body).map(<[u8]>::to_vec)
+        };
+        assert_eq!(open("plan", 1, 2).unwrap(), b"secret");
+        assert_eq!(open("other", 1, 2), Err(OpenFailed));
+        assert_eq!(open("plan", 9, 2), Err(OpenFailed));
+        assert_eq!(open("plan", 1, 9), Err(OpenFailed));
+    }
+
+    #[test]
+    fn a_tagged_record_is_accepted_only_whole_and_in_its_session() {
+        let tagger = Tagger::new(&LinkKey([1; 32]), &[1; 16]);
+        let mut record = vec![0; HEADER_LEN];
+        record.extend_from_slice(b"plain");
+        tagger.tag(&header(4), &mut record);
+        let mut good = record.clone();
+        tagger.check(&mut good).unwrap();
+        assert_eq!(&good[HEADER_LEN..], b"plain");
+        let other = Tagger::new(&LinkKey([1; 32]), &[2; 16]);
+        assert_eq!(other.check(&mut record.clone()), Err(OpenFailed));
+        for at in 0..record.len() {
+            let mut bad = record.clone();
+            bad[at] ^= 1;
+            assert_eq!(tagger.check(&mut bad), Err(OpenFailed), "byte {at}");
+        }
+        assert_eq!(tagger.check(&mut vec![0; 5]), Err(OpenFailed));
+    }
+}

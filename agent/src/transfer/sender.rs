@@ -1,0 +1,447 @@
+//! The source's side: sends one epoch of a volume along its path.
+//!
+//! Invariant: an epoch is reported as sent only when the target has said, provably, that it applied
+//! everything, made it durable, and computed the same root.
+
+use super::frame::{FrameKind, Header};
+use super::link::{Event, Handler, Hop, Link, LinkError, LinkSetup, Opened};
+use super::message::{Basis, Done, Message};
+use super::payload::{self, PayloadKind};
+use super::seal::{DataKey, NoRandom, Salt, Sealer, Tagger, random};
+use super::source::{Held, Source};
+use super::{Options, Progress};
+use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
+use crate::model::units::Bytes;
+use crate::model::volume::VolumeSpec;
+use crate::volume::scan::ScanError;
+use crate::volume::{BlockSize, Exception, FleetKey, TreeState};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+/// The path of a block (who seals, who carries).
+#[derive(Clone, Debug)]
+pub enum DataPath {
+    /// The source seals and sends to the target.
+    Direct {
+        /// The target.
+        target: Hop,
+        /// The plan's key.
+        data_key: DataKey,
+    },
+    /// The source seals; the paired device keeps the records on disk and carries them.
+    ViaSpool {
+        /// The paired device.
+        relay: Hop,
+        /// The plan's key, which the paired device does not have.
+        data_key: DataKey,
+    },
+    /// The paired device seals and returns the records; the source sends them to the target.
+    SealReturn {
+        /// The paired device, over a trusted link.
+        sealer: Hop,
+        /// The target.
+        target: Hop,
+    },
+    /// The paired device seals and carries.
+    SealForward {
+        /// The paired device, over a trusted link.
+        relay: Hop,
+    },
+}
+
+/// An epoch was not sent. The source's data is untouched; the epoch can be sent again.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The source's tree could not be read.
+    #[error("volume {volume}: {source}")]
+    Read {
+        /// The volume.
+        volume: String,
+        /// Why.
+        source: ScanError,
+    },
+    /// The records did not get through, or the target could not take them.
+    #[error("volume {volume}, epoch {epoch}: {source}")]
+    Link {
+        /// The volume.
+        volume: String,
+        /// The epoch.
+        epoch: Epoch,
+        /// Why.
+        source: LinkError,
+    },
+    /// A file changed although its containers are frozen.
+    #[error(
+        "volume {volume}: `{path}` changed while its containers were frozen; find what else writes to it, stop that, and evacuate again"
+    )]
+    ChangedWhileFrozen {
+        /// The volume.
+        volume: String,
+        /// The file.
+        path: String,
+    },
+    /// Source and target disagree.
+    #[error(
+        "volume {volume}, epoch {epoch}: the target's root {target} differs from the source's {source_root}; the copy is not used, send the epoch again"
+    )]
+    RootDiffers {
+        /// The volume.
+        volume: String,
+        /// The epoch.
+        epoch: Epoch,
+        /// Computed here.
+        source_root: Signature,
+        /// Computed there.
+        target: Signature,
+    },
+    /// The acknowledgement did not come from the target.
+    #[error(
+        "volume {volume}, epoch {epoch}: the acknowledgement is not the target's; check who stands between source and target"
+    )]
+    ForgedAcknowledgement {
+        /// The volume.
+        volume: String,
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// No random bytes for a session.
+    #[error(transparent)]
+    Random(#[from] NoRandom),
+}
+
+/// What sending an epoch did.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct EpochReport {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// Root computed by the source.
+    pub root: Signature,
+    /// Root computed by the target; the same, or the epoch would have failed.
+    pub target_root: Signature,
+    /// Entries in the tree.
+    pub entries: u64,
+    /// Entries that are new or differ from the epoch before.
+    pub changed_entries: u64,
+    /// Entries that are gone.
+    pub removed: u64,
+    /// Blocks whose bytes were sent.
+    pub blocks_sent: u64,
+    /// Blocks sent as a mark for zeros.
+    pub zero_blocks: u64,
+    /// Blocks that were read and found to be at the target already.
+    pub unchanged_blocks: u64,
+    /// Plain bytes of the blocks that were sent: the size of the changeset.
+    pub changeset: Bytes,
+    /// Bytes read from files.
+    pub bytes_read: Bytes,
+    /// Bytes of records.
+    pub bytes_on_wire: Bytes,
+    /// What was left out on purpose.
+    pub skipped: Vec<Exception>,
+    /// From the first look at the tree to the target's acknowledgement.
+    pub duration: Duration,
+}
+
+/// Sends volumes of one plan along one path.
+#[derive(Debug)]
+pub struct Sender {
+    plan: PlanId,
+    path: DataPath,
+    fleet_key: FleetKey,
+    options: Options,
+}
+
+/// Seals or tags records and numbers them.
+pub(super) struct Outlet {
+    link: Arc<Link>,
+    protection: Protection,
+    next: AtomicU64,
+    pub(super) bytes: AtomicU64,
+    volume: VolumeId,
+    epoch: Epoch,
+}
+
+enum Protection {
+    Seal(Sealer),
+    Tag(Tagger),
+    SealAndTag(Sealer, Tagger),
+}
+
+impl Outlet {
+    /// A buffer for a record.
+    pub(super) fn buffer(&self) -> Vec<u8> {
+        self.link.buffer()
+    }
+
+    /// Numbers, protects and sends a record; waits while too much is in flight.
+    pub(super) fn emit(
+        &self,
+        mut record: Vec<u8>,
+        barrier: bool,
+        first_block: u64,
+    ) -> Result<(), LinkError> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut header = Header {
+            kind: FrameKind::Sealed,
+            barrier,
+            length: 0,
+            volume: self.volume,
+            epoch: self.epoch,
+            number,
+            first_block,
+        };
+        match &self.protection {
+            Protection::Seal(sealer) => sealer.seal(&header, &mut record),
+            Protection::SealAndTag(sealer, tagger) => {
+                sealer.seal(&header, &mut record);
+                tagger.wrap(&header, &mut record);
+            }
+            Protection::Tag(tagger) => {
+                header.kind = FrameKind::Tagged;
+                tagger.tag(&header, &mut record);
+            }
+        }
+        self.bytes.fetch_add(record.len() as u64, Ordering::Relaxed);
+        self.link.push(number, record)
+    }
+}
+
+/// The links of a path while an epoch is under way.
+struct Route {
+    outlet: Outlet,
+    opened: Opened,
+    /// The link whose far end is the target.
+    last: Arc<Link>,
+}
+
+impl Sender {
+    /// For a plan whose blocks take `path`.
+    #[must_use]
+    pub fn new(plan: PlanId, path: DataPath, fleet_key: FleetKey, options: Options) -> Self {
+        Self {
+            plan,
+            path,
+            fleet_key,
+            options,
+        }
+    }
+
+    /// Sends what changed in `volume` since `previous` (everything without it) and waits until the
+    /// target has applied and verified it. With `frozen`, the volume's containers must be paused: a
+    /// change while reading is then an error instead of work for the next epoch.
+    ///
+    /// Blocks. Stops soon after [`Progress::cancel`].
+    ///
+    /// # Errors
+    /// [`SendError`]; the epoch can be sent again, with the same `previous` or with none: what the
+    /// target already has is not sent twice.
+    pub fn send_epoch(
+        &mut self,
+        volume: &VolumeSpec,
+        epoch: Epoch,
+        frozen: bool,
+        previous: Option<&TreeState>,
+        progress: &Arc<Progress>,
+    ) -> Result<(TreeState, EpochReport), SendError> {
+        let started = Instant::now();
+        let block_size = previous.map_or_else(
+            || BlockSize::for_volume(volume.size.0),
+            |state| state.block_size,
+        );
+        let failed = |source: LinkError| SendError::Link {
+            volume: volume.name.clone(),
+            epoch,
+            source,
+        };
+        let route = self.open(volume.id, epoch, block_size, previous, progress)?;
+        let Route {
+            outlet,
+            opened,
+            last,
+        } = route.map_err(failed)?;
+        let held = match (opened.basis, previous) {
+            (Basis::Known, Some(previous)) => Held::Previous(previous),
+            _ => Held::list(&self.fleet_key, opened.have),
+        };
+        let source = Source {
+            volume,
+            key: &self.fleet_key,
+            block_size,
+            held,
+            frozen,
+            progress,
+            outlet: &outlet,
+            options: &self.options,
+        };
+        let (state, tally) = source.send().map_err(|error| error.at(volume, epoch))?;
+        let mut end = payload::start(outlet.buffer(), PayloadKind::End);
+        payload::put_end(&mut end, state.root, state.entries.len() as u64);
+        outlet.emit(end, true, 0).map_err(failed)?;
+        let done = last.finish().map_err(failed)?;
+        let expected = proof(&self.fleet_key, &self.plan, volume.id, epoch, &done);
+        if blake3::Hash::from(done.proof) != blake3::Hash::from(expected) {
+            let volume = volume.name.clone();
+            return Err(SendError::ForgedAcknowledgement { volume, epoch });
+        }
+        if done.root != state.root {
+            return Err(SendError::RootDiffers {
+                volume: volume.name.clone(),
+                epoch,
+                source_root: state.root,
+                target: done.root,
+            });
+        }
+        let report = EpochReport {
+            epoch,
+            root: state.root,
+            target_root: done.root,
+            entries: state.entries.len() as u64,
+            changed_entries: tally.changed_entries.into_inner(),
+            removed: tally.removed.into_inner(),
+            blocks_sent: tally.blocks_sent.into_inner(),
+            zero_blocks: tally.zero_blocks.into_inner(),
+            unchanged_blocks: tally.unchanged_blocks.into_inner(),
+            changeset: Bytes(tally.changeset.into_inner()),
+            bytes_read: Bytes(tally.bytes_read.into_inner()),
+            bytes_on_wire: Bytes(outlet.bytes.into_inner()),
+            skipped: tally.skipped,
+            duration: started.elapsed(),
+        };
+        Ok((state, report))
+    }
+
+    fn open(
+        &self,
+        volume: VolumeId,
+        epoch: Epoch,
+        block_size: BlockSize,
+        previous: Option<&TreeState>,
+        progress: &Arc<Progress>,
+    ) -> Result<Result<Route, LinkError>, NoRandom> {
+        let session = random()?;
+        let salt: Salt = random()?;
+        let setup = |hop: &Hop, salt: Salt| LinkSetup {
+            plan: self.plan.clone(),
+            hop: hop.clone(),
+            volume,
+            epoch,
+            begin: Message::Begin {
+                session,
+                salt,
+                block_size,
+                basis: previous.map(|state| state.root),
+            },
+            options: self.options.clone(),
+            progress: Arc::clone(progress),
+        };
+        let outlet = |link: &Arc<Link>, protection| Outlet {
+            link: Arc::clone(link),
+            protection,
+            next: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            volume,
+            epoch,
+        };
+        let route = || match &self.path {
+            DataPath::Direct { target, data_key } => {
+                let (link, opened) = Link::open(setup(target, salt), deaf())?;
+                let link = Arc::new(link);
+                let sealer = Sealer::new(&self.plan, data_key, &salt);
+                Ok(Route {
+                    outlet: outlet(&link, Protection::Seal(sealer)),
+                    opened,
+                    last: link,
+                })
+            }
+            DataPath::ViaSpool { relay, data_key } => {
+                let (link, opened) = Link::open(setup(relay, salt), deaf())?;
+                let link = Arc::new(link);
+                let sealer = Sealer::new(&self.plan, data_key, &salt);
+                let tagger = Tagger::new(&relay.link_key, &session);
+                Ok(Route {
+                    outlet: outlet(&link, Protection::SealAndTag(sealer, tagger)),
+                    opened,
+                    last: link,
+                })
+            }
+            DataPath::SealForward { relay } => {
+                let (link, opened) = Link::open(setup(relay, salt), deaf())?;
+                let link = Arc::new(link);
+                let tagger = Tagger::new(&relay.link_key, &session);
+                Ok(Route {
+                    outlet: outlet(&link, Protection::Tag(tagger)),
+                    opened,
+                    last: link,
+                })
+            }
+            DataPath::SealReturn { sealer, target } => {
+                let onward: Arc<OnceLock<Arc<Link>>> = Arc::default();
+                let handler = {
+                    let onward = Arc::clone(&onward);
+                    let tagger = Tagger::new(&sealer.link_key, &session);
+                    Box::new(move |event| {
+                        let Some(link) = onward.get() else {
+                            return Ok(());
+                        };
+                        match event {
+                            Event::Record(header, mut record) => {
+                                tagger.unwrap(&header, &mut record)?;
+                                // A failed push shows at the end of the onward link.
+                                let _ = link.push(header.number, record);
+                            }
+                            Event::Failed(error) => link.fail(error),
+                            Event::Ack(_) | Event::Done(_) => {}
+                        }
+                        Ok(())
+                    })
+                };
+                let (link, sealing) = Link::open(setup(sealer, salt), handler)?;
+                let link = Arc::new(link);
+                let (last, opened) = Link::open(setup(target, sealing.salt), deaf())?;
+                let last = Arc::new(last);
+                // The handler can only have been called for records, and none was sent yet.
+                let _ = onward.set(Arc::clone(&last));
+                let tagger = Tagger::new(&sealer.link_key, &session);
+                Ok(Route {
+                    outlet: outlet(&link, Protection::Tag(tagger)),
+                    opened,
+                    last,
+                })
+            }
+        };
+        Ok(route())
+    }
+}
+
+/// For a link whose events need no one's attention.
+fn deaf() -> Handler {
+    Box::new(|_| Ok(()))
+}
+
+/// The target's proof of an acknowledgement, which no relay can make.
+pub(super) fn proof(
+    key: &FleetKey,
+    plan: &PlanId,
+    volume: VolumeId,
+    epoch: Epoch,
+    done: &Done,
+) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_keyed(&key.0);
+    hasher
+        .update(b"lifeboat epoch done 1\0")
+        .update(plan.as_str().as_bytes())
+        .update(&[0])
+        .update(&volume.0.to_le_bytes())
+        .update(&epoch.0.to_le_bytes())
+        .update(&done.root.0)
+        .update(&done.entries.to_le_bytes());
+    *hasher.finalize().as_bytes()
+}
+
+/// How a path is named in a list that relays can see.
+pub(super) fn path_hash(key: &FleetKey, path: &[u8]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_keyed(&key.0);
+    hasher.update(b"lifeboat path 1\0").update(path);
+    *hasher.finalize().as_bytes()
+}

@@ -1,0 +1,235 @@
+//! The listening side of the data plane: one door for targets and paired devices.
+//!
+//! Invariants: a peer is served only for a plan that is admitted and whose link key it proves; slow
+//! or hostile peers are cut off and never hold up others; the number of connections is capped.
+
+use super::Options;
+use super::connection;
+use super::engine::engine;
+use super::hello;
+use super::queue::lock;
+use super::receive::{ReceivePlan, ReceiveProgress, Reception};
+use super::relay::{Relay, RelayPlan};
+use super::seal::LinkKey;
+use crate::model::ids::PlanId;
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// The data address cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot listen for data on {addr}: {source}; choose a free address of this host in the configuration"
+)]
+pub struct BindError {
+    /// The address.
+    pub addr: SocketAddr,
+    /// Why not.
+    pub source: io::Error,
+}
+
+/// What a plan may do here.
+#[derive(Clone)]
+enum Admission {
+    Receive(Arc<Reception>),
+    Relay(Arc<Relay>),
+}
+
+impl Admission {
+    fn link_key(&self) -> LinkKey {
+        match self {
+            Self::Receive(reception) => reception.link_key(),
+            Self::Relay(relay) => relay.link_key(),
+        }
+    }
+
+    fn dismiss(&self) {
+        match self {
+            Self::Receive(reception) => reception.dismiss(),
+            Self::Relay(relay) => relay.dismiss(),
+        }
+    }
+}
+
+struct Shared {
+    options: Options,
+    plans: Mutex<HashMap<PlanId, Admission>>,
+    open: AtomicUsize,
+    over: AtomicBool,
+}
+
+/// Listens for data connections until it is dropped.
+pub struct DataServer {
+    addr: SocketAddr,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DataServer {
+    /// Listens on `addr`; port 0 takes any free one.
+    ///
+    /// # Errors
+    /// The address cannot be bound.
+    pub fn bind(addr: SocketAddr, options: Options) -> Result<Self, BindError> {
+        let failed = |source| BindError { addr, source };
+        let listener = TcpListener::bind(addr).map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let shared = Arc::new(Shared {
+            options,
+            plans: Mutex::default(),
+            open: AtomicUsize::new(0),
+            over: AtomicBool::new(false),
+        });
+        let for_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("lifeboat-data".to_owned())
+            .spawn(move || accept(&listener, &for_thread))
+            .map_err(failed)?;
+        Ok(Self {
+            addr: bound,
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// The address it listens on.
+    #[must_use]
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Lets a source (or its paired device) bring a plan's volumes here. Replaces an admission of the
+    /// same plan.
+    pub fn admit_receive(&self, plan: ReceivePlan) {
+        let name = plan.plan.clone();
+        let reception = Reception::new(plan, self.shared.options.clone());
+        self.admit(name, Admission::Receive(Arc::new(reception)));
+    }
+
+    /// Lets a source use this device as its paired device for a plan. Replaces an admission of the
+    /// same plan.
+    pub fn admit_relay(&self, plan: RelayPlan) {
+        let name = plan.plan.clone();
+        let relay = Relay::new(plan, self.shared.options.clone());
+        self.admit(name, Admission::Relay(Arc::new(relay)));
+    }
+
+    fn admit(&self, plan: PlanId, admission: Admission) {
+        let old = lock(&self.shared.plans).insert(plan, admission);
+        if let Some(old) = old {
+            old.dismiss();
+        }
+    }
+
+    /// How far each volume of an admitted plan has come here; none for an unknown or relayed plan.
+    #[must_use]
+    pub fn progress(&self, plan: &PlanId) -> Option<Vec<ReceiveProgress>> {
+        match lock(&self.shared.plans).get(plan) {
+            Some(Admission::Receive(reception)) => Some(reception.progress()),
+            _ => None,
+        }
+    }
+
+    /// Ends a plan's connections and admits no more. What was received stays where it is.
+    pub fn dismiss(&self, plan: &PlanId) {
+        let admission = lock(&self.shared.plans).remove(plan);
+        if let Some(admission) = admission {
+            admission.dismiss();
+        }
+    }
+}
+
+impl Drop for DataServer {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Release);
+        let plans = std::mem::take(&mut *lock(&self.shared.plans));
+        for admission in plans.values() {
+            admission.dismiss();
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the data listener panicked; this is a bug");
+        }
+    }
+}
+
+fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    while !shared.over.load(Ordering::Acquire) {
+        // Looks at `over` between polls; a signal only means looking earlier.
+        let _ = poll(
+            &mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)],
+            PollTimeout::from(200_u8),
+        );
+        match listener.accept() {
+            Ok((socket, peer)) => welcome(shared, socket, peer),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => {
+                tracing::warn!("cannot accept a data connection: {error}");
+                // Out of descriptors, most likely: give others time to close theirs.
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+    }
+}
+
+fn welcome(shared: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
+    let cap = shared.options.connections_cap;
+    if shared.open.fetch_add(1, Ordering::AcqRel) >= cap {
+        shared.open.fetch_sub(1, Ordering::AcqRel);
+        tracing::warn!(%peer, "data connection refused: {cap} are open already");
+        return;
+    }
+    let for_thread = Arc::clone(shared);
+    let spawned = std::thread::Builder::new()
+        .name("lifeboat-peer".to_owned())
+        .spawn(move || {
+            if let Err(error) = serve(&for_thread, socket) {
+                tracing::warn!(%peer, "data connection: {error}");
+            }
+            for_thread.open.fetch_sub(1, Ordering::AcqRel);
+        });
+    if let Err(error) = spawned {
+        shared.open.fetch_sub(1, Ordering::AcqRel);
+        tracing::error!(%peer, "cannot start a thread for a data connection: {error}");
+    }
+}
+
+/// A data connection could not be served.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error(transparent)]
+    Hello(#[from] hello::HelloError),
+    #[error("cannot set up its socket: {0}")]
+    Socket(#[from] io::Error),
+    #[error(transparent)]
+    Engine(#[from] super::engine::NoEngine),
+}
+
+fn serve(shared: &Arc<Shared>, socket: TcpStream) -> Result<(), ServeError> {
+    let options = &shared.options;
+    socket.set_nonblocking(false)?;
+    connection::tune(&socket, options.patience)?;
+    let socket = Arc::new(socket);
+    let mut greeter = engine(options.engine)?;
+    let find = |plan: &PlanId| {
+        let admission = lock(&shared.plans).get(plan).cloned()?;
+        Some((admission.link_key(), admission))
+    };
+    let (admission, key) = hello::answer(greeter.as_mut(), socket.as_fd(), find, options.patience)?;
+    drop(greeter);
+    let (receiver, transmitter) =
+        connection::split(&socket, &key, false, options.engine, options.patience)?;
+    match admission {
+        Admission::Receive(reception) => reception.serve(receiver, transmitter, &socket),
+        Admission::Relay(relay) => relay.serve(receiver, transmitter, &socket),
+    }
+    Ok(())
+}

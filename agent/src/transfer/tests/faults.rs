@@ -1,0 +1,334 @@
+//! Bad links, bad peers, bad disks: clear errors, nothing silently wrong.
+
+use super::*;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Mutex;
+
+/// What a proxy does to the bytes that pass.
+type Meddle = Arc<Mutex<dyn FnMut(&mut [u8], u64) -> bool + Send>>;
+
+/// A TCP proxy in front of `to`. The closure sees each piece, either way, with the count of bytes before
+/// it, over all connections; when it returns false, the connection is cut.
+fn proxy(
+    to: SocketAddr,
+    meddle: impl FnMut(&mut [u8], u64) -> bool + Send + 'static,
+) -> SocketAddr {
+    let meddle: Meddle = Arc::new(Mutex::new(meddle));
+    let listener = TcpListener::bind(loopback()).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let count = Arc::new(AtomicU64::new(0));
+    std::thread::spawn(move || {
+        for caller in listener.incoming().map_while(Result::ok) {
+            let Ok(callee) = TcpStream::connect(to) else {
+                return;
+            };
+            let (mut from, mut back) = (caller.try_clone().unwrap(), callee.try_clone().unwrap());
+            let (meddle, count) = (Arc::clone(&meddle), Arc::clone(&count));
+            let meddle_back = Arc::clone(&meddle);
+            let count_back = Arc::clone(&count);
+            std::thread::spawn(move || pump(&mut from, &callee, &meddle, &count));
+            std::thread::spawn(move || pump(&mut back, &caller, &meddle_back, &count_back));
+        }
+    });
+    addr
+}
+
+fn pump(from: &mut TcpStream, mut to: &TcpStream, meddle: &Meddle, count: &AtomicU64) {
+    let mut buffer = vec![0; 60_000];
+    while let Ok(n) = from.read(&mut buffer) {
+        let before = count.fetch_add(n as u64, Ordering::SeqCst);
+        let on = n > 0 && (meddle.lock().unwrap())(&mut buffer[..n], before);
+        if !on || to.write_all(&buffer[..n]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
+    let _ = from.shutdown(std::net::Shutdown::Both);
+}
+
+fn some_tree(root: &Path) {
+    fs::create_dir(root.join("dir")).unwrap();
+    for n in 0..300 {
+        fs::write(root.join(format!("dir/small-{n}")), noise(n, 3000)).unwrap();
+    }
+    fs::write(root.join("large"), noise(7, 12 << 20)).unwrap();
+}
+
+#[test]
+fn bytes_flipped_on_the_wire_are_noticed_and_sent_again() {
+    for way in WAYS {
+        let bench = Bench::new(EngineChoice::Threads);
+        some_tree(&bench.source);
+        let mut flips = 0;
+        let flip = move |bytes: &mut [u8], before: u64| {
+            // Not in the greeting, whose failure is another case.
+            if flips < 3 && before > 1_000_000 * (flips + 1) {
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 0x40;
+                flips += 1;
+            }
+            true
+        };
+        let (target, relay) = (bench.server.addr(), bench.relay.addr());
+        let path = if way == Way::Direct {
+            bench.path_to(way, proxy(target, flip), relay)
+        } else {
+            bench.path_to(way, target, proxy(relay, flip))
+        };
+        let mut sender = bench.sender(path);
+        let (_, report) = bench.send(&mut sender, 1, None).unwrap();
+        assert_eq!(report.root, report.target_root, "{way:?}");
+        bench.assert_equal();
+    }
+}
+
+#[test]
+fn a_flip_in_every_record_ends_in_an_error_that_names_the_volume() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    let flip = |bytes: &mut [u8], before: u64| {
+        if before > 1000 {
+            let last = bytes.len() - 1;
+            bytes[last] ^= 1;
+        }
+        true
+    };
+    let path = bench.path_to(
+        Way::Direct,
+        proxy(bench.server.addr(), flip),
+        bench.relay.addr(),
+    );
+    let error = bench.send(&mut bench.sender(path), 1, None).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("volume data"), "{text}");
+    assert!(matches!(
+        error,
+        SendError::Link {
+            source: LinkError::Lost { .. },
+            ..
+        }
+    ));
+}
+
+#[test]
+fn a_link_cut_again_and_again_resumes_where_it_was() {
+    for way in WAYS {
+        let bench = Bench::new(EngineChoice::Threads);
+        some_tree(&bench.source);
+        let mut cuts = 0;
+        let cut = move |_: &mut [u8], before: u64| {
+            if cuts < 5 && before > 1_500_000 * (cuts + 1) {
+                cuts += 1;
+                return false;
+            }
+            true
+        };
+        let (target, relay) = (bench.server.addr(), bench.relay.addr());
+        let path = if matches!(way, Way::Direct | Way::SealReturn) {
+            bench.path_to(way, proxy(target, cut), relay)
+        } else {
+            bench.path_to(way, proxy(target, cut), relay)
+        };
+        let mut sender = bench.sender(path);
+        let (_, report) = bench.send(&mut sender, 1, None).unwrap();
+        assert_eq!(report.root, report.target_root, "{way:?}");
+        bench.assert_equal();
+    }
+}
+
+#[test]
+fn a_wrong_link_key_is_refused_at_once_and_says_so() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    let path = DataPath::Direct {
+        target: Hop {
+            addr: bench.server.addr(),
+            link_key: LinkKey([0; 32]),
+        },
+        data_key: DataKey(DATA),
+    };
+    let started = std::time::Instant::now();
+    let error = bench.send(&mut bench.sender(path), 1, None).unwrap_err();
+    assert!(error.to_string().contains("refused"), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(1));
+    assert!(!bench.target.exists(), "nothing was touched");
+}
+
+#[test]
+fn a_wrong_data_key_opens_nothing() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    let path = DataPath::Direct {
+        target: Hop {
+            addr: bench.server.addr(),
+            link_key: LinkKey(TO_TARGET),
+        },
+        data_key: DataKey([0; 32]),
+    };
+    let error = bench.send(&mut bench.sender(path), 1, None).unwrap_err();
+    assert!(error.to_string().contains("does not open"), "{error}");
+    assert_eq!(fs::read_dir(&bench.target).unwrap().count(), 0);
+}
+
+#[test]
+fn a_device_that_only_transfers_never_sees_plain_bytes() {
+    let bench = Bench::new(EngineChoice::Threads);
+    let secret = b"the plain text that nobody else may see".repeat(2000);
+    fs::write(bench.source.join("secret-name"), &secret).unwrap();
+    let seen: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let keep = Arc::clone(&seen);
+    let spy = move |bytes: &mut [u8], _: u64| {
+        keep.lock().unwrap().extend_from_slice(bytes);
+        true
+    };
+    let relay = proxy(bench.relay.addr(), spy);
+    let path = bench.path_to(Way::ViaSpool, bench.server.addr(), relay);
+    bench.send(&mut bench.sender(path), 1, None).unwrap();
+    bench.assert_equal();
+    let seen = seen.lock().unwrap();
+    let contains = |needle: &[u8]| seen.windows(needle.len()).any(|window| window == needle);
+    assert!(seen.len() > secret.len());
+    assert!(!contains(b"the plain text"));
+    assert!(!contains(b"secret-name"));
+}
+
+#[test]
+fn a_dead_target_is_noticed_in_seconds() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    // Accepts and never speaks.
+    let listener = TcpListener::bind(loopback()).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let path = DataPath::Direct {
+        target: Hop {
+            addr,
+            link_key: LinkKey(TO_TARGET),
+        },
+        data_key: DataKey(DATA),
+    };
+    let mut options = options(EngineChoice::Threads);
+    options.retries = 1;
+    options.patience = Duration::from_millis(500);
+    let mut sender = Sender::new(bench.plan.clone(), path, FleetKey(FLEET), options);
+    let started = std::time::Instant::now();
+    let error = bench.send(&mut sender, 1, None).unwrap_err();
+    assert!(started.elapsed() < Duration::from_secs(4));
+    assert!(error.to_string().contains("failed 2 times"), "{error}");
+}
+
+#[test]
+fn hostile_and_silent_peers_do_not_hold_up_an_honest_one() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    let mut peers = Vec::new();
+    for n in 0..20_u8 {
+        let mut socket = TcpStream::connect(bench.server.addr()).unwrap();
+        let garbage = noise(u64::from(n), 4096);
+        // It may be cut off while writing.
+        let _ = match n % 4 {
+            0 => Ok(()),
+            1 => socket.write_all(&garbage),
+            2 => socket.write_all(b"LIFEBT\x00\x01\xff"),
+            _ => socket.write_all(b"GET / HTTP/1.1\r\n\r\n"),
+        };
+        peers.push(socket);
+    }
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 1, None).unwrap();
+    bench.assert_equal();
+    // Everyone is cut off in the end.
+    for mut socket in peers {
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let mut rest = Vec::new();
+        // Cut off by reset or by end: both are an end.
+        let ended = socket.read_to_end(&mut rest);
+        assert!(!matches!(ended, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock));
+    }
+}
+
+/// A small file system of its own, if root may make one.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn new(dir: &Path, bytes: u64) -> Option<Self> {
+        fs::create_dir(dir).unwrap();
+        let size = format!("size={bytes}");
+        let mounted = nix::mount::mount(
+            Some("none"),
+            dir,
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some(size.as_str()),
+        );
+        match mounted {
+            Ok(()) => Some(Self(dir.to_owned())),
+            Err(error) => {
+                println!("cannot mount a small tmpfs ({error}): full disks not tested");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+#[test]
+fn a_full_target_is_named_with_what_is_needed_and_free_and_a_roomier_one_works() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    let dir = bench.source.parent().unwrap().join("small");
+    let Some(_disk) = SmallDisk::new(&dir, 5 << 20) else {
+        return;
+    };
+    bench.admit_target(&dir.join("data"));
+    for way in [Way::Direct, Way::SealForward] {
+        let mut sender = bench.sender(bench.path(way));
+        let error = bench.send(&mut sender, 1, None).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("no space left on the target"), "{text}");
+        assert!(
+            text.contains("volume data") && text.contains("free"),
+            "{text}"
+        );
+        let progress = bench.server.progress(&bench.plan).unwrap();
+        assert!(progress[0].failure.is_some());
+    }
+    bench.admit_target(&bench.target);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 1, None).unwrap();
+    bench.assert_equal();
+}
+
+#[test]
+fn a_full_spool_is_named() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    let Some(_disk) = SmallDisk::new(&bench.spool, 2 << 20) else {
+        return;
+    };
+    let mut sender = bench.sender(bench.path(Way::ViaSpool));
+    let error = bench.send(&mut sender, 1, None).unwrap_err();
+    assert!(error.to_string().contains("spool"), "{error}");
+}
+
+#[test]
+fn a_symlink_planted_in_the_target_leads_nowhere() {
+    let bench = Bench::new(EngineChoice::Threads);
+    some_tree(&bench.source);
+    let outside = bench.source.parent().unwrap().join("outside");
+    fs::create_dir_all(&outside).unwrap();
+    fs::create_dir_all(&bench.target).unwrap();
+    std::os::unix::fs::symlink(&outside, bench.target.join("dir")).unwrap();
+    std::os::unix::fs::symlink(outside.join("file"), bench.target.join("large")).unwrap();
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 1, None).unwrap();
+    bench.assert_equal();
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+}

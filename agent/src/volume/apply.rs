@@ -1,0 +1,449 @@
+//! Rebuilding a tree on the target.
+//!
+//! Invariants: nothing outside the destination is ever touched; a file's times are set after its
+//! last write and a directory's after its last child; nothing is durable before [`Destination::sync`].
+
+use super::confined::{Confined, open_beneath, proc_path, split};
+use super::tree::{Entry, Kind, Timestamp, shown};
+use super::xattrs;
+use crate::model::units::Bytes;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, FallocateFlags, OFlag, fallocate};
+use nix::sys::stat::{
+    Mode, SFlag, UtimensatFlags, fchmod, fstat, futimens, mkdirat, mknodat, utimensat,
+};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{
+    Gid, Uid, UnlinkatFlags, fchown, fchownat, ftruncate, linkat, symlinkat, unlinkat,
+};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// The target could not take an entry. Says which volume and path, what failed and what helps.
+#[derive(Debug, thiserror::Error)]
+#[error("volume {volume}: cannot {action} `{path}`: {}", self.explain())]
+pub struct ApplyError {
+    /// The volume's name.
+    pub volume: String,
+    /// Path in the volume.
+    pub path: String,
+    /// What was being done.
+    pub action: String,
+    /// Why it failed.
+    pub source: io::Error,
+    /// Bytes that the entry needs.
+    pub needed: Bytes,
+    /// Bytes that were free on the target's file system.
+    pub free: Option<Bytes>,
+}
+
+impl ApplyError {
+    fn errno(&self) -> Option<Errno> {
+        self.source.raw_os_error().map(Errno::from_raw)
+    }
+
+    /// Whether the target has no room for it.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
+    }
+
+    /// The same error, about something that needs this many bytes.
+    #[must_use]
+    pub fn needing(mut self, bytes: u64) -> Self {
+        self.needed = Bytes(bytes);
+        self
+    }
+
+    fn explain(&self) -> String {
+        let free = self
+            .free
+            .map_or_else(|| "unknown".to_owned(), |bytes| bytes.to_string());
+        match self.errno() {
+            Some(Errno::ENOSPC) => format!(
+                "no space left on the target ({} needed, {free} free); free space there or choose another target",
+                self.needed
+            ),
+            Some(Errno::EDQUOT) => format!(
+                "the target's disk quota is used up ({} needed, {free} free on the disk); raise it or choose another target",
+                self.needed
+            ),
+            Some(Errno::EROFS) => {
+                "the target's file system is read-only; look for disk errors there or choose another target".to_owned()
+            }
+            Some(Errno::EACCES | Errno::EPERM) => format!(
+                "{}; the target's agent must run as root on a file system that allows it",
+                self.source
+            ),
+            Some(Errno::EOPNOTSUPP) => format!(
+                "{}; the target's file system lacks a feature that the source uses",
+                self.source
+            ),
+            _ => self.source.to_string(),
+        }
+    }
+}
+
+/// The directory of a volume on the target.
+#[derive(Debug)]
+pub struct Destination {
+    volume: String,
+    root: Confined,
+}
+
+/// The directory opened last, so that a run of siblings resolves it once.
+#[derive(Debug, Default)]
+pub struct Parent {
+    open: Option<(Box<[u8]>, OwnedFd)>,
+}
+
+impl Parent {
+    /// Forgets it; needed after directories were removed or replaced.
+    pub fn forget(&mut self) {
+        self.open = None;
+    }
+}
+
+impl Destination {
+    /// Opens the directory of a volume, making it (and its parents) if it is missing.
+    ///
+    /// # Errors
+    /// It cannot be made or opened.
+    pub fn open(volume: &str, path: &Path) -> Result<Self, ApplyError> {
+        let failed = |action: &str, source: io::Error| ApplyError {
+            volume: volume.to_owned(),
+            path: path.display().to_string(),
+            action: action.to_owned(),
+            source,
+            needed: Bytes(0),
+            free: None,
+        };
+        std::fs::create_dir_all(path).map_err(|e| failed("make the directory", e))?;
+        let root = Confined::open(path).map_err(|e| failed("open the directory", e.into()))?;
+        Ok(Self {
+            volume: volume.to_owned(),
+            root,
+        })
+    }
+
+    /// The volume's name.
+    #[must_use]
+    pub fn volume(&self) -> &str {
+        &self.volume
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn root(&self) -> &Confined {
+        &self.root
+    }
+
+    /// Whether nothing lies in the directory.
+    ///
+    /// # Errors
+    /// It cannot be listed.
+    pub fn is_empty(&self) -> Result<bool, ApplyError> {
+        let mut names = std::fs::read_dir(fd_path(self.root.fd()))
+            .map_err(|e| self.failed("list", b"", 0, e))?;
+        Ok(names.next().is_none())
+    }
+
+    /// An error about `path`, with the free space of the file system.
+    pub fn failed(
+        &self,
+        action: &str,
+        path: &[u8],
+        needed: u64,
+        source: impl Into<io::Error>,
+    ) -> ApplyError {
+        let free = nix::sys::statvfs::fstatvfs(self.root.fd())
+            .ok()
+            .map(|fs| Bytes(fs.blocks_available() * fs.fragment_size()));
+        ApplyError {
+            volume: self.volume.clone(),
+            path: shown(path).into_owned(),
+            action: action.to_owned(),
+            source: source.into(),
+            needed: Bytes(needed),
+            free,
+        }
+    }
+
+    fn with_parent<'p, T>(
+        &self,
+        cache: &mut Parent,
+        path: &'p [u8],
+        act: impl FnOnce(BorrowedFd<'_>, &'p OsStr) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let (parent, name) = split(path);
+        let known = cache
+            .open
+            .as_ref()
+            .is_some_and(|(open, _)| **open == *parent);
+        if !known {
+            let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+            let fd = self.root.open_beneath(parent, flags, Mode::empty())?;
+            cache.open = Some((parent.into(), fd));
+        }
+        match &cache.open {
+            Some((_, fd)) => act(fd.as_fd(), OsStr::from_bytes(name)),
+            None => Err(Errno::ENOENT),
+        }
+    }
+
+    /// Removes whatever is at `path`, with everything below it; nothing there is fine.
+    ///
+    /// # Errors
+    /// It exists and cannot be removed.
+    pub fn remove(&self, cache: &mut Parent, path: &[u8]) -> Result<(), ApplyError> {
+        match self.with_parent(cache, path, remove_all) {
+            Ok(()) | Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
+            Err(error) => Err(self.failed("remove", path, 0, error)),
+        }
+    }
+
+    /// Makes an empty, private directory, or keeps the one that is there. Its metadata comes last.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn directory(&self, cache: &mut Parent, path: &[u8]) -> Result<(), ApplyError> {
+        if path.is_empty() {
+            return Ok(());
+        }
+        let is_directory = |dir: BorrowedFd<'_>, name: &OsStr| {
+            let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+            open_beneath(dir, name.as_bytes(), flags, Mode::empty()).is_ok()
+        };
+        self.with_parent(cache, path, |dir, name| {
+            match mkdirat(dir, name, Mode::S_IRWXU) {
+                Err(Errno::EEXIST) if is_directory(dir, name) => Ok(()),
+                Err(Errno::EEXIST) => {
+                    remove_all(dir, name)?;
+                    mkdirat(dir, name, Mode::S_IRWXU)
+                }
+                other => other,
+            }
+        })
+        .map_err(|e| self.failed("make the directory", path, 0, e))
+    }
+
+    /// Makes a symbolic link, FIFO or device with its metadata, replacing what is there.
+    ///
+    /// # Errors
+    /// It cannot be made; an entry of another kind is an error too.
+    pub fn special(&self, cache: &mut Parent, entry: &Entry) -> Result<(), ApplyError> {
+        let permissions = Mode::from_bits_truncate(entry.mode);
+        self.with_parent(cache, &entry.path, |dir, name| {
+            match remove_all(dir, name) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+            match &entry.kind {
+                Kind::Symlink(target) => symlinkat(OsStr::from_bytes(target), dir, name)?,
+                Kind::Fifo => mknodat(dir, name, SFlag::S_IFIFO, permissions, 0)?,
+                Kind::CharDevice(number) => {
+                    mknodat(dir, name, SFlag::S_IFCHR, permissions, *number)?;
+                }
+                Kind::BlockDevice(number) => {
+                    mknodat(dir, name, SFlag::S_IFBLK, permissions, *number)?;
+                }
+                Kind::Directory | Kind::File { .. } | Kind::HardLink(_) => {
+                    return Err(Errno::EINVAL);
+                }
+            }
+            let (uid, gid) = owner(entry);
+            fchownat(dir, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            if !matches!(entry.kind, Kind::Symlink(_)) {
+                // Owner first: changing it clears set-id bits. The entry is ours and no symlink.
+                let flag = nix::sys::stat::FchmodatFlags::FollowSymlink;
+                nix::sys::stat::fchmodat(dir, name, permissions, flag)?;
+            }
+            Ok(())
+        })
+        .map_err(|e| self.failed("make", &entry.path, 0, e))?;
+        let attributes = |dir: BorrowedFd<'_>, name: &OsStr| {
+            xattrs::write(proc_path(dir, name).as_path(), &entry.xattrs)
+        };
+        let mut written = Ok(());
+        self.with_parent(cache, &entry.path, |dir, name| {
+            written = attributes(dir, name);
+            let time = time_spec(entry.mtime);
+            let flag = UtimensatFlags::NoFollowSymlink;
+            utimensat(dir, name, &TimeSpec::UTIME_OMIT, &time, flag)
+        })
+        .map_err(|e| self.failed("set the time of", &entry.path, 0, e))?;
+        written.map_err(|(name, e)| self.attribute_failed(&entry.path, &name, e))
+    }
+
+    /// Gives the file at `primary` the further name `path`, replacing what is there.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn link(&self, cache: &mut Parent, path: &[u8], primary: &[u8]) -> Result<(), ApplyError> {
+        let failed = |e: Errno| self.failed("link", path, 0, e);
+        let (from, from_name) = self.root.parent(primary).map_err(failed)?;
+        self.with_parent(cache, path, |dir, name| {
+            match remove_all(dir, name) {
+                Ok(()) | Err(Errno::ENOENT) => {}
+                Err(error) => return Err(error),
+            }
+            linkat(from.as_fd(), from_name, dir, name, AtFlags::empty())
+        })
+        .map_err(failed)
+    }
+
+    /// Opens a file for writing: the one that is there (`in_place`), or a new, private one in the
+    /// place of whatever is there.
+    ///
+    /// # Errors
+    /// It cannot be opened or made.
+    pub fn file(
+        &self,
+        cache: &mut Parent,
+        path: &[u8],
+        in_place: bool,
+    ) -> Result<File, ApplyError> {
+        let private = Mode::S_IRUSR | Mode::S_IWUSR;
+        self.with_parent(cache, path, |dir, name| {
+            let name_bytes = name.as_bytes();
+            if in_place {
+                let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK;
+                let fd = open_beneath(dir, name_bytes, flags, Mode::empty())?;
+                let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
+                // Someone else put a device or FIFO there meanwhile: never write into it.
+                return if kind == SFlag::S_IFREG {
+                    Ok(fd)
+                } else {
+                    Err(Errno::EEXIST)
+                };
+            }
+            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+            match open_beneath(dir, name_bytes, flags, private) {
+                Err(Errno::EEXIST) => {
+                    remove_all(dir, name)?;
+                    open_beneath(dir, name_bytes, flags, private)
+                }
+                other => other,
+            }
+        })
+        .map(File::from)
+        .map_err(|e| self.failed("open", path, 0, e))
+    }
+
+    /// Makes a range of a file read as zeros without keeping bytes for it.
+    ///
+    /// # Errors
+    /// The range could not be cleared.
+    pub fn punch(
+        &self,
+        file: &File,
+        path: &[u8],
+        offset: u64,
+        len: usize,
+    ) -> Result<(), ApplyError> {
+        let failed = |e: io::Error| self.failed("clear a block of", path, 0, e);
+        let past = || failed(Errno::EFBIG.into());
+        let start = i64::try_from(offset).map_err(|_| past())?;
+        let length = i64::try_from(len).map_err(|_| past())?;
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(file, flags, start, length) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                file.write_all_at(&vec![0; len], offset).map_err(failed)
+            }
+            other => other.map_err(|e| failed(e.into())),
+        }
+    }
+
+    /// Gives an open, written file its metadata, and its size unless it has it (`whole`).
+    ///
+    /// # Errors
+    /// One of them could not be set.
+    pub fn finish_file(&self, file: &File, entry: &Entry, whole: bool) -> Result<(), ApplyError> {
+        if !whole {
+            let size = i64::try_from(entry.size()).unwrap_or(i64::MAX);
+            ftruncate(file, size).map_err(|e| self.failed("set the size of", &entry.path, 0, e))?;
+        }
+        self.finish(file, entry)
+    }
+
+    /// Gives a directory its metadata.
+    ///
+    /// # Errors
+    /// It is missing, or something could not be set.
+    pub fn finish_directory(&self, entry: &Entry) -> Result<(), ApplyError> {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+        let dir = self
+            .root
+            .open_beneath(&entry.path, flags, Mode::empty())
+            .map_err(|e| self.failed("open", &entry.path, 0, e))?;
+        self.finish(&File::from(dir), entry)
+    }
+
+    fn finish(&self, file: &File, entry: &Entry) -> Result<(), ApplyError> {
+        let failed = |action: &str, e: Errno| self.failed(action, &entry.path, 0, e);
+        let (uid, gid) = owner(entry);
+        // Owner before mode and attributes: changing it clears set-id bits and capabilities.
+        fchown(file, uid, gid).map_err(|e| failed("set the owner of", e))?;
+        fchmod(file, Mode::from_bits_truncate(entry.mode))
+            .map_err(|e| failed("set the mode of", e))?;
+        xattrs::write(file, &entry.xattrs)
+            .map_err(|(name, e)| self.attribute_failed(&entry.path, &name, e))?;
+        futimens(file, &TimeSpec::UTIME_OMIT, &time_spec(entry.mtime))
+            .map_err(|e| failed("set the time of", e))
+    }
+
+    fn attribute_failed(&self, path: &[u8], name: &OsStr, error: io::Error) -> ApplyError {
+        let action = format!("set the attribute {} of", name.to_string_lossy());
+        self.failed(&action, path, 0, error)
+    }
+
+    /// Makes everything applied so far durable.
+    ///
+    /// # Errors
+    /// The write-back failed: what was acknowledged may not be on the disk.
+    pub fn sync(&self) -> Result<(), ApplyError> {
+        nix::unistd::syncfs(self.root.fd()).map_err(|e| self.failed("write back", b"", 0, e))
+    }
+}
+
+fn owner(entry: &Entry) -> (Option<Uid>, Option<Gid>) {
+    (
+        Some(Uid::from_raw(entry.uid)),
+        Some(Gid::from_raw(entry.gid)),
+    )
+}
+
+fn time_spec(time: Timestamp) -> TimeSpec {
+    TimeSpec::new(time.seconds, i64::from(time.nanoseconds))
+}
+
+fn fd_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Removes `name` from `dir` with everything below it.
+fn remove_all(dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+    match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
+        // POSIX lets unlink(2) of a directory fail with either.
+        Err(Errno::EISDIR | Errno::EPERM) => {}
+        other => return other,
+    }
+    match unlinkat(dir, name, UnlinkatFlags::RemoveDir) {
+        Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
+        other => return other,
+    }
+    let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+    let inner = open_beneath(dir, name.as_bytes(), flags, Mode::empty())?;
+    let names: Vec<std::ffi::OsString> = std::fs::read_dir(fd_path(inner.as_fd()))
+        .and_then(|names| names.map(|name| Ok(name?.file_name())).collect())
+        .map_err(|e: io::Error| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    for child in names {
+        remove_all(inner.as_fd(), &child)?;
+    }
+    unlinkat(dir, name, UnlinkatFlags::RemoveDir)
+}

@@ -1,0 +1,179 @@
+//! A whole tree read and signed in one go: what a target already holds, or what a proof compares.
+
+use super::change::Baseline;
+use super::confined::Confined;
+use super::sign::{self, BlockSize, FleetKey};
+use super::tree::{Entry, Exception, Kind, TreeState};
+use super::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
+use nix::fcntl::OFlag;
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+use nix::unistd::{Whence, lseek};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Reading a tree failed; names the path and the cause.
+pub type ScanError = WalkError;
+
+/// Reads and signs everything beneath `path`. The root of the result is that of a sender's epoch
+/// over the same tree.
+///
+/// # Errors
+/// Anything that exists but cannot be read.
+pub fn scan(
+    path: &Path,
+    key: &FleetKey,
+    block_size: BlockSize,
+) -> Result<(TreeState, Vec<Exception>), ScanError> {
+    let root = walk::open_root(path)?;
+    let baseline = Baseline::establish(&root)?;
+    let walk = walk::walk(&root)?;
+    let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
+    let mut entries = Vec::with_capacity(walk.found.len());
+    let mut buffer = vec![0; usize::try_from(block_size.bytes()).unwrap_or(1 << 20)];
+    for found in &walk.found {
+        let racy = baseline.is_racy(&found.stat);
+        if kind_of(&found.stat) != SFlag::S_IFREG {
+            entries.push(walk::special_entry(&root, found, racy)?);
+            continue;
+        }
+        let identity = (found.stat.st_dev, found.stat.st_ino);
+        if found.stat.st_nlink > 1 {
+            if let Some(primary) = primaries.get(&identity) {
+                entries.push(hard_link(&found.path, &found.stat, primary, racy));
+                continue;
+            }
+            primaries.insert(identity, found.path.clone());
+        }
+        entries.push(scan_file(&root, found, key, block_size, &mut buffer, racy)?);
+    }
+    Ok((TreeState::new(key, block_size, entries), walk.skipped))
+}
+
+fn scan_file(
+    root: &Confined,
+    found: &Found,
+    key: &FleetKey,
+    block_size: BlockSize,
+    buffer: &mut [u8],
+    racy: bool,
+) -> Result<Entry, ScanError> {
+    let failed = |action, source: io::Error| WalkError::new(root, action, &found.path, source);
+    let (file, stat) = open_file(root, &found.path)?;
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    let holes = Holes::of(&file, &stat).map_err(|e| failed("find the holes of", e))?;
+    let mut blocks = Vec::new();
+    for index in 0..block_size.blocks_of(size) {
+        let length = block_size.length_of(size, index);
+        let offset = index * block_size.bytes();
+        blocks.push(if holes.covers(offset, length as u64) {
+            sign::ZERO
+        } else {
+            let block = &mut buffer[..length];
+            read_full(&file, block, offset).map_err(|e| failed("read", e))?;
+            sign::signature(key, block)
+        });
+    }
+    let mut entry = bare_entry(&found.path, &stat, Kind::File { size, blocks }, racy);
+    entry.xattrs = walk::read_xattrs(root, &found.path, &file)?;
+    Ok(entry)
+}
+
+/// Opens a regular file for reading, without touching its access time where that is allowed.
+///
+/// # Errors
+/// It cannot be opened, or is no longer a regular file (then [`WalkError::vanished`] holds).
+pub fn open_file(root: &Confined, path: &[u8]) -> Result<(File, FileStat), ScanError> {
+    let failed = |action, source: io::Error| WalkError::new(root, action, path, source);
+    // O_NONBLOCK: should a FIFO have taken the place, opening must not wait for a writer.
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+    let fd = match root.open_beneath(path, flags | OFlag::O_NOATIME, Mode::empty()) {
+        Err(nix::errno::Errno::EPERM) => root.open_beneath(path, flags, Mode::empty()),
+        other => other,
+    }
+    .map_err(|e| failed("open", e.into()))?;
+    let stat = fstat(fd.as_fd()).map_err(|e| failed("stat", e.into()))?;
+    if kind_of(&stat) != SFlag::S_IFREG {
+        return Err(failed("read", nix::errno::Errno::ENXIO.into()));
+    }
+    Ok((File::from(fd), stat))
+}
+
+/// Reads until `buffer` is full or the file ends; what lies past the end becomes zeros.
+///
+/// # Errors
+/// The I/O error of `pread`.
+pub fn read_full(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    buffer[done..].fill(0);
+    Ok(done)
+}
+
+/// Where a file has data; the rest is holes.
+#[derive(Clone, Debug, Default)]
+pub struct Holes {
+    /// Start and end of each extent with data, in order; none when the file is not sparse.
+    data: Option<Vec<(u64, u64)>>,
+}
+
+/// Most extents that are remembered; a file with more is read in full (zeros are still found).
+const EXTENTS_CAP: usize = 100_000;
+
+impl Holes {
+    /// Finds the holes of an open file.
+    ///
+    /// # Errors
+    /// The error of `lseek`.
+    pub fn of(file: &File, stat: &FileStat) -> io::Result<Self> {
+        if stat.st_blocks.saturating_mul(512) >= stat.st_size {
+            return Ok(Self::default());
+        }
+        let mut data = Vec::new();
+        let mut offset = 0;
+        loop {
+            let start = match lseek(file, offset, Whence::SeekData) {
+                Ok(start) => start,
+                Err(nix::errno::Errno::ENXIO) => break,
+                // A file system without the call reports everything as data.
+                Err(nix::errno::Errno::EINVAL) => return Ok(Self::default()),
+                Err(error) => return Err(error.into()),
+            };
+            let end = match lseek(file, start, Whence::SeekHole) {
+                Ok(end) => end,
+                Err(nix::errno::Errno::ENXIO) => break,
+                Err(error) => return Err(error.into()),
+            };
+            data.push((
+                u64::try_from(start).unwrap_or(0),
+                u64::try_from(end).unwrap_or(0),
+            ));
+            if data.len() > EXTENTS_CAP {
+                return Ok(Self::default());
+            }
+            offset = end;
+        }
+        Ok(Self { data: Some(data) })
+    }
+
+    /// Whether `len` bytes from `offset` are nothing but hole.
+    #[must_use]
+    pub fn covers(&self, offset: u64, len: u64) -> bool {
+        let Some(data) = &self.data else {
+            return false;
+        };
+        let first = data.partition_point(|&(_, end)| end <= offset);
+        data.get(first)
+            .is_none_or(|&(start, _)| start >= offset + len)
+    }
+}
