@@ -123,9 +123,10 @@ fn leaf(device: &DeviceId) -> Result<CertificateParams, rcgen::Error> {
 fn make_ca() -> Result<StoredCa, rcgen::Error> {
     let key = KeyPair::generate_for(&PKCS_ED25519)?;
     let mut params = CertificateParams::default();
-    params
-        .distinguished_name
-        .push(DnType::CommonName, "lifeboat fleet CA");
+    // Two fleets must not have one name: a stranger's certificate would then be told as a broken
+    // signature instead of an unknown issuer.
+    let name = format!("lifeboat fleet CA {:08x}", rand::random::<u32>());
+    params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     validity(&mut params);

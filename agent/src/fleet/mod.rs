@@ -32,3 +32,6 @@ pub fn now() -> UnixMillis {
         .unwrap_or_default();
     UnixMillis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
+
+#[cfg(test)]
+mod tests;

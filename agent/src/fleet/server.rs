@@ -184,7 +184,7 @@ impl ControlServer {
             } else {
                 self.members_only
             },
-            members: members.layer(limit.clone()),
+            members: members.layer(limit),
             strangers: strangers.map(|router| router.layer(limit)),
             connections: Semaphore::new(CONNECTIONS),
             stop: stop.clone(),
