@@ -9,7 +9,7 @@ mod rows;
 use super::allocate::{Candidate, Cost, Demand, Rules, choose};
 use super::identity::Fingerprint;
 use super::registry::{
-    ActionCost, Allocation, Ask, Enrolment, Heartbeat, Invitation, Lending, Registry, RegistryError,
+    ActionCost, Allocation, Ask, Enrolment, Heartbeat, Invitation, Registry, RegistryError,
 };
 use super::secret::Secret;
 use crate::model::action::Action;
@@ -360,8 +360,17 @@ fn allocate(
         }
         end(db, &id, DutyOutcome::Abandoned)?;
     }
+    let mut need = need.clone();
+    for other in open_pairings(db)? {
+        if other.source == need.source && other.plan == ask.plan {
+            need.exclude.insert(
+                other.device,
+                format!("it is this plan's {} already", other.role),
+            );
+        }
+    }
     let candidates = candidates(db)?;
-    let choice = choose(need, &candidates, rules, now);
+    let choice = choose(&need, &candidates, rules, now);
     let Some((device, demand)) = choice.chosen else {
         return Ok(Allocation {
             lending: None,

@@ -83,7 +83,7 @@ fn what_makes_a_device_unfit_is_said() {
             q.device.configuration.as_mut().unwrap().architecture = "aarch64".to_owned();
         }),
         ("1 cores, less than half", |q| {
-            q.device.configuration.as_mut().unwrap().cores = 1
+            q.device.configuration.as_mut().unwrap().cores = 1;
         }),
         ("less than half of the source's 8.0 GiB", |q| {
             q.device.configuration.as_mut().unwrap().memory = Bytes(1 << 30);

@@ -7,7 +7,7 @@ use crate::fleet::registry::{
     ActionCost, Allocation, Ask, Enrolment, Heartbeat, Invitation, Registry, RegistryError,
 };
 use crate::fleet::sqlite::SqliteRegistry;
-use crate::model::action::Action;
+use crate::model::action::{Action, Actions};
 use crate::model::fleet::{DutyOutcome, Role, TwinNeeds};
 use crate::model::ids::PlanId;
 use crate::model::units::{Bytes, UnixMillis};
@@ -269,4 +269,18 @@ fn a_file_that_is_no_database_is_named() {
         text.contains("registry.sqlite") && text.contains("not a database"),
         "{text}"
     );
+}
+
+#[tokio::test]
+async fn a_plans_target_is_not_also_its_paired_device() {
+    let dir = TempDir::new().unwrap();
+    let registry = registry(&SqliteRegistry::path(dir.path()), &["s", "p", "q"]).await;
+    let mut target = ask("plan", 1);
+    target.need.role = Role::Target;
+    target.need.actions = Actions::default();
+    let target = registry.allocate(target, RULES, NOW).await.unwrap();
+    let paired = registry.allocate(ask("plan", 1), RULES, NOW).await.unwrap();
+    assert_eq!((lent(&target), lent(&paired)), (Some("p"), Some("q")));
+    let said = paired.explanation[1].to_string();
+    assert!(said.contains("it is this plan's target already"), "{said}");
 }
