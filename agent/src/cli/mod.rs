@@ -5,6 +5,7 @@
 
 mod duplicator;
 mod fleet;
+pub mod observe;
 mod output;
 mod policy;
 mod relations;
