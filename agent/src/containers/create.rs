@@ -310,3 +310,82 @@ fn compare(path: &str, wanted: &Value, got: &Value, found: &mut Vec<String>) {
         compare(&path, &wanted[key], &got[key], found);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::inspect::tests::recorded;
+    use super::*;
+
+    #[test]
+    fn every_volume_is_bound_by_name_and_podmans_words_become_the_apis() {
+        let [docker, podman] = recorded();
+        for (inspect, is_podman) in [(&docker, false), (&podman, true)] {
+            let body = body(inspect, "box:1", false, is_podman);
+            let binds = body["HostConfig"]["Binds"].as_array().unwrap();
+            let explicit = inspect["HostConfig"]["Mounts"]
+                .as_array()
+                .map_or(0, Vec::len);
+            let mounts = inspect["Mounts"].as_array().unwrap().len();
+            assert_eq!(binds.len() + explicit, mounts, "{binds:?}");
+            let limits = body["HostConfig"]["Ulimits"].to_string();
+            assert!(limits.contains("\"nofile\"") && !limits.contains("RLIMIT"));
+            assert_eq!(body["HostConfig"]["Sysctls"].is_null(), is_podman);
+            assert_eq!(body["Hostname"], inspect["Config"]["Hostname"]);
+        }
+        assert_eq!(
+            body(&podman, "x", false, true)["HostConfig"]["Runtime"],
+            Value::Null
+        );
+        assert_eq!(
+            body(&docker, "x", false, false)["HostConfig"]["Runtime"],
+            "runc"
+        );
+    }
+
+    #[test]
+    fn chosen_aliases_travel_and_those_the_runtime_made_do_not() {
+        for inspect in recorded() {
+            let endpoints = endpoints(&inspect, false);
+            let aliases = endpoints[0].1["Aliases"].to_string();
+            assert!(
+                aliases.contains("db") || aliases.contains("pg"),
+                "{aliases}"
+            );
+            assert!(!aliases.contains(&inspect["Id"].as_str().unwrap()[..12]));
+            assert!(endpoints[0].1["IPAMConfig"].is_null());
+        }
+        let [docker, _] = recorded();
+        let kept = endpoints(&docker, true);
+        assert_eq!(kept[0].1["IPAMConfig"]["IPv4Address"], "10.126.0.9");
+    }
+
+    #[test]
+    fn a_container_that_shares_anothers_network_brings_no_ports_and_no_hostname() {
+        let [mut docker, _] = recorded();
+        docker["HostConfig"]["NetworkMode"] = json!("container:front");
+        let body = body(&docker, "box:1", false, false);
+        assert!(body["Hostname"].is_null() && body["HostConfig"]["PortBindings"].is_null());
+        assert_eq!(body["NetworkingConfig"]["EndpointsConfig"], json!({}));
+        assert_eq!(body["HostConfig"]["NetworkMode"], "container:front");
+    }
+
+    #[test]
+    fn a_container_differs_from_itself_in_nothing_and_from_another_in_each_changed_field() {
+        for inspect in recorded() {
+            assert_eq!(differences(&inspect, &inspect), Vec::<String>::new());
+            let mut other = inspect.clone();
+            // Its life and its host are not the container.
+            other["State"]["Pid"] = json!(1);
+            other["GraphDriver"] = Value::Null;
+            assert_eq!(differences(&inspect, &other), Vec::<String>::new());
+            other["Config"]["User"] = json!("0");
+            other["HostConfig"]["ShmSize"] = json!(5);
+            other["Mounts"][0]["RW"] = json!(false);
+            let found = differences(&inspect, &other).join("\n");
+            assert_eq!(found.lines().count(), 3, "{found}");
+            for field in ["Config.User", "HostConfig.ShmSize", "Mounts."] {
+                assert!(found.contains(field), "{field} is missing in {found}");
+            }
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Docker, for real: dockerd in lab hosts, driven through the same code as Podman.
+
+use anyhow::{Context as _, Result, ensure};
+use lifeboat::containers::{How, Means, ReadyRules, Runtime, Runtimes, Scope};
+use lifeboat::model::container::State;
+use lifeboat_tests::boxes::{ROOT, SECOND, by_name};
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::process::Command;
+use xtask::lab::{Host, HostSpec, Lab, LabSpec};
+use xtask::process::{is_root, log_tail, wait_for};
+
+const SOCKET: &str = "/run/docker.sock";
+
+/// Storage on the real disk, and limits a machine without CAP_SYS_RESOURCE can set.
+const CONFIG: &str = r#"{"data-root": "/srv/docker", "exec-root": "/run/docker",
+"pidfile": "/run/docker.pid", "hosts": ["unix:///run/docker.sock"], "default-ulimits": {
+"nofile": {"Name": "nofile", "Hard": 16384, "Soft": 16384},
+"nproc": {"Name": "nproc", "Hard": 16384, "Soft": 16384}}}"#;
+
+/// Two lab hosts with Docker and the image `box:1` in the first; `None` where that cannot be.
+fn lab(name: &str) -> Result<Option<Lab>> {
+    if !is_root() {
+        eprintln!("skipped: lab hosts need root");
+        return Ok(None);
+    }
+    if Command::new("dockerd").arg("--version").output().is_err() {
+        eprintln!("skipped: there is no dockerd (Debian: docker.io)");
+        return Ok(None);
+    }
+    let mut spec = LabSpec::of(name, &[]);
+    for name in ["a", "b"] {
+        let mut host = HostSpec::from(name);
+        host.containers = false;
+        spec.hosts.push(host);
+    }
+    let lab = Lab::up(&spec)?;
+    for host in lab.hosts() {
+        host.write("/etc/docker/lab.json", CONFIG)?;
+        host.spawn_logged(
+            "docker",
+            ["dockerd", "--config-file", "/etc/docker/lab.json"],
+        )?;
+    }
+    for host in lab.hosts() {
+        wait_for("dockerd", 30 * SECOND, || {
+            Ok(docker(host, &["version"]).ok())
+        })
+        .with_context(|| log_tail(&host.log("docker"), 3000))?;
+    }
+    let import = "tar -c -C /tmp/image . | docker --host unix:///run/docker.sock import - box:1";
+    lab.host("a")?
+        .run(["sh", "-c", &format!("{ROOT}{import}")])?;
+    Ok(Some(lab))
+}
+
+fn docker(host: &Host, args: &[&str]) -> Result<String> {
+    let mut all = vec!["docker", "--host", "unix:///run/docker.sock"];
+    all.extend(args);
+    Ok(host.run(all)?.trim().to_owned())
+}
+
+fn socket(host: &Host) -> String {
+    host.path(SOCKET).display().to_string()
+}
+
+fn rules(ports: &[u16]) -> ReadyRules {
+    ReadyRules {
+        service_ports: ports.iter().copied().collect(),
+        settle: SECOND,
+        timeout: 20 * SECOND,
+    }
+}
+
+#[tokio::test]
+async fn a_docker_container_is_discovered_fenced_killed_and_let_back() -> Result<()> {
+    let Some(lab) = lab("docker")? else {
+        return Ok(());
+    };
+    let host = lab.host("a")?;
+    let port = "--publish=8080:80";
+    let id = docker(
+        host,
+        &[
+            "run",
+            "-d",
+            "--name=db",
+            "--restart=always",
+            port,
+            "box:1",
+            "sleep",
+            "1000",
+        ],
+    )?;
+    let scope = Scope {
+        cgroup_root: host.cgroup().to_owned(),
+    };
+    let all = Runtimes::new(&[socket(host)], scope);
+    let seen = all.discover().await;
+    ensure!(seen.problems.is_empty(), "{:?}", seen.problems);
+    let db = by_name(&seen.containers, "db")?;
+    ensure!(db.id == id && db.state == State::Running && db.cgroup_path.contains(&id));
+    ensure!(db.cgroup_id == fs::metadata(all.directory(db))?.ino());
+    ensure!(
+        db.published
+            .iter()
+            .any(|p| p.host_port == 8080 && p.container_port == 80)
+    );
+    ensure!(db.addresses.len() == 1);
+
+    let api = Runtime::new(&socket(host));
+    let die = async || -> Result<()> {
+        let pid = api.inspect("db").await?["State"]["Pid"].to_string();
+        host.run(["kill", "-9", &pid])?;
+        tokio::time::sleep(3 * SECOND).await;
+        Ok(())
+    };
+    die().await?;
+    ensure!(
+        api.state("db").await? == State::Running,
+        "the restart policy does not work here"
+    );
+    let fence = api.forbid_start("db", "released by plan p1").await?;
+    ensure!(matches!(fence.how, Means::RestartPolicy { .. }));
+    die().await?;
+    ensure!(
+        api.state("db").await? == State::Exited,
+        "the fence did not hold"
+    );
+    api.lift_fence(&fence).await?;
+    ensure!(api.inspect("db").await?["HostConfig"]["RestartPolicy"]["Name"] == "always");
+    api.start("db").await?;
+    die().await?;
+    ensure!(
+        api.state("db").await? == State::Running,
+        "lifting did not restore the restart policy"
+    );
+
+    took_pause(&all).await?;
+    api.pause("db").await?;
+    api.kill("db", 10 * SECOND).await?;
+    ensure!(api.state("db").await? == State::Exited);
+    Ok(())
+}
+
+async fn took_pause(all: &Runtimes) -> Result<()> {
+    let seen = all.discover().await.containers;
+    let group = [by_name(&seen, "db")?];
+    let (paused, unpaused) = (all.pause_all(&group).await?, all.unpause_all(&group).await?);
+    println!("paused by Docker in {paused:?}, let run again in {unpaused:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_docker_twin_is_its_source_field_by_field_and_runs() -> Result<()> {
+    let Some(lab) = lab("dtwin")? else {
+        return Ok(());
+    };
+    let (a, b) = (lab.host("a")?, lab.host("b")?);
+    docker(a, &["network", "create", "--subnet=10.126.0.0/24", "back"])?;
+    docker(a, &["network", "create", "--subnet=10.127.0.0/24", "front"])?;
+    docker(a, &["volume", "create", "--label=app=db", "data"])?;
+    for host in [a, b] {
+        host.run(["mkdir", "-p", "/srv/files"])?;
+    }
+    let create = [
+        "create",
+        "--name=db",
+        "--restart=on-failure:3",
+        "--network=back",
+        "--network-alias=pg",
+        "--ip=10.126.0.9",
+        "--hostname=db-1",
+        "--add-host=foo:1.2.3.4",
+        "--env=A=b",
+        "--label=z=1",
+        "--label=lifeboat.registration-id=shop",
+        "--volume=data:/data",
+        "--volume=/srv/files:/files:ro",
+        "--volume=/anonymous",
+        "--mount=type=volume,src=more,dst=/more",
+        "--tmpfs=/scratch:size=1m",
+        "--publish=127.0.0.1:8080:80",
+        "--publish=5353:53/udp",
+        "--cap-add=NET_ADMIN",
+        "--cap-drop=CHOWN",
+        "--sysctl=net.ipv4.ip_default_ttl=61",
+        "--ulimit=nofile=1000:2000",
+        "--user=5:6",
+        "--workdir=/tmp",
+        "--health-cmd=test -d /tmp",
+        "--health-interval=1s",
+        "--shm-size=1m",
+        "--security-opt=no-new-privileges",
+        "--device=/dev/null:/dev/other",
+        "--stop-signal=INT",
+        "--stop-timeout=3",
+        "--oom-score-adj=100",
+        "--entrypoint=/bin/sh",
+        "box:1",
+        "-c",
+        "echo started; sleep 1000",
+    ];
+    docker(a, &create)?;
+    docker(a, &["network", "connect", "--alias=f1", "front", "db"])?;
+    docker(a, &["start", "db"])?;
+    let (source, target) = (Runtime::new(&socket(a)), Runtime::new(&socket(b)));
+    let mut spec = source.describe("db").await?;
+
+    let (archive, copy) = (a.path("/srv/image.tar"), b.path("/srv/image.tar"));
+    source
+        .export_image(spec.image_reference(), &archive)
+        .await?;
+    fs::copy(&archive, &copy)?;
+    let loaded = target
+        .load_image(&copy, spec.image_id(), spec.image_reference())
+        .await?;
+    ensure!(loaded.id == spec.image_id() && !loaded.was_present);
+
+    // An address a person chose is given up only with a word about it.
+    let twin = target.create_twin(&spec).await?;
+    println!("not carried over: {:#?}", twin.not_carried);
+    ensure!(twin.not_carried.len() == 1 && twin.not_carried[0].contains("10.126.0.9"));
+    target.remove("db").await?;
+    spec.keep_addresses = true;
+    let twin = target.create_twin(&spec).await?;
+    let others: Vec<&String> = twin
+        .not_carried
+        .iter()
+        .filter(|line| !line.contains("Networks.front.IPAMConfig"))
+        .collect();
+    ensure!(others.is_empty(), "{others:#?}");
+
+    target.start("db").await?;
+    let ready = target.wait_ready("db", &rules(&[])).await?;
+    ensure!(ready.how == How::HealthCheck, "{ready:?}");
+    let made = target.inspect("db").await?;
+    ensure!(made["NetworkSettings"]["Networks"]["back"]["IPAddress"] == "10.126.0.9");
+    let names: BTreeSet<&str> = spec
+        .volumes
+        .iter()
+        .filter_map(|v| v["Name"].as_str())
+        .collect();
+    let mounted: BTreeSet<&str> = made["Mounts"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|mount| mount["Name"].as_str())
+        .collect();
+    ensure!(
+        names == mounted && names.len() == 3,
+        "{names:?} {mounted:?}"
+    );
+    Ok(())
+}
