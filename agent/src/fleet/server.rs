@@ -216,6 +216,8 @@ impl ControlServer {
                 }
             });
         }
+        // New peers shall be told at once that nobody is here, not wait for the old ones to be served.
+        drop(self.listener);
         tasks.close();
         if tokio::time::timeout(DRAIN, tasks.wait()).await.is_err() {
             tracing::warn!("control channel: requests were still running {DRAIN:?} after the stop");
