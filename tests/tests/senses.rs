@@ -73,12 +73,58 @@ impl Drop for Scope {
     }
 }
 
+/// A network namespace, removed when dropped.
+struct Network(String);
+
+impl Network {
+    fn new(name: &str) -> Option<Self> {
+        let name = format!("senses-{name}-{}", std::process::id());
+        if !ip(&["netns", "add", &name]) {
+            println!("not run: cannot make a network namespace");
+            return None;
+        }
+        Some(Self(name))
+    }
+
+    fn set_up(&self, address: &str) {
+        assert!(ip(&["-n", &self.0, "link", "set", "lo", "up"]));
+        assert!(ip(&[
+            "-n", &self.0, "addr", "add", address, "dev", "eth0", "nodad"
+        ]));
+        assert!(ip(&["-n", &self.0, "link", "set", "eth0", "up"]));
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        ip(&["netns", "del", &self.0]);
+    }
+}
+
+fn ip(arguments: &[&str]) -> bool {
+    let run = Command::new("ip").args(arguments).status();
+    run.is_ok_and(|status| status.success())
+}
+
 /// A helper process; it ends when its standard input does.
 struct Helper(Child);
 
 impl Helper {
     fn start(role: &str, cgroup: &Path, address: &str) -> Self {
-        let child = Command::new(std::env::current_exe().expect("this binary"))
+        let binary = std::env::current_exe().expect("this binary");
+        Self::spawn(Command::new(binary), role, cgroup, address)
+    }
+
+    fn start_in(network: &Network, role: &str, cgroup: &Path, address: &str) -> Self {
+        let mut enter = Command::new("nsenter");
+        enter
+            .arg(format!("--net=/run/netns/{}", network.0))
+            .arg(std::env::current_exe().expect("this binary"));
+        Self::spawn(enter, role, cgroup, address)
+    }
+
+    fn spawn(mut command: Command, role: &str, cgroup: &Path, address: &str) -> Self {
+        let child = command
             .args(["--exact", "helper", "--nocapture"])
             .env(ROLE, role)
             .env(CGROUP, cgroup)
@@ -271,6 +317,59 @@ fn an_ipv4_connection_between_two_cgroups_makes_one_edge() {
 #[test]
 fn an_ipv6_connection_between_two_cgroups_makes_one_edge() {
     connection_makes_an_edge("v6", "[::1]:0");
+}
+
+#[test]
+fn containers_in_networks_of_their_own_are_found_by_address() {
+    let Some(scope) = Scope::new("net") else {
+        return;
+    };
+    let (Some(here), Some(there)) = (Network::new("here"), Network::new("there")) else {
+        return;
+    };
+    let veth = [
+        "link", "add", "eth0", "netns", &here.0, "type", "veth", "peer", "name", "eth0",
+    ];
+    assert!(ip(&[&veth[..], &["netns", &there.0]].concat()));
+    here.set_up("fd00:5e::1/64");
+    there.set_up("fd00:5e::2/64");
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses();
+    // A high port is a port like any other.
+    let mut server = Helper::start_in(&there, "server", &db, "[::]:50001");
+    server.said();
+    let mut client = Helper::start_in(&here, "client", &web, "[fd00:5e::2]:50001");
+    client.said();
+    let mut containers = [
+        container("web", client.pid()),
+        container("db", server.pid()),
+    ];
+    containers[0].addresses = vec!["fd00:5e::1".parse().expect("an address")];
+    containers[1].addresses = vec!["fd00:5e::2".parse().expect("an address")];
+    let snapshot = sweep_until(&mut senses, &containers, |snapshot| {
+        snapshot
+            .edges
+            .first()
+            .is_some_and(|edge| edge.bytes_to_child > Bytes(0))
+    });
+    // Both ends were seen; it is one edge and one connection.
+    assert_eq!(snapshot.edges.len(), 1, "{:?}", snapshot.edges);
+    let edge = &snapshot.edges[0];
+    assert_eq!((edge.child.as_str(), edge.parent.as_str()), ("web", "db"));
+    assert_eq!((edge.port, edge.connections), (50_001, 1));
+    assert_eq!(snapshot.external, []);
+
+    // The same peers, were they no containers of this host, are external and no edge.
+    let mut stranger = scope.senses();
+    drop(client);
+    let mut client = Helper::start_in(&here, "client", &web, "[fd00:5e::2]:50001");
+    client.said();
+    let alone = [container("web", client.pid())];
+    let snapshot = sweep_until(&mut stranger, &alone, |snapshot| {
+        !snapshot.external.is_empty()
+    });
+    assert_eq!(snapshot.edges, []);
+    assert_eq!(snapshot.external[0].peer.to_string(), "[fd00:5e::2]:50001");
 }
 
 #[test]
