@@ -86,18 +86,15 @@ pub fn test() -> Result<()> {
     let mut failed = Vec::new();
     let members = |first: &[&str], last: &[&str]| cargo(&[first, &MEMBERS[..], last].concat());
 
-    // The end-to-end tests start the built programs.
-    if !step(&mut members(&["build"], &["--bins"]), &mut counts)? {
+    // Everything at once, and every later step over the same packages: another selection has other
+    // features, and would build all dependencies again. The end-to-end tests start the built programs.
+    if !step(&mut members(&["build"], &["--all-targets"]), &mut counts)? {
         bail!("the build failed; nothing was tested");
     }
-    let mut end_to_end = cargo(&[
-        "test",
-        "--package",
-        "lifeboat-tests",
-        "--no-fail-fast",
-        "--",
-        "--test-threads=1",
-    ]);
+    let mut end_to_end = members(
+        &["test"],
+        &["--no-fail-fast", "--test", "*", "--", "--test-threads=1"],
+    );
     if !is_root() {
         // cargo builds as the user and starts only the test programs, which make lab hosts, as root.
         let runner = format!(
@@ -117,10 +114,7 @@ pub fn test() -> Result<()> {
         ),
         (
             "unit tests",
-            members(
-                &["test"],
-                &["--exclude", "lifeboat-tests", "--no-fail-fast"],
-            ),
+            members(&["test"], &["--no-fail-fast", "--lib", "--bins"]),
         ),
         ("end-to-end tests", end_to_end),
     ];
