@@ -19,8 +19,8 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-// The helpers that read kernel memory are for GPL-compatible programs; the workspace's licence
-// (MIT OR Apache-2.0) is, in the kernel's word for it, "Dual MIT/GPL" compatible only when said so.
+// The kernel offers the helpers that read its memory only under a licence it calls GPL-compatible; MIT,
+// one of ours, is on its list by this name.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
