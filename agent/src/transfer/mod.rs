@@ -22,6 +22,7 @@ pub mod sender;
 pub mod server;
 mod source;
 mod spool;
+pub mod uring;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;

@@ -319,9 +319,9 @@ impl Rebuild {
                 self.punch(file, &entry.path, entry.size(), 0, blocks)?;
             }
             let runs = runs(self.block_size, bytes, 0, blocks);
-            writes.extend(runs.map(|(offset, bytes)| (&entry.path, file, offset, bytes)));
+            writes.extend(runs.map(|(offset, bytes)| (&*entry.path, file, offset, bytes)));
         }
-        self.write(engine, writes)?;
+        self.write(engine, &writes)?;
         for ((file, entry), ((_, blocks), held)) in
             open.iter().zip(&finished).zip(files.iter().zip(&held))
         {
@@ -368,10 +368,10 @@ impl Rebuild {
         if !fresh {
             self.punch(&file, path, segment.size, segment.first, &segment.blocks)?;
         }
-        let writes = runs(self.block_size, bytes, segment.first, &segment.blocks)
-            .map(|(offset, bytes)| (path, &file, offset, bytes))
+        let writes: Vec<Place<'_>> = runs(self.block_size, bytes, segment.first, &segment.blocks)
+            .map(|(offset, bytes)| (&**path, &file, offset, bytes))
             .collect();
-        self.write(engine, writes)?;
+        self.write(engine, &writes)?;
         let mut state = lock(&self.state);
         if let Some(building) = state.building.get_mut(path) {
             let end = first + signatures.len();
@@ -403,11 +403,7 @@ impl Rebuild {
         Ok(())
     }
 
-    fn write(
-        &self,
-        engine: &mut dyn Engine,
-        writes: Vec<(&Box<[u8]>, &std::fs::File, u64, &[u8])>,
-    ) -> Result<(), RebuildError> {
+    fn write(&self, engine: &mut dyn Engine, writes: &[Place<'_>]) -> Result<(), RebuildError> {
         let mut pending: Vec<Write<'_>> = writes
             .iter()
             .map(|(_, file, offset, bytes)| Write {
@@ -419,7 +415,7 @@ impl Rebuild {
             .collect();
         engine.write(&mut pending);
         let mut total = 0;
-        for (write, (path, ..)) in pending.into_iter().zip(&writes) {
+        for (write, (path, ..)) in pending.into_iter().zip(writes) {
             let needed = write.bytes.len() as u64;
             write
                 .done
@@ -503,6 +499,9 @@ impl Rebuild {
         Ok((root, tree))
     }
 }
+
+/// Bytes for a place in a file.
+type Place<'a> = (&'a [u8], &'a std::fs::File, u64, &'a [u8]);
 
 /// Runs of data blocks that lie next to each other both in the record and in the file.
 fn runs<'b>(

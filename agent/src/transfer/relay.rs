@@ -275,7 +275,7 @@ impl Relay {
         let seals = plan.seal_key.is_some();
         // Records sealed here have a session key of their own.
         let salt = if seals {
-            random().map_err(|e| local(e.to_string()))?
+            random().map_err(|e| local(&e.to_string()))?
         } else {
             salt
         };
@@ -431,7 +431,7 @@ fn carry_on(spool: &Arc<Spool>, link: &Arc<Link>, upstream: &Arc<Upstream>) -> R
             .name(name.to_owned())
             .spawn(work)
             .map(drop)
-            .map_err(|e| local(format!("cannot start a data thread: {e}")))
+            .map_err(|e| local(&format!("cannot start a data thread: {e}")))
     };
     let (from, to, back) = (Arc::clone(spool), Arc::clone(link), Arc::clone(upstream));
     spawn(
@@ -472,7 +472,7 @@ fn protocol(text: &str) -> Failure {
     }
 }
 
-fn local(text: String) -> Failure {
+fn local(text: &str) -> Failure {
     Failure {
         code: FailureCode::Write,
         text: format!("the paired device reports: {text}"),

@@ -689,7 +689,7 @@ impl<'s> Shared<'_, 's> {
             let [read] = reads;
             let done = read.done.map_err(|e| {
                 let action = "read a block of";
-                WalkError::new(self.root, action, &large.path, at_offset(e, offset))
+                WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
             })?;
             // The file shrank: the rest reads as zeros now and again in the next epoch.
             record[data + done..].fill(0);
@@ -801,6 +801,6 @@ fn is_large(stat: &FileStat) -> bool {
     size_of(stat) > SMALL_CAP
 }
 
-fn at_offset(error: io::Error, offset: u64) -> io::Error {
+fn at_offset(error: &io::Error, offset: u64) -> io::Error {
     io::Error::new(error.kind(), format!("at offset {offset}: {error}"))
 }

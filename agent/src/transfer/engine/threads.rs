@@ -114,7 +114,10 @@ fn wait(socket: BorrowedFd<'_>, events: PollFlags, patience: Duration) -> io::Re
 
 /// Opens one file as every engine does: confined, never waiting for a FIFO's writer, and without
 /// touching its access time where that is allowed.
-pub(super) fn open_for_reading(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+pub(in crate::transfer) fn open_for_reading(
+    root: BorrowedFd<'_>,
+    path: &[u8],
+) -> Result<OwnedFd, Errno> {
     let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
     match open_beneath(root, path, flags | OFlag::O_NOATIME, Mode::empty()) {
         Err(Errno::EPERM) => open_beneath(root, path, flags, Mode::empty()),

@@ -57,8 +57,8 @@ fn some_tree(root: &Path) {
 
 #[test]
 fn bytes_flipped_on_the_wire_are_noticed_and_sent_again() {
-    for way in WAYS {
-        let bench = Bench::new(EngineChoice::Threads);
+    for (way, engine) in every() {
+        let bench = Bench::new(engine);
         some_tree(&bench.source);
         let mut flips = 0;
         let flip = move |bytes: &mut [u8], before: u64| {
@@ -85,7 +85,7 @@ fn bytes_flipped_on_the_wire_are_noticed_and_sent_again() {
 
 #[test]
 fn a_flip_in_every_record_ends_in_an_error_that_names_the_volume() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     let flip = |bytes: &mut [u8], before: u64| {
         if before > 1000 {
@@ -113,8 +113,8 @@ fn a_flip_in_every_record_ends_in_an_error_that_names_the_volume() {
 
 #[test]
 fn a_link_cut_again_and_again_resumes_where_it_was() {
-    for way in WAYS {
-        let bench = Bench::new(EngineChoice::Threads);
+    for (way, engine) in every() {
+        let bench = Bench::new(engine);
         some_tree(&bench.source);
         let mut cuts = 0;
         let cut = move |_: &mut [u8], before: u64| {
@@ -125,11 +125,7 @@ fn a_link_cut_again_and_again_resumes_where_it_was() {
             true
         };
         let (target, relay) = (bench.server.addr(), bench.relay.addr());
-        let path = if matches!(way, Way::Direct | Way::SealReturn) {
-            bench.path_to(way, proxy(target, cut), relay)
-        } else {
-            bench.path_to(way, proxy(target, cut), relay)
-        };
+        let path = bench.path_to(way, proxy(target, cut), relay);
         let mut sender = bench.sender(path);
         let (_, report) = bench.send(&mut sender, 1, None).unwrap();
         assert_eq!(report.root, report.target_root, "{way:?}");
@@ -139,7 +135,7 @@ fn a_link_cut_again_and_again_resumes_where_it_was() {
 
 #[test]
 fn a_wrong_link_key_is_refused_at_once_and_says_so() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     let path = DataPath::Direct {
         target: Hop {
@@ -157,7 +153,7 @@ fn a_wrong_link_key_is_refused_at_once_and_says_so() {
 
 #[test]
 fn a_wrong_data_key_opens_nothing() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     let path = DataPath::Direct {
         target: Hop {
@@ -173,7 +169,7 @@ fn a_wrong_data_key_opens_nothing() {
 
 #[test]
 fn a_device_that_only_transfers_never_sees_plain_bytes() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     let secret = b"the plain text that nobody else may see".repeat(2000);
     fs::write(bench.source.join("secret-name"), &secret).unwrap();
     let seen: Arc<Mutex<Vec<u8>>> = Arc::default();
@@ -195,7 +191,7 @@ fn a_device_that_only_transfers_never_sees_plain_bytes() {
 
 #[test]
 fn a_dead_target_is_noticed_in_seconds() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     // Accepts and never speaks.
     let listener = TcpListener::bind(loopback()).unwrap();
@@ -219,7 +215,7 @@ fn a_dead_target_is_noticed_in_seconds() {
 
 #[test]
 fn hostile_and_silent_peers_do_not_hold_up_an_honest_one() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     let mut peers = Vec::new();
     for n in 0..20_u8 {
@@ -281,7 +277,7 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_target_is_named_with_what_is_needed_and_free_and_a_roomier_one_works() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     let dir = bench.source.parent().unwrap().join("small");
     let Some(_disk) = SmallDisk::new(&dir, 5 << 20) else {
@@ -308,7 +304,7 @@ fn a_full_target_is_named_with_what_is_needed_and_free_and_a_roomier_one_works()
 
 #[test]
 fn a_full_spool_is_named() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     let Some(_disk) = SmallDisk::new(&bench.spool, 2 << 20) else {
         return;
@@ -320,7 +316,7 @@ fn a_full_spool_is_named() {
 
 #[test]
 fn a_symlink_planted_in_the_target_leads_nowhere() {
-    let bench = Bench::new(EngineChoice::Threads);
+    let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);
     let outside = bench.source.parent().unwrap().join("outside");
     fs::create_dir_all(&outside).unwrap();

@@ -63,6 +63,13 @@ pub(super) const WAYS: [Way; 4] = [
     Way::SealForward,
 ];
 
+/// Each path with each engine.
+pub(super) fn every() -> impl Iterator<Item = (Way, EngineChoice)> {
+    let engines = [EngineChoice::Threads, EngineChoice::Auto];
+    WAYS.into_iter()
+        .flat_map(move |way| engines.map(|engine| (way, engine)))
+}
+
 /// A directory on the disk under test; `/tmp` may be a tmpfs without attributes.
 pub(super) fn disk_dir() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/../target").unwrap()

@@ -4,35 +4,31 @@ use super::*;
 use crate::volume::Kind;
 use std::os::fd::AsRawFd;
 
-const ENGINES: [EngineChoice; 1] = [EngineChoice::Threads];
-
 #[test]
 fn everything_a_tree_carries_arrives_by_every_path() {
-    for engine in ENGINES {
-        for way in WAYS {
-            let bench = Bench::new(engine);
-            make_everything(&bench.source);
-            let mut sender = bench.sender(bench.path(way));
-            let (state, report) = bench.send(&mut sender, 1, None).unwrap();
-            fs::remove_file(bench.source.join("socket")).unwrap();
-            // Removing the socket moved the directory's time, which the target has from before.
-            let root = &state.entries[0];
-            let at = std::time::UNIX_EPOCH
-                + Duration::new(root.mtime.seconds as u64, root.mtime.nanoseconds);
-            fs::File::open(&bench.source)
-                .unwrap()
-                .set_modified(at)
-                .unwrap();
-            bench.assert_equal();
-            assert_eq!(report.root, report.target_root, "{way:?}");
-            assert_eq!(report.skipped.len(), 1, "only the socket: {report:?}");
-            assert!(report.zero_blocks >= 1000, "{report:?}");
-            let sparse = fs::metadata(bench.target.join("sparse")).unwrap();
-            assert!(std::os::unix::fs::MetadataExt::blocks(&sparse) < 1000);
-            assert!(bench.relay.progress(&bench.plan).is_none());
-            let progress = bench.server.progress(&bench.plan).unwrap();
-            assert_eq!(progress[0].complete, Some((Epoch(1), report.root)));
-        }
+    for (way, engine) in every() {
+        let bench = Bench::new(engine);
+        make_everything(&bench.source);
+        let mut sender = bench.sender(bench.path(way));
+        let (state, report) = bench.send(&mut sender, 1, None).unwrap();
+        fs::remove_file(bench.source.join("socket")).unwrap();
+        // Removing the socket moved the directory's time, which the target has from before.
+        let root = &state.entries[0];
+        let at = std::time::UNIX_EPOCH
+            + Duration::new(root.mtime.seconds as u64, root.mtime.nanoseconds);
+        fs::File::open(&bench.source)
+            .unwrap()
+            .set_modified(at)
+            .unwrap();
+        bench.assert_equal();
+        assert_eq!(report.root, report.target_root, "{way:?}");
+        assert_eq!(report.skipped.len(), 1, "only the socket: {report:?}");
+        assert!(report.zero_blocks >= 1000, "{report:?}");
+        let sparse = fs::metadata(bench.target.join("sparse")).unwrap();
+        assert!(std::os::unix::fs::MetadataExt::blocks(&sparse) < 1000);
+        assert!(bench.relay.progress(&bench.plan).is_none());
+        let progress = bench.server.progress(&bench.plan).unwrap();
+        assert_eq!(progress[0].complete, Some((Epoch(1), report.root)));
     }
 }
 
@@ -43,76 +39,74 @@ fn settle() {
 
 #[test]
 fn a_second_epoch_carries_only_what_changed() {
-    for engine in ENGINES {
-        for way in WAYS {
-            let bench = Bench::new(engine);
-            make_everything(&bench.source);
-            fs::remove_file(bench.source.join("socket")).unwrap();
-            settle();
-            let mut sender = bench.sender(bench.path(way));
-            let (first, _) = bench.send(&mut sender, 1, None).unwrap();
-            let at = |name: &str| bench.source.join(name);
+    for (way, engine) in every() {
+        let bench = Bench::new(engine);
+        make_everything(&bench.source);
+        fs::remove_file(bench.source.join("socket")).unwrap();
+        settle();
+        let mut sender = bench.sender(bench.path(way));
+        let (first, _) = bench.send(&mut sender, 1, None).unwrap();
+        let at = |name: &str| bench.source.join(name);
 
-            let (same, report) = bench.send(&mut sender, 2, Some(&first)).unwrap();
-            assert_eq!(
-                (report.changed_entries, report.removed, report.blocks_sent),
-                (0, 0, 0)
-            );
-            assert_eq!(report.bytes_read, Bytes(0), "nothing had to be read");
-            assert_eq!(same.root, first.root);
+        let (same, report) = bench.send(&mut sender, 2, Some(&first)).unwrap();
+        assert_eq!(
+            (report.changed_entries, report.removed, report.blocks_sent),
+            (0, 0, 0)
+        );
+        assert_eq!(report.bytes_read, Bytes(0), "nothing had to be read");
+        assert_eq!(same.root, first.root);
 
-            let file = fs::OpenOptions::new()
-                .write(true)
-                .open(at("size-3145728"))
-                .unwrap();
-            file.write_all_at(b"changed", 2 << 20).unwrap();
-            fs::rename(at("size-65536"), at("renamed")).unwrap();
-            fs::remove_file(at("size-1")).unwrap();
-            fs::remove_dir_all(at("deep/er/and")).unwrap();
-            // A directory becomes a file, a file a directory, a link a file.
-            fs::remove_dir(at("empty")).unwrap();
-            fs::write(at("empty"), b"now a file").unwrap();
-            fs::remove_file(at("zeros")).unwrap();
-            fs::create_dir(at("zeros")).unwrap();
-            fs::write(at("zeros/inside"), b"x").unwrap();
-            fs::remove_file(at("link")).unwrap();
-            fs::write(at("link"), b"no longer a link").unwrap();
-            // The first of three names goes; one of the others is replaced.
-            fs::remove_file(at("deep/hard-2")).unwrap();
-            fs::remove_file(at("hard-1")).unwrap();
-            fs::write(at("hard-1"), b"a file of its own").unwrap();
-            // Shrinks, grows, is truncated to a hole.
-            let sized = |name: &str, len| {
-                fs::OpenOptions::new()
-                    .write(true)
-                    .open(at(name))
-                    .unwrap()
-                    .set_len(len)
-                    .unwrap();
-            };
-            sized("size-5255225", 70_000);
-            sized("size-4095", 2 << 20);
-            sized("sparse-tail", 0);
-            sized("sparse-tail", 9 << 20);
-            fs::set_permissions(
-                at("dangling").parent().unwrap().join("size-0"),
-                fs::Permissions::from_mode(0o600),
-            )
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .open(at("size-3145728"))
             .unwrap();
+        file.write_all_at(b"changed", 2 << 20).unwrap();
+        fs::rename(at("size-65536"), at("renamed")).unwrap();
+        fs::remove_file(at("size-1")).unwrap();
+        fs::remove_dir_all(at("deep/er/and")).unwrap();
+        // A directory becomes a file, a file a directory, a link a file.
+        fs::remove_dir(at("empty")).unwrap();
+        fs::write(at("empty"), b"now a file").unwrap();
+        fs::remove_file(at("zeros")).unwrap();
+        fs::create_dir(at("zeros")).unwrap();
+        fs::write(at("zeros/inside"), b"x").unwrap();
+        fs::remove_file(at("link")).unwrap();
+        fs::write(at("link"), b"no longer a link").unwrap();
+        // The first of three names goes; one of the others is replaced.
+        fs::remove_file(at("deep/hard-2")).unwrap();
+        fs::remove_file(at("hard-1")).unwrap();
+        fs::write(at("hard-1"), b"a file of its own").unwrap();
+        // Shrinks, grows, is truncated to a hole.
+        let sized = |name: &str, len| {
+            fs::OpenOptions::new()
+                .write(true)
+                .open(at(name))
+                .unwrap()
+                .set_len(len)
+                .unwrap();
+        };
+        sized("size-5255225", 70_000);
+        sized("size-4095", 2 << 20);
+        sized("sparse-tail", 0);
+        sized("sparse-tail", 9 << 20);
+        fs::set_permissions(
+            at("dangling").parent().unwrap().join("size-0"),
+            fs::Permissions::from_mode(0o600),
+        )
+        .unwrap();
 
-            let (second, report) = bench.send(&mut sender, 3, Some(&same)).unwrap();
-            bench.assert_equal();
-            assert_eq!(report.root, report.target_root);
-            assert_ne!(second.root, first.root);
-            assert!(
-                report.changeset < Bytes(400_000),
-                "one block of the large file and small ones: {report:?}"
-            );
-            assert!(matches!(
-                second.get(b"hard-1").unwrap().kind,
-                Kind::File { .. }
-            ));
-        }
+        let (second, report) = bench.send(&mut sender, 3, Some(&same)).unwrap();
+        bench.assert_equal();
+        assert_eq!(report.root, report.target_root);
+        assert_ne!(second.root, first.root);
+        assert!(
+            report.changeset < Bytes(400_000),
+            "one block of the large file and small ones: {report:?}"
+        );
+        assert!(matches!(
+            second.get(b"hard-1").unwrap().kind,
+            Kind::File { .. }
+        ));
     }
 }
 
