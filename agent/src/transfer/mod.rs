@@ -8,12 +8,14 @@
 
 mod connection;
 pub mod engine;
+mod feed;
 pub mod frame;
 pub mod hello;
 pub mod link;
 pub mod message;
 pub mod payload;
 mod queue;
+mod reading;
 mod rebuild;
 pub mod receive;
 pub mod relay;

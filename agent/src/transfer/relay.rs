@@ -5,11 +5,11 @@
 //! target pass through unchanged and cannot be made here.
 
 use super::connection::{ConnectionError, Incoming, Receiver, Transmitter};
+use super::feed::{Arrived, Voice};
 use super::frame::{FrameKind, Header};
 use super::link::{Event, Hop, Link, LinkError, LinkSetup};
 use super::message::{Basis, Done, Failure, FailureCode, Have, Message, SessionId};
 use super::queue::lock;
-use super::receive::{Arrived, Voice};
 use super::seal::{DataKey, LinkKey, Salt, Sealer, Tagger, random};
 use super::spool::Spool;
 use super::{Options, Progress};

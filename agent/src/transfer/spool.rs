@@ -5,8 +5,8 @@
 //! file is private, has no name any more once it is open, and gives its space back as the target
 //! acknowledges. Non-goal: surviving the paired device's own restart (the source then sends again).
 
+use super::feed::Arrived;
 use super::queue::lock;
-use super::receive::Arrived;
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};

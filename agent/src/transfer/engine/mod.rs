@@ -163,7 +163,7 @@ mod tests {
                 .collect();
             engine.write(&mut writes);
             assert!(writes.iter().all(|write| write.done.is_ok()));
-            let mut paths: Vec<&[u8]> = names.iter().map(|name| name.as_bytes()).collect();
+            let mut paths: Vec<&[u8]> = names.iter().map(String::as_bytes).collect();
             paths.push(b"missing");
             paths.push(b"../etc/passwd");
             let opened = engine.open_files(root.as_fd(), &paths);
