@@ -18,6 +18,8 @@ enum Task {
     Setup,
     /// Sets up, builds and runs all checks and tests
     Test,
+    /// A host goes bad, its containers and their data leave, and it is proven
+    Demo(xtask::demo::Arguments),
     /// Lab hosts on this machine
     Lab(xtask::lab::command::Arguments),
     /// Writes to the demo application and keeps a ledger
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     let result = match CommandLine::parse().task {
         Task::Setup => xtask::setup::setup(),
         Task::Test => xtask::test::test(),
+        Task::Demo(arguments) => xtask::demo::demo(&arguments),
         Task::Lab(arguments) => xtask::lab::command::run(&arguments),
         Task::Load(arguments) => xtask::load::run(&arguments),
     };

@@ -124,13 +124,21 @@ pub fn become_root() -> Result<()> {
     if is_root() {
         return Ok(());
     }
-    let exe = env::current_exe().context("cannot find this program's own file")?;
+    Err(as_root(env::args_os().skip(1)))
+}
+
+/// Replaces this process by itself under `sudo` with other arguments; returns only when that fails.
+pub fn as_root<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(arguments: I) -> anyhow::Error {
+    let exe = match env::current_exe().context("cannot find this program's own file") {
+        Ok(exe) => exe,
+        Err(error) => return error,
+    };
     let error = Command::new("sudo")
         .arg("--preserve-env=PATH,HOME,CARGO,CARGO_TARGET_DIR")
         .arg(exe)
-        .args(env::args_os().skip(1))
+        .args(arguments)
         .exec();
-    Err(anyhow!(error).context("lab hosts need root: run this as root, or install sudo"))
+    anyhow!(error).context("lab hosts need root: run this as root, or install sudo")
 }
 
 /// The last `limit` bytes of a log, for an error message.

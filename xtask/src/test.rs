@@ -75,6 +75,25 @@ fn step(command: &mut Command, counts: &mut Counts) -> Result<bool> {
     Ok(passed)
 }
 
+fn members(first: &[&str], last: &[&str]) -> Command {
+    cargo(&[first, &MEMBERS[..], last].concat())
+}
+
+/// Builds every program and test of the workspace: everything at once, and every later step over the
+/// same packages, for another selection has other features and would build all dependencies again.
+///
+/// # Errors
+/// The build failed; the compiler has told why.
+pub fn build() -> Result<()> {
+    if step(
+        &mut members(&["build"], &["--all-targets"]),
+        &mut Counts::default(),
+    )? {
+        return Ok(());
+    }
+    bail!("the build failed")
+}
+
 /// Sets up, builds, checks the style, runs the unit tests and then the end-to-end tests one by one.
 ///
 /// # Errors
@@ -84,13 +103,8 @@ pub fn test() -> Result<()> {
     setup::setup()?;
     let mut counts = Counts::default();
     let mut failed = Vec::new();
-    let members = |first: &[&str], last: &[&str]| cargo(&[first, &MEMBERS[..], last].concat());
 
-    // Everything at once, and every later step over the same packages: another selection has other
-    // features, and would build all dependencies again. The end-to-end tests start the built programs.
-    if !step(&mut members(&["build"], &["--all-targets"]), &mut counts)? {
-        bail!("the build failed; nothing was tested");
-    }
+    build().context("nothing was tested")?;
     let mut end_to_end = members(
         &["test"],
         &["--no-fail-fast", "--test", "*", "--", "--test-threads=1"],

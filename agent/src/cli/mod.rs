@@ -3,14 +3,21 @@
 //! Exit codes (documented in `lifeboat --help` and docs/cli.md): 0 done, 1 failed, 2 wrong usage,
 //! 3 the daemon or a device cannot be reached, 4 the plan is blocked or was aborted, 5 a proof failed.
 
+mod agent;
+mod daemon;
 mod duplicator;
+mod evacuate;
 mod fleet;
-pub mod observe;
+mod observe;
 mod output;
+mod plan;
+mod plans;
 mod policy;
 mod relations;
+mod status;
 
 use clap::{Parser, Subcommand};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Moves containers and their data off a degrading host, and proves that nothing was lost.
@@ -24,18 +31,38 @@ struct Cli {
     /// Print JSON instead of text.
     #[arg(long, global = true)]
     json: bool,
+    /// Socket of the agent to ask.
+    #[arg(long, global = true, default_value = crate::daemon::config::DEFAULT_SOCKET)]
+    socket: PathBuf,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    Agent(agent::Arguments),
     Duplicator(duplicator::Args),
     Fleet(fleet::Args),
     /// Who depends on whom, and in which order they start.
     Relations(relations::Args),
     /// Check degradation policies.
     Policy(policy::Args),
+    Observe(observe::Arguments),
+    Plan(plan::Arguments),
+    Evacuate(evacuate::Arguments),
+    Status(status::Arguments),
+    /// Stops a plan that is not released yet and rolls it back.
+    Abort(plans::Arguments),
+    /// Tells what a plan did, with figures.
+    Report(plans::Arguments),
+    /// Proves a plan anew: kept data, release, the target's word, the fence.
+    Verify(plans::Arguments),
+}
+
+/// What every subcommand is told beside its own arguments.
+pub struct Context {
+    json: bool,
+    socket: PathBuf,
 }
 
 /// Why a subcommand did not succeed; chooses the exit code.
@@ -65,11 +92,23 @@ pub type Outcome = Result<(), Failure>;
 /// Parses the arguments, runs the subcommand and returns its documented exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let outcome = match cli.command {
+    let context = Context {
+        json: cli.json,
+        socket: cli.socket,
+    };
+    let outcome: Outcome = match cli.command {
+        Command::Agent(arguments) => agent::run(&arguments),
         Command::Duplicator(args) => duplicator::execute(&args),
-        Command::Fleet(args) => fleet::execute(args, cli.json),
-        Command::Relations(args) => relations::run(&args, cli.json),
-        Command::Policy(args) => policy::run(&args, cli.json),
+        Command::Fleet(args) => fleet::execute(args, context.json),
+        Command::Relations(args) => relations::run(&args, &context),
+        Command::Policy(args) => policy::run(&args, context.json),
+        Command::Observe(arguments) => observe::run(&arguments, &context),
+        Command::Plan(arguments) => plan::run(&arguments, &context),
+        Command::Evacuate(arguments) => evacuate::run(&arguments, &context),
+        Command::Status(arguments) => status::run(&arguments, &context),
+        Command::Abort(arguments) => plans::abort(&arguments, &context),
+        Command::Report(arguments) => plans::report(&arguments, &context),
+        Command::Verify(arguments) => plans::verify(&arguments, &context),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -81,7 +120,7 @@ pub fn main() -> ExitCode {
                 Failure::Blocked(error) => (4, error),
                 Failure::Unproven(error) => (5, error),
             };
-            if cli.json {
+            if context.json {
                 println!(
                     "{}",
                     serde_json::json!({ "error": format!("{error:#}"), "code": code })

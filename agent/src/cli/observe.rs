@@ -1,9 +1,45 @@
 //! The live view: containers, pressure, block and run-queue latency as plain tables.
 
+use super::daemon::ask;
 use super::output::table;
+use super::{Context, Failure, Outcome};
+use crate::api::local::Status;
 use crate::model::telemetry::{BlockIo, Histogram, RunQueueStats, Snapshot};
 use crate::model::units::{Bytes, human_duration};
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
+
+/// Shows containers with their latencies; live on a terminal, once otherwise.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Once, also on a terminal.
+    #[arg(long)]
+    once: bool,
+}
+
+/// Prints the view.
+pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
+    let live = std::io::stdout().is_terminal() && !arguments.once && !context.json;
+    ask(&context.socket, async |agent| {
+        loop {
+            let status: Status = agent.get("/v1/status").await.map_err(Failure::of)?;
+            if context.json {
+                println!("{}", serde_json::to_string(&status.view.snapshot)?);
+            } else {
+                let table = render(&status.view.snapshot);
+                if live {
+                    print!("\x1b[H\x1b[2J");
+                }
+                print!("{table}");
+                std::io::stdout().flush()?;
+            }
+            if !live {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    })
+}
 
 /// Shown where a source yields nothing.
 const NOTHING: &str = "-";

@@ -1,17 +1,19 @@
 //! `lifeboat relations`: who depends on whom, and in which order they start.
 
+use super::daemon::ask;
 use super::output::{say, table};
-use super::{Failure, Outcome};
+use super::{Context, Failure, Outcome};
+use crate::api::local::Status;
 use crate::model::edge::{Correlated, Learnt};
 use crate::model::ids::ContainerName;
 use crate::model::locate::{Fault, Field, parse};
 use crate::model::nearest::hint;
 use crate::relations::{Evidence, Graph};
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use clap::ValueEnum;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Who depends on whom, and in which order they start.
 #[derive(Debug, clap::Args)]
@@ -46,7 +48,7 @@ pub enum Format {
 ///
 /// # Errors
 /// The file cannot be read or has mistakes, or the daemon cannot be asked.
-pub fn run(args: &Args, json: bool) -> Outcome {
+pub fn run(args: &Args, context: &Context) -> Outcome {
     let evidence = match &args.input {
         Some(path) => {
             let name = path.display().to_string();
@@ -55,17 +57,27 @@ pub fn run(args: &Args, json: bool) -> Outcome {
             })?;
             read_input(&text, &name)?
         }
-        None => from_daemon()?,
+        None => from_daemon(&context.socket)?,
     };
-    say(&render(&evidence, args.format, json)?);
+    say(&render(&evidence, args.format, context.json)?);
     Ok(())
 }
 
 /// What the daemon of this host knows.
-fn from_daemon() -> Result<Evidence, Failure> {
-    Err(Failure::Unreachable(anyhow!(
-        "cannot ask the daemon for relations: this build has no daemon yet; give them with --input FILE"
-    )))
+fn from_daemon(socket: &Path) -> Result<Evidence, Failure> {
+    let status: Status = ask(socket, async |agent| {
+        agent.get("/v1/status").await.map_err(Failure::of)
+    })?;
+    let view = &status.view;
+    Ok(Evidence {
+        containers: view
+            .containers
+            .iter()
+            .map(|container| container.name.clone())
+            .collect(),
+        edges: view.snapshot.edges.clone(),
+        correlated: view.correlated(),
+    })
 }
 
 /// A file of relations cannot be used. One line for each mistake.

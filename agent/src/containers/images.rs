@@ -69,6 +69,17 @@ impl Runtime {
         }
     }
 
+    /// Size of an image in bytes, layers that it shares with others included; 0 when the runtime does
+    /// not tell.
+    ///
+    /// # Errors
+    /// When the runtime fails or has no such image.
+    pub async fn image_size(&self, image: &str) -> Result<u64, RuntimeError> {
+        let path = format!("/images/{}/json", escape(image));
+        let image: Value = self.get(&path, &format!("look at image {image}")).await?;
+        Ok(image["Size"].as_u64().unwrap_or(0))
+    }
+
     /// Whether the image with this id is there.
     ///
     /// # Errors

@@ -121,6 +121,18 @@ impl Runtime {
         Ok(subnet_note(name, &made, like).into_iter().collect())
     }
 
+    /// Removes a volume with its data; one that is not there is no error.
+    ///
+    /// # Errors
+    /// When a container uses it, or the runtime fails.
+    pub async fn remove_volume(&self, name: &str) -> Result<(), RuntimeError> {
+        let path = format!("/volumes/{}", escape(name));
+        match self.delete(&path, &format!("remove volume {name}")).await {
+            Err(error) if error.not_found() => Ok(()),
+            result => result,
+        }
+    }
+
     /// Makes a volume unless it is there; returns the directory its data lies in.
     ///
     /// # Errors

@@ -1,4 +1,8 @@
 //! Wires the rooms into the two roles: agent and duplicator.
 
+pub mod agent;
+pub mod config;
 pub mod duplicator;
+mod host;
 pub mod logging;
+mod senses;

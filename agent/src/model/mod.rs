@@ -4,12 +4,14 @@
 
 pub mod action;
 pub mod container;
+pub mod control;
 pub mod edge;
 pub mod fleet;
 pub mod ids;
 pub mod locate;
 pub mod metric;
 pub mod nearest;
+pub mod plan;
 pub mod telemetry;
 pub mod units;
 pub mod volume;

@@ -55,18 +55,23 @@ struct Interface {
 /// Reads the host, and remembers counters between readings.
 pub struct Host {
     root: PathBuf,
+    scope: PathBuf,
     cpu: Option<(u64, u64)>,
+    scope_cpu_us: Option<u64>,
     interfaces: BTreeMap<String, Interface>,
     retransmits: Option<u64>,
 }
 
 impl Host {
-    /// A host whose procfs and sysfs are below `root`.
+    /// A host whose procfs and sysfs are below `root`. CPU use and pressure are those of the cgroup2
+    /// directory `scope` where the kernel counts them there: an agent does not report beyond its scope.
     #[must_use]
-    pub fn new(root: PathBuf) -> Self {
+    pub fn new(root: PathBuf, scope: PathBuf) -> Self {
         Self {
             root,
+            scope,
             cpu: None,
+            scope_cpu_us: None,
             interfaces: BTreeMap::new(),
             retransmits: None,
         }
@@ -75,7 +80,7 @@ impl Host {
     /// Reads every source; `elapsed` since the reading before, for rates.
     pub fn read(&mut self, elapsed: Duration) -> HostReading {
         let mut reading = HostReading::default();
-        self.cpu(&mut reading);
+        self.cpu(&mut reading, elapsed);
         self.pressure(&mut reading);
         self.memory(&mut reading);
         self.disks(&mut reading);
@@ -88,7 +93,7 @@ impl Host {
         self.root.join(name)
     }
 
-    fn cpu(&mut self, reading: &mut HostReading) {
+    fn cpu(&mut self, reading: &mut HostReading, elapsed: Duration) {
         let stats = KernelStats::from_file(self.path("proc/stat"), current_system_info()).ok();
         reading.cpus = stats
             .as_ref()
@@ -102,6 +107,17 @@ impl Host {
                 reading.device("cpu.load_per_core", load1 / f64::from(cpus));
             }
         }
+        if let Some(used_us) = scope_cpu_us(&self.scope) {
+            let before = self.scope_cpu_us.replace(used_us);
+            if let (Some(before), Some(cpus)) = (before, reading.cpus)
+                && !elapsed.is_zero()
+            {
+                let all = elapsed.as_micros() as f64 * f64::from(cpus);
+                let used = 100.0 * used_us.saturating_sub(before) as f64 / all;
+                reading.device("cpu.used", used.min(100.0));
+            }
+            return;
+        }
         let now = stats.map(|stats| busy_and_all(&stats.total));
         if let (Some((busy, all)), Some((busy_before, all_before))) = (now, self.cpu)
             && all > all_before
@@ -114,8 +130,10 @@ impl Host {
 
     fn pressure(&self, reading: &mut HostReading) {
         let mut record = |resource: &str, kind: &str, metric| {
-            let path = self.path(&format!("proc/pressure/{resource}"));
-            if let Some(record) = pressure(&path, kind) {
+            let of_scope = self.scope.join(format!("{resource}.pressure"));
+            let of_host = self.path(&format!("proc/pressure/{resource}"));
+            let record = pressure(&of_scope, kind).or_else(|| pressure(&of_host, kind));
+            if let Some(record) = record {
                 reading.device(metric, f64::from(record.avg10));
             }
         };
@@ -286,6 +304,13 @@ fn busy_and_all(time: &CpuTime) -> (u64, u64) {
     (busy, busy + time.idle + time.iowait.unwrap_or(0))
 }
 
+/// CPU time that a cgroup has used, microseconds (cgroup-v2.rst, `cpu.stat`).
+fn scope_cpu_us(scope: &Path) -> Option<u64> {
+    let text = fs::read_to_string(scope.join("cpu.stat")).ok()?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("usage_usec ")?.trim().parse().ok())
+}
+
 fn pressure(path: &Path, kind: &str) -> Option<PressureRecord> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find(|line| line.starts_with(kind))?;
@@ -381,7 +406,7 @@ mod tests {
     fn recorded(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
         let root = tempfile::tempdir().expect("a directory");
         write(root.path(), files);
-        let host = Host::new(root.path().to_owned());
+        let host = Host::new(root.path().to_owned(), root.path().join("no-cgroup"));
         (root, host)
     }
 
@@ -472,7 +497,7 @@ mod tests {
 
     #[test]
     fn this_host_has_load_memory_and_a_root_that_is_not_empty() {
-        let mut host = Host::new(PathBuf::from("/"));
+        let mut host = Host::new(PathBuf::from("/"), PathBuf::from("/no-cgroup"));
         host.read(Duration::ZERO);
         std::thread::sleep(Duration::from_millis(30));
         let reading = host.read(Duration::from_millis(30));

@@ -88,7 +88,7 @@ impl Telemetry {
             cgroups: Cgroups::new(config.cgroup.clone()),
             counters: Counters::default(),
             ports: Ports::default(),
-            host: Host::new(config.root.clone()),
+            host: Host::new(config.root.clone(), config.cgroup.clone()),
             last_sweep: Instant::now(),
             sweeps: 0,
             always_measured: false,

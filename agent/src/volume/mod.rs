@@ -9,6 +9,7 @@ pub mod apply;
 pub mod change;
 pub mod codec;
 pub mod confined;
+pub mod measure;
 pub mod scan;
 pub mod sign;
 pub mod tree;
@@ -17,6 +18,7 @@ pub mod xattrs;
 
 pub use change::WorkPlan;
 pub use confined::Confined;
+pub use measure::{Measure, measure};
 pub use scan::{ScanError, scan};
 pub use sign::{BlockSize, FleetKey};
 pub use tree::{Entry, Exception, Kind, Timestamp, TreeState};

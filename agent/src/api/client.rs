@@ -1,0 +1,113 @@
+//! The command line's side of the local API.
+
+use super::local::Refusal;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Why the agent did not answer with what was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers on the socket.
+    #[error(
+        "no agent answers on {socket}: {error}; start it with `lifeboat agent --config FILE`, or name its socket with --socket"
+    )]
+    Unreachable {
+        /// Socket.
+        socket: PathBuf,
+        /// Cause.
+        error: reqwest::Error,
+    },
+    /// It refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The plan stands in the way.
+    #[error("{0}")]
+    Blocked(String),
+    /// It answered something else.
+    #[error(
+        "the agent on {socket} answered something unexpected: {error}; are agent and command line of the same version?"
+    )]
+    Garbled {
+        /// Socket.
+        socket: PathBuf,
+        /// Cause.
+        error: reqwest::Error,
+    },
+}
+
+/// A client of the agent on one socket.
+pub struct Client {
+    socket: PathBuf,
+    http: reqwest::Client,
+}
+
+impl Client {
+    /// A client; it connects with each request.
+    ///
+    /// # Errors
+    /// The HTTP client cannot be built.
+    pub fn new(socket: &Path) -> Result<Self, reqwest::Error> {
+        // Nothing here speaks TLS, but the client wants a provider to be there.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let http = reqwest::Client::builder()
+            .unix_socket(socket)
+            .timeout(Duration::from_secs(600))
+            .build()?;
+        Ok(Self {
+            socket: socket.to_owned(),
+            http,
+        })
+    }
+
+    /// GET `path`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.answer(self.http.get(url(path))).await
+    }
+
+    /// POST `body` to `path`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        self.answer(self.http.post(url(path)).json(body)).await
+    }
+
+    async fn answer<T: DeserializeOwned>(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<T, ClientError> {
+        let garbled = |error| ClientError::Garbled {
+            socket: self.socket.clone(),
+            error,
+        };
+        let response = request
+            .send()
+            .await
+            .map_err(|error| ClientError::Unreachable {
+                socket: self.socket.clone(),
+                error,
+            })?;
+        if response.status().is_success() {
+            return response.json().await.map_err(garbled);
+        }
+        let refusal: Refusal = response.json().await.map_err(garbled)?;
+        Err(if refusal.blocked {
+            ClientError::Blocked(refusal.error)
+        } else {
+            ClientError::Refused(refusal.error)
+        })
+    }
+}
+
+fn url(path: &str) -> String {
+    format!("http://agent{path}")
+}

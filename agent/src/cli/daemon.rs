@@ -1,0 +1,61 @@
+//! What the subcommands that ask the agent share: its socket, a runtime, and failures with exit codes.
+
+use super::Failure;
+use crate::api::client::{Client, ClientError};
+use crate::migration::planner::Request;
+use crate::model::action::{Action, Actions};
+use crate::model::ids::ContainerName;
+use crate::model::plan::MigrationEvent;
+use std::path::Path;
+
+impl Failure {
+    /// The failure for an answer of the agent.
+    pub fn of(error: ClientError) -> Self {
+        match error {
+            ClientError::Unreachable { .. } => Self::Unreachable(error.into()),
+            ClientError::Blocked(_) => Self::Blocked(error.into()),
+            ClientError::Refused(_) | ClientError::Garbled { .. } => Self::Failed(error.into()),
+        }
+    }
+}
+
+/// Runs `ask` with a client of the agent on `socket`.
+pub fn ask<T>(
+    socket: &Path,
+    ask: impl AsyncFnOnce(&Client) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let client = Client::new(socket)?;
+    runtime.block_on(ask(&client))
+}
+
+/// Which containers, and who does the work.
+#[derive(clap::Args)]
+pub struct Selection {
+    /// Containers; those related to them go too.
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    containers: Vec<String>,
+    /// Every container that a runtime manages.
+    #[arg(long)]
+    all: bool,
+    /// Actions for the paired device: encrypt, transfer.
+    #[arg(long, value_delimiter = ',', value_name = "ACTIONS")]
+    delegate: Vec<Action>,
+}
+
+impl Selection {
+    /// The request to the delegator.
+    pub fn request(&self) -> Request {
+        Request {
+            containers: self
+                .containers
+                .iter()
+                .map(|name| ContainerName(name.clone()))
+                .collect(),
+            delegate: self.delegate.iter().copied().collect::<Actions>(),
+            event: MigrationEvent::Operator,
+        }
+    }
+}

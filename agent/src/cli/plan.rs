@@ -1,0 +1,93 @@
+//! `lifeboat plan`: what an evacuation would do, without doing it.
+
+use super::daemon::{Selection, ask};
+use super::{Context, Failure, Outcome};
+use crate::model::plan::Plan;
+use crate::model::units::human_duration;
+use std::fmt::Write as _;
+
+/// Shows order, groups, sizes, actions, estimate and what blocks the plan; changes nothing.
+#[derive(clap::Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    selection: Selection,
+}
+
+/// Prints the plan; a blocked one ends with exit code 4.
+pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
+    let plan: Plan = ask(&context.socket, async |agent| {
+        agent
+            .post("/v1/plan", &arguments.selection.request())
+            .await
+            .map_err(Failure::of)
+    })?;
+    if context.json {
+        println!("{}", serde_json::to_string_pretty(&plan)?);
+    } else {
+        print!("{}", render(&plan));
+    }
+    if plan.blockers.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Blocked(anyhow::anyhow!(
+        "the plan is blocked by {} thing(s) above",
+        plan.blockers.len()
+    )))
+}
+
+/// The plan as text.
+#[must_use]
+pub fn render(plan: &Plan) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "evacuation of {} container(s) from {}",
+        plan.containers.len(),
+        plan.source
+    );
+    let _ = writeln!(out, "\nstart order of the twins");
+    for (number, step) in plan.order.iter().enumerate() {
+        let joint = if step.sequential { " → " } else { " + " };
+        let names: Vec<&str> = step.containers.iter().map(|name| name.as_str()).collect();
+        let cycle = if step.sequential {
+            "  (a cycle: one after another)"
+        } else {
+            ""
+        };
+        let _ = writeln!(out, "  {}. {}{cycle}", number + 1, names.join(joint));
+    }
+    let _ = writeln!(out, "\ngroups that stay together");
+    for group in &plan.groups {
+        let names: Vec<&str> = group.iter().map(|name| name.as_str()).collect();
+        let _ = writeln!(out, "  {}", names.join(", "));
+    }
+    let _ = writeln!(out, "\nvolumes");
+    for volume in &plan.volumes {
+        let users: Vec<&str> = volume.containers.iter().map(|name| name.as_str()).collect();
+        let _ = writeln!(
+            out,
+            "  {:>10}  {:>8} entries  {}  ({})",
+            volume.size,
+            volume.entries,
+            volume.name,
+            users.join(", ")
+        );
+    }
+    let _ = writeln!(out, "\ndelegated to the paired device: {}", plan.delegated);
+    let _ = writeln!(
+        out,
+        "estimate: {} in about {} at {}/s ({})",
+        plan.estimate.bytes,
+        human_duration(plan.estimate.duration),
+        plan.estimate.rate,
+        plan.estimate.basis
+    );
+    for note in &plan.notes {
+        let _ = writeln!(out, "note: {note}");
+    }
+    for blocker in &plan.blockers {
+        let _ = writeln!(out, "blocked: {}: {}", blocker.what, blocker.why);
+    }
+    out
+}

@@ -1,0 +1,123 @@
+//! `lifeboat abort`, `report` and `verify`: a plan that exists.
+
+use super::daemon::ask;
+use super::{Context, Failure, Outcome};
+use crate::migration::report::Report;
+use crate::migration::verify::Verification;
+use crate::model::ids::PlanId;
+use crate::model::units::human_duration;
+
+/// A plan.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Plan, as `lifeboat status` names it.
+    plan: String,
+}
+
+impl Arguments {
+    fn path(&self, what: &str) -> Result<String, Failure> {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+        if self.plan.bytes().all(plain) {
+            return Ok(format!("/v1/plans/{}/{what}", PlanId(self.plan.clone())));
+        }
+        Err(Failure::Failed(anyhow::anyhow!(
+            "`{}` is no plan id; `lifeboat status` lists them",
+            self.plan
+        )))
+    }
+}
+
+/// Stops a plan that is not released and rolls it back.
+pub fn abort(arguments: &Arguments, context: &Context) -> Outcome {
+    let path = arguments.path("abort")?;
+    let () = ask(&context.socket, async |agent| {
+        agent.post(&path, &()).await.map_err(Failure::of)
+    })?;
+    if context.json {
+        println!("{}", serde_json::json!({ "aborting": arguments.plan }));
+    } else {
+        println!(
+            "plan {} is being rolled back; `lifeboat report {}` tells when it is",
+            arguments.plan, arguments.plan
+        );
+    }
+    Ok(())
+}
+
+/// Tells what a plan did.
+pub fn report(arguments: &Arguments, context: &Context) -> Outcome {
+    let path = arguments.path("report")?;
+    let report: Report = ask(&context.socket, async |agent| {
+        agent.get(&path).await.map_err(Failure::of)
+    })?;
+    print_report(&report, context)
+}
+
+/// Prints a report as text or JSON.
+pub fn print_report(report: &Report, context: &Context) -> Outcome {
+    if context.json {
+        println!("{}", serde_json::to_string_pretty(report)?);
+        return Ok(());
+    }
+    for moment in &report.timeline {
+        println!("{:>9.3} s  {}", moment.after.as_secs_f64(), moment.text);
+    }
+    println!(
+        "{}: {} in changesets, {} on the wire, {}/s",
+        report.plan, report.changesets, report.wire, report.rate
+    );
+    if let (Some(interruption), Some(start_up)) = (report.interruption, report.start_up) {
+        println!(
+            "interruption {} = pause {} + twins' start-up {}",
+            human_duration(interruption),
+            human_duration(interruption.saturating_sub(start_up)),
+            human_duration(start_up)
+        );
+    }
+    for exception in &report.exceptions {
+        println!("not carried over: {exception}");
+    }
+    Ok(())
+}
+
+/// Proves a plan anew; exit code 5 when something is not as it must be.
+pub fn verify(arguments: &Arguments, context: &Context) -> Outcome {
+    let path = arguments.path("verify")?;
+    let proof: Verification = ask(&context.socket, async |agent| {
+        agent.post(&path, &()).await.map_err(Failure::of)
+    })?;
+    if context.json {
+        println!("{}", serde_json::to_string_pretty(&proof)?);
+    } else {
+        for volume in &proof.volumes {
+            let shown = |root: Option<crate::model::ids::Signature>| {
+                root.map_or_else(|| "-".to_owned(), |root| root.to_string()[..16].to_owned())
+            };
+            println!(
+                "{}  {}: released {} (epoch {}), received {} (owned from epoch {}), kept on the source {}",
+                if volume.agrees { "agrees " } else { "DIFFERS" },
+                volume.name,
+                shown(Some(volume.released)),
+                volume.released_epoch,
+                shown(volume.received),
+                volume
+                    .owned_epoch
+                    .map_or_else(|| "-".into(), |epoch| epoch.to_string()),
+                shown(volume.kept),
+            );
+        }
+        println!(
+            "twins ready: {} of {}",
+            proof.twins_ready.0, proof.twins_ready.1
+        );
+        println!("running on the source: {}", proof.running_on_source.len());
+    }
+    if proof.faults.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Unproven(anyhow::anyhow!(
+        "plan {} is not proven: {}",
+        proof.plan,
+        proof.faults.join("; ")
+    )))
+}

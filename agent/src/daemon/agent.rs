@@ -1,0 +1,351 @@
+//! The agent: senses, judgement, the three roles of a migration, and the interfaces to them.
+
+use super::config::{AgentConfig, FleetConfig};
+use super::host;
+use super::senses::Senses;
+use crate::api::control::Roles;
+use crate::api::{control, local};
+use crate::containers::{Runtimes, Scope};
+use crate::fleet;
+use crate::fleet::agent::PairedState;
+use crate::fleet::client::ControlClient;
+use crate::fleet::identity::Identity;
+use crate::fleet::registry::Heartbeat;
+use crate::fleet::server::ControlServer;
+use crate::health::VerdictKind;
+use crate::migration::delegator::{Delegator, FleetContext, Parts};
+use crate::migration::paired::Paired;
+use crate::migration::planner::Request;
+use crate::migration::target::Target;
+use crate::migration::view::HostView;
+use crate::model::container::State;
+use crate::model::ids::DeviceId;
+use crate::model::plan::MigrationEvent;
+use crate::transfer::{self, DataServer, EngineChoice};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// State directory.
+    #[error("cannot use state directory {path}: {error}; create it or set `state`")]
+    State {
+        /// Directory.
+        path: PathBuf,
+        /// Cause.
+        error: std::io::Error,
+    },
+    /// The identity does not fit.
+    #[error("{0}")]
+    Identity(#[from] fleet::identity::IdentityError),
+    /// The identity is of another device.
+    #[error(
+        "the identity in {path} is of device {found}, the configuration says {wanted}; set `device: {found}` or enrol again"
+    )]
+    OtherDevice {
+        /// Identity directory.
+        path: PathBuf,
+        /// Its device.
+        found: DeviceId,
+        /// Configured.
+        wanted: DeviceId,
+    },
+    /// The policy is broken at start, when there is no good one to keep.
+    #[error("{0}")]
+    Policy(String),
+    /// A listener.
+    #[error("cannot listen for {what}: {error}")]
+    Listen {
+        /// What.
+        what: String,
+        /// Cause.
+        error: String,
+    },
+    /// A network in the configuration.
+    #[error("trusted_networks: {0}")]
+    Network(#[from] crate::migration::delegator::NotANetwork),
+    /// Pairings.
+    #[error("cannot read the pairings in the state directory: {0}")]
+    Pairings(String),
+    /// Plans that this target took part in.
+    #[error("cannot resume as target: {0}")]
+    Resume(String),
+    /// A journal.
+    #[error("{0}")]
+    Journal(#[from] crate::migration::journal::JournalError),
+    /// Signals.
+    #[error("cannot handle signals: {0}")]
+    Signals(std::io::Error),
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+///
+/// # Errors
+/// See [`AgentError`]; a missing kernel feature or runtime is none.
+pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
+    let stop = CancellationToken::new();
+    let state_error = |error| AgentError::State {
+        path: config.state.clone(),
+        error,
+    };
+    std::fs::create_dir_all(&config.state).map_err(state_error)?;
+    // Journals hold containers' environments, which hold passwords.
+    std::fs::set_permissions(&config.state, std::fs::Permissions::from_mode(0o700))
+        .map_err(state_error)?;
+    let cgroup = config
+        .cgroup
+        .clone()
+        .unwrap_or_else(|| Scope::default().cgroup_root);
+    let runtimes = Arc::new(Runtimes::new(
+        &config.runtimes,
+        Scope {
+            cgroup_root: cgroup.clone(),
+        },
+    ));
+    let senses = Senses::start(&config, cgroup, runtimes.clone()).map_err(AgentError::Policy)?;
+    let view = senses.view();
+    let transfer = transfer::Options {
+        engine: if config.migration.disable_io_uring {
+            EngineChoice::Threads
+        } else {
+            EngineChoice::Auto
+        },
+        ..transfer::Options::default()
+    };
+    let mut parts = Parts {
+        device: DeviceId(config.device.clone()),
+        state: config.state.clone(),
+        settings: config.migration.clone(),
+        transfer,
+        proc_root: config.root.join("proc"),
+        runtimes,
+        data: None,
+        fleet: None,
+        view: view.clone(),
+    };
+    let delegator = match &config.fleet {
+        None => Arc::new(Delegator::new(Arc::new(parts))),
+        Some(fleet_config) => {
+            let fleet = join_fleet(&config, fleet_config)?;
+            let data = SocketAddr::from(([0, 0, 0, 0], fleet_config.data_port));
+            parts.data = Some(Arc::new(
+                DataServer::bind(data, parts.transfer.clone()).map_err(|error| {
+                    AgentError::Listen {
+                        what: format!("data on {data}"),
+                        error: error.to_string(),
+                    }
+                })?,
+            ));
+            parts.fleet = Some(fleet);
+            serve_fleet(&config, fleet_config, Arc::new(parts), &stop).await?
+        }
+    };
+    delegator.resume()?;
+    if config.migration.automatic && config.fleet.is_some() {
+        tokio::spawn(evacuate_when_degraded(delegator.clone(), view.clone()));
+    }
+    let context = local::Context {
+        device: config.device.clone(),
+        view,
+        delegator,
+        reload: senses.reloader(),
+    };
+    let socket = config.socket.clone();
+    let api = tokio::spawn(local::serve(socket.clone(), context));
+    tracing::info!(device = config.device, socket = %socket.display(), "agent runs");
+    let ended = wait(&senses, api).await;
+    stop.cancel();
+    let _ = tokio::fs::remove_file(&socket).await;
+    ended
+}
+
+async fn wait(
+    senses: &Senses,
+    mut api: tokio::task::JoinHandle<std::io::Result<()>>,
+) -> Result<(), AgentError> {
+    let on = |kind| signal(kind).map_err(AgentError::Signals);
+    let (mut terminate, mut interrupt, mut hangup) = (
+        on(SignalKind::terminate())?,
+        on(SignalKind::interrupt())?,
+        on(SignalKind::hangup())?,
+    );
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => match (senses.reloader())() {
+                Ok(policy) => tracing::info!(policy = policy.name, "policy reloaded"),
+                Err(error) => tracing::error!("policy not reloaded, the old one stays: {error}"),
+            },
+            ended = &mut api => {
+                let error = match ended {
+                    Ok(Err(error)) => error.to_string(),
+                    Ok(Ok(())) => "it ended".into(),
+                    Err(error) => error.to_string(),
+                };
+                return Err(AgentError::Listen { what: "the local API".into(), error });
+            }
+        }
+    }
+}
+
+fn join_fleet(
+    config: &AgentConfig,
+    fleet_config: &FleetConfig,
+) -> Result<FleetContext, AgentError> {
+    let identity = Identity::load(&config.state)?;
+    if identity.device().as_str() != config.device {
+        return Err(AgentError::OtherDevice {
+            path: config.state.clone(),
+            found: identity.device().clone(),
+            wanted: DeviceId(config.device.clone()),
+        });
+    }
+    let client = ControlClient::new(&identity).map_err(|error| AgentError::Listen {
+        what: "the control channel".into(),
+        error: error.to_string(),
+    })?;
+    let trusted = fleet_config
+        .trusted_networks
+        .iter()
+        .map(|text| text.parse())
+        .collect::<Result<_, _>>()?;
+    let configuration = host::configuration(&config.root, &config.state);
+    Ok(FleetContext {
+        identity: Arc::new(identity),
+        client,
+        configuration,
+        trusted,
+    })
+}
+
+/// Starts the roles of a device in a fleet: data plane, control channel, heartbeats.
+async fn serve_fleet(
+    config: &AgentConfig,
+    fleet_config: &FleetConfig,
+    parts: Arc<Parts>,
+    stop: &CancellationToken,
+) -> Result<Arc<Delegator>, AgentError> {
+    let Some(fleet) = &parts.fleet else {
+        return Ok(Arc::new(Delegator::new(parts)));
+    };
+    let advertised = fleet.identity.advertise();
+    let data = fleet_config
+        .advertise_data
+        .unwrap_or_else(|| SocketAddr::new(advertised.ip(), fleet_config.data_port));
+    let pairings = PairedState::open(&config.state, DeviceId(config.device.clone()))
+        .map_err(|error| AgentError::Pairings(error.to_string()))?;
+    let pairings = Arc::new(pairings);
+    let target = Arc::new(Target::new(parts.clone(), pairings.clone(), data));
+    target
+        .resume()
+        .await
+        .map_err(|error| AgentError::Resume(error.to_string()))?;
+    let paired = Arc::new(Paired::new(parts.clone(), pairings.clone(), data));
+    let listen = SocketAddr::from(([0, 0, 0, 0], advertised.port()));
+    let server = ControlServer::bind(&fleet.identity, listen)
+        .await
+        .map_err(|error| AgentError::Listen {
+            what: format!("control on {listen}"),
+            error: error.to_string(),
+        })?;
+    let routes = fleet::agent::router(pairings).merge(control::router(Roles { target, paired }));
+    tokio::spawn(server.serve(routes, stop.clone()));
+    let delegator = Arc::new(Delegator::new(parts.clone()));
+    let (client, duplicator) = (fleet.client.clone(), fleet.identity.duplicator().clone());
+    let (started, beating) = (Instant::now(), delegator.clone());
+    let sample = move || {
+        let beat = heartbeat(&parts, &beating, started);
+        async move { beat }
+    };
+    tokio::spawn(fleet::agent::heartbeat_loop(
+        client,
+        duplicator,
+        sample,
+        stop.clone(),
+    ));
+    Ok(delegator)
+}
+
+fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbeat {
+    let view = parts.view.borrow().clone();
+    let plans: Vec<_> = delegator
+        .status()
+        .into_iter()
+        .filter(|plan| !plan.over)
+        .collect();
+    let duties = u32::try_from(plans.len()).unwrap_or(u32::MAX);
+    let fleet = parts.fleet.as_ref();
+    Heartbeat {
+        address: fleet.map_or_else(
+            || SocketAddr::from(([0, 0, 0, 0], 0)),
+            |fleet| fleet.identity.advertise(),
+        ),
+        version: env!("CARGO_PKG_VERSION").into(),
+        uptime_seconds: started.elapsed().as_secs(),
+        configuration: fleet.map_or_else(
+            || host::configuration(Path::new("/"), &parts.state),
+            |fleet| fleet.configuration.clone(),
+        ),
+        utilisation: host::utilisation(&view, &parts.state, duties),
+        plans: plans.into_iter().map(|plan| plan.plan).collect(),
+    }
+}
+
+/// Between two tries of an automatic migration that could not start.
+const AUTOMATIC_RETRY: Duration = Duration::from_secs(15);
+
+/// Starts a migration of everything when the verdict is degraded.
+async fn evacuate_when_degraded(
+    delegator: Arc<Delegator>,
+    mut view: watch::Receiver<Arc<HostView>>,
+) {
+    let mut told = String::new();
+    while view.changed().await.is_ok() {
+        let now = view.borrow_and_update().clone();
+        let Some(verdict) = now
+            .verdict
+            .as_ref()
+            .filter(|v| v.kind == VerdictKind::Degraded)
+        else {
+            continue;
+        };
+        // Containers that a release took from us are dead here; only what still lives can leave.
+        let alive = now
+            .containers
+            .iter()
+            .any(|container| container.runtime.is_some() && container.state == State::Running);
+        if !alive || delegator.status().iter().any(|plan| !plan.over) {
+            continue;
+        }
+        let request = Request {
+            containers: Vec::new(),
+            delegate: verdict.delegate.clone(),
+            event: MigrationEvent::Degraded {
+                evidence: verdict
+                    .evidence
+                    .iter()
+                    .map(|evidence| evidence.text.clone())
+                    .collect(),
+            },
+        };
+        match delegator.evacuate(&request).await {
+            Ok(plan) => tracing::warn!(%plan, "degraded: evacuating"),
+            Err(error) => {
+                let error = error.to_string();
+                if error != told {
+                    tracing::error!("degraded, but cannot evacuate: {error}");
+                    told = error;
+                }
+            }
+        }
+        tokio::time::sleep(AUTOMATIC_RETRY).await;
+    }
+}

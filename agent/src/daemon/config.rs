@@ -1,0 +1,129 @@
+//! The agent's configuration file (YAML).
+
+use crate::migration::Settings;
+use serde::Deserialize;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Everything an operator may set; every field but `device` has a default.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    /// This device's id, as it was enrolled.
+    pub device: String,
+    /// Identity, journals and spool.
+    #[serde(default = "default_state")]
+    pub state: PathBuf,
+    /// Unix socket of the local API.
+    #[serde(default = "default_socket")]
+    pub socket: PathBuf,
+    /// Root under which `/proc` and `/sys` are read.
+    #[serde(default = "default_root")]
+    pub root: PathBuf,
+    /// The cgroup2 directory that this agent owns; found by itself when absent.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
+    /// Sockets of Docker-compatible runtimes; those that do not exist are skipped.
+    #[serde(default = "default_runtimes")]
+    pub runtimes: Vec<String>,
+    /// Degradation policy; none: no verdict but `unknown`.
+    #[serde(default)]
+    pub policy: Option<PathBuf>,
+    /// Fleet; none: observe only.
+    #[serde(default)]
+    pub fleet: Option<FleetConfig>,
+    /// Moving data.
+    #[serde(default)]
+    pub migration: Settings,
+}
+
+/// How this device takes part in the fleet; who it is lies in the state directory since it joined.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FleetConfig {
+    /// Port of the data plane.
+    #[serde(default = "default_data_port")]
+    pub data_port: u16,
+    /// The data address told to peers, where it is not the control address with `data_port` (a tunnel, a proxy).
+    #[serde(default)]
+    pub advertise_data: Option<SocketAddr>,
+    /// Networks (`10.0.0.0/8`) over which unsealed blocks may travel to a paired device.
+    #[serde(default)]
+    pub trusted_networks: Vec<String>,
+}
+
+fn default_state() -> PathBuf {
+    "/var/lib/lifeboat".into()
+}
+fn default_socket() -> PathBuf {
+    DEFAULT_SOCKET.into()
+}
+fn default_root() -> PathBuf {
+    "/".into()
+}
+fn default_data_port() -> u16 {
+    7402
+}
+fn default_runtimes() -> Vec<String> {
+    vec!["/run/podman/podman.sock".into(), "/run/docker.sock".into()]
+}
+
+/// Where the command line looks for the agent.
+pub const DEFAULT_SOCKET: &str = "/run/lifeboat/agent.sock";
+
+/// Why the configuration could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read configuration {path}: {error}")]
+    Read {
+        /// File.
+        path: PathBuf,
+        /// Cause.
+        error: std::io::Error,
+    },
+    /// The file is not a configuration.
+    #[error("{path}: {field}: {message}")]
+    Parse {
+        /// File.
+        path: PathBuf,
+        /// Field that is wrong.
+        field: String,
+        /// What is wrong, with line and column.
+        message: String,
+    },
+}
+
+/// Reads a YAML configuration file; the error names the field, line and column.
+///
+/// # Errors
+/// The file cannot be read, or a field is unknown, missing or of the wrong type.
+pub fn load<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read {
+        path: path.to_owned(),
+        error,
+    })?;
+    serde_path_to_error::deserialize(serde_yaml::Deserializer::from_str(&text)).map_err(|error| {
+        ConfigError::Parse {
+            path: path.to_owned(),
+            field: error.path().to_string(),
+            message: error.inner().to_string(),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_field_is_named_with_its_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "device: a\nfleet:\n  data_prot: 1\n").unwrap();
+        let error = load::<AgentConfig>(file.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("fleet") && error.contains("data_prot") && error.contains("line 3"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,161 @@
+//! The sweep: discover containers, read the kernel, judge, publish one view a second.
+//!
+//! Invariants: a broken policy never replaces a good one that is loaded; the verdict's state is on disk
+//! within seconds, so that a restart does not forget a degradation. Non-goals: acting on a verdict.
+
+use super::config::AgentConfig;
+use crate::containers::Runtimes;
+use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
+use crate::migration::view::HostView;
+use crate::telemetry::{Telemetry, TelemetryConfig};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// Between two sweeps.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Between two writes of an unchanged verdict's state.
+const SAVE_EVERY: Duration = Duration::from_secs(10);
+
+/// The running sweep.
+pub struct Senses {
+    view: watch::Receiver<Arc<HostView>>,
+    judge: Arc<Mutex<Option<Judge>>>,
+    policy: Option<PathBuf>,
+}
+
+impl Senses {
+    /// Starts the sweep.
+    ///
+    /// # Errors
+    /// The policy cannot be read or is broken; the text says where.
+    pub fn start(
+        config: &AgentConfig,
+        cgroup: PathBuf,
+        runtimes: Arc<Runtimes>,
+    ) -> Result<Self, String> {
+        let saved_at = config.state.join("verdict.json");
+        let judge = match &config.policy {
+            None => None,
+            Some(path) => Some(Judge::new(load_policy(path)?, load_saved(&saved_at))),
+        };
+        let judge = Arc::new(Mutex::new(judge));
+        let (publish, view) = watch::channel(Arc::new(HostView::default()));
+        let telemetry = TelemetryConfig {
+            root: config.root.clone(),
+            cgroup,
+        };
+        let shared = judge.clone();
+        let handle = tokio::runtime::Handle::current();
+        // A thread of its own: sweeping blocks, and must go on when the async runtime is busy.
+        let sweep = move || {
+            let mut telemetry = Telemetry::start(telemetry);
+            for disabled in telemetry.disabled() {
+                tracing::warn!("{} is disabled: {}", disabled.what, disabled.why);
+            }
+            let mut saved = (VerdictKind::Unknown, Instant::now());
+            loop {
+                let started = Instant::now();
+                let discovery = handle.block_on(runtimes.discover());
+                let now = crate::fleet::now();
+                let snapshot = telemetry.sweep(&discovery.containers, now);
+                let verdict = locked(&shared).as_mut().map(|judge| {
+                    judge.observe(&snapshot.samples, now);
+                    let verdict = judge.verdict(now);
+                    save(judge, &verdict, &mut saved, &saved_at);
+                    verdict
+                });
+                let view = HostView {
+                    containers: discovery.containers,
+                    problems: discovery.problems,
+                    snapshot,
+                    verdict,
+                };
+                if publish.send(Arc::new(view)).is_err() {
+                    return;
+                }
+                std::thread::sleep(INTERVAL.saturating_sub(started.elapsed()));
+            }
+        };
+        std::thread::Builder::new()
+            .name("senses".into())
+            .spawn(sweep)
+            .map_err(|error| format!("cannot start the sweep's thread: {error}"))?;
+        Ok(Self {
+            view,
+            judge,
+            policy: config.policy.clone(),
+        })
+    }
+
+    /// The latest view; changes once a sweep.
+    #[must_use]
+    pub fn view(&self) -> watch::Receiver<Arc<HostView>> {
+        self.view.clone()
+    }
+
+    /// A function that loads the policy file again and keeps the old policy when the new one is broken.
+    #[must_use]
+    pub fn reloader(&self) -> Arc<dyn Fn() -> Result<Policy, String> + Send + Sync> {
+        let (judge, path) = (self.judge.clone(), self.policy.clone());
+        Arc::new(move || {
+            let path = path
+                .as_deref()
+                .ok_or("no `policy` is set in the agent's configuration")?;
+            let policy = load_policy(path)?;
+            if let Some(judge) = locked(&judge).as_mut() {
+                judge.replace_policy(policy.clone());
+            }
+            Ok(policy)
+        })
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load_policy(path: &Path) -> Result<Policy, String> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| format!("cannot read policy {}: {error}", path.display()))?;
+    Policy::parse(&text, &path.display().to_string()).map_err(|error| error.to_string())
+}
+
+fn load_saved(path: &Path) -> Option<SavedState> {
+    let text = std::fs::read(path).ok()?;
+    match serde_json::from_slice(&text) {
+        Ok(saved) => Some(saved),
+        Err(error) => {
+            tracing::warn!(
+                "{} is not a saved verdict ({error}): judging starts anew",
+                path.display()
+            );
+            None
+        }
+    }
+}
+
+fn save(judge: &Judge, verdict: &Verdict, last: &mut (VerdictKind, Instant), path: &Path) {
+    if verdict.kind == last.0 && last.1.elapsed() < SAVE_EVERY {
+        return;
+    }
+    if verdict.kind != last.0 {
+        let because: Vec<&str> = verdict
+            .evidence
+            .iter()
+            .map(|evidence| evidence.text.as_str())
+            .collect();
+        tracing::info!(verdict = %verdict.kind, "{}", because.join("; "));
+    }
+    *last = (verdict.kind, Instant::now());
+    let written = serde_json::to_vec(judge.saved())
+        .map_err(std::io::Error::from)
+        .and_then(|bytes| {
+            crate::fleet::files::write_private(path, &bytes).map_err(std::io::Error::other)
+        });
+    if let Err(error) = written {
+        tracing::error!("cannot save the verdict's state: {error}");
+    }
+}

@@ -1,0 +1,145 @@
+//! The delegator's dealings with the duplicator and the devices it lent: get, give back, dismiss.
+
+use super::delegator::{Delegator, FleetContext};
+use super::source::MoveError;
+use crate::fleet::pairing::{self, Pairing, PairingRequest};
+use crate::fleet::registry::ActionCost;
+use crate::model::action::Actions;
+use crate::model::control::Dismiss;
+use crate::model::fleet::{DutyOutcome, PeerAddress, Role, TwinNeeds};
+use crate::model::ids::{DeviceId, VolumeId};
+use crate::model::plan::{Chosen, Plan};
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// A device that is told of an end answers soon or is not waited for: its pairing ends by itself.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+impl Delegator {
+    /// Gets a target for the plan.
+    pub(super) async fn allocate_target(&self, plan: &Plan) -> Result<Pairing, MoveError> {
+        let ports = plan
+            .containers
+            .iter()
+            .flat_map(|planned| &planned.container.published);
+        let published: Vec<_> = ports.filter(|port| !port.udp).collect();
+        let twins = TwinNeeds {
+            ports: published.iter().map(|port| port.host_port).collect(),
+            ipv4: published.iter().any(|port| port.host_ip.is_ipv4()),
+            ipv6: published
+                .iter()
+                .any(|port| !port.host_ip.is_unspecified() && port.host_ip.is_ipv6()),
+            ..TwinNeeds::default()
+        };
+        self.ask(plan, Role::Target, Actions::default(), twins, Vec::new())
+            .await
+    }
+
+    /// Gets a paired device for the plan's delegated actions; never the target itself.
+    pub(super) async fn pair(&self, plan: &Plan, target: &DeviceId) -> Result<Pairing, MoveError> {
+        let twins = TwinNeeds::default();
+        self.ask(
+            plan,
+            Role::Paired,
+            plan.delegated.clone(),
+            twins,
+            vec![target.clone()],
+        )
+        .await
+    }
+
+    async fn ask(
+        &self,
+        plan: &Plan,
+        role: Role,
+        actions: Actions,
+        twins: TwinNeeds,
+        exclude: Vec<DeviceId>,
+    ) -> Result<Pairing, MoveError> {
+        let fleet = self.fleet().ok_or(MoveError::NoFleet)?;
+        let request = PairingRequest {
+            plan: plan.id.clone(),
+            role,
+            actions,
+            quantity: plan.volumes.iter().map(|volume| volume.size).sum(),
+            volumes: plan
+                .volumes
+                .iter()
+                .map(|volume| volume.id)
+                .collect::<Vec<VolumeId>>(),
+            twins,
+            exclude,
+            configuration: fleet.configuration.clone(),
+        };
+        pairing::pair(&fleet.client, fleet.identity.duplicator(), &request)
+            .await
+            .map_err(|error| MoveError::Allocation { role, error })
+    }
+
+    /// Whether unsealed blocks may travel to `address`.
+    pub(super) fn trusts(&self, address: IpAddr) -> bool {
+        self.fleet()
+            .is_some_and(|fleet| fleet.trusted.iter().any(|network| network.holds(address)))
+    }
+
+    /// Tells target and paired device that the plan was rolled back.
+    pub(super) async fn dismiss(&self, plan: &Plan, reason: &str) {
+        let Some(fleet) = self.fleet() else { return };
+        let id = &plan.id;
+        if let Some(target) = plan.target.as_ref().and_then(peer) {
+            let body = Dismiss {
+                reason: reason.to_owned(),
+            };
+            tell(fleet, &target, &format!("/v1/plans/{id}/dismiss"), &body).await;
+        }
+        if let Some(paired) = plan.paired.as_ref().and_then(peer) {
+            tell(fleet, &paired, &format!("/v1/plans/{id}/relay/end"), &()).await;
+        }
+    }
+
+    /// Gives back what was lent, with what the work cost.
+    pub(super) async fn end_pairings(
+        &self,
+        plan: &Plan,
+        outcome: DutyOutcome,
+        costs: &[ActionCost],
+    ) {
+        let Some(fleet) = self.fleet() else { return };
+        if let Some(paired) = plan.paired.as_ref().and_then(peer) {
+            tell(
+                fleet,
+                &paired,
+                &format!("/v1/plans/{}/relay/end", plan.id),
+                &(),
+            )
+            .await;
+        }
+        let client = fleet.client.clone().with_timeout(FAREWELL);
+        for chosen in plan.paired.iter().chain(&plan.target) {
+            let Some(pairing) = &chosen.pairing else {
+                continue;
+            };
+            let duplicator = fleet.identity.duplicator();
+            let released =
+                pairing::release(&client, duplicator, pairing, outcome, costs.to_vec()).await;
+            if let Err(error) = released {
+                tracing::warn!(%pairing, "not given back, it ends by itself: {error}");
+            }
+        }
+    }
+}
+
+/// The address of a chosen device.
+pub(super) fn peer(chosen: &Chosen) -> Option<PeerAddress> {
+    Some(PeerAddress {
+        device: chosen.device.clone(),
+        addr: chosen.address.parse().ok()?,
+    })
+}
+
+async fn tell(fleet: &FleetContext, peer: &PeerAddress, path: &str, body: &impl serde::Serialize) {
+    let client = fleet.client.clone().with_timeout(FAREWELL);
+    if let Err(error) = client.post::<_, ()>(peer, path, body).await {
+        tracing::warn!("not told of the end: {error}");
+    }
+}

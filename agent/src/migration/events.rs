@@ -1,0 +1,188 @@
+//! What the journals of a plan hold, on the source and on the target.
+
+use crate::model::control::Owns;
+use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
+use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState};
+use crate::model::units::Bytes;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// One volume in one round of replication.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRound {
+    /// Volume.
+    pub volume: VolumeId,
+    /// Name for people.
+    pub name: String,
+    /// Epoch that was sent.
+    pub epoch: Epoch,
+    /// Root that source and target computed, each for itself.
+    pub root: Signature,
+    /// Files, directories, links, … in the volume.
+    pub entries: u64,
+    /// Entries that had changed since the epoch before.
+    pub changed_entries: u64,
+    /// Plain bytes of the changed blocks: the changeset.
+    pub changeset: Bytes,
+    /// Bytes read from the source's disk.
+    pub read: Bytes,
+    /// Bytes on the wire from the source, everything included.
+    pub wire: Bytes,
+    /// What was left out and why, for instance sockets.
+    pub exceptions: Vec<String>,
+    /// Time it took.
+    pub duration: Duration,
+}
+
+/// How one source container is kept from being started again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerFence {
+    /// Container.
+    pub container: ContainerName,
+    /// The runtime room's fence, as it wants to have it back to lift it.
+    pub fence: crate::containers::Fence,
+}
+
+/// The source's journal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum SourceEvent {
+    /// The plan as made; later events fill in the allocation.
+    Planned {
+        /// Plan.
+        plan: Box<Plan>,
+    },
+    /// The duplicator chose a target.
+    TargetChosen {
+        /// Target.
+        target: Chosen,
+    },
+    /// The duplicator chose a paired device, which authenticated itself and was authorised.
+    Paired {
+        /// Paired device.
+        paired: Chosen,
+    },
+    /// The target is ready to receive.
+    Prepared {
+        /// Image volumes that it holds already.
+        images_present: Vec<VolumeId>,
+    },
+    /// One round of replication is on the target.
+    Round {
+        /// Round, from 1.
+        round: u32,
+        /// Each volume of it.
+        volumes: Vec<VolumeRound>,
+        /// Time the round took.
+        duration: Duration,
+    },
+    /// Restart policies are about to be switched off.
+    Fencing,
+    /// Restart policies are off.
+    Fenced {
+        /// How, container by container.
+        fences: Vec<ContainerFence>,
+    },
+    /// From here containers may be frozen.
+    Pausing,
+    /// All containers are frozen.
+    Paused {
+        /// Time it took.
+        duration: Duration,
+    },
+    /// The final changeset is on the target and the roots agree.
+    Final {
+        /// Each volume.
+        volumes: Vec<VolumeRound>,
+        /// Time it took.
+        duration: Duration,
+    },
+    /// The commit point.
+    Released {
+        /// Release.
+        release: SignedRelease,
+    },
+    /// The target owns every volume, durably.
+    TargetOwns {
+        /// Its word.
+        owns: Owns,
+    },
+    /// The source's containers were killed.
+    SourceStopped {
+        /// Containers.
+        containers: Vec<ContainerName>,
+    },
+    /// Published ports are forwarded to the twins.
+    Forwarding {
+        /// `listen → to`, one a line.
+        ports: Vec<Forwarding>,
+    },
+    /// The target told of its twins' readiness.
+    Twins {
+        /// Twins.
+        twins: Vec<TwinState>,
+        /// From the first freeze until the source heard that the last twin was ready.
+        interruption: Duration,
+        /// The part of it that the target spent making and starting twins, by its own clock.
+        start_up: Duration,
+    },
+    /// Nothing is left to do.
+    Completed,
+    /// Rolled back: the source's containers run on as if nothing had happened.
+    Aborted {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// One forwarded port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forwarding {
+    /// Address on the source.
+    pub listen: std::net::SocketAddr,
+    /// Address of the twin on the target.
+    pub to: std::net::SocketAddr,
+}
+
+/// The target's journal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum TargetEvent {
+    /// An offer was accepted.
+    Accepted {
+        /// Plan.
+        plan: Box<Plan>,
+        /// Where each volume goes, and whether this plan made that place.
+        places: Vec<Place>,
+    },
+    /// The release was found good and the target owns n+1.
+    Owns {
+        /// Release.
+        release: SignedRelease,
+        /// Ownership.
+        owns: Owns,
+    },
+    /// A twin was made and started.
+    TwinReady {
+        /// Twin.
+        twin: TwinState,
+    },
+    /// All twins are ready.
+    Completed,
+    /// What the plan had made here is gone again.
+    Dismissed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Where one volume goes on the target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Volume.
+    pub volume: VolumeId,
+    /// Directory.
+    pub path: std::path::PathBuf,
+    /// Whether the plan made it, so that a dismissal removes it.
+    pub made: bool,
+}

@@ -1,0 +1,465 @@
+//! From what the host shows to a plan: which containers go together, what moves, what blocks it.
+//!
+//! Pure composition: the delegator gathers, this file decides.
+
+use crate::model::action::{Action, Actions};
+use crate::model::container::Container;
+use crate::model::edge::{Correlated, Edge};
+use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
+use crate::model::plan::{Blocker, Estimate, MigrationEvent, Plan, PlannedContainer, PlannedStep};
+use crate::model::units::{Bytes, UnixMillis};
+use crate::model::volume::{VolumeKind, VolumeSpec};
+use crate::relations::Graph;
+use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What an operator or the policy asks for.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Request {
+    /// Containers by name; empty means all.
+    pub containers: Vec<ContainerName>,
+    /// Actions to delegate.
+    pub delegate: Actions,
+    /// Why.
+    pub event: MigrationEvent,
+}
+
+/// A request that cannot become a plan at all.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// A name that no container has.
+    #[error("no container is called `{name}`; this host has: {known}")]
+    UnknownContainer {
+        /// Name.
+        name: ContainerName,
+        /// Names that exist.
+        known: String,
+    },
+    /// There is nothing to move.
+    #[error(
+        "this host has no container that a runtime manages; start one, or check `runtimes` in the agent's configuration"
+    )]
+    Nothing,
+}
+
+/// The containers that must move together with those requested, and what to tell the operator.
+///
+/// A child is always with its parents (design §4): the request is widened to whole groups.
+///
+/// # Errors
+/// A name is unknown, or nothing is left to move.
+pub fn select(
+    request: &Request,
+    containers: &[Container],
+    edges: &[Edge],
+    correlated: &[Correlated],
+) -> Result<(Vec<Container>, Vec<String>), PlanError> {
+    let managed: BTreeMap<&ContainerName, &Container> = containers
+        .iter()
+        .filter(|container| container.runtime.is_some())
+        .map(|container| (&container.name, container))
+        .collect();
+    let mut notes = Vec::new();
+    let mut chosen: BTreeSet<&ContainerName> = BTreeSet::new();
+    if request.containers.is_empty() {
+        chosen.extend(managed.keys());
+        let bare: Vec<&str> = containers
+            .iter()
+            .filter(|container| container.runtime.is_none())
+            .map(|container| container.name.as_str())
+            .collect();
+        if !bare.is_empty() {
+            notes.push(format!(
+                "stay here, no runtime manages them: {}",
+                bare.join(", ")
+            ));
+        }
+    }
+    for name in &request.containers {
+        let Some((name, _)) = managed.get_key_value(name) else {
+            let known: Vec<&str> = managed.keys().map(|name| name.as_str()).collect();
+            let known = if known.is_empty() {
+                "none".into()
+            } else {
+                known.join(", ")
+            };
+            return Err(PlanError::UnknownContainer {
+                name: name.clone(),
+                known,
+            });
+        };
+        chosen.insert(name);
+    }
+    // Widen along edges and correlations until nothing is added.
+    let mut frontier: Vec<&ContainerName> = chosen.iter().copied().collect();
+    while let Some(name) = frontier.pop() {
+        let over_edges = edges
+            .iter()
+            .filter_map(|edge| other_end(name, &edge.child, &edge.parent));
+        let over_ids = correlated
+            .iter()
+            .filter_map(|Correlated(a, b)| other_end(name, a, b));
+        let others: Vec<&ContainerName> = over_edges.chain(over_ids).collect();
+        for other in others {
+            if let Some((other, _)) = managed.get_key_value(other)
+                && chosen.insert(other)
+            {
+                notes.push(format!("{other} goes too: it is related to {name}"));
+                frontier.push(other);
+            }
+        }
+    }
+    if chosen.is_empty() {
+        return Err(PlanError::Nothing);
+    }
+    Ok((
+        chosen
+            .iter()
+            .filter_map(|name| managed.get(*name))
+            .map(|c| (*c).clone())
+            .collect(),
+        notes,
+    ))
+}
+
+fn other_end<'a>(
+    name: &ContainerName,
+    a: &'a ContainerName,
+    b: &'a ContainerName,
+) -> Option<&'a ContainerName> {
+    if a == name {
+        Some(b)
+    } else if b == name {
+        Some(a)
+    } else {
+        None
+    }
+}
+
+/// A directory that must move, before it was measured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Directory {
+    /// What it is to the runtime.
+    pub kind: VolumeKind,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Who mounts it.
+    pub containers: Vec<ContainerName>,
+}
+
+/// The directories behind the containers' mounts, each once, and what cannot move.
+///
+/// `is_directory` tells what a path is on this host.
+pub fn directories(
+    containers: &[Container],
+    is_directory: impl Fn(&Path) -> bool,
+) -> (Vec<Directory>, Vec<Blocker>) {
+    let mut found: BTreeMap<PathBuf, Directory> = BTreeMap::new();
+    let mut blockers = Vec::new();
+    for container in containers {
+        for mount in &container.mounts {
+            if let Some(directory) = found.get_mut(&mount.source) {
+                directory.containers.push(container.name.clone());
+                continue;
+            }
+            let of_the_host = ["/proc", "/sys", "/dev", "/run", "/var/run"]
+                .iter()
+                .any(|host| mount.source.starts_with(host));
+            if of_the_host || !is_directory(&mount.source) {
+                blockers.push(Blocker {
+                    what: container.name.to_string(),
+                    why: format!(
+                        "its bind mount {} is not a directory of data; recreate the container without it, or with the directory around it",
+                        mount.source.display()
+                    ),
+                });
+                continue;
+            }
+            let kind = mount
+                .volume
+                .as_ref()
+                .map_or(VolumeKind::Bind, |name| VolumeKind::Named(name.clone()));
+            found.insert(
+                mount.source.clone(),
+                Directory {
+                    kind,
+                    path: mount.source.clone(),
+                    containers: vec![container.name.clone()],
+                },
+            );
+        }
+    }
+    // A directory below another one travels with it; its containers are told.
+    let paths: Vec<PathBuf> = found.keys().cloned().collect();
+    for path in &paths {
+        let above = paths
+            .iter()
+            .find(|other| *other != path && path.starts_with(other));
+        if let Some(above) = above
+            && let Some(nested) = found.remove(path)
+            && let Some(outer) = found.get_mut(above)
+        {
+            outer.containers.extend(nested.containers);
+        }
+    }
+    (found.into_values().collect(), blockers)
+}
+
+/// Everything gathered for [`compose`].
+#[derive(Debug)]
+pub struct Gathered {
+    /// Id.
+    pub id: PlanId,
+    /// Now.
+    pub now: UnixMillis,
+    /// This device.
+    pub source: DeviceId,
+    /// Containers with what their runtimes say.
+    pub containers: Vec<PlannedContainer>,
+    /// Relations among all containers.
+    pub edges: Vec<Edge>,
+    /// Correlated pairs.
+    pub correlated: Vec<Correlated>,
+    /// Volumes with their measures; image volumes included.
+    pub volumes: Vec<VolumeSpec>,
+    /// The epoch from which this device owns a volume that moved here once.
+    pub epochs: BTreeMap<VolumeId, Epoch>,
+    /// What blocks it so far.
+    pub blockers: Vec<Blocker>,
+    /// Notes so far.
+    pub notes: Vec<String>,
+    /// Rate of an earlier move and its plan.
+    pub measured_rate: Option<(PlanId, Bytes)>,
+}
+
+/// Rate assumed before any move was measured: a 1 Gbit/s link, the slowest common on such hosts.
+const ASSUMED_RATE: Bytes = Bytes(110 << 20);
+
+/// The plan for what was gathered.
+#[must_use]
+pub fn compose(request: &Request, gathered: Gathered) -> Plan {
+    let Gathered {
+        id,
+        now,
+        source,
+        containers,
+        edges,
+        correlated,
+        volumes,
+        ..
+    } = gathered;
+    let (mut notes, mut blockers) = (gathered.notes, gathered.blockers);
+    let names: Vec<ContainerName> = containers
+        .iter()
+        .map(|planned| planned.container.name.clone())
+        .collect();
+    let inside: BTreeSet<&ContainerName> = names.iter().collect();
+    let edges: Vec<Edge> = edges
+        .into_iter()
+        .filter(|edge| inside.contains(&edge.child) && inside.contains(&edge.parent))
+        .collect();
+    let correlated: Vec<Correlated> = correlated
+        .into_iter()
+        .filter(|Correlated(a, b)| inside.contains(a) && inside.contains(b))
+        .collect();
+    let graph = Graph::new(names.iter().cloned(), &edges, &correlated);
+    let order = graph
+        .order()
+        .0
+        .into_iter()
+        .map(|step| PlannedStep {
+            containers: step.containers,
+            sequential: step.sequential,
+        })
+        .collect();
+    // As many targets as containers: each family of related containers by itself.
+    let targets = NonZeroUsize::new(names.len()).unwrap_or(NonZeroUsize::MIN);
+    let groups = graph
+        .groups(targets, |_| 1)
+        .into_iter()
+        .map(|group| group.containers)
+        .collect();
+    let mut delegated = request.delegate.clone();
+    if delegated.0.remove(&Action::Serve) {
+        blockers.push(Blocker {
+            what: "serve".into(),
+            why:
+                "serving stays with the source in this version; delegate encrypt and transfer only"
+                    .into(),
+        });
+    }
+    for planned in &containers {
+        let udp = planned
+            .container
+            .published
+            .iter()
+            .filter(|port| port.udp)
+            .count();
+        if udp > 0 {
+            notes.push(format!(
+                "{}: {udp} published UDP port(s) are not forwarded after the switch; point clients at the target",
+                planned.container.name
+            ));
+        }
+    }
+    let bytes: Bytes = volumes.iter().map(|volume| volume.size).sum();
+    let (rate, basis) = match gathered.measured_rate {
+        Some((plan, rate)) => (rate, format!("measured in plan {plan}")),
+        None => (
+            ASSUMED_RATE,
+            "assumed 1 Gbit/s link; no move was measured yet".into(),
+        ),
+    };
+    let duration = Duration::from_secs_f64(bytes.0 as f64 / rate.0.max(1) as f64);
+    Plan {
+        id,
+        created: now,
+        event: request.event.clone(),
+        source,
+        containers,
+        order,
+        groups,
+        edges,
+        volumes,
+        epochs: gathered.epochs,
+        delegated,
+        notes,
+        blockers,
+        estimate: Estimate {
+            bytes,
+            rate,
+            basis,
+            duration,
+        },
+        target: None,
+        paired: None,
+    }
+}
+
+/// A volume for each image, exported below `directory`.
+#[must_use]
+pub fn image_volumes(
+    containers: &[PlannedContainer],
+    first: u32,
+    directory: &Path,
+) -> Vec<VolumeSpec> {
+    let mut images: BTreeMap<&str, VolumeSpec> = BTreeMap::new();
+    for planned in containers {
+        let container = &planned.container;
+        let id = VolumeId(first + images.len() as u32);
+        images
+            .entry(container.image_id.as_str())
+            .or_insert_with(|| VolumeSpec {
+                id,
+                name: format!("image {}", container.image),
+                kind: VolumeKind::Image(container.image.clone()),
+                source_path: directory.join(format!("image-{id}")),
+                containers: Vec::new(),
+                size: planned.image_size,
+                entries: 1,
+            })
+            .containers
+            .push(container.name.clone());
+    }
+    images.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::container::{Mount, State};
+    use crate::model::edge::{Learnt, Protocol};
+
+    fn container(name: &str, mounts: &[&str]) -> Container {
+        Container {
+            name: name.into(),
+            id: name.into(),
+            runtime: Some("/run/podman/podman.sock".into()),
+            cgroup_path: format!("/{name}"),
+            cgroup_id: 1,
+            pid: 1,
+            state: State::Running,
+            image: format!("{name}:1"),
+            image_id: format!("sha256:{name}"),
+            addresses: Vec::new(),
+            published: Vec::new(),
+            mounts: mounts
+                .iter()
+                .map(|path| Mount {
+                    volume: None,
+                    source: path.into(),
+                    destination: "/data".into(),
+                    writable: true,
+                })
+                .collect(),
+            registration_id: None,
+        }
+    }
+
+    fn edge(child: &str, parent: &str) -> Edge {
+        Edge {
+            child: child.into(),
+            parent: parent.into(),
+            port: 80,
+            protocol: Protocol::Tcp,
+            learnt: Learnt::Observed,
+            connections: 1,
+            bytes_to_parent: Bytes(1),
+            bytes_to_child: Bytes(1),
+            first_seen: UnixMillis(1),
+            last_seen: UnixMillis(2),
+        }
+    }
+
+    fn request(names: &[&str]) -> Request {
+        Request {
+            containers: names.iter().map(|name| (*name).into()).collect(),
+            delegate: Actions::default(),
+            event: MigrationEvent::Operator,
+        }
+    }
+
+    #[test]
+    fn a_request_for_one_container_is_widened_to_its_group_and_no_further() {
+        let all = [
+            container("web", &[]),
+            container("app", &[]),
+            container("db", &[]),
+            container("other", &[]),
+        ];
+        let edges = [edge("web", "app"), edge("app", "db")];
+        let (chosen, notes) = select(&request(&["db"]), &all, &edges, &[]).unwrap();
+        let names: Vec<&str> = chosen.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["app", "db", "web"]);
+        assert_eq!(notes.len(), 2);
+    }
+
+    #[test]
+    fn an_unknown_container_is_named_with_those_that_exist() {
+        let error = select(&request(&["dbb"]), &[container("db", &[])], &[], &[]).unwrap_err();
+        assert!(error.to_string().contains("`dbb`") && error.to_string().contains("db"));
+    }
+
+    #[test]
+    fn a_shared_directory_moves_once_and_one_inside_another_travels_with_it() {
+        let all = [
+            container("a", &["/srv/x"]),
+            container("b", &["/srv/x"]),
+            container("c", &["/srv/x/y"]),
+        ];
+        let (found, blockers) = directories(&all, |_| true);
+        assert!(blockers.is_empty());
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].containers.len(), 3);
+    }
+
+    #[test]
+    fn a_socket_of_the_host_blocks_the_plan() {
+        let (found, blockers) =
+            directories(&[container("a", &["/run/podman/podman.sock"])], |_| false);
+        assert!(found.is_empty());
+        assert!(blockers[0].why.contains("podman.sock"));
+    }
+}

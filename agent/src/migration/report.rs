@@ -1,0 +1,323 @@
+//! What a plan did, told from its journal: a timeline with figures. Pure.
+
+use super::events::{SourceEvent, VolumeRound};
+use super::journal::Entry;
+use crate::model::ids::PlanId;
+use crate::model::plan::{MigrationEvent, Plan, VolumeRelease};
+use crate::model::units::{Bytes, UnixMillis, human_duration};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// One line of the timeline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// When.
+    pub at: UnixMillis,
+    /// Since the plan was made.
+    pub after: Duration,
+    /// What happened, with figures.
+    pub text: String,
+}
+
+/// How a plan ended, or that it has not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Still before the release.
+    Running,
+    /// Released; the target is being brought to run the twins.
+    Switching,
+    /// All twins are ready.
+    Completed,
+    /// Rolled back.
+    Aborted,
+}
+
+/// A plan's report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Plan.
+    pub plan: PlanId,
+    /// State.
+    pub state: State,
+    /// Why it was aborted.
+    pub reason: Option<String>,
+    /// Timeline.
+    pub timeline: Vec<Moment>,
+    /// Plain bytes of all changesets.
+    pub changesets: Bytes,
+    /// Bytes on the wire from the source.
+    pub wire: Bytes,
+    /// Plain bytes a second over all rounds.
+    pub rate: Bytes,
+    /// From the first freeze until the last twin was ready.
+    pub interruption: Option<Duration>,
+    /// The part of the interruption in which twins were started, by the target's clock.
+    pub start_up: Option<Duration>,
+    /// What was released, with roots.
+    pub released: Vec<VolumeRelease>,
+    /// What could not be carried over: skipped entries, settings the target's runtime lacks.
+    pub exceptions: Vec<String>,
+}
+
+/// The report of the journal's entries; none when it does not start with a plan.
+#[must_use]
+pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
+    let Entry {
+        at: start,
+        event: SourceEvent::Planned { plan },
+    } = entries.first()?
+    else {
+        return None;
+    };
+    let mut report = Report {
+        plan: plan.id.clone(),
+        state: State::Running,
+        reason: None,
+        timeline: Vec::new(),
+        changesets: Bytes(0),
+        wire: Bytes(0),
+        rate: Bytes(0),
+        interruption: None,
+        start_up: None,
+        released: Vec::new(),
+        exceptions: Vec::new(),
+    };
+    let mut moving = Duration::ZERO;
+    for entry in entries {
+        if let SourceEvent::Round {
+            volumes, duration, ..
+        }
+        | SourceEvent::Final { volumes, duration } = &entry.event
+        {
+            moving += *duration;
+            for volume in volumes {
+                report.changesets += volume.changeset;
+                report.wire += volume.wire;
+                report.exceptions.extend(
+                    volume
+                        .exceptions
+                        .iter()
+                        .map(|text| format!("{}: {text}", volume.name)),
+                );
+            }
+        }
+        match &entry.event {
+            SourceEvent::Released { release } => {
+                report.state = State::Switching;
+                if let Ok(release) =
+                    serde_json::from_str::<crate::model::plan::Release>(&release.body)
+                {
+                    report.released = release.volumes;
+                }
+            }
+            SourceEvent::Twins {
+                twins,
+                interruption,
+                start_up,
+            } => {
+                report.interruption = Some(*interruption);
+                report.start_up = Some(*start_up);
+                for twin in twins {
+                    report.exceptions.extend(
+                        twin.not_carried
+                            .iter()
+                            .map(|text| format!("{}: {text}", twin.container)),
+                    );
+                }
+            }
+            SourceEvent::Completed => report.state = State::Completed,
+            SourceEvent::Aborted { reason } => {
+                report.state = State::Aborted;
+                report.reason = Some(reason.clone());
+            }
+            _ => {}
+        }
+        let after = entry.at.since(*start);
+        report
+            .timeline
+            .extend(tell(&entry.event).into_iter().map(|text| Moment {
+                at: entry.at,
+                after,
+                text,
+            }));
+    }
+    report.exceptions.sort();
+    report.exceptions.dedup();
+    if !moving.is_zero() {
+        report.rate = Bytes((report.changesets.0 as f64 / moving.as_secs_f64()) as u64);
+    }
+    Some(report)
+}
+
+fn tell(event: &SourceEvent) -> Vec<String> {
+    match event {
+        SourceEvent::Planned { plan } => tell_plan(plan),
+        SourceEvent::TargetChosen { target } => {
+            let mut lines = vec![format!("target {} at {}", target.device, target.address)];
+            lines.extend(target.explanation.iter().map(|line| format!("  {line}")));
+            lines
+        }
+        SourceEvent::Paired { paired } => {
+            let mut lines = vec![format!(
+                "paired device {} at {}: token authenticated, authorised",
+                paired.device, paired.address
+            )];
+            lines.extend(paired.explanation.iter().map(|line| format!("  {line}")));
+            lines
+        }
+        SourceEvent::Prepared { images_present } => vec![format!(
+            "target is ready to receive; it holds {} of the images already",
+            images_present.len()
+        )],
+        SourceEvent::Round {
+            round,
+            volumes,
+            duration,
+        } => {
+            let mut lines = vec![format!(
+                "round {round}: {}",
+                tell_volumes(volumes, *duration)
+            )];
+            lines.extend(volumes.iter().map(tell_volume));
+            lines
+        }
+        SourceEvent::Fencing => Vec::new(),
+        SourceEvent::Fenced { fences } => {
+            vec![format!(
+                "{} source container(s) can no longer be started by their runtime",
+                fences.len()
+            )]
+        }
+        SourceEvent::Pausing => vec!["pause: freezing the workload".into()],
+        SourceEvent::Paused { duration } => {
+            vec![format!("workload frozen in {}", human_duration(*duration))]
+        }
+        SourceEvent::Final { volumes, duration } => {
+            let mut lines = vec![format!(
+                "final changeset: {}; roots agree",
+                tell_volumes(volumes, *duration)
+            )];
+            lines.extend(volumes.iter().map(tell_volume));
+            lines
+        }
+        SourceEvent::Released { .. } => {
+            vec!["released: signed and durable, the source owns nothing from here".into()]
+        }
+        SourceEvent::TargetOwns { owns } => vec![format!(
+            "{} owns {} volume(s) from the next epoch",
+            owns.target,
+            owns.volumes.len()
+        )],
+        SourceEvent::SourceStopped { containers } => vec![format!(
+            "source fenced: {} container(s) killed",
+            containers.len()
+        )],
+        SourceEvent::Forwarding { ports } => ports
+            .iter()
+            .map(|port| format!("forwarding {} → {}", port.listen, port.to))
+            .collect(),
+        SourceEvent::Twins {
+            twins,
+            interruption,
+            start_up,
+        } => {
+            let mut lines: Vec<String> = twins
+                .iter()
+                .map(|twin| match &twin.ready {
+                    Some(how) => format!(
+                        "twin {} ready {} after its start ({how})",
+                        twin.container,
+                        human_duration(twin.after)
+                    ),
+                    None => format!(
+                        "twin {} NOT ready: {}",
+                        twin.container,
+                        twin.error.as_deref().unwrap_or("no reason given")
+                    ),
+                })
+                .collect();
+            lines.push(format!(
+                "interruption {}, of it {} the twins' own start-up: pause {}",
+                human_duration(*interruption),
+                human_duration(*start_up),
+                human_duration(interruption.saturating_sub(*start_up)),
+            ));
+            lines
+        }
+        SourceEvent::Completed => vec!["completed".into()],
+        SourceEvent::Aborted { reason } => {
+            vec![format!("aborted, the source's containers run on: {reason}")]
+        }
+    }
+}
+
+fn tell_plan(plan: &Plan) -> Vec<String> {
+    let names: Vec<&str> = plan
+        .containers
+        .iter()
+        .map(|planned| planned.container.name.as_str())
+        .collect();
+    let mut lines = vec![format!(
+        "plan {} for {}: {}",
+        plan.id,
+        plan.source,
+        names.join(", ")
+    )];
+    match &plan.event {
+        MigrationEvent::Operator => lines.push("  an operator asked for it".into()),
+        MigrationEvent::Degraded { evidence } => {
+            lines.extend(evidence.iter().map(|line| format!("  degraded: {line}")));
+        }
+    }
+    lines.extend(plan.edges.iter().map(|edge| {
+        format!(
+            "  {} → {}:{} {:?}, {} connection(s), {} up, {} down",
+            edge.child,
+            edge.parent,
+            edge.port,
+            edge.learnt,
+            edge.connections,
+            edge.bytes_to_parent,
+            edge.bytes_to_child
+        )
+        .to_lowercase()
+    }));
+    let steps: Vec<String> = plan
+        .order
+        .iter()
+        .map(|step| {
+            step.containers
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(" + ")
+        })
+        .collect();
+    lines.push(format!("  start order: {}", steps.join(" → ")));
+    lines.push(format!("  delegated: {}", plan.delegated));
+    lines.extend(plan.notes.iter().map(|note| format!("  note: {note}")));
+    lines
+}
+
+fn tell_volumes(volumes: &[VolumeRound], duration: Duration) -> String {
+    let changeset: Bytes = volumes.iter().map(|volume| volume.changeset).sum();
+    let wire: Bytes = volumes.iter().map(|volume| volume.wire).sum();
+    let rate = Bytes((changeset.0 as f64 / duration.as_secs_f64().max(1e-3)) as u64);
+    format!(
+        "changeset {changeset}, {wire} on the wire, {} ({rate}/s)",
+        human_duration(duration)
+    )
+}
+
+fn tell_volume(volume: &VolumeRound) -> String {
+    format!(
+        "  {} epoch {}: {} of {} entries, {}, root {}…",
+        volume.name,
+        volume.epoch,
+        volume.changed_entries,
+        volume.entries,
+        volume.changeset,
+        &volume.root.to_string()[..16],
+    )
+}

@@ -1,0 +1,50 @@
+//! What an operator may set about moving data.
+
+use serde::Deserialize;
+use std::time::Duration;
+
+/// Moving data.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The workload is paused when a changeset is at most this many bytes.
+    pub changeset_threshold_bytes: u64,
+    /// Rounds of replication at most before the pause.
+    pub rounds_max: u32,
+    /// A container without health check and service ports is ready after this many seconds.
+    pub settle_seconds: u64,
+    /// A twin that is not ready after this many seconds is reported as failed.
+    pub ready_timeout_seconds: u64,
+    /// Use the thread engine even where io_uring works.
+    pub disable_io_uring: bool,
+    /// Start migrations on a degraded verdict without an operator.
+    pub automatic: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            // One second of pause at 16 MiB/s, the slowest link (~130 Mbit/s) we plan for.
+            changeset_threshold_bytes: 16 << 20,
+            rounds_max: 8,
+            settle_seconds: 30,
+            ready_timeout_seconds: 120,
+            disable_io_uring: false,
+            automatic: true,
+        }
+    }
+}
+
+impl Settings {
+    /// Settle time.
+    #[must_use]
+    pub fn settle(&self) -> Duration {
+        Duration::from_secs(self.settle_seconds)
+    }
+
+    /// Longest wait for a twin.
+    #[must_use]
+    pub fn ready_timeout(&self) -> Duration {
+        Duration::from_secs(self.ready_timeout_seconds)
+    }
+}

@@ -1,0 +1,942 @@
+//! The target's side of a plan: take the offer, receive, own, start the twins.
+//!
+//! Invariants: without a good release nothing is started (rule 4); ownership is on disk before it is
+//! said; what a plan made here is removed again when it ends without ownership, and nothing else is.
+
+use super::delegator::{Parts, plan_ids};
+use super::events::{Place, TargetEvent};
+use super::journal::{self, Entry, Journal, JournalError, plan_directory};
+use super::source::IMAGE_FILE;
+use crate::containers::{
+    Engine, How, ImageError, ReadyRules, ResourceError, Runtime, RuntimeError, TwinSpec,
+};
+use crate::fleet::agent::PairedState;
+use crate::model::control::{OfferAccepted, Owns, Secret, TargetStatus};
+use crate::model::fleet::Role;
+use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
+use crate::model::plan::{
+    Plan, PlannedContainer, Release, SignedRelease, TwinState, VolumeRelease,
+};
+use crate::model::units::{Bytes, UnixMillis};
+use crate::model::volume::{VolumeKind, VolumeSpec};
+use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveProgress, ReceiveVolume};
+use crate::volume::FleetKey;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Why the target refused.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// The peer is not the plan's source, or we are not its target.
+    #[error("plan {plan} is not for us: {why}")]
+    NotOurs {
+        /// Plan.
+        plan: PlanId,
+        /// Why.
+        why: String,
+    },
+    /// The plan is not known here.
+    #[error("plan {0} is not known on this target; offer it first")]
+    Unknown(PlanId),
+    /// Something is in the way.
+    #[error("target cannot take {what}: {why}")]
+    InTheWay {
+        /// Container or volume.
+        what: String,
+        /// What is in the way and what to do.
+        why: String,
+    },
+    /// Not enough space.
+    #[error(
+        "target has {free} free at {path}, the plan's volumes there need {needed}; free space or choose another target"
+    )]
+    NoSpace {
+        /// Directory.
+        path: PathBuf,
+        /// Free.
+        free: Bytes,
+        /// Needed.
+        needed: Bytes,
+    },
+    /// The release is not good.
+    #[error("release of plan {plan} refused: {why}")]
+    BadRelease {
+        /// Plan.
+        plan: PlanId,
+        /// Which check failed.
+        why: String,
+    },
+    /// The target owns the plan's volumes: too late to dismiss it.
+    #[error("plan {0} was taken over: this target owns its volumes and runs the twins")]
+    Owned(PlanId),
+    /// A runtime failed.
+    #[error("{0}")]
+    Runtime(#[from] RuntimeError),
+    /// An image cannot be loaded.
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    /// A volume or network cannot be made.
+    #[error("{0}")]
+    Resource(#[from] ResourceError),
+    /// The journal failed.
+    #[error("{0}")]
+    Journal(#[from] JournalError),
+    /// A file operation failed.
+    #[error("cannot {doing}: {error}")]
+    File {
+        /// What was done to what.
+        doing: String,
+        /// Cause.
+        error: std::io::Error,
+    },
+}
+
+/// One plan on this target.
+struct Receiving {
+    plan: Plan,
+    places: Vec<Place>,
+    journal: Journal<TargetEvent>,
+    owns: Option<Owns>,
+    twins: Vec<TwinState>,
+    start_up: Option<Duration>,
+    trouble: Option<String>,
+}
+
+/// The target role of an agent.
+pub struct Target {
+    parts: Arc<Parts>,
+    pairings: Arc<PairedState>,
+    data: SocketAddr,
+    plans: Mutex<BTreeMap<PlanId, Receiving>>,
+    /// One offer, release or dismissal at a time: each is a few steps that belong together.
+    turn: tokio::sync::Mutex<()>,
+}
+
+impl Target {
+    /// The role; `data` is the address of the data plane that peers are told.
+    #[must_use]
+    pub fn new(parts: Arc<Parts>, pairings: Arc<PairedState>, data: SocketAddr) -> Self {
+        Self {
+            parts,
+            pairings,
+            data,
+            plans: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+        }
+    }
+
+    fn plans(&self) -> std::sync::MutexGuard<'_, BTreeMap<PlanId, Receiving>> {
+        // Plain values, whole after every statement; a panic elsewhere spoils nothing.
+        self.plans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Accepts a plan: checks that everything fits, makes the places and opens the data plane to it.
+    ///
+    /// # Errors
+    /// The plan is not for us, something is in the way, or there is too little space.
+    pub async fn offer(&self, peer: &DeviceId, plan: Plan) -> Result<OfferAccepted, TargetError> {
+        let _turn = self.turn.lock().await;
+        self.check_ours(peer, &plan)?;
+        if let Some(known) = self.plans().get(&plan.id)
+            && known.owns.is_some()
+        {
+            return Err(TargetError::Owned(plan.id));
+        }
+        self.dismiss_now(&plan.id, "offered again").await?;
+        let runtime = self.runtime_for(&plan).await?;
+        Self::check_names(&plan, runtime).await?;
+        let directory = plan_directory(&self.parts.state, "target", &plan.id);
+        let (mut journal, _) = Journal::open(&directory)?;
+        let mut places = Vec::new();
+        let mut images_present = Vec::new();
+        for volume in &plan.volumes {
+            match self.place(&plan, volume, runtime, &directory).await {
+                Ok(Some(place)) => places.push(place),
+                Ok(None) => images_present.push(volume.id),
+                Err(error) => {
+                    remove_places(&plan, &places, runtime).await;
+                    return Err(error);
+                }
+            }
+        }
+        if let Err(error) = check_room(&plan, &places) {
+            remove_places(&plan, &places, runtime).await;
+            return Err(error);
+        }
+        let event = TargetEvent::Accepted {
+            plan: Box::new(plan.clone()),
+            places: places.clone(),
+        };
+        journal.append(crate::fleet::now(), event)?;
+        let (link_key, data_key) = (rand::random::<[u8; 32]>(), rand::random::<[u8; 32]>());
+        if let (Some(data), Some(fleet)) = (&self.parts.data, &self.parts.fleet) {
+            data.admit_receive(ReceivePlan {
+                plan: plan.id.clone(),
+                link_key: LinkKey(link_key),
+                data_key: DataKey(data_key),
+                fleet_key: FleetKey(*fleet.identity.fleet_key()),
+                volumes: places
+                    .iter()
+                    .map(|place| ReceiveVolume {
+                        id: place.volume,
+                        name: name_of(&plan, place.volume),
+                        destination: place.path.clone(),
+                    })
+                    .collect(),
+            });
+        }
+        tracing::info!(plan = %plan.id, source = %plan.source, volumes = places.len(), "offer accepted");
+        self.plans().insert(
+            plan.id.clone(),
+            Receiving {
+                plan,
+                places,
+                journal,
+                owns: None,
+                twins: Vec::new(),
+                start_up: None,
+                trouble: None,
+            },
+        );
+        Ok(OfferAccepted {
+            data: self.data,
+            link_key: Secret(link_key),
+            data_key: Secret(data_key),
+            images_present,
+        })
+    }
+
+    fn check_ours(&self, peer: &DeviceId, plan: &Plan) -> Result<(), TargetError> {
+        let not_ours = |why: String| {
+            Err(TargetError::NotOurs {
+                plan: plan.id.clone(),
+                why,
+            })
+        };
+        if peer != &plan.source {
+            return not_ours(format!(
+                "its source is {}, but {peer} offers it",
+                plan.source
+            ));
+        }
+        match &plan.target {
+            Some(target) if target.device == self.parts.device => {}
+            Some(target) => return not_ours(format!("its target is {}", target.device)),
+            None => return not_ours("it names no target".into()),
+        }
+        let lent = self.pairings.authorised(&plan.id, peer);
+        if lent.is_none_or(|lent| lent.role != Role::Target) {
+            return not_ours("the duplicator did not lend us to it as target".into());
+        }
+        let safe = |text: &str| {
+            !text.is_empty()
+                && text
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+        };
+        if !safe(plan.id.as_str()) {
+            return not_ours("its id is not made of letters, digits and dashes".into());
+        }
+        for volume in &plan.volumes {
+            let climbs = volume.source_path.components().any(|part| {
+                matches!(
+                    part,
+                    std::path::Component::ParentDir | std::path::Component::CurDir
+                )
+            });
+            if climbs || !volume.source_path.is_absolute() {
+                return not_ours(format!("volume {} has no plain absolute path", volume.name));
+            }
+        }
+        Ok(())
+    }
+
+    async fn runtime_for(&self, plan: &Plan) -> Result<&Runtime, TargetError> {
+        let wanted = plan
+            .containers
+            .first()
+            .and_then(|planned| planned.container.runtime.as_deref());
+        let docker = |socket: &str| socket.contains("docker");
+        let mut last = None;
+        // The source's kind of runtime first: its settings carry over whole.
+        let mut runtimes: Vec<&Runtime> = self.parts.runtimes.all().iter().collect();
+        runtimes.sort_by_key(|runtime| {
+            wanted
+                .is_some_and(|wanted| docker(wanted) != docker(&runtime.socket().to_string_lossy()))
+        });
+        for runtime in runtimes {
+            match runtime.engine().await {
+                Ok(Engine::Docker(_) | Engine::Podman(_)) => return Ok(runtime),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(TargetError::InTheWay {
+            what: "the containers".into(),
+            why: last.map_or_else(
+                || "no container runtime is configured; set `runtimes`".into(),
+                |error| error.to_string(),
+            ),
+        })
+    }
+
+    async fn check_names(plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
+        for planned in &plan.containers {
+            let name = planned.container.name.as_str();
+            match runtime.inspect(name).await {
+                Ok(_) => {
+                    return Err(TargetError::InTheWay {
+                        what: name.to_owned(),
+                        why: "a container of that name exists here; rename or remove it".into(),
+                    });
+                }
+                Err(error) if error.not_found() => {}
+                Err(error) => return Err(error.into()),
+            }
+            for port in planned.container.published.iter().filter(|port| !port.udp) {
+                let address = SocketAddr::from((port.host_ip, port.host_port));
+                if let Err(error) = std::net::TcpListener::bind(address) {
+                    return Err(TargetError::InTheWay {
+                        what: name.to_owned(),
+                        why: format!(
+                            "its published port {address} cannot be had here: {error}; free it"
+                        ),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the place of one volume; none for an image that is here already.
+    async fn place(
+        &self,
+        plan: &Plan,
+        volume: &VolumeSpec,
+        runtime: &Runtime,
+        directory: &Path,
+    ) -> Result<Option<Place>, TargetError> {
+        let path = match &volume.kind {
+            VolumeKind::Image(_) => {
+                let id = image_id(plan, volume);
+                if runtime.image_present(&id).await? {
+                    return Ok(None);
+                }
+                directory.join(format!("image-{}", volume.id))
+            }
+            VolumeKind::Named(name) => {
+                let definition = plan
+                    .containers
+                    .iter()
+                    .flat_map(|planned| &planned.volumes)
+                    .find(|definition| definition["Name"].as_str() == Some(name));
+                if runtime.volume(name).await.is_ok() {
+                    return Err(TargetError::InTheWay {
+                        what: format!("volume {name}"),
+                        why: "a volume of that name exists here; rename or remove it".into(),
+                    });
+                }
+                let Some(definition) = definition else {
+                    return Err(TargetError::InTheWay {
+                        what: format!("volume {name}"),
+                        why: "the plan does not describe it; make a new plan".into(),
+                    });
+                };
+                let path = runtime.ensure_volume(definition).await?;
+                return Ok(Some(Place {
+                    volume: volume.id,
+                    path,
+                    made: true,
+                }));
+            }
+            VolumeKind::Bind => {
+                let path = &volume.source_path;
+                match std::fs::read_dir(path).map(Iterator::count) {
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Ok(0) => {
+                        return Ok(Some(Place {
+                            volume: volume.id,
+                            path: path.clone(),
+                            made: false,
+                        }));
+                    }
+                    _ => {
+                        return Err(TargetError::InTheWay {
+                            what: format!("volume {}", volume.name),
+                            why: format!(
+                                "{} exists here and is not an empty directory; move it away",
+                                path.display()
+                            ),
+                        });
+                    }
+                }
+                path.clone()
+            }
+        };
+        std::fs::create_dir_all(&path).map_err(|error| TargetError::File {
+            doing: format!("create {}", path.display()),
+            error,
+        })?;
+        Ok(Some(Place {
+            volume: volume.id,
+            path,
+            made: true,
+        }))
+    }
+
+    /// Loads the images that arrived; called once the first round is over.
+    ///
+    /// # Errors
+    /// The plan is unknown, or the runtime refuses an image.
+    pub async fn load_images(&self, peer: &DeviceId, plan: &PlanId) -> Result<(), TargetError> {
+        let _turn = self.turn.lock().await;
+        let (plan, places) = self.known(peer, plan)?;
+        let runtime = self.runtime_for(&plan).await?;
+        for volume in &plan.volumes {
+            let Some(place) = places.iter().find(|place| place.volume == volume.id) else {
+                continue;
+            };
+            if !matches!(volume.kind, VolumeKind::Image(_)) {
+                continue;
+            }
+            let archive = place.path.join(IMAGE_FILE);
+            if archive.exists() {
+                let id = image_id(&plan, volume);
+                if let VolumeKind::Image(reference) = &volume.kind {
+                    runtime.load_image(&archive, &id, reference).await?;
+                }
+                let _ = std::fs::remove_file(&archive);
+            }
+        }
+        Ok(())
+    }
+
+    fn known(&self, peer: &DeviceId, id: &PlanId) -> Result<(Plan, Vec<Place>), TargetError> {
+        let plans = self.plans();
+        let known = plans
+            .get(id)
+            .ok_or_else(|| TargetError::Unknown(id.clone()))?;
+        if &known.plan.source != peer {
+            return Err(TargetError::NotOurs {
+                plan: id.clone(),
+                why: format!("its source is {}, but {peer} asks", known.plan.source),
+            });
+        }
+        Ok((known.plan.clone(), known.places.clone()))
+    }
+
+    /// Checks the release against what arrived, writes ownership, and says so. Starts the twins.
+    ///
+    /// # Errors
+    /// The release is not by the plan's source, or not for exactly what arrived.
+    pub async fn take_over(
+        self: &Arc<Self>,
+        peer: &DeviceId,
+        id: &PlanId,
+        signed: SignedRelease,
+    ) -> Result<Owns, TargetError> {
+        let _turn = self.turn.lock().await;
+        let (plan, _) = self.known(peer, id)?;
+        if let Some(owns) = self.plans().get(id).and_then(|known| known.owns.clone()) {
+            return Ok(owns);
+        }
+        let refuse = |why: String| TargetError::BadRelease {
+            plan: id.clone(),
+            why,
+        };
+        let release = self.check_signature(&plan, &signed).map_err(refuse)?;
+        let arrived = self
+            .parts
+            .data
+            .as_ref()
+            .and_then(|data| data.progress(id))
+            .unwrap_or_default();
+        check_release(&plan, &self.parts.device, &release, &arrived).map_err(refuse)?;
+        let owns = Owns {
+            plan: id.clone(),
+            target: self.parts.device.clone(),
+            volumes: release
+                .volumes
+                .iter()
+                .map(|volume| VolumeRelease {
+                    epoch: volume.epoch.next(),
+                    ..volume.clone()
+                })
+                .collect(),
+        };
+        let event = TargetEvent::Owns {
+            release: signed,
+            owns: owns.clone(),
+        };
+        {
+            let mut plans = self.plans();
+            let known = plans
+                .get_mut(id)
+                .ok_or_else(|| TargetError::Unknown(id.clone()))?;
+            known.journal.append(crate::fleet::now(), event)?;
+            known.owns = Some(owns.clone());
+        }
+        if let Some(data) = &self.parts.data {
+            data.dismiss(id);
+        }
+        tracing::info!(plan = %id, "this target owns the plan's volumes");
+        tokio::spawn(self.clone().start_twins(plan));
+        Ok(owns)
+    }
+
+    fn check_signature(&self, plan: &Plan, signed: &SignedRelease) -> Result<Release, String> {
+        let fleet = self
+            .parts
+            .fleet
+            .as_ref()
+            .ok_or("this device is in no fleet")?;
+        let signer = crate::fleet::identity::verify_member(
+            &fleet.identity,
+            &signed.certificate,
+            signed.body.as_bytes(),
+            &signed.signature,
+        )
+        .map_err(|error| error.to_string())?;
+        if signer != plan.source {
+            return Err(format!(
+                "it is signed by {signer}, the source is {}",
+                plan.source
+            ));
+        }
+        serde_json::from_str(&signed.body).map_err(|error| format!("it cannot be read: {error}"))
+    }
+
+    /// Starts the twins in order, each ready before the next step; tries again until all are.
+    async fn start_twins(self: Arc<Self>, plan: Plan) {
+        let begun = Instant::now();
+        let mut pause = Duration::from_millis(500);
+        loop {
+            match self.start_in_order(&plan).await {
+                Ok(()) => break,
+                Err(trouble) => {
+                    tracing::error!(plan = %plan.id, "{trouble}");
+                    if let Some(known) = self.plans().get_mut(&plan.id) {
+                        known.trouble = Some(trouble);
+                    }
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(30));
+        }
+        let mut plans = self.plans();
+        if let Some(known) = plans.get_mut(&plan.id) {
+            known.start_up = Some(begun.elapsed());
+            known.trouble = None;
+            if let Err(error) = known
+                .journal
+                .append(crate::fleet::now(), TargetEvent::Completed)
+            {
+                tracing::error!("{error}");
+            }
+        }
+        tracing::info!(plan = %plan.id, took = ?begun.elapsed(), "all twins are ready");
+    }
+
+    async fn start_in_order(&self, plan: &Plan) -> Result<(), String> {
+        let runtime = self
+            .runtime_for(plan)
+            .await
+            .map_err(|error| error.to_string())?;
+        for step in &plan.order {
+            let start = |name: &ContainerName| {
+                let planned = plan.container(name).cloned();
+                async move {
+                    match planned {
+                        Some(planned) => self.start_twin(plan, &planned, runtime).await,
+                        None => Ok(()),
+                    }
+                }
+            };
+            if step.sequential {
+                for name in &step.containers {
+                    start(name).await?;
+                }
+            } else {
+                for started in
+                    futures_util::future::join_all(step.containers.iter().map(start)).await
+                {
+                    started?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn start_twin(
+        &self,
+        plan: &Plan,
+        planned: &PlannedContainer,
+        runtime: &Runtime,
+    ) -> Result<(), String> {
+        let name = &planned.container.name;
+        let done = |twin: &TwinState| &twin.container == name && twin.ready.is_some();
+        if self
+            .plans()
+            .get(&plan.id)
+            .is_some_and(|known| known.twins.iter().any(done))
+        {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let mut twin = TwinState {
+            container: name.clone(),
+            ready: None,
+            after: Duration::ZERO,
+            not_carried: Vec::new(),
+            error: None,
+        };
+        let outcome = self.make_ready(planned, runtime, &mut twin).await;
+        twin.after = begun.elapsed();
+        twin.error = outcome.as_ref().err().cloned();
+        let mut plans = self.plans();
+        if let Some(known) = plans.get_mut(&plan.id) {
+            known.twins.retain(|other| &other.container != name);
+            known.twins.push(twin.clone());
+            if twin.ready.is_some() {
+                known
+                    .journal
+                    .append(crate::fleet::now(), TargetEvent::TwinReady { twin })
+                    .map_err(|error| error.to_string())?;
+            }
+        }
+        outcome.map_err(|error| format!("twin {name}: {error}"))
+    }
+
+    async fn make_ready(
+        &self,
+        planned: &PlannedContainer,
+        runtime: &Runtime,
+        twin: &mut TwinState,
+    ) -> Result<(), String> {
+        let name = planned.container.name.as_str();
+        let say = |error: RuntimeError| error.to_string();
+        match runtime.inspect(name).await {
+            Ok(_) => {}
+            Err(error) if error.not_found() => {
+                let spec = TwinSpec {
+                    inspect: planned.inspect.clone(),
+                    networks: planned.networks.clone(),
+                    volumes: planned.volumes.clone(),
+                    keep_addresses: false,
+                };
+                let made = runtime
+                    .create_twin(&spec)
+                    .await
+                    .map_err(|error| error.to_string())?;
+                twin.not_carried = made.not_carried;
+            }
+            Err(error) => return Err(say(error)),
+        }
+        runtime.start(name).await.map_err(say)?;
+        let rules = ReadyRules {
+            service_ports: planned.service_ports.clone(),
+            settle: self.parts.settings.settle(),
+            timeout: self.parts.settings.ready_timeout(),
+        };
+        let ready = runtime
+            .wait_ready(name, &rules)
+            .await
+            .map_err(|error| error.to_string())?;
+        twin.ready = Some(match ready.how {
+            How::HealthCheck => "its health check".to_owned(),
+            How::PortsListening(ports) => {
+                let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+                format!("listens on {}", ports.join(", "))
+            }
+            How::Settled => "it settled".to_owned(),
+        });
+        Ok(())
+    }
+
+    /// State of a plan, for its source.
+    ///
+    /// # Errors
+    /// The plan is unknown or not the peer's.
+    pub fn status(&self, peer: &DeviceId, id: &PlanId) -> Result<TargetStatus, TargetError> {
+        self.known(peer, id)?;
+        let plans = self.plans();
+        let known = plans
+            .get(id)
+            .ok_or_else(|| TargetError::Unknown(id.clone()))?;
+        let phase = match (&known.owns, known.start_up, &known.trouble) {
+            (None, ..) => "receiving",
+            (Some(_), Some(_), _) => "running",
+            (Some(_), None, Some(_)) => "failed",
+            (Some(_), None, None) => "starting",
+        };
+        Ok(TargetStatus {
+            phase: phase.into(),
+            owns: known.owns.clone(),
+            twins: known.twins.clone(),
+            start_up: known.start_up,
+        })
+    }
+
+    /// Ends a plan that was not taken over and removes what it made here.
+    ///
+    /// # Errors
+    /// The plan was taken over, or belongs to another source.
+    pub async fn dismiss(
+        &self,
+        peer: &DeviceId,
+        id: &PlanId,
+        why: &str,
+    ) -> Result<(), TargetError> {
+        let _turn = self.turn.lock().await;
+        match self.known(peer, id) {
+            Err(TargetError::Unknown(_)) => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => self.dismiss_now(id, why).await,
+        }
+    }
+
+    async fn dismiss_now(&self, id: &PlanId, why: &str) -> Result<(), TargetError> {
+        let known = {
+            let mut plans = self.plans();
+            if plans.get(id).is_some_and(|known| known.owns.is_some()) {
+                return Err(TargetError::Owned(id.clone()));
+            }
+            plans.remove(id)
+        };
+        if let Some(data) = &self.parts.data {
+            data.dismiss(id);
+        }
+        if let Some(mut known) = known {
+            let runtime = self.runtime_for(&known.plan).await?;
+            remove_places(&known.plan, &known.places, runtime).await;
+            let event = TargetEvent::Dismissed {
+                reason: why.to_owned(),
+            };
+            known.journal.append(crate::fleet::now(), event)?;
+            tracing::info!(plan = %id, why, "dismissed");
+        }
+        Ok(())
+    }
+
+    /// Takes up what an earlier life of the agent left: owned plans go on, others are dismissed.
+    ///
+    /// # Errors
+    /// A journal cannot be read or written.
+    pub async fn resume(self: &Arc<Self>) -> Result<(), TargetError> {
+        for id in plan_ids(&self.parts.state, "target") {
+            let directory = plan_directory(&self.parts.state, "target", &id);
+            let (journal, entries) = Journal::<TargetEvent>::open(&directory)?;
+            let Some(known) = rebuild(journal, &entries) else {
+                continue;
+            };
+            let (plan, owned, running) = (
+                known.plan.clone(),
+                known.owns.is_some(),
+                known.start_up.is_some(),
+            );
+            self.plans().insert(id.clone(), known);
+            if !owned {
+                self.dismiss_now(&id, "the target's agent was restarted before the release")
+                    .await?;
+            } else if !running {
+                tokio::spawn(self.clone().start_twins(plan));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The state that a journal tells; none when the plan was dismissed or never accepted.
+fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Option<Receiving> {
+    let mut known: Option<Receiving> = None;
+    let mut journal = Some(journal);
+    let mut owned_at = UnixMillis::default();
+    for entry in entries {
+        match (&entry.event, &mut known) {
+            (TargetEvent::Accepted { plan, places }, None) => {
+                known = Some(Receiving {
+                    plan: (**plan).clone(),
+                    places: places.clone(),
+                    journal: journal.take()?,
+                    owns: None,
+                    twins: Vec::new(),
+                    start_up: None,
+                    trouble: None,
+                });
+            }
+            (TargetEvent::Accepted { plan, places }, Some(known)) => {
+                known.plan = (**plan).clone();
+                known.places.clone_from(places);
+            }
+            (TargetEvent::Owns { owns, .. }, Some(known)) => {
+                known.owns = Some(owns.clone());
+                owned_at = entry.at;
+            }
+            (TargetEvent::TwinReady { twin }, Some(known)) => known.twins.push(twin.clone()),
+            (TargetEvent::Completed, Some(known)) => {
+                known.start_up = Some(entry.at.since(owned_at))
+            }
+            (TargetEvent::Dismissed { .. }, Some(known)) => known.places.clear(),
+            (_, None) => {}
+        }
+    }
+    let dismissed = matches!(entries.last()?.event, TargetEvent::Dismissed { .. });
+    if dismissed { None } else { known }
+}
+
+/// Whether the release is by the source of `plan`, for this target, and for exactly what arrived.
+fn check_release(
+    plan: &Plan,
+    target: &DeviceId,
+    release: &Release,
+    arrived: &[ReceiveProgress],
+) -> Result<(), String> {
+    if release.plan != plan.id {
+        return Err(format!("it is for plan {}", release.plan));
+    }
+    if release.source != plan.source {
+        return Err(format!(
+            "it is by {}, the source is {}",
+            release.source, plan.source
+        ));
+    }
+    if &release.target != target {
+        return Err(format!("it is for target {}", release.target));
+    }
+    for volume in plan
+        .volumes
+        .iter()
+        .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)))
+    {
+        let Some(released) = release
+            .volumes
+            .iter()
+            .find(|released| released.volume == volume.id)
+        else {
+            return Err(format!("it leaves out volume {}", volume.name));
+        };
+        let progress = arrived.iter().find(|progress| progress.volume == volume.id);
+        match progress.and_then(|progress| progress.complete) {
+            None => return Err(format!("nothing of volume {} arrived", volume.name)),
+            Some((epoch, root)) if epoch != released.epoch || root != released.root => {
+                return Err(format!(
+                    "volume {}: released epoch {} root {}, arrived epoch {epoch} root {root}",
+                    volume.name, released.epoch, released.root
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) {
+    for place in places {
+        let kind = plan
+            .volumes
+            .iter()
+            .find(|volume| volume.id == place.volume)
+            .map(|v| &v.kind);
+        let removed = match kind {
+            Some(VolumeKind::Named(name)) => runtime
+                .remove_volume(name)
+                .await
+                .map_err(|error| error.to_string()),
+            _ if place.made => {
+                std::fs::remove_dir_all(&place.path).map_err(|error| error.to_string())
+            }
+            _ => empty(&place.path).map_err(|error| error.to_string()),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(plan = %plan.id, path = %place.path.display(), "left behind: {error}");
+        }
+    }
+}
+
+fn empty(directory: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the file systems of the places hold the volumes that go there.
+fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
+    let mut needed: BTreeMap<u64, (&Path, Bytes)> = BTreeMap::new();
+    for place in places {
+        let path = place.path.as_path();
+        let at = |error| TargetError::File {
+            doing: format!("look at {}", path.display()),
+            error,
+        };
+        let device = std::fs::metadata(path).map_err(at)?.dev();
+        let volume = plan.volumes.iter().find(|volume| volume.id == place.volume);
+        needed.entry(device).or_insert((path, Bytes(0))).1 +=
+            volume.map_or(Bytes(0), |volume| volume.size);
+    }
+    for (path, needed) in needed.into_values() {
+        let stat = nix::sys::statvfs::statvfs(path).map_err(|error| TargetError::File {
+            doing: format!("read free space of {}", path.display()),
+            error: error.into(),
+        })?;
+        let free = Bytes(stat.blocks_available() * stat.fragment_size());
+        if free < needed {
+            return Err(TargetError::NoSpace {
+                path: path.to_owned(),
+                free,
+                needed,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn name_of(plan: &Plan, id: VolumeId) -> String {
+    let volume = plan.volumes.iter().find(|volume| volume.id == id);
+    volume.map_or_else(|| id.to_string(), |volume| volume.name.clone())
+}
+
+fn image_id(plan: &Plan, volume: &VolumeSpec) -> String {
+    volume
+        .containers
+        .first()
+        .and_then(|name| plan.container(name))
+        .map(|planned| planned.container.image_id.clone())
+        .unwrap_or_default()
+}
+
+/// The epoch from which this device owns each of `volumes`, from the plans it took over.
+#[must_use]
+pub(super) fn owned_epochs(state: &Path, volumes: &[VolumeSpec]) -> BTreeMap<VolumeId, Epoch> {
+    let mut owned: BTreeMap<PathBuf, Epoch> = BTreeMap::new();
+    for id in plan_ids(state, "target") {
+        let entries = journal::read::<TargetEvent>(&plan_directory(state, "target", &id));
+        let mut here: Vec<Place> = Vec::new();
+        for entry in entries.unwrap_or_default() {
+            match entry.event {
+                TargetEvent::Accepted { places, .. } => here = places,
+                TargetEvent::Owns { owns, .. } => {
+                    for volume in owns.volumes {
+                        if let Some(place) = here.iter().find(|place| place.volume == volume.volume)
+                        {
+                            owned.insert(place.path.clone(), volume.epoch);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    volumes
+        .iter()
+        .filter_map(|volume| Some((volume.id, *owned.get(&volume.source_path)?)))
+        .collect()
+}

@@ -1,0 +1,186 @@
+//! The proof of a plan, taken anew: the source's kept data, the release, the target's word, the fence.
+
+use super::delegator::{Delegator, DelegatorError};
+use super::events::SourceEvent;
+use crate::model::container::State;
+use crate::model::control::{Owns, TargetStatus};
+use crate::model::fleet::PeerAddress;
+use crate::model::ids::{ContainerName, Epoch, PlanId, Signature};
+use crate::model::plan::{Plan, Release};
+use crate::model::units::Bytes;
+use crate::volume::{self, BlockSize, FleetKey};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// One volume's roots, side by side.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeProof {
+    /// Volume.
+    pub name: String,
+    /// Epoch that was released.
+    pub released_epoch: Epoch,
+    /// Epoch from which the target owns it.
+    pub owned_epoch: Option<Epoch>,
+    /// Root that was released.
+    pub released: Signature,
+    /// Root of what the target received, computed there.
+    pub received: Option<Signature>,
+    /// Root of the source's kept data, read again now; none when it is gone.
+    pub kept: Option<Signature>,
+    /// Whether all that exist agree.
+    pub agrees: bool,
+}
+
+/// The proof.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Verification {
+    /// Plan.
+    pub plan: PlanId,
+    /// Volumes.
+    pub volumes: Vec<VolumeProof>,
+    /// Twins that are ready, of all.
+    pub twins_ready: (usize, usize),
+    /// Containers of the plan that run on the source: must be empty.
+    pub running_on_source: Vec<ContainerName>,
+    /// Everything that is not as it must be; empty: proven.
+    pub faults: Vec<String>,
+}
+
+impl Delegator {
+    /// Reads the source's kept data again and compares it with the release and the target's word.
+    ///
+    /// # Errors
+    /// The plan is unknown or not released, the target does not answer, or the data cannot be read.
+    pub async fn verify(&self, id: &PlanId) -> Result<Verification, DelegatorError> {
+        let entries = self.entries(id)?;
+        let plan = super::delegator::plan_of(&entries)
+            .ok_or_else(|| DelegatorError::UnknownPlan(id.clone()))?;
+        let release = entries.iter().find_map(|entry| match &entry.event {
+            SourceEvent::Released { release } => {
+                serde_json::from_str::<Release>(&release.body).ok()
+            }
+            _ => None,
+        });
+        let Some(release) = release else {
+            return Err(DelegatorError::NotReleased(id.clone()));
+        };
+        let status = self.ask_target(&plan).await?;
+        let kept = self.kept_roots(&plan, &release).await?;
+        let running = self.running_here(&plan).await?;
+        Ok(judge(&plan, &release, &status, &kept, running))
+    }
+
+    async fn ask_target(&self, plan: &Plan) -> Result<TargetStatus, DelegatorError> {
+        let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
+        let target: PeerAddress = super::delegator::target_peer(plan)
+            .ok_or_else(|| DelegatorError::UnknownPlan(plan.id.clone()))?;
+        Ok(fleet
+            .client
+            .get(&target, &format!("/v1/plans/{}", plan.id))
+            .await?)
+    }
+
+    async fn kept_roots(
+        &self,
+        plan: &Plan,
+        release: &Release,
+    ) -> Result<BTreeMap<String, Signature>, DelegatorError> {
+        let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
+        let key = FleetKey(*fleet.identity.fleet_key());
+        let paths: Vec<(String, PathBuf, Bytes)> = plan
+            .volumes
+            .iter()
+            .filter(|volume| {
+                release
+                    .volumes
+                    .iter()
+                    .any(|released| released.volume == volume.id)
+            })
+            .filter(|volume| volume.source_path.exists())
+            .map(|volume| (volume.name.clone(), volume.source_path.clone(), volume.size))
+            .collect();
+        let roots = tokio::task::spawn_blocking(move || {
+            paths
+                .into_iter()
+                .map(|(name, path, size)| {
+                    let (state, _) = volume::scan(&path, &key, BlockSize::for_volume(size.0))?;
+                    Ok((name, state.root))
+                })
+                .collect::<Result<_, volume::ScanError>>()
+        })
+        .await??;
+        Ok(roots)
+    }
+
+    async fn running_here(&self, plan: &Plan) -> Result<Vec<ContainerName>, DelegatorError> {
+        let discovery = self.parts().runtimes.discover().await;
+        Ok(discovery
+            .containers
+            .into_iter()
+            .filter(|container| matches!(container.state, State::Running | State::Paused))
+            .filter(|container| {
+                plan.containers
+                    .iter()
+                    .any(|p| p.container.id == container.id)
+            })
+            .map(|container| container.name)
+            .collect())
+    }
+}
+
+fn judge(
+    plan: &Plan,
+    release: &Release,
+    status: &TargetStatus,
+    kept: &BTreeMap<String, Signature>,
+    running_on_source: Vec<ContainerName>,
+) -> Verification {
+    let mut faults = Vec::new();
+    let owns: Option<&Owns> = status.owns.as_ref();
+    if owns.is_none() {
+        faults.push("the target has not taken over yet".to_owned());
+    }
+    let mut volumes = Vec::new();
+    for released in &release.volumes {
+        let owned = owns.and_then(|owns| owns.volumes.iter().find(|v| v.volume == released.volume));
+        let proof = VolumeProof {
+            name: released.name.clone(),
+            released_epoch: released.epoch,
+            owned_epoch: owned.map(|owned| owned.epoch),
+            released: released.root,
+            received: owned.map(|owned| owned.root),
+            kept: kept.get(&released.name).copied(),
+            agrees: owned.is_none_or(|owned| {
+                owned.root == released.root && owned.epoch == released.epoch.next()
+            }) && kept
+                .get(&released.name)
+                .is_none_or(|root| *root == released.root),
+        };
+        if !proof.agrees {
+            faults.push(format!("volume {}: roots or epochs differ", proof.name));
+        }
+        volumes.push(proof);
+    }
+    let ready = status
+        .twins
+        .iter()
+        .filter(|twin| twin.ready.is_some())
+        .count();
+    if ready < plan.containers.len() {
+        faults.push(format!(
+            "{ready} of {} twins are ready",
+            plan.containers.len()
+        ));
+    }
+    for name in &running_on_source {
+        faults.push(format!("{name} still runs on the source"));
+    }
+    Verification {
+        plan: plan.id.clone(),
+        volumes,
+        twins_ready: (ready, plan.containers.len()),
+        running_on_source,
+        faults,
+    }
+}

@@ -1,0 +1,188 @@
+//! A plan: which containers leave, in which order they start again, what moves and who does the work.
+
+use super::action::Actions;
+use super::container::Container;
+use super::edge::Edge;
+use super::ids::{ContainerName, DeviceId, Epoch, PairingId, PlanId, Signature, VolumeId};
+use super::units::{Bytes, UnixMillis};
+use super::volume::VolumeSpec;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// What started a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum MigrationEvent {
+    /// An operator asked for it.
+    Operator,
+    /// The policy's verdict; each line is one piece of its evidence.
+    Degraded {
+        /// Evidence, as a person reads it.
+        evidence: Vec<String>,
+    },
+}
+
+/// One container of a plan with all that its twin needs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedContainer {
+    /// As discovered on the source.
+    pub container: Container,
+    /// Ports on which it serves: the twin is ready when they listen.
+    pub service_ports: BTreeSet<u16>,
+    /// The runtime's full description.
+    pub inspect: serde_json::Value,
+    /// Descriptions of its networks.
+    pub networks: Vec<serde_json::Value>,
+    /// Descriptions of its named volumes.
+    pub volumes: Vec<serde_json::Value>,
+    /// Size of its image.
+    pub image_size: Bytes,
+}
+
+/// One step of the start order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedStep {
+    /// Containers that may start together, or, for a cycle, one after another in this order.
+    pub containers: Vec<ContainerName>,
+    /// Whether it is a cycle.
+    pub sequential: bool,
+}
+
+/// A device that the duplicator chose, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chosen {
+    /// The device.
+    pub device: DeviceId,
+    /// Its control address.
+    pub address: String,
+    /// Pairing, for a paired device.
+    pub pairing: Option<PairingId>,
+    /// The choice, candidate by candidate.
+    pub explanation: Vec<String>,
+}
+
+/// Something that stops a plan from running.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blocker {
+    /// The container, volume or device.
+    pub what: String,
+    /// The parameter that failed, and what to do.
+    pub why: String,
+}
+
+/// How long the move should take.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Data to move.
+    pub bytes: Bytes,
+    /// Bytes a second it is based on.
+    pub rate: Bytes,
+    /// Where the rate comes from.
+    pub basis: String,
+    /// Bytes divided by rate.
+    pub duration: Duration,
+}
+
+/// The whole plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Id.
+    pub id: PlanId,
+    /// When it was made.
+    pub created: UnixMillis,
+    /// Why.
+    pub event: MigrationEvent,
+    /// The device that is left.
+    pub source: DeviceId,
+    /// Containers that leave, by name.
+    pub containers: Vec<PlannedContainer>,
+    /// Start order of the twins.
+    pub order: Vec<PlannedStep>,
+    /// Groups that stay together.
+    pub groups: Vec<Vec<ContainerName>>,
+    /// The relations the order rests on.
+    pub edges: Vec<Edge>,
+    /// Volumes that move.
+    pub volumes: Vec<VolumeSpec>,
+    /// The epoch from which the source owns each volume; 0 for one that never moved.
+    pub epochs: BTreeMap<VolumeId, Epoch>,
+    /// Actions that the paired device does.
+    pub delegated: Actions,
+    /// What the operator should know: widened requests, actions that stayed with the source.
+    pub notes: Vec<String>,
+    /// What blocks it; empty when it can run.
+    pub blockers: Vec<Blocker>,
+    /// Estimate.
+    pub estimate: Estimate,
+    /// Target, once allocated.
+    pub target: Option<Chosen>,
+    /// Paired device, once allocated.
+    pub paired: Option<Chosen>,
+}
+
+impl Plan {
+    /// The planned container called `name`.
+    #[must_use]
+    pub fn container(&self, name: &ContainerName) -> Option<&PlannedContainer> {
+        self.containers
+            .iter()
+            .find(|planned| &planned.container.name == name)
+    }
+}
+
+/// One volume as the source gives it up: its last epoch and what it held.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRelease {
+    /// Number within the plan.
+    pub volume: VolumeId,
+    /// Name for people.
+    pub name: String,
+    /// The epoch that the source owned last.
+    pub epoch: Epoch,
+    /// Root over everything the volume held.
+    pub root: Signature,
+}
+
+/// The commit point of a switch: from here the source owns nothing of the plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Plan.
+    pub plan: PlanId,
+    /// Who gives up.
+    pub source: DeviceId,
+    /// Who may take over.
+    pub target: DeviceId,
+    /// What.
+    pub volumes: Vec<VolumeRelease>,
+    /// When it was written.
+    pub at: UnixMillis,
+}
+
+/// A release and the source's signature over its exact bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignedRelease {
+    /// [`Release`] as JSON; these bytes are signed.
+    pub body: String,
+    /// The source's certificate, DER.
+    #[serde(with = "hex::serde")]
+    pub certificate: Vec<u8>,
+    /// Signature by the certificate's key.
+    #[serde(with = "hex::serde")]
+    pub signature: Vec<u8>,
+}
+
+/// What became of one twin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TwinState {
+    /// Container.
+    pub container: ContainerName,
+    /// How it was found ready (`health check`, `ports 5432`, `settled`); none while it is not.
+    pub ready: Option<String>,
+    /// From its start to ready.
+    pub after: Duration,
+    /// What of the source's configuration the target's runtime could not take over.
+    pub not_carried: Vec<String>,
+    /// Why it is not ready, when it failed.
+    pub error: Option<String>,
+}

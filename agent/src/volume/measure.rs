@@ -1,0 +1,30 @@
+//! How much a tree holds, before it is read.
+
+use super::scan::ScanError;
+use super::walk::{open_root, walk};
+use crate::model::units::Bytes;
+use nix::sys::stat::SFlag;
+use std::path::Path;
+
+/// Size and number of entries of a tree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Measure {
+    /// Apparent size of its regular files.
+    pub size: Bytes,
+    /// Files, directories, links, ….
+    pub entries: u64,
+}
+
+/// Measures everything beneath `path`.
+///
+/// # Errors
+/// Anything that exists but cannot be looked at.
+pub fn measure(path: &Path) -> Result<Measure, ScanError> {
+    let found = walk(&open_root(path)?)?.found;
+    let regular = |mode| mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits();
+    let sizes = found.iter().filter(|found| regular(found.stat.st_mode));
+    Ok(Measure {
+        size: Bytes(sizes.map(|found| found.stat.st_size.unsigned_abs()).sum()),
+        entries: found.len() as u64,
+    })
+}
