@@ -1,7 +1,8 @@
 //! The local API: what the command line asks of the agent, over a unix socket.
 
 use crate::health::Policy;
-use crate::migration::delegator::{Delegator, DelegatorError, PlanStatus};
+use crate::migration::PlanStatus;
+use crate::migration::delegator::{Delegator, DelegatorError};
 use crate::migration::planner::Request;
 use crate::migration::report::Report;
 use crate::migration::verify::Verification;

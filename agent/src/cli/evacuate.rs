@@ -4,7 +4,7 @@ use super::daemon::{Selection, ask};
 use super::{Context, Failure, Outcome};
 use crate::api::client::Client;
 use crate::api::local::Status;
-use crate::migration::delegator::PlanStatus;
+use crate::migration::PlanStatus;
 use crate::migration::report::{Report, State};
 use crate::model::ids::PlanId;
 use crate::model::plan::Plan;

@@ -49,7 +49,11 @@ pub fn render(plan: &Plan) -> String {
     let _ = writeln!(out, "\nstart order of the twins");
     for (number, step) in plan.order.iter().enumerate() {
         let joint = if step.sequential { " → " } else { " + " };
-        let names: Vec<&str> = step.containers.iter().map(|name| name.as_str()).collect();
+        let names: Vec<&str> = step
+            .containers
+            .iter()
+            .map(super::super::model::ids::ContainerName::as_str)
+            .collect();
         let cycle = if step.sequential {
             "  (a cycle: one after another)"
         } else {
@@ -59,12 +63,19 @@ pub fn render(plan: &Plan) -> String {
     }
     let _ = writeln!(out, "\ngroups that stay together");
     for group in &plan.groups {
-        let names: Vec<&str> = group.iter().map(|name| name.as_str()).collect();
+        let names: Vec<&str> = group
+            .iter()
+            .map(super::super::model::ids::ContainerName::as_str)
+            .collect();
         let _ = writeln!(out, "  {}", names.join(", "));
     }
     let _ = writeln!(out, "\nvolumes");
     for volume in &plan.volumes {
-        let users: Vec<&str> = volume.containers.iter().map(|name| name.as_str()).collect();
+        let users: Vec<&str> = volume
+            .containers
+            .iter()
+            .map(super::super::model::ids::ContainerName::as_str)
+            .collect();
         let _ = writeln!(
             out,
             "  {:>10}  {:>8} entries  {}  ({})",

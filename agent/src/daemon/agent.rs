@@ -70,7 +70,7 @@ pub enum AgentError {
     },
     /// A network in the configuration.
     #[error("trusted_networks: {0}")]
-    Network(#[from] crate::migration::delegator::NotANetwork),
+    Network(#[from] crate::migration::trusted::NotANetwork),
     /// Pairings.
     #[error("cannot read the pairings in the state directory: {0}")]
     Pairings(String),

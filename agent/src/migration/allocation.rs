@@ -1,7 +1,7 @@
 //! The delegator's dealings with the duplicator and the devices it lent: get, give back, dismiss.
 
 use super::delegator::{Delegator, FleetContext};
-use super::source::MoveError;
+use super::moving::MoveError;
 use crate::fleet::pairing::{self, Pairing, PairingRequest};
 use crate::fleet::registry::ActionCost;
 use crate::model::action::Actions;

@@ -3,12 +3,16 @@
 //! It holds what the phases need (runtimes, data plane, fleet, the latest view of the host) and the
 //! plans that are under way. One plan runs at a time on a source.
 
+use super::active::{Active, PlanStatus, locked};
 use super::events::{Forwarding, SourceEvent};
 use super::journal::{Journal, JournalError, plan_directory};
+use super::moving::{Done, Move};
 use super::planner::{self, Directory, Gathered, PlanError, Request};
 use super::report::{Report, report};
 use super::settings::Settings;
-use super::source::{self, Done, Move};
+use super::source;
+use super::switch::{self, forwardings};
+use super::trusted::Network;
 use super::view::HostView;
 use crate::containers::{PauseError, Runtime, RuntimeError, Runtimes, TwinSpec};
 use crate::fleet::client::{CallError, ControlClient};
@@ -16,66 +20,19 @@ use crate::fleet::identity::Identity;
 use crate::model::container::Container;
 use crate::model::fleet::{Configuration, PeerAddress};
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
-use crate::model::plan::{Plan, PlannedContainer, TwinState};
+use crate::model::plan::{Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::VolumeSpec;
 use crate::serve::{ForwardError, Forwarder};
-use crate::transfer::{DataPath, DataServer, Options, Progress, Sender};
+use crate::transfer::{DataPath, DataServer, Options, Sender};
 use crate::volume::FleetKey;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
-
-/// A network written as `10.0.0.0/8`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Network {
-    address: IpAddr,
-    prefix: u32,
-}
-
-/// The text is no network.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "`{0}` is not a network; write an address, a slash and a prefix length, such as 10.77.0.0/24"
-)]
-pub struct NotANetwork(String);
-
-impl std::str::FromStr for Network {
-    type Err = NotANetwork;
-    fn from_str(text: &str) -> Result<Self, NotANetwork> {
-        let wrong = || NotANetwork(text.to_owned());
-        let (address, prefix) = text.split_once('/').ok_or_else(wrong)?;
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let prefix: u32 = prefix.parse().map_err(|_| wrong())?;
-        if prefix > if address.is_ipv4() { 32 } else { 128 } {
-            return Err(wrong());
-        }
-        Ok(Self { address, prefix })
-    }
-}
-
-impl Network {
-    /// Whether `other` is in it.
-    #[must_use]
-    pub fn holds(&self, other: IpAddr) -> bool {
-        match (self.address, other) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => {
-                let shift = 32 - self.prefix;
-                shift == 32 || u32::from(a) >> shift == u32::from(b) >> shift
-            }
-            (IpAddr::V6(a), IpAddr::V6(b)) => {
-                let shift = 128 - self.prefix;
-                shift == 128 || u128::from(a) >> shift == u128::from(b) >> shift
-            }
-            _ => false,
-        }
-    }
-}
 
 /// The device's place in the fleet.
 pub struct FleetContext {
@@ -162,139 +119,6 @@ pub enum DelegatorError {
     Task(#[from] tokio::task::JoinError),
 }
 
-/// A plan under way, as `status` shows it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PlanStatus {
-    /// Plan.
-    pub plan: PlanId,
-    /// Phase.
-    pub phase: String,
-    /// Whether it ended.
-    pub over: bool,
-    /// Target.
-    pub target: Option<DeviceId>,
-    /// Paired device.
-    pub paired: Option<DeviceId>,
-    /// Plain bytes looked at so far.
-    pub bytes_read: Bytes,
-    /// Bytes on the wire so far.
-    pub bytes_sent: Bytes,
-    /// Estimated size of the whole.
-    pub bytes_total: Bytes,
-    /// Since when.
-    pub since: UnixMillis,
-    /// Twins as far as known.
-    pub twins: Vec<TwinState>,
-    /// The last thing that went wrong and is being retried.
-    pub trouble: Option<String>,
-}
-
-/// One plan under way.
-pub struct Active {
-    status: Mutex<PlanStatus>,
-    progress: Arc<Progress>,
-    cancel: Mutex<Cancel>,
-    ended: AtomicBool,
-}
-
-#[derive(Default)]
-struct Cancel {
-    reason: Option<String>,
-    committed: bool,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // The data is plain values that are whole after every statement; a panic elsewhere spoils nothing.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Active {
-    fn new(plan: &Plan) -> Self {
-        Self {
-            status: Mutex::new(PlanStatus {
-                plan: plan.id.clone(),
-                phase: "planned".into(),
-                over: false,
-                target: None,
-                paired: None,
-                bytes_read: Bytes(0),
-                bytes_sent: Bytes(0),
-                bytes_total: plan.estimate.bytes,
-                since: plan.created,
-                twins: Vec::new(),
-                trouble: None,
-            }),
-            progress: Arc::new(Progress::default()),
-            cancel: Mutex::default(),
-            ended: AtomicBool::new(false),
-        }
-    }
-
-    pub(super) fn enter(&self, phase: &str) {
-        let mut status = locked(&self.status);
-        status.phase = phase.to_owned();
-        status.trouble = None;
-        if matches!(phase, "completed" | "aborted") {
-            status.over = true;
-            self.ended.store(true, Ordering::Release);
-        }
-    }
-
-    pub(super) fn set_plan(&self, plan: &Plan) {
-        let mut status = locked(&self.status);
-        status.target = plan.target.as_ref().map(|chosen| chosen.device.clone());
-        status.paired = plan.paired.as_ref().map(|chosen| chosen.device.clone());
-    }
-
-    pub(super) fn trouble(&self, text: &str) {
-        let mut status = locked(&self.status);
-        if status.trouble.as_deref() != Some(text) {
-            tracing::warn!(plan = %status.plan, "{text}");
-            status.trouble = Some(text.to_owned());
-        }
-    }
-
-    pub(super) fn twins(&self, twins: &[TwinState]) {
-        locked(&self.status).twins = twins.to_vec();
-    }
-
-    pub(super) fn progress(&self) -> Arc<Progress> {
-        self.progress.clone()
-    }
-
-    pub(super) fn cancelled(&self) -> Option<String> {
-        locked(&self.cancel).reason.clone()
-    }
-
-    /// From here an abort is refused; fails when one came first.
-    pub(super) fn commit(&self) -> Result<(), source::MoveError> {
-        let mut cancel = locked(&self.cancel);
-        if let Some(reason) = &cancel.reason {
-            return Err(source::MoveError::Cancelled(reason.clone()));
-        }
-        cancel.committed = true;
-        Ok(())
-    }
-
-    /// Asks the plan to stop; false when it is committed.
-    fn cancel(&self, reason: &str) -> bool {
-        let mut cancel = locked(&self.cancel);
-        if cancel.committed {
-            return false;
-        }
-        cancel.reason.get_or_insert_with(|| reason.to_owned());
-        self.progress.cancel();
-        true
-    }
-
-    fn status(&self) -> PlanStatus {
-        let mut status = locked(&self.status).clone();
-        status.bytes_read = Bytes(self.progress.bytes_read.load(Ordering::Relaxed));
-        status.bytes_sent = Bytes(self.progress.bytes_sent.load(Ordering::Relaxed));
-        status
-    }
-}
-
 /// The delegator.
 pub struct Delegator {
     parts: Arc<Parts>,
@@ -328,7 +152,7 @@ impl Delegator {
     pub async fn plan(&self, request: &Request) -> Result<Plan, DelegatorError> {
         let view = self.parts.view.borrow().clone();
         let now = self.now();
-        let id = source::new_plan_id(now, rand::random());
+        let id = new_plan_id(now, rand::random());
         let correlated = view.correlated();
         let edges = view.snapshot.edges.clone();
         let (chosen, notes) = planner::select(request, &view.containers, &edges, &correlated)?;
@@ -344,7 +168,7 @@ impl Delegator {
             containers.push(self.describe(container, &view).await?);
         }
         let mut volumes = measure(directories).await?;
-        let epochs = super::target::owned_epochs(&self.parts.state, &volumes);
+        let epochs = super::places::owned_epochs(&self.parts.state, &volumes);
         let images = self.image_directory(&id);
         volumes.extend(planner::image_volumes(
             &containers,
@@ -508,7 +332,7 @@ impl Delegator {
                 (Some(release), Some(target)) => {
                     // Committed in an earlier life: an abort has come too late.
                     let _ = core.active.commit();
-                    source::Released {
+                    switch::Released {
                         core: &mut core,
                         target,
                         release,
@@ -519,7 +343,7 @@ impl Delegator {
                 }
                 _ => {
                     core.roll_back("the agent was restarted before the release")
-                        .await
+                        .await;
                 }
             }
         });
@@ -616,7 +440,7 @@ impl Delegator {
 
     /// Forwards the plan's published ports; one that cannot be had is tried again in the background.
     pub(super) async fn forward(self: &Arc<Self>, plan: &Plan, target: IpAddr) -> Vec<Forwarding> {
-        let ports = source::forwardings(plan, target);
+        let ports = forwardings(plan, target);
         for port in &ports {
             if let Err(error) = self.forward_one(port).await {
                 tracing::error!("not forwarded yet: {error}");
@@ -705,4 +529,9 @@ async fn measure(directories: Vec<Directory>) -> Result<Vec<VolumeSpec>, Delegat
     })
     .await?;
     Ok(specs?)
+}
+
+/// The id of a new plan: time first, so that plans sort; then chance.
+fn new_plan_id(now: UnixMillis, chance: u32) -> PlanId {
+    PlanId(format!("p{:x}-{chance:08x}", now.0 / 1000))
 }

@@ -4,17 +4,27 @@
 //! failure rolls the source back to how it was, after it every failure is retried until the target has
 //! what it owns. Non-goals: deciding when to move (health) and who may help (fleet).
 
+mod active;
 mod allocation;
 pub mod delegator;
 pub mod events;
+mod faults;
 pub mod journal;
+mod moving;
 pub mod paired;
+mod places;
 pub mod planner;
+mod replica;
 pub mod report;
+mod roll_back;
 pub mod settings;
 mod source;
+mod switch;
 pub mod target;
+pub mod trusted;
+mod twins;
 pub mod verify;
 pub mod view;
 
+pub use active::PlanStatus;
 pub use settings::Settings;

@@ -5,28 +5,24 @@
 
 use super::delegator::{Parts, plan_ids};
 use super::events::{Place, TargetEvent};
-use super::journal::{self, Entry, Journal, JournalError, plan_directory};
+use super::journal::{Entry, Journal, JournalError, plan_directory};
+use super::places::{check_room, image_id, name_of, remove_places};
 use super::source::IMAGE_FILE;
-use crate::containers::{
-    Engine, How, ImageError, ReadyRules, ResourceError, Runtime, RuntimeError, TwinSpec,
-};
+use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError};
 use crate::fleet::agent::PairedState;
 use crate::model::control::{OfferAccepted, Owns, Secret, TargetStatus};
 use crate::model::fleet::Role;
-use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
-use crate::model::plan::{
-    Plan, PlannedContainer, Release, SignedRelease, TwinState, VolumeRelease,
-};
+use crate::model::ids::{DeviceId, PlanId};
+use crate::model::plan::{Plan, Release, SignedRelease, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
-use crate::model::volume::{VolumeKind, VolumeSpec};
+use crate::model::volume::VolumeKind;
 use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveProgress, ReceiveVolume};
 use crate::volume::FleetKey;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Why the target refused.
 #[derive(Debug, thiserror::Error)]
@@ -96,19 +92,19 @@ pub enum TargetError {
 }
 
 /// One plan on this target.
-struct Receiving {
-    plan: Plan,
-    places: Vec<Place>,
-    journal: Journal<TargetEvent>,
-    owns: Option<Owns>,
-    twins: Vec<TwinState>,
-    start_up: Option<Duration>,
-    trouble: Option<String>,
+pub(super) struct Receiving {
+    pub(super) plan: Plan,
+    pub(super) places: Vec<Place>,
+    pub(super) journal: Journal<TargetEvent>,
+    pub(super) owns: Option<Owns>,
+    pub(super) twins: Vec<TwinState>,
+    pub(super) start_up: Option<Duration>,
+    pub(super) trouble: Option<String>,
 }
 
 /// The target role of an agent.
 pub struct Target {
-    parts: Arc<Parts>,
+    pub(super) parts: Arc<Parts>,
     pairings: Arc<PairedState>,
     data: SocketAddr,
     plans: Mutex<BTreeMap<PlanId, Receiving>>,
@@ -129,7 +125,7 @@ impl Target {
         }
     }
 
-    fn plans(&self) -> std::sync::MutexGuard<'_, BTreeMap<PlanId, Receiving>> {
+    pub(super) fn plans(&self) -> std::sync::MutexGuard<'_, BTreeMap<PlanId, Receiving>> {
         // Plain values, whole after every statement; a panic elsewhere spoils nothing.
         self.plans.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -255,7 +251,7 @@ impl Target {
         Ok(())
     }
 
-    async fn runtime_for(&self, plan: &Plan) -> Result<&Runtime, TargetError> {
+    pub(super) async fn runtime_for(&self, plan: &Plan) -> Result<&Runtime, TargetError> {
         let wanted = plan
             .containers
             .first()
@@ -281,110 +277,6 @@ impl Target {
                 |error| error.to_string(),
             ),
         })
-    }
-
-    async fn check_names(plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
-        for planned in &plan.containers {
-            let name = planned.container.name.as_str();
-            match runtime.inspect(name).await {
-                Ok(_) => {
-                    return Err(TargetError::InTheWay {
-                        what: name.to_owned(),
-                        why: "a container of that name exists here; rename or remove it".into(),
-                    });
-                }
-                Err(error) if error.not_found() => {}
-                Err(error) => return Err(error.into()),
-            }
-            for port in planned.container.published.iter().filter(|port| !port.udp) {
-                let address = SocketAddr::from((port.host_ip, port.host_port));
-                if let Err(error) = std::net::TcpListener::bind(address) {
-                    return Err(TargetError::InTheWay {
-                        what: name.to_owned(),
-                        why: format!(
-                            "its published port {address} cannot be had here: {error}; free it"
-                        ),
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes the place of one volume; none for an image that is here already.
-    async fn place(
-        &self,
-        plan: &Plan,
-        volume: &VolumeSpec,
-        runtime: &Runtime,
-        directory: &Path,
-    ) -> Result<Option<Place>, TargetError> {
-        let path = match &volume.kind {
-            VolumeKind::Image(_) => {
-                let id = image_id(plan, volume);
-                if runtime.image_present(&id).await? {
-                    return Ok(None);
-                }
-                directory.join(format!("image-{}", volume.id))
-            }
-            VolumeKind::Named(name) => {
-                let definition = plan
-                    .containers
-                    .iter()
-                    .flat_map(|planned| &planned.volumes)
-                    .find(|definition| definition["Name"].as_str() == Some(name));
-                if runtime.volume(name).await.is_ok() {
-                    return Err(TargetError::InTheWay {
-                        what: format!("volume {name}"),
-                        why: "a volume of that name exists here; rename or remove it".into(),
-                    });
-                }
-                let Some(definition) = definition else {
-                    return Err(TargetError::InTheWay {
-                        what: format!("volume {name}"),
-                        why: "the plan does not describe it; make a new plan".into(),
-                    });
-                };
-                let path = runtime.ensure_volume(definition).await?;
-                return Ok(Some(Place {
-                    volume: volume.id,
-                    path,
-                    made: true,
-                }));
-            }
-            VolumeKind::Bind => {
-                let path = &volume.source_path;
-                match std::fs::read_dir(path).map(Iterator::count) {
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                    Ok(0) => {
-                        return Ok(Some(Place {
-                            volume: volume.id,
-                            path: path.clone(),
-                            made: false,
-                        }));
-                    }
-                    _ => {
-                        return Err(TargetError::InTheWay {
-                            what: format!("volume {}", volume.name),
-                            why: format!(
-                                "{} exists here and is not an empty directory; move it away",
-                                path.display()
-                            ),
-                        });
-                    }
-                }
-                path.clone()
-            }
-        };
-        std::fs::create_dir_all(&path).map_err(|error| TargetError::File {
-            doing: format!("create {}", path.display()),
-            error,
-        })?;
-        Ok(Some(Place {
-            volume: volume.id,
-            path,
-            made: true,
-        }))
     }
 
     /// Loads the images that arrived; called once the first round is over.
@@ -509,153 +401,6 @@ impl Target {
         serde_json::from_str(&signed.body).map_err(|error| format!("it cannot be read: {error}"))
     }
 
-    /// Starts the twins in order, each ready before the next step; tries again until all are.
-    async fn start_twins(self: Arc<Self>, plan: Plan) {
-        let begun = Instant::now();
-        let mut pause = Duration::from_millis(500);
-        loop {
-            match self.start_in_order(&plan).await {
-                Ok(()) => break,
-                Err(trouble) => {
-                    tracing::error!(plan = %plan.id, "{trouble}");
-                    if let Some(known) = self.plans().get_mut(&plan.id) {
-                        known.trouble = Some(trouble);
-                    }
-                }
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(30));
-        }
-        let mut plans = self.plans();
-        if let Some(known) = plans.get_mut(&plan.id) {
-            known.start_up = Some(begun.elapsed());
-            known.trouble = None;
-            if let Err(error) = known
-                .journal
-                .append(crate::fleet::now(), TargetEvent::Completed)
-            {
-                tracing::error!("{error}");
-            }
-        }
-        tracing::info!(plan = %plan.id, took = ?begun.elapsed(), "all twins are ready");
-    }
-
-    async fn start_in_order(&self, plan: &Plan) -> Result<(), String> {
-        let runtime = self
-            .runtime_for(plan)
-            .await
-            .map_err(|error| error.to_string())?;
-        for step in &plan.order {
-            let start = |name: &ContainerName| {
-                let planned = plan.container(name).cloned();
-                async move {
-                    match planned {
-                        Some(planned) => self.start_twin(plan, &planned, runtime).await,
-                        None => Ok(()),
-                    }
-                }
-            };
-            if step.sequential {
-                for name in &step.containers {
-                    start(name).await?;
-                }
-            } else {
-                for started in
-                    futures_util::future::join_all(step.containers.iter().map(start)).await
-                {
-                    started?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn start_twin(
-        &self,
-        plan: &Plan,
-        planned: &PlannedContainer,
-        runtime: &Runtime,
-    ) -> Result<(), String> {
-        let name = &planned.container.name;
-        let done = |twin: &TwinState| &twin.container == name && twin.ready.is_some();
-        if self
-            .plans()
-            .get(&plan.id)
-            .is_some_and(|known| known.twins.iter().any(done))
-        {
-            return Ok(());
-        }
-        let begun = Instant::now();
-        let mut twin = TwinState {
-            container: name.clone(),
-            ready: None,
-            after: Duration::ZERO,
-            not_carried: Vec::new(),
-            error: None,
-        };
-        let outcome = self.make_ready(planned, runtime, &mut twin).await;
-        twin.after = begun.elapsed();
-        twin.error = outcome.as_ref().err().cloned();
-        let mut plans = self.plans();
-        if let Some(known) = plans.get_mut(&plan.id) {
-            known.twins.retain(|other| &other.container != name);
-            known.twins.push(twin.clone());
-            if twin.ready.is_some() {
-                known
-                    .journal
-                    .append(crate::fleet::now(), TargetEvent::TwinReady { twin })
-                    .map_err(|error| error.to_string())?;
-            }
-        }
-        outcome.map_err(|error| format!("twin {name}: {error}"))
-    }
-
-    async fn make_ready(
-        &self,
-        planned: &PlannedContainer,
-        runtime: &Runtime,
-        twin: &mut TwinState,
-    ) -> Result<(), String> {
-        let name = planned.container.name.as_str();
-        let say = |error: RuntimeError| error.to_string();
-        match runtime.inspect(name).await {
-            Ok(_) => {}
-            Err(error) if error.not_found() => {
-                let spec = TwinSpec {
-                    inspect: planned.inspect.clone(),
-                    networks: planned.networks.clone(),
-                    volumes: planned.volumes.clone(),
-                    keep_addresses: false,
-                };
-                let made = runtime
-                    .create_twin(&spec)
-                    .await
-                    .map_err(|error| error.to_string())?;
-                twin.not_carried = made.not_carried;
-            }
-            Err(error) => return Err(say(error)),
-        }
-        runtime.start(name).await.map_err(say)?;
-        let rules = ReadyRules {
-            service_ports: planned.service_ports.clone(),
-            settle: self.parts.settings.settle(),
-            timeout: self.parts.settings.ready_timeout(),
-        };
-        let ready = runtime
-            .wait_ready(name, &rules)
-            .await
-            .map_err(|error| error.to_string())?;
-        twin.ready = Some(match ready.how {
-            How::HealthCheck => "its health check".to_owned(),
-            How::PortsListening(ports) => {
-                let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
-                format!("listens on {}", ports.join(", "))
-            }
-            How::Settled => "it settled".to_owned(),
-        });
-        Ok(())
-    }
-
     /// State of a plan, for its source.
     ///
     /// # Errors
@@ -777,7 +522,7 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
             }
             (TargetEvent::TwinReady { twin }, Some(known)) => known.twins.push(twin.clone()),
             (TargetEvent::Completed, Some(known)) => {
-                known.start_up = Some(entry.at.since(owned_at))
+                known.start_up = Some(entry.at.since(owned_at));
             }
             (TargetEvent::Dismissed { .. }, Some(known)) => known.places.clear(),
             (_, None) => {}
@@ -831,112 +576,4 @@ fn check_release(
         }
     }
     Ok(())
-}
-
-async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) {
-    for place in places {
-        let kind = plan
-            .volumes
-            .iter()
-            .find(|volume| volume.id == place.volume)
-            .map(|v| &v.kind);
-        let removed = match kind {
-            Some(VolumeKind::Named(name)) => runtime
-                .remove_volume(name)
-                .await
-                .map_err(|error| error.to_string()),
-            _ if place.made => {
-                std::fs::remove_dir_all(&place.path).map_err(|error| error.to_string())
-            }
-            _ => empty(&place.path).map_err(|error| error.to_string()),
-        };
-        if let Err(error) = removed {
-            tracing::warn!(plan = %plan.id, path = %place.path.display(), "left behind: {error}");
-        }
-    }
-}
-
-fn empty(directory: &Path) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            std::fs::remove_dir_all(entry.path())?;
-        } else {
-            std::fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-/// Whether the file systems of the places hold the volumes that go there.
-fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
-    let mut needed: BTreeMap<u64, (&Path, Bytes)> = BTreeMap::new();
-    for place in places {
-        let path = place.path.as_path();
-        let at = |error| TargetError::File {
-            doing: format!("look at {}", path.display()),
-            error,
-        };
-        let device = std::fs::metadata(path).map_err(at)?.dev();
-        let volume = plan.volumes.iter().find(|volume| volume.id == place.volume);
-        needed.entry(device).or_insert((path, Bytes(0))).1 +=
-            volume.map_or(Bytes(0), |volume| volume.size);
-    }
-    for (path, needed) in needed.into_values() {
-        let stat = nix::sys::statvfs::statvfs(path).map_err(|error| TargetError::File {
-            doing: format!("read free space of {}", path.display()),
-            error: error.into(),
-        })?;
-        let free = Bytes(stat.blocks_available() * stat.fragment_size());
-        if free < needed {
-            return Err(TargetError::NoSpace {
-                path: path.to_owned(),
-                free,
-                needed,
-            });
-        }
-    }
-    Ok(())
-}
-
-fn name_of(plan: &Plan, id: VolumeId) -> String {
-    let volume = plan.volumes.iter().find(|volume| volume.id == id);
-    volume.map_or_else(|| id.to_string(), |volume| volume.name.clone())
-}
-
-fn image_id(plan: &Plan, volume: &VolumeSpec) -> String {
-    volume
-        .containers
-        .first()
-        .and_then(|name| plan.container(name))
-        .map(|planned| planned.container.image_id.clone())
-        .unwrap_or_default()
-}
-
-/// The epoch from which this device owns each of `volumes`, from the plans it took over.
-#[must_use]
-pub(super) fn owned_epochs(state: &Path, volumes: &[VolumeSpec]) -> BTreeMap<VolumeId, Epoch> {
-    let mut owned: BTreeMap<PathBuf, Epoch> = BTreeMap::new();
-    for id in plan_ids(state, "target") {
-        let entries = journal::read::<TargetEvent>(&plan_directory(state, "target", &id));
-        let mut here: Vec<Place> = Vec::new();
-        for entry in entries.unwrap_or_default() {
-            match entry.event {
-                TargetEvent::Accepted { places, .. } => here = places,
-                TargetEvent::Owns { owns, .. } => {
-                    for volume in owns.volumes {
-                        if let Some(place) = here.iter().find(|place| place.volume == volume.volume)
-                        {
-                            owned.insert(place.path.clone(), volume.epoch);
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-    }
-    volumes
-        .iter()
-        .filter_map(|volume| Some((volume.id, *owned.get(&volume.source_path)?)))
-        .collect()
 }

@@ -1,0 +1,126 @@
+//! What all phases of a plan on its source share: the plan, its journal, what went wrong.
+
+use super::active::Active;
+use super::delegator::{Delegator, FleetContext};
+use super::events::{ContainerFence, SourceEvent};
+use super::journal::{Journal, JournalError};
+use crate::containers::{FenceError, ImageError, PauseError, RuntimeError};
+use crate::fleet::client::{CallError, ControlClient};
+use crate::fleet::pairing::PairError;
+use crate::model::fleet::Role;
+use crate::model::plan::Plan;
+use crate::transfer::SendError;
+use std::sync::Arc;
+
+/// Why a plan stopped before its release. The source's containers run on.
+#[derive(Debug, thiserror::Error)]
+pub enum MoveError {
+    /// The operator (or a newer fact) asked to stop.
+    #[error("aborted: {0}")]
+    Cancelled(String),
+    /// No device could be had.
+    #[error("no {role} was allocated: {error}")]
+    Allocation {
+        /// As what it was wanted.
+        role: Role,
+        /// Cause.
+        error: PairError,
+    },
+    /// The target or paired device refused or cannot be reached.
+    #[error("{0}")]
+    Peer(#[from] CallError),
+    /// A runtime operation failed.
+    #[error("{0}")]
+    Runtime(#[from] RuntimeError),
+    /// An image cannot be exported.
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    /// A container cannot be kept from being started.
+    #[error("{0}")]
+    Fence(#[from] FenceError),
+    /// The workload cannot be frozen.
+    #[error("{0}")]
+    Pause(#[from] PauseError),
+    /// The release cannot be signed.
+    #[error("cannot sign the release: {0}; check the identity in the state directory")]
+    Sign(String),
+    /// The device left its fleet.
+    #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
+    NoFleet,
+    /// The journal cannot be written.
+    #[error("{0}")]
+    Journal(#[from] JournalError),
+    /// A volume could not be sent.
+    #[error("volume {volume}: {error}")]
+    Send {
+        /// Volume.
+        volume: String,
+        /// Cause.
+        error: SendError,
+    },
+    /// A file operation of the plan's own directory failed.
+    #[error("cannot {doing}: {error}; free space or repair the file system, then ask again")]
+    File {
+        /// What was done to what.
+        doing: String,
+        /// Cause.
+        error: std::io::Error,
+    },
+    /// A task of this process died.
+    #[error("internal task failed: {0}; see the agent's log")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// What all phases share: the plan, its journal and the daemon round it.
+pub(super) struct Move {
+    pub(super) delegator: Arc<Delegator>,
+    pub(super) plan: Plan,
+    pub(super) journal: Journal<SourceEvent>,
+    pub(super) active: Arc<Active>,
+    pub(super) done: Done,
+}
+
+/// What a roll-back would have to undo.
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    pub(super) fencing: bool,
+    pub(super) fences: Vec<ContainerFence>,
+    pub(super) pausing: bool,
+}
+
+impl Done {
+    /// Takes note of a journalled event.
+    pub(super) fn note(&mut self, event: &SourceEvent) {
+        match event {
+            SourceEvent::Fencing => self.fencing = true,
+            SourceEvent::Fenced { fences } => self.fences.extend(fences.iter().cloned()),
+            SourceEvent::Pausing => self.pausing = true,
+            _ => {}
+        }
+    }
+}
+
+impl Move {
+    pub(super) fn append(&mut self, event: SourceEvent) -> Result<(), JournalError> {
+        self.done.note(&event);
+        self.journal.append(self.delegator.now(), event)
+    }
+
+    pub(super) fn fleet(&self) -> Result<&FleetContext, MoveError> {
+        self.delegator.fleet().ok_or(MoveError::NoFleet)
+    }
+
+    pub(super) fn client(&self) -> Result<&ControlClient, MoveError> {
+        Ok(&self.fleet()?.client)
+    }
+
+    pub(super) fn enter(&self, phase: &'static str) -> Result<(), MoveError> {
+        self.active.enter(phase);
+        super::faults::die_at(phase);
+        tracing::info!(plan = %self.plan.id, phase, "phase");
+        match self.active.cancelled() {
+            Some(reason) => Err(MoveError::Cancelled(reason)),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Where a plan's volumes go on the target: made, checked for room, and removed again.
+//!
+//! Invariant: only what the plan made is removed.
+
+use super::delegator::plan_ids;
+use super::events::{Place, TargetEvent};
+use super::journal::{self, plan_directory};
+use super::target::{Target, TargetError};
+use crate::containers::Runtime;
+use crate::model::ids::{Epoch, VolumeId};
+use crate::model::plan::Plan;
+use crate::model::units::Bytes;
+use crate::model::volume::{VolumeKind, VolumeSpec};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+impl Target {
+    pub(super) async fn check_names(plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
+        for planned in &plan.containers {
+            let name = planned.container.name.as_str();
+            match runtime.inspect(name).await {
+                Ok(_) => {
+                    return Err(TargetError::InTheWay {
+                        what: name.to_owned(),
+                        why: "a container of that name exists here; rename or remove it".into(),
+                    });
+                }
+                Err(error) if error.not_found() => {}
+                Err(error) => return Err(error.into()),
+            }
+            for port in planned.container.published.iter().filter(|port| !port.udp) {
+                let address = SocketAddr::from((port.host_ip, port.host_port));
+                if let Err(error) = std::net::TcpListener::bind(address) {
+                    return Err(TargetError::InTheWay {
+                        what: name.to_owned(),
+                        why: format!(
+                            "its published port {address} cannot be had here: {error}; free it"
+                        ),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the place of one volume; none for an image that is here already.
+    pub(super) async fn place(
+        &self,
+        plan: &Plan,
+        volume: &VolumeSpec,
+        runtime: &Runtime,
+        directory: &Path,
+    ) -> Result<Option<Place>, TargetError> {
+        let path = match &volume.kind {
+            VolumeKind::Image(_) => {
+                let id = image_id(plan, volume);
+                if runtime.image_present(&id).await? {
+                    return Ok(None);
+                }
+                directory.join(format!("image-{}", volume.id))
+            }
+            VolumeKind::Named(name) => {
+                let definition = plan
+                    .containers
+                    .iter()
+                    .flat_map(|planned| &planned.volumes)
+                    .find(|definition| definition["Name"].as_str() == Some(name));
+                if runtime.volume(name).await.is_ok() {
+                    return Err(TargetError::InTheWay {
+                        what: format!("volume {name}"),
+                        why: "a volume of that name exists here; rename or remove it".into(),
+                    });
+                }
+                let Some(definition) = definition else {
+                    return Err(TargetError::InTheWay {
+                        what: format!("volume {name}"),
+                        why: "the plan does not describe it; make a new plan".into(),
+                    });
+                };
+                let path = runtime.ensure_volume(definition).await?;
+                return Ok(Some(Place {
+                    volume: volume.id,
+                    path,
+                    made: true,
+                }));
+            }
+            VolumeKind::Bind => {
+                let path = &volume.source_path;
+                match std::fs::read_dir(path).map(Iterator::count) {
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Ok(0) => {
+                        return Ok(Some(Place {
+                            volume: volume.id,
+                            path: path.clone(),
+                            made: false,
+                        }));
+                    }
+                    _ => {
+                        return Err(TargetError::InTheWay {
+                            what: format!("volume {}", volume.name),
+                            why: format!(
+                                "{} exists here and is not an empty directory; move it away",
+                                path.display()
+                            ),
+                        });
+                    }
+                }
+                path.clone()
+            }
+        };
+        std::fs::create_dir_all(&path).map_err(|error| TargetError::File {
+            doing: format!("create {}", path.display()),
+            error,
+        })?;
+        Ok(Some(Place {
+            volume: volume.id,
+            path,
+            made: true,
+        }))
+    }
+}
+
+pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) {
+    for place in places {
+        let kind = plan
+            .volumes
+            .iter()
+            .find(|volume| volume.id == place.volume)
+            .map(|v| &v.kind);
+        let removed = match kind {
+            Some(VolumeKind::Named(name)) => runtime
+                .remove_volume(name)
+                .await
+                .map_err(|error| error.to_string()),
+            _ if place.made => {
+                std::fs::remove_dir_all(&place.path).map_err(|error| error.to_string())
+            }
+            _ => empty(&place.path).map_err(|error| error.to_string()),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(plan = %plan.id, path = %place.path.display(), "left behind: {error}");
+        }
+    }
+}
+
+pub(super) fn empty(directory: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the file systems of the places hold the volumes that go there.
+pub(super) fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
+    let mut needed: BTreeMap<u64, (&Path, Bytes)> = BTreeMap::new();
+    for place in places {
+        let path = place.path.as_path();
+        let at = |error| TargetError::File {
+            doing: format!("look at {}", path.display()),
+            error,
+        };
+        let device = std::fs::metadata(path).map_err(at)?.dev();
+        let volume = plan.volumes.iter().find(|volume| volume.id == place.volume);
+        needed.entry(device).or_insert((path, Bytes(0))).1 +=
+            volume.map_or(Bytes(0), |volume| volume.size);
+    }
+    for (path, needed) in needed.into_values() {
+        let stat = nix::sys::statvfs::statvfs(path).map_err(|error| TargetError::File {
+            doing: format!("read free space of {}", path.display()),
+            error: error.into(),
+        })?;
+        let free = Bytes(stat.blocks_available() * stat.fragment_size());
+        if free < needed {
+            return Err(TargetError::NoSpace {
+                path: path.to_owned(),
+                free,
+                needed,
+            });
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn name_of(plan: &Plan, id: VolumeId) -> String {
+    let volume = plan.volumes.iter().find(|volume| volume.id == id);
+    volume.map_or_else(|| id.to_string(), |volume| volume.name.clone())
+}
+
+pub(super) fn image_id(plan: &Plan, volume: &VolumeSpec) -> String {
+    volume
+        .containers
+        .first()
+        .and_then(|name| plan.container(name))
+        .map(|planned| planned.container.image_id.clone())
+        .unwrap_or_default()
+}
+
+/// The epoch from which this device owns each of `volumes`, from the plans it took over.
+#[must_use]
+pub(super) fn owned_epochs(state: &Path, volumes: &[VolumeSpec]) -> BTreeMap<VolumeId, Epoch> {
+    let mut owned: BTreeMap<PathBuf, Epoch> = BTreeMap::new();
+    for id in plan_ids(state, "target") {
+        let entries = journal::read::<TargetEvent>(&plan_directory(state, "target", &id));
+        let mut here: Vec<Place> = Vec::new();
+        for entry in entries.unwrap_or_default() {
+            match entry.event {
+                TargetEvent::Accepted { places, .. } => here = places,
+                TargetEvent::Owns { owns, .. } => {
+                    for volume in owns.volumes {
+                        if let Some(place) = here.iter().find(|place| place.volume == volume.volume)
+                        {
+                            owned.insert(place.path.clone(), volume.epoch);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    volumes
+        .iter()
+        .filter_map(|volume| Some((volume.id, *owned.get(&volume.source_path)?)))
+        .collect()
+}

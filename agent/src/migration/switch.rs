@@ -1,0 +1,158 @@
+//! After the release: hand over, stop the source's containers, forward, wait for the twins.
+//!
+//! Invariant: there is no way back, so every step is retried until it succeeds; each may be done again.
+
+use super::events::{Forwarding, SourceEvent};
+use super::faults::die_at;
+use super::moving::{Move, MoveError};
+use crate::model::control::{Owns, TakeOver, TargetStatus};
+use crate::model::fleet::{DutyOutcome, PeerAddress};
+use crate::model::ids::ContainerName;
+use crate::model::plan::{Plan, PlannedContainer, SignedRelease};
+use std::time::{Duration, Instant};
+
+/// The source owns nothing any more.
+pub(super) struct Released<'a> {
+    pub(super) core: &'a mut Move,
+    pub(super) target: PeerAddress,
+    pub(super) release: SignedRelease,
+    /// When the workload was frozen; unknown after a restart.
+    pub(super) paused: Option<Instant>,
+}
+
+/// Longest wait for one killed container to be gone before it is killed again.
+const KILL_TIME: Duration = Duration::from_secs(10);
+
+/// Between two tries of a step after the release.
+pub(super) const RETRY: Duration = Duration::from_millis(500);
+
+impl Released<'_> {
+    /// Hands over, stops the source's containers, forwards, and waits for the twins.
+    pub(super) async fn finish(self) {
+        let Self {
+            core,
+            target,
+            release,
+            paused,
+        } = self;
+        core.active.enter("switch");
+        die_at("switch");
+        let owns = loop {
+            match hand_over(core, &target, &release).await {
+                Ok(owns) => break owns,
+                Err(error) => core
+                    .active
+                    .trouble(&format!("handing over to {}: {error}", target.device)),
+            }
+            tokio::time::sleep(RETRY).await;
+        };
+        core.record(SourceEvent::TargetOwns { owns }).await;
+        let names: Vec<ContainerName> = core
+            .plan
+            .containers
+            .iter()
+            .map(|planned| planned.container.name.clone())
+            .collect();
+        let kills = core
+            .plan
+            .containers
+            .iter()
+            .map(|planned| kill_until_dead(core, planned));
+        futures_util::future::join_all(kills).await;
+        core.record(SourceEvent::SourceStopped { containers: names })
+            .await;
+        let ports = core.delegator.forward(&core.plan, target.addr.ip()).await;
+        core.record(SourceEvent::Forwarding { ports }).await;
+        core.active.enter("start twins");
+        die_at("start twins");
+        let status = loop {
+            match target_status(core, &target).await {
+                Ok(status) if status.start_up.is_some() => break status,
+                Ok(status) => {
+                    core.active.twins(&status.twins);
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                Err(error) => {
+                    core.active
+                        .trouble(&format!("asking {} for its twins: {error}", target.device));
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        };
+        let interruption = paused.map_or_else(
+            || core.delegator.now().since(core.plan.created),
+            |since| since.elapsed(),
+        );
+        core.record(SourceEvent::Twins {
+            twins: status.twins,
+            interruption,
+            start_up: status.start_up.unwrap_or_default(),
+        })
+        .await;
+        core.delegator
+            .end_pairings(&core.plan, DutyOutcome::Done, &[])
+            .await;
+        core.record(SourceEvent::Completed).await;
+        core.active.enter("completed");
+        tracing::info!(plan = %core.plan.id, "completed");
+    }
+}
+
+async fn hand_over(
+    core: &Move,
+    target: &PeerAddress,
+    release: &SignedRelease,
+) -> Result<Owns, MoveError> {
+    let path = format!("/v1/plans/{}/release", core.plan.id);
+    core.client()?
+        .post(
+            target,
+            &path,
+            &TakeOver {
+                release: release.clone(),
+            },
+        )
+        .await
+        .map_err(Into::into)
+}
+
+async fn target_status(core: &Move, target: &PeerAddress) -> Result<TargetStatus, MoveError> {
+    Ok(core
+        .client()?
+        .get(target, &format!("/v1/plans/{}", core.plan.id))
+        .await?)
+}
+
+async fn kill_until_dead(core: &Move, planned: &PlannedContainer) {
+    loop {
+        let killed = match core.delegator.runtime_of(planned) {
+            Ok(runtime) => runtime.kill(&planned.container.id, KILL_TIME).await,
+            Err(error) => {
+                core.active.trouble(&error.to_string());
+                return;
+            }
+        };
+        match killed {
+            Ok(()) => return,
+            Err(error) if error.not_found() => return,
+            Err(error) => core
+                .active
+                .trouble(&format!("killing {}: {error}", planned.container.name)),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Where a plan's ports are forwarded to.
+#[must_use]
+pub(super) fn forwardings(plan: &Plan, target: std::net::IpAddr) -> Vec<Forwarding> {
+    plan.containers
+        .iter()
+        .flat_map(|planned| planned.container.published.iter())
+        .filter(|port| !port.udp)
+        .map(|port| Forwarding {
+            listen: (port.host_ip, port.host_port).into(),
+            to: (target, port.host_port).into(),
+        })
+        .collect()
+}

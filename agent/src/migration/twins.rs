@@ -1,0 +1,158 @@
+//! Starting the twins in order, each ready before the next step.
+
+use super::events::TargetEvent;
+use super::target::Target;
+use crate::containers::{How, ReadyRules, Runtime, RuntimeError, TwinSpec};
+use crate::model::ids::ContainerName;
+use crate::model::plan::{Plan, PlannedContainer, TwinState};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+impl Target {
+    /// Starts the twins in order, each ready before the next step; tries again until all are.
+    pub(super) async fn start_twins(self: Arc<Self>, plan: Plan) {
+        let begun = Instant::now();
+        let mut pause = Duration::from_millis(500);
+        loop {
+            match self.start_in_order(&plan).await {
+                Ok(()) => break,
+                Err(trouble) => {
+                    tracing::error!(plan = %plan.id, "{trouble}");
+                    if let Some(known) = self.plans().get_mut(&plan.id) {
+                        known.trouble = Some(trouble);
+                    }
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(30));
+        }
+        let mut plans = self.plans();
+        if let Some(known) = plans.get_mut(&plan.id) {
+            known.start_up = Some(begun.elapsed());
+            known.trouble = None;
+            if let Err(error) = known
+                .journal
+                .append(crate::fleet::now(), TargetEvent::Completed)
+            {
+                tracing::error!("{error}");
+            }
+        }
+        tracing::info!(plan = %plan.id, took = ?begun.elapsed(), "all twins are ready");
+    }
+
+    pub(super) async fn start_in_order(&self, plan: &Plan) -> Result<(), String> {
+        let runtime = self
+            .runtime_for(plan)
+            .await
+            .map_err(|error| error.to_string())?;
+        for step in &plan.order {
+            let start = |name: &ContainerName| {
+                let planned = plan.container(name).cloned();
+                async move {
+                    match planned {
+                        Some(planned) => self.start_twin(plan, &planned, runtime).await,
+                        None => Ok(()),
+                    }
+                }
+            };
+            if step.sequential {
+                for name in &step.containers {
+                    start(name).await?;
+                }
+            } else {
+                for started in
+                    futures_util::future::join_all(step.containers.iter().map(start)).await
+                {
+                    started?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn start_twin(
+        &self,
+        plan: &Plan,
+        planned: &PlannedContainer,
+        runtime: &Runtime,
+    ) -> Result<(), String> {
+        let name = &planned.container.name;
+        let done = |twin: &TwinState| &twin.container == name && twin.ready.is_some();
+        if self
+            .plans()
+            .get(&plan.id)
+            .is_some_and(|known| known.twins.iter().any(done))
+        {
+            return Ok(());
+        }
+        let begun = Instant::now();
+        let mut twin = TwinState {
+            container: name.clone(),
+            ready: None,
+            after: Duration::ZERO,
+            not_carried: Vec::new(),
+            error: None,
+        };
+        let outcome = self.make_ready(planned, runtime, &mut twin).await;
+        twin.after = begun.elapsed();
+        twin.error = outcome.as_ref().err().cloned();
+        let mut plans = self.plans();
+        if let Some(known) = plans.get_mut(&plan.id) {
+            known.twins.retain(|other| &other.container != name);
+            known.twins.push(twin.clone());
+            if twin.ready.is_some() {
+                known
+                    .journal
+                    .append(crate::fleet::now(), TargetEvent::TwinReady { twin })
+                    .map_err(|error| error.to_string())?;
+            }
+        }
+        outcome.map_err(|error| format!("twin {name}: {error}"))
+    }
+
+    pub(super) async fn make_ready(
+        &self,
+        planned: &PlannedContainer,
+        runtime: &Runtime,
+        twin: &mut TwinState,
+    ) -> Result<(), String> {
+        let name = planned.container.name.as_str();
+        let say = |error: RuntimeError| error.to_string();
+        match runtime.inspect(name).await {
+            Ok(_) => {}
+            Err(error) if error.not_found() => {
+                let spec = TwinSpec {
+                    inspect: planned.inspect.clone(),
+                    networks: planned.networks.clone(),
+                    volumes: planned.volumes.clone(),
+                    keep_addresses: false,
+                };
+                let made = runtime
+                    .create_twin(&spec)
+                    .await
+                    .map_err(|error| error.to_string())?;
+                twin.not_carried = made.not_carried;
+            }
+            Err(error) => return Err(say(error)),
+        }
+        runtime.start(name).await.map_err(say)?;
+        let rules = ReadyRules {
+            service_ports: planned.service_ports.clone(),
+            settle: self.parts.settings.settle(),
+            timeout: self.parts.settings.ready_timeout(),
+        };
+        let ready = runtime
+            .wait_ready(name, &rules)
+            .await
+            .map_err(|error| error.to_string())?;
+        twin.ready = Some(match ready.how {
+            How::HealthCheck => "its health check".to_owned(),
+            How::PortsListening(ports) => {
+                let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+                format!("listens on {}", ports.join(", "))
+            }
+            How::Settled => "it settled".to_owned(),
+        });
+        Ok(())
+    }
+}
