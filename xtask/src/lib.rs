@@ -2,6 +2,7 @@
 //!
 //! It does not depend on the product's crates: set-up must build before the eBPF toolchain exists.
 
+pub mod bench;
 pub mod crew;
 pub mod demo;
 pub mod demo_app;

@@ -22,6 +22,9 @@ enum Task {
     Demo(xtask::demo::Arguments),
     /// Lab hosts on this machine
     Lab(xtask::lab::command::Arguments),
+    /// Figures beside those of a peer
+    #[command(subcommand)]
+    Bench(xtask::bench::Figure),
     /// Writes to the demo application and keeps a ledger
     Load(xtask::load::Arguments),
 }
@@ -32,6 +35,7 @@ fn main() -> ExitCode {
         Task::Test => xtask::test::test(),
         Task::Demo(arguments) => xtask::demo::demo(&arguments),
         Task::Lab(arguments) => xtask::lab::command::run(&arguments),
+        Task::Bench(figure) => xtask::bench::run(&figure),
         Task::Load(arguments) => xtask::load::run(&arguments),
     };
     match result {

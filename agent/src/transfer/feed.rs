@@ -4,10 +4,10 @@
 //! acknowledged only once it is applied, and applied once.
 
 use super::connection::{ConnectionError, Incoming, Receiver, Transmitter};
-use super::engine::{Engine, engine};
+use super::engine::{Engine, EngineChoice, engine};
 use super::frame::{FrameKind, HEADER_LEN, Header};
 use super::message::{Done, Failure, FailureCode, Message};
-use super::payload::{Payload, PayloadKind};
+use super::payload::{ALIGNMENT, Payload, PayloadKind};
 use super::queue::{Queue, lock};
 use super::rebuild::RebuildError;
 use super::receive::{Complete, Reception, Session, Volume};
@@ -146,6 +146,41 @@ pub(super) struct Feed<'a> {
     pub(super) voice: &'a Voice,
 }
 
+/// Where a worker opens records: memory whose start is aligned for direct writes.
+#[derive(Default)]
+struct Plain {
+    memory: Vec<u8>,
+}
+
+impl Plain {
+    /// `len` bytes of it.
+    fn space(&mut self, len: usize) -> &mut [u8] {
+        if self.memory.len() < len + ALIGNMENT {
+            self.memory.resize(len + ALIGNMENT, 0);
+        }
+        let address = self.memory.as_ptr().addr();
+        let start = address.next_multiple_of(ALIGNMENT) - address;
+        &mut self.memory[start..start + len]
+    }
+}
+
+/// What one thread uses to apply records.
+struct Hand {
+    engine: Box<dyn Engine>,
+    parent: Parent,
+    plain: Plain,
+}
+
+impl Hand {
+    fn new(choice: EngineChoice) -> Result<Self, ReceiveError> {
+        Ok(Self {
+            engine: engine(choice).map_err(|error| ReceiveError::Local(error.to_string()))?,
+            parent: Parent::default(),
+            plain: Plain::default(),
+        })
+    }
+}
+
 /// Records waiting for a worker: with those being worked on, well under the sender's window.
 const WAITING_CAP: usize = 16;
 
@@ -155,20 +190,20 @@ impl Feed<'_> {
         let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
         let failed: Mutex<Option<ReceiveError>> = Mutex::default();
         let fail = |error: ReceiveError| {
-            // The peer ends the connection, which wakes the receiving thread.
-            self.voice.say(&Message::Failed(error.failure()));
+            let failure = error.failure();
+            lock(&self.volume.state).failure = Some(failure.text.clone());
+            // The peer then ends the connection, which wakes the receiving thread.
+            self.voice.say(&Message::Failed(failure));
             lock(&failed).get_or_insert(error);
             queue.close();
         };
         let worker = || {
-            let choice = self.reception.options.engine;
-            let mut engine = match engine(choice) {
-                Ok(engine) => engine,
-                Err(error) => return fail(ReceiveError::Local(error.to_string())),
+            let mut hand = match Hand::new(self.reception.options.engine) {
+                Ok(hand) => hand,
+                Err(error) => return fail(error),
             };
-            let mut parent = Parent::default();
-            while let Some((header, mut record)) = queue.take() {
-                let result = self.record(engine.as_mut(), &mut parent, &header, &mut record);
+            while let Some((header, record)) = queue.take() {
+                let result = self.record(&mut hand, &header, &record);
                 lock(&spare).push(record);
                 queue.done();
                 if let Err(error) = result {
@@ -212,11 +247,10 @@ impl Feed<'_> {
         queue: &Queue<(Header, Vec<u8>)>,
         spare: &Mutex<Vec<Vec<u8>>>,
     ) -> Result<bool, ReceiveError> {
-        let mut engine = engine(self.reception.options.engine)
-            .map_err(|error| ReceiveError::Local(error.to_string()))?;
+        let mut hand = Hand::new(self.reception.options.engine)?;
         loop {
             let buffer = lock(spare).pop().unwrap_or_default();
-            let (header, mut record) = match receiver.next(buffer) {
+            let (header, record) = match receiver.next(buffer) {
                 Ok(Incoming::Record(header, record)) => (header, record),
                 Ok(Incoming::Message(..)) => continue,
                 Err(ConnectionError::Io(error)) => {
@@ -249,8 +283,8 @@ impl Feed<'_> {
             if lock(&self.session.arrived).watermark() != header.number {
                 return Err(self.protocol("records before a barrier are missing"));
             }
-            let mut parent = Parent::default();
-            if self.record(engine.as_mut(), &mut parent, &header, &mut record)? {
+            hand.parent.forget();
+            if self.record(&mut hand, &header, &record)? {
                 return Ok(true);
             }
             lock(spare).push(record);
@@ -277,16 +311,15 @@ impl Feed<'_> {
     /// Opens and applies one record; true at the end of the epoch.
     fn record(
         &self,
-        engine: &mut dyn Engine,
-        parent: &mut Parent,
+        hand: &mut Hand,
         header: &Header,
-        record: &mut [u8],
+        record: &[u8],
     ) -> Result<bool, ReceiveError> {
-        let body = &mut record[HEADER_LEN..];
+        let body = &record[HEADER_LEN..];
         let bytes = self
             .session
             .opener
-            .open(header, body)
+            .open(header, body, hand.plain.space(body.len()))
             .map_err(|error| self.corrupt(header.number, error.to_string()))?;
         let rebuild = &self.session.rebuild;
         let malformed = |_| self.protocol("a record is malformed");
@@ -295,7 +328,7 @@ impl Feed<'_> {
             return Err(self.protocol("a record stands on the wrong side of a barrier"));
         }
         let payload = Payload::decode(bytes, rebuild.block_size).map_err(malformed)?;
-        rebuild.apply(engine, parent, bytes, &payload)?;
+        rebuild.apply(hand.engine.as_mut(), &mut hand.parent, bytes, &payload)?;
         self.volume.records.fetch_add(1, Ordering::Relaxed);
         if let Payload::End { root, entries } = payload {
             self.complete(root, entries)?;

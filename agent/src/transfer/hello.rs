@@ -10,7 +10,7 @@ use super::seal::{LinkKey, NoRandom, random};
 use crate::model::ids::PlanId;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 8] = b"LIFEBT\x00\x01";
 const PLAN_CAP: usize = 128;
@@ -96,6 +96,25 @@ pub fn call(
     Ok(*proof(key, "connection", &theirs, &ours, name).as_bytes())
 }
 
+/// Receives from a peer that has proven nothing yet: `limit` holds for all of it, however slowly the
+/// bytes drip in.
+fn receive_all_within(
+    engine: &mut dyn Engine,
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    limit: Duration,
+) -> io::Result<()> {
+    let until = Instant::now() + limit;
+    for byte in buffer.chunks_mut(1) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        engine.receive(socket, byte, left)?;
+    }
+    Ok(())
+}
+
 /// Listener's side. `find` gives the key and whatever else belongs to an admitted plan. Returns that
 /// and the connection's key.
 ///
@@ -112,13 +131,13 @@ pub fn answer<T>(
     greeting.extend_from_slice(&ours);
     engine.send(socket, &greeting, patience)?;
     let mut head = [0; 9];
-    engine.receive(socket, &mut head, patience)?;
+    receive_all_within(engine, socket, &mut head, patience)?;
     let length = usize::from(head[8]);
     if head[..8] != *MAGIC || length > PLAN_CAP {
         return Err(HelloError::Protocol);
     }
     let mut rest = vec![0; length + 64];
-    engine.receive(socket, &mut rest, patience)?;
+    receive_all_within(engine, socket, &mut rest, patience)?;
     let (name, proofs) = rest.split_at(length);
     let mut theirs = [0; 32];
     theirs.copy_from_slice(&proofs[..32]);

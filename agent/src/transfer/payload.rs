@@ -63,6 +63,9 @@ pub enum Block<'a> {
     Data(Signature, &'a [u8]),
 }
 
+/// The data of a segment begins at a multiple of this in its payload, so that the target can write it
+/// past its page cache: the alignment that direct I/O asks for on every usual disk.
+pub const ALIGNMENT: usize = 4096;
 /// Bytes of one block's descriptor.
 pub const DESCRIPTOR_LEN: usize = 33;
 
@@ -96,6 +99,8 @@ pub enum EntryItem {
         path: Box<[u8]>,
         /// Its size in bytes when it was found.
         size: u64,
+        /// Whether it has no holes, so that its space can be reserved.
+        dense: bool,
     },
 }
 
@@ -133,10 +138,11 @@ pub fn put_entry(record: &mut Vec<u8>, entry: &Entry) {
 }
 
 /// Appends the start of a large file.
-pub fn put_start(record: &mut Vec<u8>, path: &[u8], size: u64) {
+pub fn put_start(record: &mut Vec<u8>, path: &[u8], size: u64, dense: bool) {
     record.push(1);
     put_short(record, path);
     record.extend_from_slice(&size.to_le_bytes());
+    record.push(u8::from(dense));
 }
 
 /// Appends a small file whose blocks are `blocks`.
@@ -159,8 +165,14 @@ pub fn put_segment(record: &mut Vec<u8>, path: &[u8], size: u64, first: u64, cou
     record.extend_from_slice(&size.to_le_bytes());
     record.extend_from_slice(&first.to_le_bytes());
     record.extend_from_slice(&count.to_le_bytes());
-    let at = record.len();
-    record.resize(at + count as usize * DESCRIPTOR_LEN, 0);
+    let descriptors = count as usize * DESCRIPTOR_LEN;
+    let unpadded = record.len() - HEADER_LEN + 2 + descriptors;
+    let padding = unpadded.next_multiple_of(ALIGNMENT) - unpadded;
+    // Below ALIGNMENT.
+    let padding = u16::try_from(padding).unwrap_or(0);
+    record.extend_from_slice(&padding.to_le_bytes());
+    let at = record.len() + usize::from(padding);
+    record.resize(at + descriptors, 0);
     at
 }
 
@@ -241,6 +253,7 @@ impl<'a> Payload<'a> {
                 let path = checked_path(reader.short()?)?;
                 let (size, first) = (reader.u64()?, reader.u64()?);
                 let count = u64::from(reader.u32()?);
+                reader.short()?;
                 let blocks = blocks(&mut reader, block_size, size, first, count)?;
                 Self::Segment(Segment {
                     path,
@@ -284,10 +297,11 @@ fn entry_item(reader: &mut Reader<'_>) -> Result<EntryItem, Malformed> {
         1 => {
             let path = checked_path(reader.short()?)?;
             let size = reader.u64()?;
+            let dense = reader.u8()? != 0;
             if path.is_empty() || size > i64::MAX as u64 {
                 return Err(Malformed("a large file has an impossible path or size"));
             }
-            Ok(EntryItem::Start { path, size })
+            Ok(EntryItem::Start { path, size, dense })
         }
         _ => Err(Malformed("an entry item is of an unknown kind")),
     }
@@ -358,6 +372,8 @@ mod tests {
         };
         assert_eq!(&*segment.path, b"dir/file");
         assert_eq!((segment.size, segment.first), (size, 2));
+        let offset = record.len() - data.len() - HEADER_LEN;
+        assert_eq!(offset % ALIGNMENT, 0, "the data is aligned");
         assert_eq!(segment.blocks, [Block::Zero, Block::Data(signature, &data)]);
     }
 

@@ -250,6 +250,7 @@ impl<'s> Reading<'_, 's> {
                 file: file.as_fd(),
                 offset: 0,
                 buffer,
+                once: false,
                 done: Ok(0),
             });
         }
@@ -408,6 +409,7 @@ impl<'s> Reading<'_, 's> {
                 file: large.file.as_fd(),
                 offset,
                 buffer: &mut record[data..],
+                once: true,
                 done: Ok(0),
             }];
             engine.read(&mut reads);
@@ -487,6 +489,11 @@ fn files(steps: &[Step]) -> impl Iterator<Item = (usize, &Found)> {
 /// Apparent size in bytes.
 pub(super) fn size_of(stat: &FileStat) -> u64 {
     u64::try_from(stat.st_size).unwrap_or(0)
+}
+
+/// Whether a file has no holes.
+pub(super) fn is_dense(stat: &FileStat) -> bool {
+    stat.st_blocks.saturating_mul(512) >= stat.st_size
 }
 
 /// Whether a file is sent in pieces.

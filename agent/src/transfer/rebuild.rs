@@ -5,10 +5,10 @@
 //! to the barriers.
 
 use super::engine::{Engine, Write};
-use super::payload::{Block, EntryItem, Payload, Segment};
+use super::payload::{ALIGNMENT, Block, EntryItem, Payload, Segment};
 use super::queue::lock;
 use crate::model::ids::Signature;
-use crate::volume::apply::{ApplyError, Destination, Parent};
+use crate::volume::apply::{Access, ApplyError, Destination, Parent};
 use crate::volume::confined::split;
 use crate::volume::sign::{self, ZERO};
 use crate::volume::tree::shown;
@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::os::fd::AsFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Entries by path.
 pub(super) type Tree = BTreeMap<Box<[u8]>, Entry>;
@@ -50,6 +50,7 @@ pub(super) struct Rebuild {
     key: FleetKey,
     state: Mutex<State>,
     pub(super) bytes_written: AtomicU64,
+    refuses_direct: AtomicBool,
 }
 
 #[derive(Default)]
@@ -128,6 +129,7 @@ impl Rebuild {
             key,
             state: Mutex::new(state),
             bytes_written: AtomicU64::new(0),
+            refuses_direct: AtomicBool::new(false),
         }
     }
 
@@ -183,7 +185,9 @@ impl Rebuild {
         for item in items {
             match item {
                 EntryItem::Entry(entry) => self.entry(parent, entry)?,
-                EntryItem::Start { path, size } => self.start(parent, path, *size)?,
+                EntryItem::Start { path, size, dense } => {
+                    self.start(parent, path, *size, *dense)?;
+                }
             }
         }
         Ok(())
@@ -217,7 +221,13 @@ impl Rebuild {
         Ok(())
     }
 
-    fn start(&self, parent: &mut Parent, path: &[u8], size: u64) -> Result<(), RebuildError> {
+    fn start(
+        &self,
+        parent: &mut Parent,
+        path: &[u8],
+        size: u64,
+        dense: bool,
+    ) -> Result<(), RebuildError> {
         let mut state = lock(&self.state);
         let building = match state.tree.get(path).map(|old| &old.kind) {
             Some(Kind::File { blocks, .. }) => Building {
@@ -229,9 +239,13 @@ impl Rebuild {
                     parent.forget();
                     state.forget(path);
                 }
-                self.destination
-                    .file(parent, path, false)
+                let file = self
+                    .destination
+                    .file(parent, path, Access::New)
                     .map_err(|error| error.needing(size))?;
+                if dense {
+                    self.destination.reserve(&file, path, size)?;
+                }
                 state.touch_parent(path);
                 Building {
                     blocks: Vec::new(),
@@ -302,9 +316,14 @@ impl Rebuild {
             let path = &entry.path;
             let here = |at: usize| held.as_ref().and_then(|held| held.get(at).copied());
             let signatures = self.verify(path, 0, blocks, here)?;
+            let access = if held.is_some() {
+                Access::InPlace
+            } else {
+                Access::New
+            };
             let file = self
                 .destination
-                .file(parent, path, held.is_some())
+                .file(parent, path, access)
                 .map_err(|error| error.needing(entry.size()))?;
             let mut entry = entry.clone();
             if let Kind::File { blocks, .. } = &mut entry.kind {
@@ -364,14 +383,38 @@ impl Rebuild {
         };
         let here = |at: usize| held.get(at).copied().flatten();
         let signatures = self.verify(path, segment.first, &segment.blocks, here)?;
-        let file = self.destination.file(parent, path, true)?;
+        let runs: Vec<(u64, &[u8])> =
+            runs(self.block_size, bytes, segment.first, &segment.blocks).collect();
+        let aligned = runs.iter().all(|(offset, bytes)| {
+            // The end of most files is not aligned; that one piece goes through the page cache.
+            bytes.as_ptr().addr() % ALIGNMENT == 0
+                && bytes.len() % ALIGNMENT == 0
+                && offset % ALIGNMENT as u64 == 0
+        });
+        let access = if aligned && !self.refuses_direct.load(Ordering::Relaxed) {
+            Access::Direct
+        } else {
+            Access::InPlace
+        };
+        let file = self.destination.file(parent, path, access)?;
         if !fresh {
             self.punch(&file, path, segment.size, segment.first, &segment.blocks)?;
         }
-        let writes: Vec<Place<'_>> = runs(self.block_size, bytes, segment.first, &segment.blocks)
-            .map(|(offset, bytes)| (&**path, &file, offset, bytes))
-            .collect();
-        self.write(engine, &writes)?;
+        let place = |file| {
+            let places = runs
+                .iter()
+                .map(move |&(offset, bytes)| (&**path, file, offset, bytes));
+            places.collect::<Vec<Place<'_>>>()
+        };
+        match self.write(engine, &place(&file)) {
+            Err(RebuildError::Apply(error)) if access == Access::Direct && error.is_alignment() => {
+                // A disk with larger sectors than 4096 bytes.
+                self.refuses_direct.store(true, Ordering::Relaxed);
+                let file = self.destination.file(parent, path, Access::InPlace)?;
+                self.write(engine, &place(&file))?;
+            }
+            other => other?,
+        }
         let mut state = lock(&self.state);
         if let Some(building) = state.building.get_mut(path) {
             let end = first + signatures.len();
@@ -460,7 +503,7 @@ impl Rebuild {
                         .into_iter()
                         .collect::<Option<_>>()
                         .ok_or_else(|| self.disagree("blocks are missing of", path))?;
-                    let file = self.destination.file(parent, path, true)?;
+                    let file = self.destination.file(parent, path, Access::InPlace)?;
                     self.destination.finish_file(&file, &entry, false)?;
                 }
                 _ => {}

@@ -8,7 +8,7 @@ use super::frame::HEADER_LEN;
 use super::link::LinkError;
 use super::message::Have;
 use super::payload::{self, PayloadKind};
-use super::reading::{Outcomes, is_large, send_files, size_of};
+use super::reading::{Outcomes, is_dense, is_large, send_files, size_of};
 use super::sender::{Outlet, SendError, path_hash};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, Signature};
@@ -135,7 +135,7 @@ impl Source<'_> {
     /// Sends everything but the end of the epoch.
     pub(super) fn send(&self) -> Result<(TreeState, Tally), SourceError> {
         let root = walk::open_root(&self.volume.source_path)?;
-        let baseline = Baseline::establish(&root)?;
+        let baseline = Baseline::establish(&root, self.frozen)?;
         let walk = walk::walk(&root)?;
         let mut plan = compare(walk, self.held.previous());
         let mut tally = Tally {
@@ -192,7 +192,8 @@ impl Source<'_> {
                 }
                 Step::File(found) if is_large(&found.stat) => {
                     let size = size_of(&found.stat);
-                    batch.put(|record| payload::put_start(record, &found.path, size))?;
+                    let dense = is_dense(&found.stat);
+                    batch.put(|record| payload::put_start(record, &found.path, size, dense))?;
                 }
                 Step::File(_) | Step::Keep(_) | Step::Link(..) => {}
             }

@@ -17,12 +17,16 @@ use std::time::Duration;
 
 /// Entries of a ring: a batch of small files in one submission.
 const ENTRIES: u32 = 256;
+/// `RWF_DONTCACHE` of linux/fs.h (kernel 6.14): serves from the page cache but adds nothing to it.
+const RWF_DONTCACHE: i32 = 0x80;
 /// Marks the completion of a cancellation.
 const CANCEL: u64 = u64::MAX;
 
 /// One ring and its thread's use of it.
 pub struct UringEngine {
     ring: IoUring,
+    /// A read that leaves the page cache alone was refused: older kernel or file system.
+    caches: bool,
 }
 
 impl UringEngine {
@@ -55,7 +59,10 @@ impl UringEngine {
             let text = "this kernel's io_uring lacks operations (5.11 has them)";
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         }
-        Ok(Self { ring })
+        Ok(Self {
+            ring,
+            caches: false,
+        })
     }
 
     /// Runs operations to completion, at most a ring full of them; results in the same order.
@@ -238,8 +245,10 @@ impl Engine for UringEngine {
                         let read = &mut batch[index];
                         let rest = &mut read.buffer[done..];
                         let file = types::Fd(read.file.as_raw_fd());
+                        let once = read.once && !self.caches;
                         opcode::Read::new(file, rest.as_mut_ptr(), length(rest.len()))
                             .offset(read.offset + done as u64)
+                            .rw_flags(if once { RWF_DONTCACHE } else { 0 })
                             .build()
                     })
                     .collect();
@@ -257,6 +266,12 @@ impl Engine for UringEngine {
                             }
                         }
                         Err(error) if is_retry(&error) => again.push((index, done)),
+                        Err(error)
+                            if error.raw_os_error() == Some(libc::EOPNOTSUPP) && !self.caches =>
+                        {
+                            self.caches = true;
+                            again.push((index, done));
+                        }
                         Err(error) => read.done = Err(error),
                     }
                 }

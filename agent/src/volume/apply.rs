@@ -53,6 +53,12 @@ impl ApplyError {
         matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
     }
 
+    /// Whether direct I/O was refused for its alignment.
+    #[must_use]
+    pub fn is_alignment(&self) -> bool {
+        self.errno() == Some(Errno::EINVAL)
+    }
+
     /// The same error, about something that needs this many bytes.
     #[must_use]
     pub fn needing(mut self, bytes: u64) -> Self {
@@ -94,6 +100,18 @@ impl ApplyError {
 pub struct Destination {
     volume: String,
     root: Confined,
+}
+
+/// How a file is opened for writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// A new, private file in the place of whatever is there.
+    New,
+    /// The file that is there.
+    InPlace,
+    /// The file that is there, past the page cache where the file system allows it: every offset,
+    /// length and address must be a multiple of 4096.
+    Direct,
 }
 
 /// The directory opened last, so that a run of siblings resolves it once.
@@ -297,8 +315,7 @@ impl Destination {
         .map_err(failed)
     }
 
-    /// Opens a file for writing: the one that is there (`in_place`), or a new, private one in the
-    /// place of whatever is there.
+    /// Opens a file for writing.
     ///
     /// # Errors
     /// It cannot be opened or made.
@@ -306,33 +323,31 @@ impl Destination {
         &self,
         cache: &mut Parent,
         path: &[u8],
-        in_place: bool,
+        access: Access,
     ) -> Result<File, ApplyError> {
-        let private = Mode::S_IRUSR | Mode::S_IWUSR;
-        self.with_parent(cache, path, |dir, name| {
-            let name_bytes = name.as_bytes();
-            if in_place {
-                let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK;
-                let fd = open_beneath(dir, name_bytes, flags, Mode::empty())?;
-                let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
-                // Someone else put a device or FIFO there meanwhile: never write into it.
-                return if kind == SFlag::S_IFREG {
-                    Ok(fd)
-                } else {
-                    Err(Errno::EEXIST)
-                };
-            }
-            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
-            match open_beneath(dir, name_bytes, flags, private) {
-                Err(Errno::EEXIST) => {
-                    remove_all(dir, name)?;
-                    open_beneath(dir, name_bytes, flags, private)
-                }
+        self.with_parent(cache, path, |dir, name| match access {
+            Access::New => make_file(dir, name),
+            Access::InPlace => open_existing(dir, name, OFlag::empty()),
+            Access::Direct => match open_existing(dir, name, OFlag::O_DIRECT) {
+                Err(Errno::EINVAL) => open_existing(dir, name, OFlag::empty()),
                 other => other,
-            }
+            },
         })
         .map(File::from)
         .map_err(|e| self.failed("open", path, 0, e))
+    }
+
+    /// Reserves space for a new file of `size` bytes, where the file system can: a disk that is too
+    /// small is noticed before the bytes travel.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn reserve(&self, file: &File, path: &[u8], size: u64) -> Result<(), ApplyError> {
+        let length = i64::try_from(size).unwrap_or(i64::MAX);
+        match fallocate(file, FallocateFlags::empty(), 0, length) {
+            Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+            Err(error) => Err(self.failed("reserve space for", path, size, error)),
+        }
     }
 
     /// Makes a range of a file read as zeros without keeping bytes for it.
@@ -409,6 +424,29 @@ impl Destination {
     pub fn sync(&self) -> Result<(), ApplyError> {
         nix::unistd::syncfs(self.root.fd()).map_err(|e| self.failed("write back", b"", 0, e))
     }
+}
+
+fn make_file(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
+    let private = Mode::S_IRUSR | Mode::S_IWUSR;
+    match open_beneath(dir, name.as_bytes(), flags, private) {
+        Err(Errno::EEXIST) => {
+            remove_all(dir, name)?;
+            open_beneath(dir, name.as_bytes(), flags, private)
+        }
+        other => other,
+    }
+}
+
+fn open_existing(dir: BorrowedFd<'_>, name: &OsStr, extra: OFlag) -> Result<OwnedFd, Errno> {
+    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | extra;
+    let fd = open_beneath(dir, name.as_bytes(), flags, Mode::empty())?;
+    let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
+    // Someone else put a device or FIFO there meanwhile: never write into it.
+    if kind != SFlag::S_IFREG {
+        return Err(Errno::EEXIST);
+    }
+    Ok(fd)
 }
 
 fn owner(entry: &Entry) -> (Option<Uid>, Option<Gid>) {

@@ -27,15 +27,18 @@ const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 #[derive(Clone, Copy, Debug)]
 pub struct Baseline {
     at: Timestamp,
-    volatile: bool,
+    /// No change time can prove that a file is unchanged.
+    unproven: bool,
 }
 
 impl Baseline {
-    /// Writes all dirty pages of the file system back and notes when that began.
+    /// Writes all dirty pages of the file system back and notes when that began. With `frozen`
+    /// containers nothing follows that would have to be told apart, and the pause should be short: then
+    /// nothing is written back, and every file that is read now counts as changed afterwards.
     ///
     /// # Errors
     /// The write-back failed: then what is read may not be what is stored.
-    pub fn establish(root: &Confined) -> Result<Self, WalkError> {
+    pub fn establish(root: &Confined, frozen: bool) -> Result<Self, WalkError> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -46,12 +49,12 @@ impl Baseline {
         let kind = fstatfs(root.fd())
             .map_err(|e| WalkError::new(root, "examine the file system of", b"", e))?
             .filesystem_type();
-        let volatile = [TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind);
-        if !volatile {
+        let unproven = frozen || [TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind);
+        if !unproven {
             nix::unistd::syncfs(root.fd())
                 .map_err(|e| WalkError::new(root, "write back the file system of", b"", e))?;
         }
-        Ok(Self { at, volatile })
+        Ok(Self { at, unproven })
     }
 
     /// Whether a change after the baseline could hide behind this change time.
@@ -65,7 +68,7 @@ impl Baseline {
         } else {
             GRANULARITY_NS
         };
-        (self.volatile && kind_of(stat) == SFlag::S_IFREG)
+        (self.unproven && kind_of(stat) == SFlag::S_IFREG)
             || nanos(changed) + granularity >= nanos(self.at)
     }
 }

@@ -29,7 +29,7 @@ pub fn scan(
     block_size: BlockSize,
 ) -> Result<(TreeState, Vec<Exception>), ScanError> {
     let root = walk::open_root(path)?;
-    let baseline = Baseline::establish(&root)?;
+    let baseline = Baseline::establish(&root, true)?;
     let walk = walk::walk(&root)?;
     let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
     let mut entries = Vec::with_capacity(walk.found.len());

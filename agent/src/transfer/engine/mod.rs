@@ -38,6 +38,8 @@ pub struct Read<'a> {
     pub offset: u64,
     /// Where the bytes go.
     pub buffer: &'a mut [u8],
+    /// What is not in the page cache need not stay there: it is read only once.
+    pub once: bool,
     /// Bytes read, fewer than asked only at the end of the file.
     pub done: io::Result<usize>,
 }
@@ -177,6 +179,7 @@ mod tests {
                 .map(|(file, buffer)| Read {
                     file: file.as_ref().unwrap().as_fd(),
                     offset: 3,
+                    once: buffer.len() % 2 == 1,
                     buffer,
                     done: Ok(0),
                 })

@@ -245,6 +245,20 @@ fn hostile_and_silent_peers_do_not_hold_up_an_honest_one() {
     }
 }
 
+#[test]
+fn a_peer_that_drips_its_greeting_is_cut_off() {
+    let bench = Bench::new(EngineChoice::Auto);
+    let mut socket = TcpStream::connect(bench.server.addr()).unwrap();
+    let started = std::time::Instant::now();
+    // Each byte comes in time; the whole does not.
+    let dripped = (0..100).find(|_| {
+        std::thread::sleep(Duration::from_millis(100));
+        socket.write_all(b"L").is_err()
+    });
+    assert!(dripped.is_some(), "it was never cut off");
+    assert!(started.elapsed() < Duration::from_secs(6));
+}
+
 /// A small file system of its own, if root may make one.
 struct SmallDisk(PathBuf);
 
