@@ -1,3 +1,5 @@
 //! Helpers shared by the end-to-end tests.
 
 pub mod boxes;
+pub mod shop;
+pub mod stage;

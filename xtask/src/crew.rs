@@ -3,7 +3,7 @@
 //! Invariant: what runs is the binary that was built, started as an operator would start it.
 
 use std::collections::BTreeMap;
-use std::process::{Child, Output};
+use std::process::{Child, ExitStatus, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -29,6 +29,8 @@ pub struct Device {
     pub migration: Vec<String>,
     /// Lines of YAML below `fleet:` beside the lab's own.
     pub fleet: Vec<String>,
+    /// Environment of its agent's first life, as `NAME=VALUE`.
+    pub environment: Vec<String>,
 }
 
 impl Device {
@@ -79,7 +81,7 @@ impl Crew {
             crew.enrol(&host, &device.name)?;
             configure(&host, device)?;
             crew.devices.insert(device.name.clone(), host);
-            crew.start_agent(&device.name)?;
+            crew.start_agent_with(&device.name, &device.environment)?;
         }
         wait_for("heartbeats of all devices", Duration::from_secs(30), || {
             let live = crew.live_devices()?;
@@ -129,8 +131,20 @@ impl Crew {
     /// # Errors
     /// It did not come up; the message holds the end of its log.
     pub fn start_agent(&mut self, device: &str) -> Result<()> {
+        self.start_agent_with(device, &[])
+    }
+
+    /// As [`Crew::start_agent`], with `NAME=VALUE`s in its environment.
+    ///
+    /// # Errors
+    /// As [`Crew::start_agent`].
+    pub fn start_agent_with(&mut self, device: &str, environment: &[String]) -> Result<()> {
         let host = self.host(device)?.clone();
-        let child = host.spawn_logged("agent", argv(&["agent"]))?;
+        // `env` becomes the agent: the process id is the agent's own.
+        let environment = ["env".into()]
+            .into_iter()
+            .chain(environment.iter().map(Into::into));
+        let child = host.spawn_logged("agent", environment.chain(argv(&["agent"])))?;
         self.running.insert(device.to_owned(), child);
         wait_for(
             "the agent's first view of its host",
@@ -158,6 +172,19 @@ impl Crew {
         child.kill().context("cannot kill the agent")?;
         child.wait().context("the killed agent was lost")?;
         Ok(())
+    }
+
+    /// Waits until the agent of a device has ended by itself.
+    ///
+    /// # Errors
+    /// It does not run, or goes on running for longer than `patience`.
+    pub fn await_agent_end(&mut self, device: &str, patience: Duration) -> Result<ExitStatus> {
+        let mut child = self
+            .running
+            .remove(device)
+            .with_context(|| format!("no agent runs on {device}"))?;
+        wait_for("the agent's end", patience, || Ok(child.try_wait()?))
+            .with_context(|| self.log(device))
     }
 
     /// Sends the agent of a device a signal.
@@ -215,6 +242,14 @@ impl Crew {
     /// Its exit code is not 0; the message holds what it wrote to standard error.
     pub fn tell(&self, device: &str, arguments: &[&str]) -> Result<String> {
         lifeboat(self.host(device)?, arguments)
+    }
+
+    /// Starts `lifeboat ARGUMENTS` on a device, with its output in the host's log `name`.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn begin(&self, device: &str, name: &str, arguments: &[&str]) -> Result<Child> {
+        self.host(device)?.spawn_logged(name, argv(arguments))
     }
 
     /// Devices whose heartbeat is fresh.

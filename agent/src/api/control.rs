@@ -43,7 +43,9 @@ fn refused(error: TargetError) -> ErrorAnswer {
         TargetError::Unknown(_) => StatusCode::NOT_FOUND,
         TargetError::NotOurs { .. } | TargetError::BadRelease { .. } => StatusCode::FORBIDDEN,
         TargetError::InTheWay { .. } | TargetError::Owned(_) => StatusCode::CONFLICT,
-        TargetError::NoSpace { .. } => StatusCode::INSUFFICIENT_STORAGE,
+        TargetError::NoSpace { .. } | TargetError::NoInodes { .. } => {
+            StatusCode::INSUFFICIENT_STORAGE
+        }
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     };
     tracing::warn!("refused: {error}");

@@ -20,6 +20,9 @@ use std::sync::Arc;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
+/// Reason of a plan that was aborted through this API.
+pub const OPERATOR_ABORT: &str = "an operator asked for it";
+
 /// What the API answers from.
 #[derive(Clone)]
 pub struct Context {
@@ -141,9 +144,7 @@ async fn abort(
     State(context): State<Context>,
     Path(plan): Path<PlanId>,
 ) -> Result<Json<()>, Refused> {
-    Ok(Json(
-        context.delegator.abort(&plan, "an operator asked for it")?,
-    ))
+    Ok(Json(context.delegator.abort(&plan, OPERATOR_ABORT)?))
 }
 
 async fn report(

@@ -4,6 +4,7 @@ use super::config::{AgentConfig, FleetConfig};
 use super::host;
 use super::senses::Senses;
 use crate::api::control::Roles;
+use crate::api::local::OPERATOR_ABORT;
 use crate::api::{control, local};
 use crate::containers::{Runtimes, Scope};
 use crate::fleet;
@@ -147,10 +148,10 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
             serve_fleet(&config, fleet_config, Arc::new(parts), &stop).await?
         }
     };
-    delegator.resume()?;
     if config.migration.automatic && config.fleet.is_some() {
         tokio::spawn(evacuate_when_degraded(delegator.clone(), view.clone()));
     }
+    let driver = delegator.clone();
     let context = local::Context {
         device: config.device.clone(),
         view,
@@ -161,6 +162,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     let api = tokio::spawn(local::serve(socket.clone(), context));
     tracing::info!(device = config.device, socket = %socket.display(), "agent runs");
     let ended = wait(&senses, api).await;
+    driver.stop(STOP_TIME).await;
     stop.cancel();
     let _ = tokio::fs::remove_file(&socket).await;
     ended
@@ -259,6 +261,8 @@ async fn serve_fleet(
     let routes = fleet::agent::router(pairings).merge(control::router(Roles { target, paired }));
     tokio::spawn(server.serve(routes, stop.clone()));
     let delegator = Arc::new(Delegator::new(parts.clone()));
+    // Before the first heartbeat, which names the plans that are under way.
+    delegator.resume()?;
     let (client, duplicator) = (fleet.client.clone(), fleet.identity.duplicator().clone());
     let (started, beating) = (Instant::now(), delegator.clone());
     let sample = move || {
@@ -299,8 +303,13 @@ fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbea
     }
 }
 
+/// Longest wait for plans to roll back before the agent ends; systemd waits 90 s.
+const STOP_TIME: Duration = Duration::from_secs(45);
+
 /// Between two tries of an automatic migration that could not start.
 const AUTOMATIC_RETRY: Duration = Duration::from_secs(15);
+/// The longest of them.
+const AUTOMATIC_RETRY_MAX: Duration = Duration::from_secs(3600);
 
 /// Starts a migration of everything when the verdict is degraded.
 async fn evacuate_when_degraded(
@@ -308,6 +317,7 @@ async fn evacuate_when_degraded(
     mut view: watch::Receiver<Arc<HostView>>,
 ) {
     let mut told = String::new();
+    let mut pause = AUTOMATIC_RETRY;
     while view.changed().await.is_ok() {
         let now = view.borrow_and_update().clone();
         let Some(verdict) = now
@@ -336,16 +346,35 @@ async fn evacuate_when_degraded(
                     .collect(),
             },
         };
-        match delegator.evacuate(&request).await {
-            Ok(plan) => tracing::warn!(%plan, "degraded: evacuating"),
-            Err(error) => {
-                let error = error.to_string();
-                if error != told {
-                    tracing::error!("degraded, but cannot evacuate: {error}");
-                    told = error;
-                }
+        let error = match delegator.evacuate(&request).await {
+            Ok(plan) => {
+                tracing::warn!(%plan, "degraded: evacuating");
+                delegator.ended(&plan).await
             }
+            Err(error) => Some(error.to_string()),
+        };
+        let Some(error) = error else {
+            pause = AUTOMATIC_RETRY;
+            continue;
+        };
+        if error.contains(OPERATOR_ABORT) {
+            tracing::warn!("aborted by an operator: no automatic plan before the verdict changes");
+            let degraded = |view: &Arc<HostView>| {
+                view.verdict
+                    .as_ref()
+                    .is_some_and(|v| v.kind == VerdictKind::Degraded)
+            };
+            if view.wait_for(|view| !degraded(view)).await.is_err() {
+                return;
+            }
+            continue;
         }
-        tokio::time::sleep(AUTOMATIC_RETRY).await;
+        if error != told {
+            tracing::error!("degraded, but not evacuated: {error}");
+            told = error;
+        }
+        // A plan that fails late has frozen the workload: each failure waits twice as long.
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(AUTOMATIC_RETRY_MAX);
     }
 }

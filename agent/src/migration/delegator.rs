@@ -17,6 +17,7 @@ use super::view::HostView;
 use crate::containers::{PauseError, Runtime, RuntimeError, Runtimes, TwinSpec};
 use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::identity::Identity;
+use crate::model::action::Actions;
 use crate::model::container::Container;
 use crate::model::fleet::{Configuration, PeerAddress};
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
@@ -26,7 +27,7 @@ use crate::model::volume::VolumeSpec;
 use crate::serve::{ForwardError, Forwarder};
 use crate::transfer::{DataPath, DataServer, Options, Sender};
 use crate::volume::FleetKey;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -155,7 +156,13 @@ impl Delegator {
         let id = new_plan_id(now, rand::random());
         let correlated = view.correlated();
         let edges = view.snapshot.edges.clone();
-        let (chosen, notes) = planner::select(request, &view.containers, &edges, &correlated)?;
+        let (chosen, notes) = planner::select(
+            request,
+            &view.containers,
+            &edges,
+            &correlated,
+            &self.released(),
+        )?;
         let (directories, mut blockers) = planner::directories(&chosen, Path::is_dir);
         if self.parts.fleet.is_none() {
             blockers.push(crate::model::plan::Blocker {
@@ -216,6 +223,25 @@ impl Delegator {
             volumes,
             image_size,
         })
+    }
+
+    /// Ids of the containers that earlier plans of this source released.
+    fn released(&self) -> BTreeSet<String> {
+        let mut released = BTreeSet::new();
+        for id in plan_ids(&self.parts.state, "source") {
+            let entries = self.entries(&id).unwrap_or_default();
+            let gone = entries
+                .iter()
+                .any(|e| matches!(e.event, SourceEvent::Released { .. }));
+            if let Some(plan) = plan_of(&entries).filter(|_| gone) {
+                released.extend(
+                    plan.containers
+                        .into_iter()
+                        .map(|planned| planned.container.id),
+                );
+            }
+        }
+        released
     }
 
     /// Makes a plan and runs it; returns as soon as it is journalled.
@@ -341,9 +367,11 @@ impl Delegator {
                     .finish()
                     .await;
                 }
-                _ => {
-                    core.roll_back("the agent was restarted before the release")
-                        .await;
+                (Some(_), None) => core.active.trouble(
+                    "released, but the target's address in the journal cannot be read; repair it and restart the agent",
+                ),
+                (None, _) => {
+                    core.roll_back("the agent was restarted before the release").await;
                 }
             }
         });
@@ -380,6 +408,37 @@ impl Delegator {
             Ok(())
         } else {
             Err(DelegatorError::Released(plan.clone()))
+        }
+    }
+
+    /// Waits until a plan of this life has ended; returns why when it was rolled back.
+    pub async fn ended(&self, plan: &PlanId) -> Option<String> {
+        let active = locked(&self.plans).get(plan).cloned()?;
+        while !active.ended.load(Ordering::Acquire) {
+            tokio::time::sleep(ENDED_POLL).await;
+        }
+        self.report(plan).ok()?.reason
+    }
+
+    /// Rolls back what is not released, because the agent ends; waits at most `patience`.
+    pub async fn stop(&self, patience: Duration) {
+        let plans: Vec<Arc<Active>> = locked(&self.plans).values().cloned().collect();
+        let cancelled: Vec<_> = plans
+            .iter()
+            .filter(|plan| plan.cancel("the agent was stopped"))
+            .collect();
+        let all_ended = async {
+            while !cancelled
+                .iter()
+                .all(|plan| plan.ended.load(Ordering::Acquire))
+            {
+                tokio::time::sleep(ENDED_POLL).await;
+            }
+        };
+        if tokio::time::timeout(patience, all_ended).await.is_err() {
+            tracing::error!(
+                "a plan could not be rolled back in time; the next start of the agent does it"
+            );
         }
     }
 
@@ -462,6 +521,9 @@ impl Delegator {
     }
 }
 
+/// Between two looks whether a plan has ended.
+const ENDED_POLL: Duration = Duration::from_millis(100);
+
 /// Between two tries for a port that somebody else holds.
 const FORWARD_RETRY: Duration = Duration::from_secs(5);
 
@@ -474,7 +536,11 @@ pub(super) fn plan_of(entries: &[super::journal::Entry<SourceEvent>]) -> Option<
     for entry in entries {
         match &entry.event {
             SourceEvent::TargetChosen { target } => plan.target = Some(target.clone()),
-            SourceEvent::Paired { paired } => plan.paired = Some(paired.clone()),
+            SourceEvent::Paired { paired, delegated } => {
+                plan.paired = Some(paired.clone());
+                plan.delegated = delegated.clone();
+            }
+            SourceEvent::NotPaired { .. } => plan.delegated = Actions::default(),
             _ => {}
         }
     }

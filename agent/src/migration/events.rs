@@ -1,5 +1,6 @@
 //! What the journals of a plan hold, on the source and on the target.
 
+use crate::model::action::Actions;
 use crate::model::control::Owns;
 use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState};
@@ -61,6 +62,13 @@ pub enum SourceEvent {
     Paired {
         /// Paired device.
         paired: Chosen,
+        /// Actions that it does; `encrypt` only over a trusted link.
+        delegated: Actions,
+    },
+    /// No device could be lent for the delegated actions: the source does all.
+    NotPaired {
+        /// Why.
+        reason: String,
     },
     /// The target is ready to receive.
     Prepared {

@@ -27,6 +27,8 @@ pub struct Entry<E> {
 pub struct Journal<E> {
     path: PathBuf,
     file: File,
+    /// Length of the whole lines; none when the file could not be brought back to it after an error.
+    whole: Option<u64>,
     events: PhantomData<E>,
 }
 
@@ -112,6 +114,7 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
             Self {
                 path,
                 file,
+                whole: Some(whole as u64),
                 events: PhantomData,
             },
             entries,
@@ -129,14 +132,31 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
             error: error.into(),
         })?;
         line.push(b'\n');
-        self.file
+        let failed = |error| JournalError {
+            doing: "write",
+            path: self.path.clone(),
+            error,
+        };
+        let Some(whole) = self.whole else {
+            return Err(failed(std::io::Error::other(
+                "an earlier write failed halfway",
+            )));
+        };
+        // What is written or synced only in part must not be there after a restart.
+        if let Err(error) = self
+            .file
             .write_all(&line)
             .and_then(|()| self.file.sync_data())
-            .map_err(|error| JournalError {
-                doing: "write",
-                path: self.path.clone(),
-                error,
-            })
+        {
+            let cut = self
+                .file
+                .set_len(whole)
+                .and_then(|()| self.file.sync_data());
+            self.whole = cut.is_ok().then_some(whole);
+            return Err(failed(error));
+        }
+        self.whole = Some(whole + line.len() as u64);
+        Ok(())
     }
 }
 

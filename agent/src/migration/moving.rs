@@ -44,6 +44,29 @@ pub enum MoveError {
     /// The release cannot be signed.
     #[error("cannot sign the release: {0}; check the identity in the state directory")]
     Sign(String),
+    /// The paired device takes data at an address that is not trusted.
+    #[error(
+        "the paired device takes data at {0}, which is not in `trusted_networks`; unsealed blocks do not go there"
+    )]
+    Untrusted(std::net::SocketAddr),
+    /// The pause took too long.
+    #[error(
+        "the final changeset was not on the target after {0:?}; the workload was let run again; try when disk or link are faster"
+    )]
+    PauseTooLong(std::time::Duration),
+    /// Somebody let a container run again during the pause.
+    #[error("{0} was let run again during the pause; find who did it and ask again")]
+    Thawed(crate::model::ids::ContainerName),
+    /// The target's own word differs.
+    #[error(
+        "{target} does not confirm the last epoch and root of volume {volume}; nothing was released; ask again"
+    )]
+    NotArrived {
+        /// Volume.
+        volume: String,
+        /// Target.
+        target: crate::model::ids::DeviceId,
+    },
     /// The device left its fleet.
     #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
     NoFleet,
@@ -51,10 +74,10 @@ pub enum MoveError {
     #[error("{0}")]
     Journal(#[from] JournalError),
     /// A volume could not be sent.
-    #[error("volume {volume}: {error}")]
+    #[error("sending to {target}: {error}")]
     Send {
-        /// Volume.
-        volume: String,
+        /// Target of the plan.
+        target: String,
         /// Cause.
         error: SendError,
     },

@@ -95,7 +95,7 @@ impl Paired {
         let lent = self
             .state
             .authorised(&plan, peer)
-            .filter(|lent| lent.role == Role::Paired);
+            .filter(|lent| lent.role == Role::Paired && plan.is_plain());
         let authorisation = lent.ok_or_else(|| RelayError::NotAuthorised {
             source_device: peer.clone(),
             plan: plan.clone(),
@@ -166,6 +166,7 @@ impl Paired {
     pub fn end(&self, peer: &DeviceId, plan: &PlanId) -> Result<(), RelayError> {
         self.state
             .authorised(plan, peer)
+            .filter(|_| plan.is_plain())
             .ok_or_else(|| RelayError::NotAuthorised {
                 source_device: peer.clone(),
                 plan: plan.clone(),

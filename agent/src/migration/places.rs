@@ -67,11 +67,15 @@ impl Target {
                     .iter()
                     .flat_map(|planned| &planned.volumes)
                     .find(|definition| definition["Name"].as_str() == Some(name));
-                if runtime.volume(name).await.is_ok() {
-                    return Err(TargetError::InTheWay {
-                        what: format!("volume {name}"),
-                        why: "a volume of that name exists here; rename or remove it".into(),
-                    });
+                match runtime.volume(name).await {
+                    Err(error) if error.not_found() => {}
+                    Err(error) => return Err(error.into()),
+                    Ok(_) => {
+                        return Err(TargetError::InTheWay {
+                            what: format!("volume {name}"),
+                            why: "a volume of that name exists here; rename or remove it".into(),
+                        });
+                    }
                 }
                 let Some(definition) = definition else {
                     return Err(TargetError::InTheWay {
@@ -159,7 +163,7 @@ pub(super) fn empty(directory: &Path) -> std::io::Result<()> {
 
 /// Whether the file systems of the places hold the volumes that go there.
 pub(super) fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
-    let mut needed: BTreeMap<u64, (&Path, Bytes)> = BTreeMap::new();
+    let mut needed: BTreeMap<u64, (&Path, Bytes, u64)> = BTreeMap::new();
     for place in places {
         let path = place.path.as_path();
         let at = |error| TargetError::File {
@@ -168,10 +172,11 @@ pub(super) fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetErro
         };
         let device = std::fs::metadata(path).map_err(at)?.dev();
         let volume = plan.volumes.iter().find(|volume| volume.id == place.volume);
-        needed.entry(device).or_insert((path, Bytes(0))).1 +=
-            volume.map_or(Bytes(0), |volume| volume.size);
+        let (_, size, entries) = needed.entry(device).or_insert((path, Bytes(0), 0));
+        *size += volume.map_or(Bytes(0), |volume| volume.size);
+        *entries += volume.map_or(0, |volume| volume.entries);
     }
-    for (path, needed) in needed.into_values() {
+    for (path, needed, entries) in needed.into_values() {
         let stat = nix::sys::statvfs::statvfs(path).map_err(|error| TargetError::File {
             doing: format!("read free space of {}", path.display()),
             error: error.into(),
@@ -182,6 +187,15 @@ pub(super) fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetErro
                 path: path.to_owned(),
                 free,
                 needed,
+            });
+        }
+        // File systems that make inodes as they go say that they have none at all.
+        let free = stat.files_available();
+        if stat.files() > 0 && free < entries {
+            return Err(TargetError::NoInodes {
+                path: path.to_owned(),
+                free,
+                needed: entries,
             });
         }
     }

@@ -3,7 +3,7 @@
 //! Pure composition: the delegator gathers, this file decides.
 
 use crate::model::action::{Action, Actions};
-use crate::model::container::Container;
+use crate::model::container::{Container, Mount, State};
 use crate::model::edge::{Correlated, Edge};
 use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
 use crate::model::plan::{Blocker, Estimate, MigrationEvent, Plan, PlannedContainer, PlannedStep};
@@ -46,7 +46,8 @@ pub enum PlanError {
 
 /// The containers that must move together with those requested, and what to tell the operator.
 ///
-/// A child is always with its parents (design §4): the request is widened to whole groups.
+/// A child is always with its parents (design §4): the request is widened to whole groups. Containers
+/// that do not run stay, and so do those that an earlier plan `released` (by id): they are not ours.
 ///
 /// # Errors
 /// A name is unknown, or nothing is left to move.
@@ -55,10 +56,13 @@ pub fn select(
     containers: &[Container],
     edges: &[Edge],
     correlated: &[Correlated],
+    released: &BTreeSet<String>,
 ) -> Result<(Vec<Container>, Vec<String>), PlanError> {
     let managed: BTreeMap<&ContainerName, &Container> = containers
         .iter()
         .filter(|container| container.runtime.is_some())
+        .filter(|container| matches!(container.state, State::Running | State::Paused))
+        .filter(|container| !released.contains(&container.id))
         .map(|container| (&container.name, container))
         .collect();
     let mut notes = Vec::new();
@@ -101,7 +105,11 @@ pub fn select(
         let over_ids = correlated
             .iter()
             .filter_map(|Correlated(a, b)| other_end(name, a, b));
-        let others: Vec<&ContainerName> = over_edges.chain(over_ids).collect();
+        let over_volumes = managed
+            .values()
+            .filter(|other| share_data(managed.get(name), other));
+        let over_volumes = over_volumes.map(|other| &other.name);
+        let others: Vec<&ContainerName> = over_edges.chain(over_ids).chain(over_volumes).collect();
         for other in others {
             if let Some((other, _)) = managed.get_key_value(other)
                 && chosen.insert(other)
@@ -122,6 +130,18 @@ pub fn select(
             .collect(),
         notes,
     ))
+}
+
+/// Whether both mount the same directory, or one inside the other's: they must have one owner.
+fn share_data(one: Option<&&Container>, other: &Container) -> bool {
+    one.is_some_and(|one| {
+        one.mounts.iter().any(|a| {
+            let meets =
+                |b: &Mount| a.source.starts_with(&b.source) || b.source.starts_with(&a.source);
+            (a.writable || other.mounts.iter().any(|b| b.writable))
+                && other.mounts.iter().any(meets)
+        })
+    })
 }
 
 fn other_end<'a>(
@@ -283,12 +303,7 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         .collect();
     let mut delegated = request.delegate.clone();
     if delegated.0.remove(&Action::Serve) {
-        blockers.push(Blocker {
-            what: "serve".into(),
-            why:
-                "serving stays with the source in this version; delegate encrypt and transfer only"
-                    .into(),
-        });
+        notes.push("serve stays with the source in this version".into());
     }
     for planned in &containers {
         let udp = planned
@@ -302,6 +317,33 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
                 "{}: {udp} published UDP port(s) are not forwarded after the switch; point clients at the target",
                 planned.container.name
             ));
+        }
+    }
+    for planned in &containers {
+        let name = &planned.container.name;
+        let network = planned.inspect["HostConfig"]["NetworkMode"]
+            .as_str()
+            .unwrap_or_default();
+        if network.starts_with("container:") {
+            blockers.push(Blocker {
+                what: name.to_string(),
+                why: "it shares another container's network, which this version does not rebuild; give it a network of its own".into(),
+            });
+        }
+        for volume in &planned.volumes {
+            let local = matches!(volume["Driver"].as_str(), None | Some("local"));
+            let plain = volume["Options"]
+                .as_object()
+                .is_none_or(serde_json::Map::is_empty);
+            if !local || !plain {
+                blockers.push(Blocker {
+                    what: name.to_string(),
+                    why: format!(
+                        "its volume {} has a driver or driver options, so its data lies elsewhere; move that by its own means",
+                        volume["Name"]
+                    ),
+                });
+            }
         }
     }
     let bytes: Bytes = volumes.iter().map(|volume| volume.size).sum();
@@ -369,7 +411,6 @@ pub fn image_volumes(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::container::{Mount, State};
     use crate::model::edge::{Learnt, Protocol};
 
     fn container(name: &str, mounts: &[&str]) -> Container {
@@ -430,7 +471,8 @@ mod tests {
             container("other", &[]),
         ];
         let edges = [edge("web", "app"), edge("app", "db")];
-        let (chosen, notes) = select(&request(&["db"]), &all, &edges, &[]).unwrap();
+        let (chosen, notes) =
+            select(&request(&["db"]), &all, &edges, &[], &BTreeSet::new()).unwrap();
         let names: Vec<&str> = chosen.iter().map(|c| c.name.as_str()).collect();
         assert_eq!(names, ["app", "db", "web"]);
         assert_eq!(notes.len(), 2);
@@ -438,7 +480,14 @@ mod tests {
 
     #[test]
     fn an_unknown_container_is_named_with_those_that_exist() {
-        let error = select(&request(&["dbb"]), &[container("db", &[])], &[], &[]).unwrap_err();
+        let error = select(
+            &request(&["dbb"]),
+            &[container("db", &[])],
+            &[],
+            &[],
+            &BTreeSet::new(),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("`dbb`") && error.to_string().contains("db"));
     }
 

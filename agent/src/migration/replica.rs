@@ -60,7 +60,10 @@ impl Replica {
         let (state, report) = outcome.map_err(|error| match core.active.cancelled() {
             Some(reason) => MoveError::Cancelled(reason),
             None => MoveError::Send {
-                volume: volume.name.clone(),
+                target: match &core.plan.target {
+                    Some(target) => format!("{} at {}", target.device, target.address),
+                    None => "no target".to_owned(),
+                },
                 error,
             },
         })?;

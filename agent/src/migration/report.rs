@@ -158,9 +158,12 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(target.explanation.iter().map(|line| format!("  {line}")));
             lines
         }
-        SourceEvent::Paired { paired } => {
+        SourceEvent::NotPaired { reason } => {
+            vec![format!("nothing is delegated: {reason}")]
+        }
+        SourceEvent::Paired { paired, delegated } => {
             let mut lines = vec![format!(
-                "paired device {} at {}: token authenticated, authorised",
+                "paired device {} at {}: token authenticated, authorised for {delegated}",
                 paired.device, paired.address
             )];
             lines.extend(paired.explanation.iter().map(|line| format!("  {line}")));

@@ -5,7 +5,7 @@
 use super::events::SourceEvent;
 use super::moving::{Move, MoveError};
 use super::switch::RETRY;
-use crate::containers::Means;
+use crate::containers::{FenceError, Means};
 use crate::model::container::State;
 use crate::model::fleet::DutyOutcome;
 use crate::model::plan::PlannedContainer;
@@ -24,8 +24,18 @@ impl Move {
         tracing::warn!(plan = %self.plan.id, reason, "rolling back");
         self.active.enter("roll back");
         let delegator = self.delegator.clone();
+        // All side by side: one that cannot be thawed must not keep the others frozen.
+        let thaws = self
+            .plan
+            .containers
+            .iter()
+            .map(|planned| self.thaw(planned));
+        futures_util::future::join_all(thaws).await;
         for planned in &self.plan.containers {
-            while let Err(error) = self.restore(planned).await {
+            for _ in 0..UNFENCE_TRIES {
+                let Err(error) = self.unfence(planned).await else {
+                    break;
+                };
                 self.active
                     .trouble(&format!("restoring {}: {error}", planned.container.name));
                 tokio::time::sleep(RETRY).await;
@@ -44,18 +54,36 @@ impl Move {
     }
 }
 
+/// Tries to lift a fence before the roll-back goes on and leaves it to the operator, who is told.
+const UNFENCE_TRIES: u32 = 20;
+
 impl Move {
-    /// Lets one container run and be started as before.
-    async fn restore(&self, planned: &PlannedContainer) -> Result<(), MoveError> {
-        let (container, runtime) = (&planned.container, self.delegator.runtime_of(planned)?);
-        if self.done.pausing && container.state == State::Running {
-            match runtime.state(&container.id).await {
-                Ok(State::Paused) => runtime.unpause(&container.id).await?,
-                Err(error) if error.not_found() => return Ok(()),
-                Ok(_) => {}
-                Err(error) => return Err(error.into()),
-            }
+    /// Lets one container run again, however long its runtime takes to answer.
+    async fn thaw(&self, planned: &PlannedContainer) {
+        if !self.done.pausing || planned.container.state == State::Paused {
+            return;
         }
+        while let Err(error) = self.thaw_once(planned).await {
+            self.active
+                .trouble(&format!("thawing {}: {error}", planned.container.name));
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn thaw_once(&self, planned: &PlannedContainer) -> Result<(), MoveError> {
+        let (id, runtime) = (&planned.container.id, self.delegator.runtime_of(planned)?);
+        match runtime.state(id).await {
+            Ok(State::Paused) => Ok(runtime.unpause(id).await?),
+            Ok(_) => Ok(()),
+            Err(error) if error.not_found() => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Lets one container be started as before, and starts it when only the fence kept it down.
+    async fn unfence(&self, planned: &PlannedContainer) -> Result<(), MoveError> {
+        let (container, runtime) = (&planned.container, self.delegator.runtime_of(planned)?);
+        let policy = &planned.inspect["HostConfig"]["RestartPolicy"];
         let known = self
             .done
             .fences
@@ -65,13 +93,23 @@ impl Move {
             Some(known) => runtime.lift_fence(&known.fence).await?,
             None if self.done.fencing => {
                 // The agent died between making this fence and writing it down: make it again to know it.
-                let mut fence = runtime.forbid_start(&container.id, "roll-back").await?;
+                let mut fence = match runtime.forbid_start(&container.id, "roll-back").await {
+                    Err(FenceError::Runtime(error)) if error.not_found() => return Ok(()),
+                    fence => fence?,
+                };
                 if let Means::RestartPolicy { previous } = &mut fence.how {
-                    *previous = planned.inspect["HostConfig"]["RestartPolicy"].clone();
+                    *previous = policy.clone();
                 }
                 runtime.lift_fence(&fence).await?;
             }
-            None => {}
+            None => return Ok(()),
+        }
+        let restarts = !matches!(policy["Name"].as_str(), None | Some("" | "no"));
+        if restarts
+            && container.state == State::Running
+            && runtime.state(&container.id).await? == State::Exited
+        {
+            runtime.start(&container.id).await?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! What an operator may set about moving data.
 
 use serde::Deserialize;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Moving data.
@@ -19,6 +20,8 @@ pub struct Settings {
     pub disable_io_uring: bool,
     /// Start migrations on a degraded verdict without an operator.
     pub automatic: bool,
+    /// As target: directories below which bind-mounted volumes of other devices may be put.
+    pub bind_roots: Vec<PathBuf>,
 }
 
 impl Default for Settings {
@@ -31,6 +34,11 @@ impl Default for Settings {
             ready_timeout_seconds: 120,
             disable_io_uring: false,
             automatic: true,
+            bind_roots: [
+                "/srv", "/opt", "/data", "/mnt", "/media", "/home", "/var/lib",
+            ]
+            .map(PathBuf::from)
+            .to_vec(),
         }
     }
 }
@@ -40,6 +48,23 @@ impl Settings {
     #[must_use]
     pub fn settle(&self) -> Duration {
         Duration::from_secs(self.settle_seconds)
+    }
+
+    /// Whether a bind-mounted volume may be put at `path`, symbolic links on the way there resolved.
+    #[must_use]
+    pub fn takes_bind(&self, path: &Path) -> bool {
+        let existing = path
+            .ancestors()
+            .find(|path| path.exists())
+            .unwrap_or(Path::new("/"));
+        let Ok(real) = existing.canonicalize() else {
+            return false;
+        };
+        let rest = path.strip_prefix(existing).unwrap_or(Path::new(""));
+        let real = real.join(rest);
+        self.bind_roots
+            .iter()
+            .any(|root| real.starts_with(root) && real != *root)
     }
 
     /// Longest wait for a twin.

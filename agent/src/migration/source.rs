@@ -10,12 +10,14 @@ use super::moving::{Move, MoveError};
 use super::replica::Replica;
 use super::switch::Released;
 use crate::fleet::identity;
-use crate::fleet::pairing::Pairing;
+use crate::fleet::pairing::{PairError, Pairing};
 use crate::model::action::{Action, Actions};
-use crate::model::container::{Container, State};
-use crate::model::control::{Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret};
+use crate::model::container::State;
+use crate::model::control::{
+    Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
+};
 use crate::model::fleet::PeerAddress;
-use crate::model::plan::{Chosen, Plan, Release, SignedRelease, VolumeRelease};
+use crate::model::plan::{Chosen, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease};
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::{DataKey, DataPath, Hop, LinkKey, Sender};
 use std::collections::BTreeMap;
@@ -36,7 +38,7 @@ async fn up_to_release(core: &mut Move) -> Result<Released<'_>, MoveError> {
     let replicated = prepared.replicate().await?;
     let paused = replicated.pause().await?;
     let last = paused.final_changeset().await?;
-    last.release()
+    last.release().await
 }
 
 /// A plan on paper.
@@ -59,23 +61,15 @@ impl<'a> Planned<'a> {
         core.plan.target = Some(chosen);
         let mut paired_peer = None;
         if !core.plan.delegated.is_empty() {
-            let paired = delegator.pair(&core.plan, &target_peer.device).await?;
-            if core.plan.delegated.contains(Action::Encrypt)
-                && !delegator.trusts(paired.peer.addr.ip())
-            {
-                core.plan.delegated.0.remove(&Action::Encrypt);
-                core.plan.notes.push(format!(
-                    "encrypt stays here: the link to {} ({}) is not in `trusted_networks`",
-                    paired.peer.device,
-                    paired.peer.addr.ip()
-                ));
+            match delegator.pair(&core.plan, &target_peer.device).await {
+                Ok(paired) => paired_peer = Some(core.take_paired(&paired)?),
+                // A host that must go does not wait for help that is not there.
+                Err(MoveError::Allocation {
+                    error: error @ PairError::NobodyFits { .. },
+                    ..
+                }) => core.keep_all(&error)?,
+                Err(error) => return Err(error),
             }
-            let chosen = describe(&paired);
-            core.append(SourceEvent::Paired {
-                paired: chosen.clone(),
-            })?;
-            core.plan.paired = Some(chosen);
-            paired_peer = Some(paired.peer);
         }
         core.active.set_plan(&core.plan);
         Ok(Allocated {
@@ -83,6 +77,37 @@ impl<'a> Planned<'a> {
             target: target_peer,
             paired: paired_peer,
         })
+    }
+}
+
+impl Move {
+    /// Writes down the paired device, and which of the delegated actions it may have.
+    fn take_paired(&mut self, paired: &Pairing) -> Result<PeerAddress, MoveError> {
+        let address = paired.peer.addr.ip();
+        if self.plan.delegated.contains(Action::Encrypt) && !self.delegator.trusts(address) {
+            self.plan.delegated.0.remove(&Action::Encrypt);
+            self.plan.notes.push(format!(
+                "encrypt stays here: the link to {} ({address}) is not in `trusted_networks`",
+                paired.peer.device
+            ));
+        }
+        let chosen = describe(paired);
+        self.plan.paired = Some(chosen.clone());
+        let delegated = self.plan.delegated.clone();
+        self.append(SourceEvent::Paired {
+            paired: chosen,
+            delegated,
+        })?;
+        Ok(paired.peer.clone())
+    }
+
+    /// Keeps every action here because nobody can be lent.
+    fn keep_all(&mut self, why: &PairError) -> Result<(), MoveError> {
+        self.plan.delegated = Actions::default();
+        self.append(SourceEvent::NotPaired {
+            reason: why.to_string(),
+        })?;
+        Ok(())
     }
 }
 
@@ -131,6 +156,10 @@ impl<'a> Allocated<'a> {
                 let request = relay_request(&core.plan, &accepted);
                 let path = format!("/v1/plans/{}/relay", core.plan.id);
                 let relay: RelayAccepted = client.post(paired, &path, &request).await?;
+                let unsealed = core.plan.delegated.contains(Action::Encrypt);
+                if unsealed && !core.delegator.trusts(relay.data.ip()) {
+                    return Err(MoveError::Untrusted(relay.data));
+                }
                 route_over(&core.plan.delegated, &accepted, &relay)
             }
             _ => DataPath::Direct {
@@ -331,17 +360,13 @@ impl<'a> Replicated<'a> {
         core.enter("pause")?;
         core.append(SourceEvent::Pausing)?;
         let started = Instant::now();
-        // Children first: a frozen parent would only make them time out.
-        let running: Vec<&Container> = core
-            .plan
-            .order
-            .iter()
-            .rev()
-            .flat_map(|step| step.containers.iter().rev())
-            .filter_map(|name| core.plan.container(name))
-            .map(|planned| &planned.container)
-            .filter(|container| container.state == State::Running)
-            .collect();
+        // As they are now: one may have been started or have ended since the plan was made.
+        let mut running = Vec::new();
+        for planned in &core.plan.containers {
+            if core.state_of(planned).await? == Some(State::Running) {
+                running.push(&planned.container);
+            }
+        }
         core.delegator.parts().runtimes.pause_all(&running).await?;
         core.append(SourceEvent::Paused {
             duration: started.elapsed(),
@@ -355,6 +380,10 @@ impl<'a> Replicated<'a> {
         })
     }
 }
+
+/// Longest time the workload stays frozen before the release: a disk or link that takes longer for the
+/// last changeset is not to be waited for with everything stopped.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// Nothing writes any more.
 struct Paused<'a> {
@@ -382,7 +411,9 @@ impl<'a> Paused<'a> {
             .iter()
             .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)))
         {
-            rounds.push(replica.send(core, volume, true).await?);
+            let left = PAUSE_MAX.saturating_sub(since.elapsed());
+            let sent = tokio::time::timeout(left, replica.send(core, volume, true)).await;
+            rounds.push(sent.map_err(|_| MoveError::PauseTooLong(PAUSE_MAX))??);
         }
         core.append(SourceEvent::Final {
             volumes: rounds.clone(),
@@ -416,7 +447,7 @@ struct FinallySent<'a> {
 
 impl<'a> FinallySent<'a> {
     /// Signs and writes the release: the commit point.
-    fn release(self) -> Result<Released<'a>, MoveError> {
+    async fn release(self) -> Result<Released<'a>, MoveError> {
         let Self {
             core,
             target,
@@ -424,6 +455,8 @@ impl<'a> FinallySent<'a> {
             since,
         } = self;
         core.enter("release")?;
+        core.check_arrived(&target, &releases).await?;
+        core.check_frozen().await?;
         let release = Release {
             plan: core.plan.id.clone(),
             source: core.plan.source.clone(),
@@ -444,6 +477,56 @@ impl<'a> FinallySent<'a> {
         })
     }
 }
+
+impl Move {
+    /// State of a planned container now; none when it is gone.
+    async fn state_of(&self, planned: &PlannedContainer) -> Result<Option<State>, MoveError> {
+        match self
+            .delegator
+            .runtime_of(planned)?
+            .state(&planned.container.id)
+            .await
+        {
+            Ok(state) => Ok(Some(state)),
+            Err(error) if error.not_found() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Nothing of the plan may run when it is released.
+    async fn check_frozen(&self) -> Result<(), MoveError> {
+        for planned in &self.plan.containers {
+            if self.state_of(planned).await? == Some(State::Running) {
+                return Err(MoveError::Thawed(planned.container.name.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the target itself, over mutual TLS, what arrived: an acknowledgement on the data plane came
+    /// through whoever carried the data.
+    async fn check_arrived(
+        &self,
+        target: &PeerAddress,
+        releases: &[VolumeRelease],
+    ) -> Result<(), MoveError> {
+        let path = format!("/v1/plans/{}", self.plan.id);
+        let client = self.client()?.clone().with_timeout(CHECK_TIME);
+        let status: TargetStatus = client.get(target, &path).await?;
+        for release in releases {
+            if !status.arrived.contains(release) {
+                return Err(MoveError::NotArrived {
+                    volume: release.name.clone(),
+                    target: target.device.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A target that just acknowledged everything answers at once.
+const CHECK_TIME: Duration = Duration::from_secs(5);
 
 fn sign(fleet: &FleetContext, release: &Release) -> Result<SignedRelease, MoveError> {
     let failed = |error: String| MoveError::Sign(error);

@@ -70,6 +70,11 @@ impl Released<'_> {
                 Ok(status) if status.start_up.is_some() => break status,
                 Ok(status) => {
                     core.active.twins(&status.twins);
+                    if let Some(twin) = status.twins.iter().find(|twin| twin.error.is_some()) {
+                        let why = twin.error.as_deref().unwrap_or_default();
+                        core.active
+                            .trouble(&format!("twin {}: {why}", twin.container));
+                    }
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
                 Err(error) => {
@@ -149,7 +154,7 @@ pub(super) fn forwardings(plan: &Plan, target: std::net::IpAddr) -> Vec<Forwardi
     plan.containers
         .iter()
         .flat_map(|planned| planned.container.published.iter())
-        .filter(|port| !port.udp)
+        .filter(|port| !port.udp && !port.host_ip.is_loopback())
         .map(|port| Forwarding {
             listen: (port.host_ip, port.host_port).into(),
             to: (target, port.host_port).into(),

@@ -17,9 +17,10 @@ use crate::model::plan::{Plan, Release, SignedRelease, TwinState, VolumeRelease}
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::VolumeKind;
 use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveProgress, ReceiveVolume};
-use crate::volume::FleetKey;
+use crate::volume::{BlockSize, FleetKey};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -57,6 +58,18 @@ pub enum TargetError {
         free: Bytes,
         /// Needed.
         needed: Bytes,
+    },
+    /// Not enough inodes.
+    #[error(
+        "target has {free} inodes free at {path}, the plan's volumes there need {needed}; remove files or choose another target"
+    )]
+    NoInodes {
+        /// Directory.
+        path: PathBuf,
+        /// Free.
+        free: u64,
+        /// Needed.
+        needed: u64,
     },
     /// The release is not good.
     #[error("release of plan {plan} refused: {why}")]
@@ -142,7 +155,11 @@ impl Target {
         {
             return Err(TargetError::Owned(plan.id));
         }
-        self.dismiss_now(&plan.id, "offered again").await?;
+        // A source runs one plan at a time: what it left unowned here is over.
+        for id in self.unowned_of(peer) {
+            self.dismiss_now(&id, "its source offers another plan")
+                .await?;
+        }
         let runtime = self.runtime_for(&plan).await?;
         Self::check_names(&plan, runtime).await?;
         let directory = plan_directory(&self.parts.state, "target", &plan.id);
@@ -206,6 +223,16 @@ impl Target {
         })
     }
 
+    fn unowned_of(&self, source: &DeviceId) -> Vec<PlanId> {
+        let plans = self.plans();
+        let unowned = plans.values().filter(|known| known.owns.is_none());
+        unowned
+            .map(|known| &known.plan)
+            .filter(|plan| &plan.source == source)
+            .map(|plan| plan.id.clone())
+            .collect()
+    }
+
     fn check_ours(&self, peer: &DeviceId, plan: &Plan) -> Result<(), TargetError> {
         let not_ours = |why: String| {
             Err(TargetError::NotOurs {
@@ -224,19 +251,21 @@ impl Target {
             Some(target) => return not_ours(format!("its target is {}", target.device)),
             None => return not_ours("it names no target".into()),
         }
+        if self
+            .plans()
+            .get(&plan.id)
+            .is_some_and(|known| &known.plan.source != peer)
+        {
+            return not_ours("another source has a plan of that id here".into());
+        }
         let lent = self.pairings.authorised(&plan.id, peer);
         if lent.is_none_or(|lent| lent.role != Role::Target) {
             return not_ours("the duplicator did not lend us to it as target".into());
         }
-        let safe = |text: &str| {
-            !text.is_empty()
-                && text
-                    .bytes()
-                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-        };
-        if !safe(plan.id.as_str()) {
+        if !plan.id.is_plain() {
             return not_ours("its id is not made of letters, digits and dashes".into());
         }
+        check_binds(plan).or_else(&not_ours)?;
         for volume in &plan.volumes {
             let climbs = volume.source_path.components().any(|part| {
                 matches!(
@@ -246,6 +275,14 @@ impl Target {
             });
             if climbs || !volume.source_path.is_absolute() {
                 return not_ours(format!("volume {} has no plain absolute path", volume.name));
+            }
+            if volume.kind == VolumeKind::Bind
+                && !self.parts.settings.takes_bind(&volume.source_path)
+            {
+                return not_ours(format!(
+                    "volume {} is below none of the directories in `bind_roots`",
+                    volume.source_path.display()
+                ));
             }
         }
         Ok(())
@@ -284,7 +321,6 @@ impl Target {
     /// # Errors
     /// The plan is unknown, or the runtime refuses an image.
     pub async fn load_images(&self, peer: &DeviceId, plan: &PlanId) -> Result<(), TargetError> {
-        let _turn = self.turn.lock().await;
         let (plan, places) = self.known(peer, plan)?;
         let runtime = self.runtime_for(&plan).await?;
         for volume in &plan.volumes {
@@ -331,7 +367,7 @@ impl Target {
         signed: SignedRelease,
     ) -> Result<Owns, TargetError> {
         let _turn = self.turn.lock().await;
-        let (plan, _) = self.known(peer, id)?;
+        let (plan, places) = self.known(peer, id)?;
         if let Some(owns) = self.plans().get(id).and_then(|known| known.owns.clone()) {
             return Ok(owns);
         }
@@ -340,12 +376,18 @@ impl Target {
             why,
         };
         let release = self.check_signature(&plan, &signed).map_err(refuse)?;
-        let arrived = self
-            .parts
-            .data
-            .as_ref()
-            .and_then(|data| data.progress(id))
+        let mut arrived = self
+            .plans()
+            .get(id)
+            .map(|known| self.arrived(known))
             .unwrap_or_default();
+        if arrived.is_empty() {
+            // The agent was restarted since the data came: what is on disk speaks for itself.
+            arrived = self
+                .read_again(&plan, &places, &release)
+                .await
+                .map_err(refuse)?;
+        }
         check_release(&plan, &self.parts.device, &release, &arrived).map_err(refuse)?;
         let owns = Owns {
             plan: id.clone(),
@@ -377,6 +419,53 @@ impl Target {
         tracing::info!(plan = %id, "this target owns the plan's volumes");
         tokio::spawn(self.clone().start_twins(plan));
         Ok(owns)
+    }
+
+    /// Reads the places of the released volumes and computes their roots anew.
+    async fn read_again(
+        &self,
+        plan: &Plan,
+        places: &[Place],
+        release: &Release,
+    ) -> Result<Vec<VolumeRelease>, String> {
+        let fleet = self
+            .parts
+            .fleet
+            .as_ref()
+            .ok_or("this device is in no fleet")?;
+        let key = FleetKey(*fleet.identity.fleet_key());
+        let jobs: Vec<_> = release
+            .volumes
+            .iter()
+            .filter_map(|released| {
+                let place = places
+                    .iter()
+                    .find(|place| place.volume == released.volume)?;
+                let volume = plan
+                    .volumes
+                    .iter()
+                    .find(|volume| volume.id == released.volume)?;
+                Some((
+                    released.clone(),
+                    place.path.clone(),
+                    BlockSize::for_volume(volume.size.0),
+                ))
+            })
+            .collect();
+        tokio::task::spawn_blocking(move || {
+            jobs.into_iter()
+                .map(|(released, path, block_size)| {
+                    let (state, _) = crate::volume::scan(&path, &key, block_size)
+                        .map_err(|error| error.to_string())?;
+                    Ok(VolumeRelease {
+                        root: state.root,
+                        ..released
+                    })
+                })
+                .collect()
+        })
+        .await
+        .map_err(|error| error.to_string())?
     }
 
     fn check_signature(&self, plan: &Plan, signed: &SignedRelease) -> Result<Release, String> {
@@ -417,12 +506,38 @@ impl Target {
             (Some(_), None, Some(_)) => "failed",
             (Some(_), None, None) => "starting",
         };
+        let arrived = self.arrived(known);
         Ok(TargetStatus {
+            arrived,
             phase: phase.into(),
             owns: known.owns.clone(),
             twins: known.twins.clone(),
             start_up: known.start_up,
         })
+    }
+
+    /// What of each volume arrived last, as the data plane verified it.
+    fn arrived(&self, known: &Receiving) -> Vec<VolumeRelease> {
+        let progress = self
+            .parts
+            .data
+            .as_ref()
+            .and_then(|data| data.progress(&known.plan.id));
+        let complete = |progress: &ReceiveProgress| {
+            let (epoch, root) = progress.complete?;
+            let volume = progress.volume;
+            Some(VolumeRelease {
+                volume,
+                name: name_of(&known.plan, volume),
+                epoch,
+                root,
+            })
+        };
+        progress
+            .unwrap_or_default()
+            .iter()
+            .filter_map(complete)
+            .collect()
     }
 
     /// Ends a plan that was not taken over and removes what it made here.
@@ -466,7 +581,8 @@ impl Target {
         Ok(())
     }
 
-    /// Takes up what an earlier life of the agent left: owned plans go on, others are dismissed.
+    /// Takes up what an earlier life of the agent left: the twins of owned plans are started; the data of
+    /// others is kept until their source releases or dismisses them, or offers another plan.
     ///
     /// # Errors
     /// A journal cannot be read or written.
@@ -483,10 +599,7 @@ impl Target {
                 known.start_up.is_some(),
             );
             self.plans().insert(id.clone(), known);
-            if !owned {
-                self.dismiss_now(&id, "the target's agent was restarted before the release")
-                    .await?;
-            } else if !running {
+            if owned && !running {
                 tokio::spawn(self.clone().start_twins(plan));
             }
         }
@@ -532,12 +645,36 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
     if dismissed { None } else { known }
 }
 
+/// Every host directory that a twin would mount must be a volume of the plan.
+fn check_binds(plan: &Plan) -> Result<(), String> {
+    for planned in &plan.containers {
+        let binds = planned.inspect["HostConfig"]["Binds"]
+            .as_array()
+            .into_iter()
+            .flatten();
+        let sources = binds.filter_map(|bind| bind.as_str()?.split(':').next());
+        for source in sources.filter(|source| source.starts_with('/')) {
+            if !plan
+                .volumes
+                .iter()
+                .any(|volume| Path::new(source).starts_with(&volume.source_path))
+            {
+                return Err(format!(
+                    "{} would mount {source}, which is no volume of the plan",
+                    planned.container.name
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Whether the release is by the source of `plan`, for this target, and for exactly what arrived.
 fn check_release(
     plan: &Plan,
     target: &DeviceId,
     release: &Release,
-    arrived: &[ReceiveProgress],
+    arrived: &[VolumeRelease],
 ) -> Result<(), String> {
     if release.plan != plan.id {
         return Err(format!("it is for plan {}", release.plan));
@@ -563,13 +700,12 @@ fn check_release(
         else {
             return Err(format!("it leaves out volume {}", volume.name));
         };
-        let progress = arrived.iter().find(|progress| progress.volume == volume.id);
-        match progress.and_then(|progress| progress.complete) {
+        match arrived.iter().find(|arrived| arrived.volume == volume.id) {
             None => return Err(format!("nothing of volume {} arrived", volume.name)),
-            Some((epoch, root)) if epoch != released.epoch || root != released.root => {
+            Some(arrived) if arrived.epoch != released.epoch || arrived.root != released.root => {
                 return Err(format!(
-                    "volume {}: released epoch {} root {}, arrived epoch {epoch} root {root}",
-                    volume.name, released.epoch, released.root
+                    "volume {}: released epoch {} root {}, arrived epoch {} root {}",
+                    volume.name, released.epoch, released.root, arrived.epoch, arrived.root
                 ));
             }
             Some(_) => {}

@@ -12,6 +12,7 @@ impl Target {
     /// Starts the twins in order, each ready before the next step; tries again until all are.
     pub(super) async fn start_twins(self: Arc<Self>, plan: Plan) {
         let begun = Instant::now();
+        super::faults::die_at("start twins");
         let mut pause = Duration::from_millis(500);
         loop {
             match self.start_in_order(&plan).await {

@@ -151,7 +151,7 @@ fn judge(
             released: released.root,
             received: owned.map(|owned| owned.root),
             kept: kept.get(&released.name).copied(),
-            agrees: owned.is_none_or(|owned| {
+            agrees: owned.is_some_and(|owned| {
                 owned.root == released.root && owned.epoch == released.epoch.next()
             }) && kept
                 .get(&released.name)

@@ -46,6 +46,8 @@ impl HostView {
             .get(name)
             .cloned()
             .unwrap_or_default();
+        // A listener in the range the kernel hands out at random is no service (ip_local_port_range).
+        ports.retain(|port| *port < 32_768);
         for edge in self
             .snapshot
             .edges

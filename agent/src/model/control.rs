@@ -88,6 +88,8 @@ pub struct TargetStatus {
     pub phase: String,
     /// Ownership, once taken.
     pub owns: Option<Owns>,
+    /// Last whole epoch of each volume and its root, as the target computed it.
+    pub arrived: Vec<VolumeRelease>,
     /// Twins in start order.
     pub twins: Vec<TwinState>,
     /// Time from ownership to the last twin's readiness, once all are ready.

@@ -49,6 +49,15 @@ string_id!(
     PairingId
 );
 
+impl PlanId {
+    /// Whether it is made of letters, digits and dashes, as every plan id is: it becomes a file name.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+        !self.0.is_empty() && self.0.len() <= 64 && self.0.bytes().all(plain)
+    }
+}
+
 /// A volume's number within its plan, as it stands in every record's associated data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -260,7 +260,11 @@ impl Feed<'_> {
                     );
                     return Ok(false);
                 }
-                Err(error) => return Err(self.corrupt(0, error.to_string())),
+                Err(error) => {
+                    // What cannot be read names no record: it is one that had not arrived yet.
+                    let next = lock(&self.session.arrived).watermark();
+                    return Err(self.corrupt(next, error.to_string()));
+                }
             };
             if header.kind != FrameKind::Sealed
                 || header.volume != self.volume.spec.id
@@ -281,7 +285,9 @@ impl Feed<'_> {
             }
             queue.drain();
             if lock(&self.session.arrived).watermark() != header.number {
-                return Err(self.protocol("records before a barrier are missing"));
+                // Nobody vouches for a header before its record was opened: the number may be wrong.
+                let what = "records before this barrier are missing".to_owned();
+                return Err(self.corrupt(header.number, what));
             }
             hand.parent.forget();
             if self.record(&mut hand, &header, &record)? {

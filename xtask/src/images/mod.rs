@@ -108,7 +108,15 @@ pub(crate) fn postgres_version() -> Result<String> {
 /// # Errors
 /// A program an image needs is not installed or not built, or Podman refused; the message says which.
 pub fn load(host: &Host) -> Result<()> {
-    for name in NAMES {
+    load_some(host, &NAMES)
+}
+
+/// As [`load`], only the images of these [`NAMES`].
+///
+/// # Errors
+/// As [`load`].
+pub fn load_some(host: &Host, names: &[&str]) -> Result<()> {
+    for name in names {
         let (archive, changes) = build(name)?;
         let mut command = host.command(["podman", "--log-level", "error", "import", "--quiet"]);
         for change in changes {

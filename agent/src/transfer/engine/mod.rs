@@ -95,13 +95,16 @@ pub struct NoEngine(pub io::Error);
 /// # Errors
 /// io_uring was demanded and the kernel refuses it.
 pub fn engine(choice: EngineChoice) -> Result<Box<dyn Engine>, NoEngine> {
+    static SAID: Once = Once::new();
     match choice {
-        EngineChoice::Threads => Ok(Box::new(ThreadEngine)),
+        EngineChoice::Threads => {
+            SAID.call_once(|| tracing::info!("io_uring is not wanted; plain threads do the work"));
+            Ok(Box::new(ThreadEngine))
+        }
         EngineChoice::IoUring => Ok(Box::new(UringEngine::new().map_err(NoEngine)?)),
         EngineChoice::Auto => match UringEngine::new() {
             Ok(engine) => Ok(Box::new(engine)),
             Err(error) => {
-                static SAID: Once = Once::new();
                 SAID.call_once(|| {
                     tracing::warn!(
                         "io_uring does not run here ({error}); plain threads do the work"

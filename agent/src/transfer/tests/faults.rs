@@ -307,8 +307,20 @@ fn a_full_target_is_named_with_what_is_needed_and_free_and_a_roomier_one_works()
             text.contains("volume data") && text.contains("free"),
             "{text}"
         );
-        let progress = bench.server.progress(&bench.plan).unwrap();
-        assert!(progress[0].failure.is_some());
+        // The sender may hear of it before the receiver's worker has written it down.
+        let since = std::time::Instant::now();
+        let failed = || {
+            bench.server.progress(&bench.plan).unwrap()[0]
+                .failure
+                .is_some()
+        };
+        while !failed() {
+            assert!(
+                since.elapsed().as_secs() < 10,
+                "the target does not know of its failure"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
     bench.admit_target(&bench.target);
     let mut sender = bench.sender(bench.path(Way::Direct));

@@ -1,0 +1,159 @@
+//! A policy that changes under a running agent, and a verdict that outlives the agent.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lifeboat_tests::shop::{logged, says};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use xtask::crew::{Crew, Device};
+use xtask::lab::{HostSpec, Lab, LabSpec};
+use xtask::process::{is_root, wait_for};
+use xtask::workspace;
+
+const DEVICE: &str = "device";
+const POLICY: &str = "/etc/lifeboat/policy.yaml";
+
+/// A policy by which every machine is degraded (no machine has a pebibyte free), or none is.
+fn policy(name: &str, failing: bool, hold: &str) -> String {
+    let limit = if failing { "1024TiB" } else { "1KiB" };
+    format!(
+        "version: 1
+name: {name}
+thresholds:
+  {name}-memory:
+    metric: memory.available
+    below: {limit}
+degraded:
+  - any: [{name}-memory]
+guards:
+  hold: {hold}
+"
+    )
+}
+
+fn crew(name: &str, first: &str) -> Result<Option<(Lab, Crew)>> {
+    if !is_root() {
+        eprintln!("skipped: lab hosts need root");
+        return Ok(None);
+    }
+    let mut spec = LabSpec::of(name, &[]);
+    spec.hosts = [DEVICE, "duplicator"]
+        .map(|host| HostSpec {
+            containers: false,
+            ..host.into()
+        })
+        .into();
+    let lab = Lab::up(&spec)?;
+    let device = Device {
+        policy: Some(first.to_owned()),
+        ..Device::new(DEVICE)
+    };
+    let crew = Crew::start(&lab, "duplicator", &[device])?;
+    Ok(Some((lab, crew)))
+}
+
+fn verdict(crew: &Crew) -> Result<Value> {
+    let (_, status) = crew.ask(DEVICE, &["status"])?;
+    Ok(status["view"]["verdict"].clone())
+}
+
+/// Waits for a verdict of this kind that rests on a sample of `threshold`, or on none when it is empty.
+fn wait_for_verdict(crew: &Crew, kind: &str, threshold: &str) -> Result<Value> {
+    let what = format!("the verdict {kind} by {threshold:?}");
+    wait_for(&what, Duration::from_secs(15), || {
+        let verdict = verdict(crew)?;
+        let because = verdict["evidence"][0]["threshold"].as_str();
+        Ok(
+            (verdict["kind"] == kind && because.unwrap_or_default() == threshold)
+                .then_some(verdict),
+        )
+    })
+}
+
+fn reload(lab: &Lab, crew: &Crew, text: &str) -> Result<()> {
+    lab.host(DEVICE)?.write(POLICY, text)?;
+    crew.signal_agent(DEVICE, Signal::SIGHUP)
+}
+
+#[test]
+fn a_broken_policy_never_replaces_a_good_one_and_a_good_one_is_applied() -> Result<()> {
+    let Some((lab, crew)) = crew("reload", &policy("first", true, "0s"))? else {
+        return Ok(());
+    };
+    let before = wait_for_verdict(&crew, "degraded", "first-memory")?;
+
+    let broken = policy("second", false, "0s").replace("below:", "beneath:");
+    reload(&lab, &crew, &broken)?;
+    let line = logged(|| crew.log(DEVICE), &["the old one stays"])?;
+    let place = format!("{POLICY}:6:5");
+    says(&line, &[&place, "thresholds.second-memory", "beneath"])?;
+    let sample = |verdict: &Value| verdict["evidence"][0]["last_sample"].as_u64();
+    let later = wait_for("a later sample", Duration::from_secs(10), || {
+        let later = verdict(&crew)?;
+        Ok((sample(&later) > sample(&before)).then_some(later))
+    })?;
+    ensure!(
+        later["kind"] == "degraded"
+            && later["evidence"][0]["threshold"] == "first-memory"
+            && later["since"] == before["since"],
+        "the old policy did not go on: {later}"
+    );
+
+    reload(&lab, &crew, &policy("third", true, "0s"))?;
+    wait_for_verdict(&crew, "degraded", "third-memory")?;
+    reload(&lab, &crew, &policy("fourth", false, "0s"))?;
+    wait_for_verdict(&crew, "healthy", "")?;
+    Ok(())
+}
+
+#[test]
+fn an_agent_does_not_start_with_a_broken_policy_and_says_where_it_is_broken() -> Result<()> {
+    if !is_root() {
+        eprintln!("skipped: lab hosts need root");
+        return Ok(());
+    }
+    let mut spec = LabSpec::of("no-start", &[]);
+    spec.hosts = vec![HostSpec {
+        containers: false,
+        ..DEVICE.into()
+    }];
+    let lab = Lab::up(&spec)?;
+    let host = lab.host(DEVICE)?;
+    host.write(POLICY, policy("bad", true, "0s").replace("TiB", "TeB"))?;
+    let config = format!("device: {DEVICE}\npolicy: {POLICY}\n");
+    host.write("/etc/lifeboat/agent.yaml", config)?;
+    let lifeboat = workspace::binary("lifeboat");
+    let ended = host
+        .command([lifeboat.as_os_str(), "agent".as_ref()])
+        .output()?;
+    ensure!(
+        ended.status.code() == Some(1),
+        "it ended with {}",
+        ended.status
+    );
+    let error = String::from_utf8_lossy(&ended.stderr);
+    let place = format!("{POLICY}:6:12");
+    says(&error, &[&place, "thresholds.bad-memory.below", "1024TeB"])?;
+    Ok(())
+}
+
+#[test]
+fn a_held_degraded_verdict_and_its_age_survive_kill_9() -> Result<()> {
+    let Some((lab, mut crew)) = crew("survives", &policy("first", true, "10m"))? else {
+        return Ok(());
+    };
+    let degraded = wait_for_verdict(&crew, "degraded", "first-memory")?;
+    // Now nothing fails any more, and only the hold keeps the verdict.
+    reload(&lab, &crew, &policy("second", false, "10m"))?;
+    let held = wait_for_verdict(&crew, "degraded", "")?;
+    ensure!(held["held_until"].is_u64(), "nothing holds it: {held}");
+    crew.kill_agent(DEVICE)?;
+    crew.start_agent(DEVICE)?;
+    let after = wait_for_verdict(&crew, "degraded", "")?;
+    ensure!(
+        after["since"] == degraded["since"] && after["held_until"] == held["held_until"],
+        "before: {degraded}\nheld: {held}\nafter the restart: {after}"
+    );
+    Ok(())
+}
