@@ -20,11 +20,10 @@ enum Task {
     Test,
     /// A host goes bad, its containers and their data leave, and it is proven
     Demo(xtask::demo::Arguments),
+    /// The figures, beside their peers and goals
+    Bench(xtask::bench::Arguments),
     /// Lab hosts on this machine
     Lab(xtask::lab::command::Arguments),
-    /// Figures beside those of a peer
-    #[command(subcommand)]
-    Bench(xtask::bench::Figure),
     /// Writes to the demo application and keeps a ledger
     Load(xtask::load::Arguments),
 }
@@ -34,8 +33,8 @@ fn main() -> ExitCode {
         Task::Setup => xtask::setup::setup(),
         Task::Test => xtask::test::test(),
         Task::Demo(arguments) => xtask::demo::demo(&arguments),
+        Task::Bench(arguments) => xtask::bench::bench(&arguments),
         Task::Lab(arguments) => xtask::lab::command::run(&arguments),
-        Task::Bench(figure) => xtask::bench::run(&figure),
         Task::Load(arguments) => xtask::load::run(&arguments),
     };
     match result {

@@ -94,6 +94,20 @@ pub fn build() -> Result<()> {
     bail!("the build failed")
 }
 
+/// Builds the programs that figures are taken with, for release.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_release() -> Result<()> {
+    if step(
+        &mut members(&["build", "--release"], &["--bins", "--examples"]),
+        &mut Counts::default(),
+    )? {
+        return Ok(());
+    }
+    bail!("the release build failed")
+}
+
 /// Sets up, builds, checks the style, runs the unit tests and then the end-to-end tests one by one.
 ///
 /// # Errors

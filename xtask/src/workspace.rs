@@ -2,6 +2,14 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static RELEASE: AtomicBool = AtomicBool::new(false);
+
+/// From now on, binaries are those of the release build: figures are taken with it.
+pub fn use_release() {
+    RELEASE.store(true, Ordering::Relaxed);
+}
 
 /// Root of the checkout this task runner was built from.
 #[must_use]
@@ -20,5 +28,10 @@ pub fn target() -> PathBuf {
 /// Path of a binary of this workspace as `cargo build` leaves it.
 #[must_use]
 pub fn binary(name: &str) -> PathBuf {
-    target().join("debug").join(name)
+    let profile = if RELEASE.load(Ordering::Relaxed) {
+        "release"
+    } else {
+        "debug"
+    };
+    target().join(profile).join(name)
 }

@@ -1,26 +1,141 @@
-//! `cargo xtask bench`: figures beside those of a peer, measured in the same run on lab hosts.
+//! `cargo xtask bench`: the figures, each beside its peer or its goal in the same run.
 //!
-//! Invariant: a figure is only ever shown with its peer and their ratio; absolute times on a shared
-//! machine move from hour to hour.
+//! Absolute figures of one machine move from hour to hour, so what counts is the ratio. Everything runs in
+//! lab hosts with the release build. `--write` keeps what was printed in `docs/benchmarks.md`.
 
+mod agent;
+mod machine;
+mod pause;
+mod programs;
 mod transfer;
 
-use anyhow::Result;
-use clap::Subcommand;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
 
-/// What can be measured.
-#[derive(Debug, Subcommand)]
-pub enum Figure {
-    /// A large file and many small ones between two hosts, against rsync over ssh
-    Transfer(transfer::Arguments),
+use anyhow::{Context, Result, ensure};
+
+use crate::process::{as_root, is_root};
+use crate::{setup, test, workspace};
+
+/// `cargo xtask bench`.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// What to measure; everything when none is named.
+    subjects: Vec<Subject>,
+    /// Keeps the figures in docs/benchmarks.md.
+    #[arg(long, conflicts_with = "short")]
+    write: bool,
+    /// Once and with a tenth of the data: shows that it works, no figures to keep.
+    #[arg(long)]
+    short: bool,
+    /// Set-up and build are done (how the task calls itself as root).
+    #[arg(long, hide = true)]
+    built: bool,
 }
 
-/// Measures one figure and prints it as a table.
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Subject {
+    /// A large file and many small ones, sealed, against rsync over ssh.
+    Transfer,
+    /// The pause at the switch under the demo's load.
+    Pause,
+    /// Memory and idle CPU of an agent with 50 containers.
+    Agent,
+    /// Cost of an event in each kernel program.
+    Programs,
+}
+
+const ALL: [Subject; 4] = [
+    Subject::Transfer,
+    Subject::Pause,
+    Subject::Agent,
+    Subject::Programs,
+];
+
+/// Sets up, builds for release, measures as root and prints Markdown.
 ///
 /// # Errors
-/// The lab or a program of the measurement failed, or a goal was missed.
-pub fn run(figure: &Figure) -> Result<()> {
-    match figure {
-        Figure::Transfer(arguments) => transfer::run(arguments),
+/// Set-up, build or a measurement failed; or `--write` with less than everything.
+pub fn bench(arguments: &Arguments) -> Result<()> {
+    let subjects: &[Subject] = match &arguments.subjects[..] {
+        [] => &ALL,
+        some => some,
+    };
+    let everything = ALL.iter().all(|subject| subjects.contains(subject));
+    ensure!(
+        everything || !arguments.write,
+        "--write keeps one whole run: leave the subjects away"
+    );
+    if !arguments.built {
+        setup::setup()?;
+        test::build_release()?;
+    }
+    if !is_root() {
+        let words = std::env::args_os().skip(1);
+        return Err(as_root(words.chain(["--built".into()])));
+    }
+    workspace::use_release();
+
+    let start = Instant::now();
+    let mut text = String::new();
+    let mut keep = |section: String| {
+        println!("{section}");
+        text.push_str(&section);
+        text.push('\n');
+    };
+    keep(machine::limits()?);
+    for subject in subjects {
+        keep(match subject {
+            Subject::Transfer => transfer::measure(arguments.short)?,
+            Subject::Pause => pause::measure(arguments.short)?,
+            Subject::Agent => agent::measure(arguments.short)?,
+            Subject::Programs => programs::measure(arguments.short)?,
+        });
+    }
+    eprintln!("bench: {} s", start.elapsed().as_secs());
+    if arguments.write {
+        write(&text)?;
+    }
+    Ok(())
+}
+
+fn write(text: &str) -> Result<()> {
+    let path: PathBuf = workspace::root().join("docs/benchmarks.md");
+    let head = "# Benchmarks\n\nWritten by `cargo xtask bench --write`. Absolute figures belong to the machine \
+                below and move with its load; the ratios were taken side by side.\n\n";
+    fs::write(&path, format!("{head}{}\n", text.trim_end()))
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    eprintln!("bench: wrote {}", path.display());
+    Ok(())
+}
+
+/// The middle one of some figures; the mean of the two in the middle for an even number.
+fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => f64::NAN,
+        odd if odd % 2 == 1 => sorted[middle],
+        _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
+    }
+}
+
+/// A goal and whether it was met, for a table's last column.
+fn goal(text: &str, met: bool) -> String {
+    format!("{text}: {}", if met { "met" } else { "**not met**" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_figure_whatever_the_order() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert!(median(&[]).is_nan());
     }
 }

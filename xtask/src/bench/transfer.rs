@@ -1,287 +1,229 @@
-//! Moving a directory between two lab hosts: our data plane against `rsync -aHAXS -W` over ssh with
-//! aes128-gcm, on one large random file and on a tree of small files.
+//! One large file of random bytes and many small files, sealed, between two lab hosts: Lifeboat's data
+//! plane against `rsync -aHAXS -W` over ssh with aes128-gcm.
 //!
-//! Both read a source that is in the page cache and write to the same disk; ours is done when the
-//! target has verified every block and made everything durable, rsync when it has written. The targets
-//! of a run are kept until its end: ext4 avoids inodes deleted in the last minutes, at a price that
-//! would fall on whoever comes next.
+//! Both start with a cold cache and an empty destination, and take turns. Lifeboat's acknowledgement comes
+//! after the receiver's `syncfs`; rsync leaves its data in the page cache, so a `sync -f` of its destination
+//! is measured beside it. Destinations are kept until the end: ext4 avoids inodes deleted in the last
+//! minutes, at a price that would fall on whoever comes next.
 
-use std::env;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::net::SocketAddr;
+use std::fs;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
 
-use crate::lab::{Host, HostSpec, Lab, LabSpec};
-use crate::process::{output, run as run_command, wait_for};
+use super::{goal, machine, median};
+use crate::lab::{Host, Lab, LabSpec};
+use crate::process::{output, wait_for};
 use crate::workspace;
 
-/// Port of ssh on the target host.
-const SSH_PORT: u16 = 2222;
-/// Port of our receiver on the target host.
-const DATA_PORT: u16 = 7000;
+/// Bytes of the large file, and files of 4 KiB in the tree.
+const LARGE: u64 = 2 << 30;
+const FILES: usize = 50_000;
+const FILE: usize = 4096;
+/// In one directory.
+const TOGETHER: usize = 100;
+const RUNS: usize = 3;
 
-/// Measures transfers.
-#[derive(Debug, Args)]
-pub struct Arguments {
-    /// Measurements of each kind; the fastest of each is compared
-    #[arg(long, default_value_t = 3)]
-    rounds: u32,
-    /// Size of the large file in MiB
-    #[arg(long, default_value_t = 2048)]
-    large_mib: u64,
-    /// Number of 4 KiB files
-    #[arg(long, default_value_t = 50_000)]
-    small_files: u32,
-    /// Take the development build, which is there already but slower
-    #[arg(long)]
-    debug: bool,
+const SSH_PORT: &str = "2222";
+const DATA_PORT: &str = "7000";
+
+/// Seconds of one run.
+#[derive(Debug, Clone, Copy)]
+struct Rsync {
+    copied: f64,
+    durable: f64,
 }
 
-/// Fastest time of each contender on one workload.
-#[derive(Clone, Copy)]
-struct Fastest {
-    rsync: Duration,
-    /// rsync and the write-back that makes its result durable.
-    rsync_durable: Duration,
-    io_uring: Duration,
-    threads: Duration,
-}
-
-pub(super) fn run(arguments: &Arguments) -> Result<()> {
-    let mover = build(arguments.debug)?;
-    let hosts = ["from", "to"].map(|name| HostSpec {
-        containers: false,
-        ..HostSpec::from(name)
-    });
+pub(super) fn measure(short: bool) -> Result<String> {
+    let (large, files, runs) = if short {
+        (LARGE / 10, FILES / 10, 1)
+    } else {
+        (LARGE, FILES, RUNS)
+    };
     let lab = Lab::up(&LabSpec {
-        name: format!("bench-{}", std::process::id()),
-        hosts: hosts.into(),
+        name: format!("transfer-{}", std::process::id()),
+        hosts: vec![machine::bare("from"), machine::bare("to")],
     })?;
-    let (from, to) = (lab.host("from")?, lab.host("to")?);
-    fill(from, arguments)?;
-    let ssh = start_ssh(from, to)?;
-    let mut lines = Vec::new();
-    for (name, what) in [
-        ("large", format!("one file of {} MiB", arguments.large_mib)),
-        ("small", format!("{} files of 4 KiB", arguments.small_files)),
-    ] {
-        let mut best: Option<Fastest> = None;
-        for round in 0..arguments.rounds.max(1) {
-            let times = measure(from, to, &ssh, &mover, name, round)?;
-            best = Some(best.map_or(times, |best| best.and(times)));
+    let pair = Pair {
+        from: lab.host("from")?,
+        to: lab.host("to")?,
+    };
+    pair.start_ssh()?;
+    let mut text = format!(
+        "## Transfer\n\nSealed, between two lab hosts, cold cache and empty destination in every run; median of {runs}. \
+         Lifeboat counts until the receiver has acknowledged that everything is on disk.\n\n\
+         | data | Lifeboat, on disk | rsync, on disk | rsync, in the page cache | rsync ÷ Lifeboat, on disk | rsync in the page cache ÷ Lifeboat on disk | goal |\n\
+         |---|---|---|---|---|---|---|\n"
+    );
+    let file = pair.from.path("/srv/file");
+    fs::create_dir(&file)?;
+    write_large(&file.join("random"), large)?;
+    let tree = pair.from.path("/srv/tree");
+    write_tree(&tree, files)?;
+    let subjects = [
+        (format!("one file of {} MiB", large >> 20), "/srv/file"),
+        (format!("{files} files of 4 KiB"), "/srv/tree"),
+    ];
+    for (what, source) in subjects {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for run in 0..runs {
+            // They take turns in being first.
+            for turn in 0..2 {
+                if (run + turn) % 2 == 0 {
+                    ours.push(pair.lifeboat(source, run)?);
+                } else {
+                    theirs.push(pair.rsync(source, run)?);
+                }
+            }
         }
-        if let Some(best) = best {
-            println!("{what}: {best}");
-            lines.push((what, best));
-        }
+        eprintln!("bench: {what}: lifeboat {ours:.2?}, rsync {theirs:.2?}");
+        let ours = median(&ours);
+        let copied = median(&theirs.iter().map(|run| run.copied).collect::<Vec<_>>());
+        let durable = median(&theirs.iter().map(|run| run.durable).collect::<Vec<_>>());
+        text.push_str(&format!(
+            "| {what} | {ours:.2} s | {durable:.2} s | {copied:.2} s | {:.2} | {:.2} | {} |\n",
+            durable / ours,
+            copied / ours,
+            goal("faster than rsync", durable > ours)
+        ));
     }
     lab.down()?;
-    println!(
-        "\n| workload | rsync over ssh | and made durable | ours, io_uring | ours, threads | ratio |"
-    );
-    println!("|---|---|---|---|---|---|");
-    for (what, best) in &lines {
-        println!("{}", best.row(what));
+    Ok(text)
+}
+
+fn random() -> Result<fs::File> {
+    fs::File::open("/dev/urandom").context("cannot open /dev/urandom")
+}
+
+fn write_large(path: &Path, bytes: u64) -> Result<()> {
+    let mut file = fs::File::create(path)?;
+    std::io::copy(&mut random()?.take(bytes), &mut file)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+fn write_tree(root: &Path, files: usize) -> Result<()> {
+    let mut random = random()?;
+    let mut bytes = vec![0; FILE * TOGETHER];
+    for first in (0..files).step_by(TOGETHER) {
+        let dir = root.join(format!("{:03}", first / TOGETHER));
+        fs::create_dir_all(&dir)?;
+        random.read_exact(&mut bytes)?;
+        for (number, content) in bytes.chunks(FILE).enumerate().take(files - first) {
+            fs::File::create(dir.join(format!("{number:02}")))?.write_all(content)?;
+        }
     }
-    for (what, best) in &lines {
-        ensure!(
-            best.io_uring < best.rsync,
-            "{what}: slower than rsync over ssh; the goal is to be faster"
+    Ok(())
+}
+
+/// Everything clean on disk and nothing of it in memory.
+fn cold() -> Result<()> {
+    output(&mut Command::new("sync"))?;
+    fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache")
+}
+
+struct Pair<'l> {
+    from: &'l Host,
+    to: &'l Host,
+}
+
+impl Pair<'_> {
+    /// An ssh server of its own in the receiving host, with keys that end with the lab.
+    fn start_ssh(&self) -> Result<()> {
+        let key = |host: &Host, path: &str| {
+            host.run(["mkdir", "-p", "/run/bench", "/run/sshd"])?;
+            host.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path])
+        };
+        key(self.from, "/run/bench/id")?;
+        key(self.to, "/run/bench/host")?;
+        let public = fs::read(self.from.path("/run/bench/id.pub"))?;
+        self.to.write("/run/bench/authorized", public)?;
+        let config = format!(
+            "Port {SSH_PORT}\nHostKey /run/bench/host\nAuthorizedKeysFile /run/bench/authorized\n\
+             StrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n\
+             Ciphers aes128-gcm@openssh.com\nPidFile none\n"
         );
+        self.to.write("/run/bench/sshd_config", config)?;
+        let argv = ["/usr/sbin/sshd", "-D", "-e", "-f", "/run/bench/sshd_config"];
+        self.to.spawn_logged("sshd", argv)?;
+        self.await_port(SSH_PORT, "sshd")
     }
-    Ok(())
-}
 
-impl Fastest {
-    fn and(self, other: Self) -> Self {
-        Self {
-            rsync: self.rsync.min(other.rsync),
-            rsync_durable: self.rsync_durable.min(other.rsync_durable),
-            io_uring: self.io_uring.min(other.io_uring),
-            threads: self.threads.min(other.threads),
+    fn await_port(&self, port: &str, log: &str) -> Result<()> {
+        wait_for("the receiver's port", Duration::from_secs(10), || {
+            let filter = format!(":{port}");
+            let listening = self.to.run(["ss", "-Hltn", "sport", "=", &filter])?;
+            Ok((!listening.is_empty()).then_some(()))
+        })
+        .with_context(|| fs::read_to_string(self.to.log(log)).unwrap_or_default())
+    }
+
+    fn empty_destination(&self, source: &str, who: &str, run: usize) -> Result<String> {
+        let out = format!("{source}-{who}-{run}");
+        self.to.run(["mkdir", &out])?;
+        cold()?;
+        Ok(out)
+    }
+
+    fn same(&self, source: &str, out: &str) -> Result<()> {
+        let mut diff = Command::new("diff");
+        diff.arg("--recursive").arg("--brief");
+        diff.arg(self.from.path(source)).arg(self.to.path(out));
+        output(&mut diff).map(drop).context("the copy differs")
+    }
+
+    fn lifeboat(&self, source: &str, run: usize) -> Result<f64> {
+        let program = workspace::binary("examples/move_directory");
+        ensure!(
+            program.exists(),
+            "{} is missing: `cargo build --release --examples`",
+            program.display()
+        );
+        let out = self.empty_destination(source, "lifeboat", run)?;
+        let address = format!("{}:{DATA_PORT}", self.to.address());
+        let words = |role: &str, directory: &str| {
+            let mut argv: Vec<std::ffi::OsString> = vec!["env".into(), "MOVE_KEY=bench".into()];
+            argv.extend([program.clone().into(), role.into(), address.clone().into()]);
+            argv.push(directory.into());
+            argv
+        };
+        let mut receiver = self.to.spawn_logged("receiver", words("receive", &out))?;
+        self.await_port(DATA_PORT, "receiver")?;
+        let mut sender = self.from.command(words("send", source));
+        let start = Instant::now();
+        let sent = output(&mut sender);
+        let took = start.elapsed().as_secs_f64();
+        receiver.kill().context("cannot end the receiver")?;
+        receiver.wait().context("the receiver was lost")?;
+        sent.with_context(|| fs::read_to_string(self.to.log("receiver")).unwrap_or_default())?;
+        if run == 0 {
+            self.same(source, &out)?;
         }
+        Ok(took)
     }
 
-    fn ratio(&self) -> f64 {
-        self.rsync.as_secs_f64() / self.io_uring.as_secs_f64()
-    }
-
-    fn row(&self, what: &str) -> String {
-        format!(
-            "| {what} | {:.2} s | {:.2} s | {:.2} s | {:.2} s | {:.1}x |",
-            self.rsync.as_secs_f64(),
-            self.rsync_durable.as_secs_f64(),
-            self.io_uring.as_secs_f64(),
-            self.threads.as_secs_f64(),
-            self.ratio(),
-        )
-    }
-}
-
-impl std::fmt::Display for Fastest {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:.1} times as fast as rsync over ssh", self.ratio())
-    }
-}
-
-/// Builds the program that moves a directory and returns its path.
-fn build(debug: bool) -> Result<String> {
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace::root());
-    cargo.args([
-        "build",
-        "--package",
-        "lifeboat",
-        "--example",
-        "move_directory",
-    ]);
-    if !debug {
-        cargo.arg("--release");
-    }
-    run_command(&mut cargo)?;
-    let profile = if debug { "debug" } else { "release" };
-    let path = workspace::target()
-        .join(profile)
-        .join("examples/move_directory");
-    Ok(path.display().to_string())
-}
-
-/// Makes the workloads in `/srv` of the source host, which is on the machine's disk.
-fn fill(host: &Host, arguments: &Arguments) -> Result<()> {
-    let srv = host.path("/srv");
-    let mut random = File::open("/dev/urandom").context("cannot open /dev/urandom")?;
-    let large = srv.join("large");
-    make_dir(&large)?;
-    let mut file = File::create(large.join("file")).context("cannot make the large file")?;
-    io::copy(
-        &mut Read::by_ref(&mut random).take(arguments.large_mib << 20),
-        &mut file,
-    )
-    .context("cannot fill the large file; is the disk full?")?;
-    let small = srv.join("small");
-    let mut content = [0; 4096];
-    for number in 0..arguments.small_files {
-        let dir = small.join(format!("d{}", number / 100));
-        if number % 100 == 0 {
-            make_dir(&dir)?;
+    fn rsync(&self, source: &str, run: usize) -> Result<Rsync> {
+        let out = self.empty_destination(source, "rsync", run)?;
+        let shell = format!(
+            "ssh -p {SSH_PORT} -i /run/bench/id -c aes128-gcm@openssh.com -o BatchMode=yes \
+             -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+        );
+        let to = format!("root@{}:{}/", self.to.address(), out);
+        let source_contents = format!("{source}/");
+        let argv = ["rsync", "-aHAXS", "-W", "-e", &shell, &source_contents, &to];
+        let mut rsync = self.from.command(argv);
+        let mut sync = self.to.command(["sync", "-f", &out]);
+        let start = Instant::now();
+        output(&mut rsync)?;
+        let copied = start.elapsed().as_secs_f64();
+        output(&mut sync)?;
+        let durable = start.elapsed().as_secs_f64();
+        if run == 0 {
+            self.same(source, &out)?;
         }
-        random
-            .read_exact(&mut content)
-            .and_then(|()| File::create(dir.join(format!("f{number}"))))
-            .and_then(|mut file| file.write_all(&content))
-            .context("cannot make the small files; is the disk full?")?;
+        Ok(Rsync { copied, durable })
     }
-    Ok(())
-}
-
-fn make_dir(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))
-}
-
-/// Starts sshd on the target host and returns the ssh command that reaches it.
-fn start_ssh(from: &Host, to: &Host) -> Result<String> {
-    for (host, name) in [(to, "host"), (from, "user")] {
-        host.run(["mkdir", "-p", "/srv/ssh", "/run/sshd"])?;
-        let path = format!("/srv/ssh/{name}");
-        host.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", &path])?;
-    }
-    let public = fs::read(from.path("/srv/ssh/user.pub")).context("cannot read the ssh key")?;
-    to.write("/srv/ssh/authorized", public)?;
-    to.write(
-        "/srv/ssh/config",
-        format!(
-            "Port {SSH_PORT}\nHostKey /srv/ssh/host\nAuthorizedKeysFile /srv/ssh/authorized\n\
-             StrictModes no\nPermitRootLogin yes\nUsePAM no\nPidFile none\n"
-        ),
-    )?;
-    to.spawn_logged(
-        "sshd",
-        ["/usr/sbin/sshd", "-D", "-e", "-f", "/srv/ssh/config"],
-    )?;
-    let ssh = format!(
-        "ssh -p {SSH_PORT} -i /srv/ssh/user -c aes128-gcm@openssh.com -o StrictHostKeyChecking=no \
-         -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-    );
-    let address = format!("root@{}", to.address());
-    let mut words: Vec<&str> = ssh.split(' ').collect();
-    words.extend([address.as_str(), "true"]);
-    wait_for("ssh to the target host", Duration::from_secs(10), || {
-        Ok(from.run(&words).ok())
-    })?;
-    Ok(ssh)
-}
-
-fn measure(
-    from: &Host,
-    to: &Host,
-    ssh: &str,
-    mover: &str,
-    name: &str,
-    round: u32,
-) -> Result<Fastest> {
-    let source = format!("/srv/{name}");
-    let place = |who: &str| format!("/srv/{name}-{who}-{round}");
-    let into = place("rsync");
-    settle(from)?;
-    let started = Instant::now();
-    let there = format!("root@{}:{into}/", to.address());
-    let here = format!("{source}/");
-    from.run(["rsync", "-aHAXS", "-W", "-e", ssh, &here, &there])?;
-    let rsync = started.elapsed();
-    to.run(["sync", "-f", &into])?;
-    let rsync_durable = started.elapsed();
-    let ours = |engine: &str| move_directory(from, to, mover, &source, &place(engine), engine);
-    Ok(Fastest {
-        rsync,
-        rsync_durable,
-        io_uring: ours("io-uring")?,
-        threads: ours("threads")?,
-    })
-}
-
-/// Times one transfer by our data plane.
-fn move_directory(
-    from: &Host,
-    to: &Host,
-    mover: &str,
-    source: &str,
-    into: &str,
-    engine: &str,
-) -> Result<Duration> {
-    let addr = SocketAddr::from((to.address(), DATA_PORT)).to_string();
-    let key = "MOVE_KEY=bench";
-    let engine_there = format!("MOVE_ENGINE={engine}");
-    let mut receiver = to.spawn_logged(
-        "receiver",
-        ["env", key, &engine_there, mover, "receive", &addr, into],
-    )?;
-    let result = (|| {
-        let port = format!("/dev/tcp/{}/{DATA_PORT}", to.address());
-        let probe = format!("exec 3<>{port}");
-        wait_for(
-            "the receiver on the target host",
-            Duration::from_secs(10),
-            || Ok(from.run(["bash", "-c", &probe]).ok()),
-        )?;
-        settle(from)?;
-        let started = Instant::now();
-        let mut sender = from.command(["env", key, mover, "send", &addr, source, engine]);
-        output(&mut sender)?;
-        Ok(started.elapsed())
-    })();
-    // It serves until it is ended; that it has ended already would show as the sender's failure.
-    let _ = receiver.kill();
-    let _ = receiver.wait();
-    result
-}
-
-/// Everything written so far is on the disk: no one measures another's write-back.
-fn settle(host: &Host) -> Result<()> {
-    host.run(["sync"]).map(drop)
 }
