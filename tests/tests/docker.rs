@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
+use std::sync::atomic::AtomicU64;
 use xtask::lab::{Host, HostSpec, Lab, LabSpec};
 use xtask::process::{is_root, log_tail, wait_for};
 
@@ -210,7 +211,7 @@ async fn a_docker_twin_is_its_source_field_by_field_and_runs() -> Result<()> {
 
     let (archive, copy) = (a.path("/srv/image.tar"), b.path("/srv/image.tar"));
     source
-        .export_image(spec.image_reference(), &archive)
+        .export_image(spec.image_reference(), &archive, &AtomicU64::new(0))
         .await?;
     fs::copy(&archive, &copy)?;
     let loaded = target

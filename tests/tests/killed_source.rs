@@ -21,10 +21,12 @@ const QUEUE: Service = Service {
 
 /// Phases up to the release, in their order; while the agent is dead in the last two, the workload is
 /// frozen.
-const BEFORE: [&str; 7] = [
+const BEFORE: [&str; 9] = [
     "allocate",
     "prepare",
+    "export images",
     "replicate",
+    "rehearse twins",
     "fence",
     "pause",
     "final changeset",

@@ -6,6 +6,7 @@ use lifeboat::model::container::State;
 use lifeboat_tests::boxes::{SECOND, lab, runtime, start};
 use serde_json::{Value, json};
 use std::fs;
+use std::sync::atomic::AtomicU64;
 use xtask::lab::Host;
 
 /// A container that uses as many settings as one can.
@@ -61,7 +62,11 @@ fn start_elaborate(host: &Host) -> Result<()> {
 /// Exports the image on one host and loads it on the other.
 async fn carry_image(from: &Host, to: &Host, id: &str, reference: &str) -> Result<bool> {
     let (archive, copy) = (from.path("/srv/image.tar"), to.path("/srv/image.tar"));
-    let length = runtime(from).export_image(reference, &archive).await?;
+    let written = AtomicU64::new(0);
+    let length = runtime(from)
+        .export_image(reference, &archive, &written)
+        .await?;
+    ensure!(written.into_inner() == length, "progress is not the length");
     ensure!(length == fs::metadata(&archive)?.len() && length > 0);
     fs::copy(&archive, &copy)?;
     let loaded = runtime(to).load_image(&copy, id, reference).await?;

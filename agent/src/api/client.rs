@@ -1,6 +1,6 @@
 //! The command line's side of the local API.
 
-use super::local::Refusal;
+use super::local::{Because, Refusal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,9 @@ pub enum ClientError {
     /// The plan stands in the way.
     #[error("{0}")]
     Blocked(String),
+    /// A device that it asked cannot be reached.
+    #[error("{0}")]
+    Device(String),
     /// It answered something else.
     #[error(
         "the agent on {socket} answered something unexpected: {error}; are agent and command line of the same version?"
@@ -100,10 +103,10 @@ impl Client {
             return response.json().await.map_err(garbled);
         }
         let refusal: Refusal = response.json().await.map_err(garbled)?;
-        Err(if refusal.blocked {
-            ClientError::Blocked(refusal.error)
-        } else {
-            ClientError::Refused(refusal.error)
+        Err(match refusal.because {
+            Because::Plan => ClientError::Blocked(refusal.error),
+            Because::Device => ClientError::Device(refusal.error),
+            Because::Other => ClientError::Refused(refusal.error),
         })
     }
 }

@@ -26,7 +26,7 @@ pub struct Roles {
 pub fn router(roles: Roles) -> Router {
     Router::new()
         .route("/v1/plans/{plan}/offer", post(offer))
-        .route("/v1/plans/{plan}/images", post(images))
+        .route("/v1/plans/{plan}/rehearse", post(rehearse))
         .route("/v1/plans/{plan}/release", post(release))
         .route("/v1/plans/{plan}/dismiss", post(dismiss))
         .route("/v1/plans/{plan}", get(status))
@@ -42,7 +42,9 @@ fn refused(error: TargetError) -> ErrorAnswer {
     let status = match error {
         TargetError::Unknown(_) => StatusCode::NOT_FOUND,
         TargetError::NotOurs { .. } | TargetError::BadRelease { .. } => StatusCode::FORBIDDEN,
-        TargetError::InTheWay { .. } | TargetError::Owned(_) => StatusCode::CONFLICT,
+        TargetError::InTheWay { .. } | TargetError::Owned(_) | TargetError::Twin(_) => {
+            StatusCode::CONFLICT
+        }
         TargetError::NoSpace { .. } | TargetError::NoInodes { .. } => {
             StatusCode::INSUFFICIENT_STORAGE
         }
@@ -57,91 +59,81 @@ fn not_relayed(error: RelayError) -> ErrorAnswer {
     ErrorAnswer::new(StatusCode::FORBIDDEN, error)
 }
 
+/// Does `work` to its end, also when the caller hangs up in the middle: a step that makes or removes
+/// something must not stop half-way.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T, TargetError>> + Send + 'static,
+) -> Answer<T> {
+    match tokio::spawn(work).await {
+        Ok(done) => done.map(Json).map_err(refused),
+        Err(error) => Err(ErrorAnswer::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            format!("internal task failed: {error}; see the agent's log there"),
+        )),
+    }
+}
+
 async fn offer(
-    State(roles): State<Roles>,
+    State(Roles { target, .. }): State<Roles>,
     Extension(peer): Peer,
     Json(offer): Json<Offer>,
 ) -> Answer<OfferAccepted> {
-    roles
-        .target
-        .offer(&peer.device, offer.plan)
-        .await
-        .map(Json)
-        .map_err(refused)
+    whole(async move { target.offer(&peer.device, offer.plan).await }).await
 }
 
-async fn images(
-    State(roles): State<Roles>,
+async fn rehearse(
+    State(Roles { target, .. }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
 ) -> Answer<()> {
-    roles
-        .target
-        .load_images(&peer.device, &plan)
-        .await
-        .map(Json)
-        .map_err(refused)
+    whole(async move { target.rehearse(&peer.device, &plan).await }).await
 }
 
 async fn release(
-    State(roles): State<Roles>,
+    State(Roles { target, .. }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
     Json(request): Json<TakeOver>,
 ) -> Answer<Owns> {
-    let taken = roles
-        .target
-        .take_over(&peer.device, &plan, request.release)
-        .await;
-    taken.map(Json).map_err(refused)
+    whole(async move {
+        let release = request.release;
+        target.take_over(&peer.device, &plan, release).await
+    })
+    .await
 }
 
 async fn dismiss(
-    State(roles): State<Roles>,
+    State(Roles { target, .. }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
     Json(request): Json<Dismiss>,
 ) -> Answer<()> {
-    roles
-        .target
-        .dismiss(&peer.device, &plan, &request.reason)
-        .await
-        .map(Json)
-        .map_err(refused)
+    whole(async move { target.dismiss(&peer.device, &plan, &request.reason).await }).await
 }
 
 async fn status(
-    State(roles): State<Roles>,
+    State(Roles { target, .. }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
 ) -> Answer<TargetStatus> {
-    roles
-        .target
-        .status(&peer.device, &plan)
-        .map(Json)
-        .map_err(refused)
+    let status = target.status(&peer.device, &plan);
+    status.map(Json).map_err(refused)
 }
 
 async fn relay(
-    State(roles): State<Roles>,
+    State(Roles { paired, .. }): State<Roles>,
     Extension(peer): Peer,
     Json(request): Json<RelayRequest>,
 ) -> Answer<RelayAccepted> {
-    roles
-        .paired
-        .relay(&peer.device, request)
-        .map(Json)
-        .map_err(not_relayed)
+    let relayed = paired.relay(&peer.device, request);
+    relayed.map(Json).map_err(not_relayed)
 }
 
 async fn relay_end(
-    State(roles): State<Roles>,
+    State(Roles { paired, .. }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
 ) -> Answer<()> {
-    roles
-        .paired
-        .end(&peer.device, &plan)
-        .map(Json)
-        .map_err(not_relayed)
+    let ended = paired.end(&peer.device, &plan);
+    ended.map(Json).map_err(not_relayed)
 }

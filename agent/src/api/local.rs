@@ -52,8 +52,20 @@ pub struct Status {
 pub struct Refusal {
     /// Message with the next step.
     pub error: String,
-    /// Whether the plan is what stands in the way (exit code 4).
-    pub blocked: bool,
+    /// What stands in the way.
+    pub because: Because,
+}
+
+/// What stands in the way of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Because {
+    /// The plan's state, or what blocks it.
+    Plan,
+    /// Another device, which cannot be reached.
+    Device,
+    /// Anything else.
+    Other,
 }
 
 struct Refused(StatusCode, Refusal);
@@ -66,23 +78,24 @@ impl IntoResponse for Refused {
 
 impl From<DelegatorError> for Refused {
     fn from(error: DelegatorError) -> Self {
-        let (status, blocked) = match &error {
+        let (status, because) = match &error {
             DelegatorError::Plan(_) | DelegatorError::UnknownPlan(_) => {
-                (StatusCode::NOT_FOUND, false)
+                (StatusCode::NOT_FOUND, Because::Other)
             }
             DelegatorError::Blocked(_)
             | DelegatorError::Busy(_)
             | DelegatorError::NoFleet
             | DelegatorError::Released(_)
             | DelegatorError::NotReleased(_)
-            | DelegatorError::Over(..) => (StatusCode::CONFLICT, true),
-            _ => (StatusCode::INTERNAL_SERVER_ERROR, false),
+            | DelegatorError::Over(..) => (StatusCode::CONFLICT, Because::Plan),
+            DelegatorError::Peer(_) => (StatusCode::BAD_GATEWAY, Because::Device),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, Because::Other),
         };
         Self(
             status,
             Refusal {
                 error: error.to_string(),
-                blocked,
+                because,
             },
         )
     }
@@ -169,7 +182,7 @@ async fn reload(State(context): State<Context>) -> Result<Json<String>, Refused>
                 StatusCode::UNPROCESSABLE_ENTITY,
                 Refusal {
                     error,
-                    blocked: false,
+                    because: Because::Other,
                 },
             )
         })

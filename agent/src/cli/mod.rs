@@ -8,6 +8,7 @@ mod daemon;
 mod duplicator;
 mod evacuate;
 mod fleet;
+mod meter;
 mod observe;
 mod output;
 mod plan;
@@ -76,8 +77,8 @@ pub enum Failure {
     Blocked(anyhow::Error),
     /// A proof failed: 5.
     Unproven(anyhow::Error),
-    /// The subcommand has printed what is wrong by itself: 1.
-    Told,
+    /// The subcommand has printed what is wrong by itself; the exit code.
+    Told(u8),
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
@@ -114,7 +115,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             let (code, error) = match failure {
-                Failure::Told => return ExitCode::FAILURE,
+                Failure::Told(code) => return ExitCode::from(code),
                 Failure::Failed(error) => (1, error),
                 Failure::Unreachable(error) => (3, error),
                 Failure::Blocked(error) => (4, error),

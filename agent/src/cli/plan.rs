@@ -29,6 +29,9 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
     if plan.blockers.is_empty() {
         return Ok(());
     }
+    if context.json {
+        return Err(Failure::Told(4));
+    }
     Err(Failure::Blocked(anyhow::anyhow!(
         "the plan is blocked by {} thing(s) above",
         plan.blockers.len()

@@ -111,9 +111,13 @@ pub fn verify(arguments: &Arguments, context: &Context) -> Outcome {
             proof.twins_ready.0, proof.twins_ready.1
         );
         println!("running on the source: {}", proof.running_on_source.len());
+        println!("can be started on the source: {}", proof.unfenced.len());
     }
     if proof.faults.is_empty() {
         return Ok(());
+    }
+    if context.json {
+        return Err(Failure::Told(5));
     }
     Err(Failure::Unproven(anyhow::anyhow!(
         "plan {} is not proven: {}",

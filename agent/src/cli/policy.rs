@@ -52,7 +52,11 @@ pub fn run(args: &Args, json: bool) -> Outcome {
     if json {
         say(&Value::from(reports).to_string());
     }
-    if bad > 0 { Err(Failure::Told) } else { Ok(()) }
+    if bad > 0 {
+        Err(Failure::Told(1))
+    } else {
+        Ok(())
+    }
 }
 
 fn check(path: &PathBuf, file: &str) -> Result<Policy, PolicyError> {

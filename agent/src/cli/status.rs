@@ -1,9 +1,12 @@
 //! `lifeboat status`: verdict, plans, and how well the agent itself can see.
 
 use super::daemon::ask;
+use super::meter::Meter;
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
+use crate::model::ids::PlanId;
 use crate::model::units::human_duration;
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
@@ -17,13 +20,14 @@ pub struct Arguments {
 
 /// Prints the status once, or for ever.
 pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
+    let mut meters = BTreeMap::new();
     ask(&context.socket, async |agent| {
         loop {
             let status: Status = agent.get("/v1/status").await.map_err(Failure::of)?;
             let text = if context.json {
                 serde_json::to_string(&status)?
             } else {
-                render(&status)
+                render(&status, &mut meters)
             };
             if arguments.watch && std::io::stdout().is_terminal() {
                 print!("\x1b[H\x1b[2J");
@@ -38,7 +42,7 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
     })
 }
 
-fn render(status: &Status) -> String {
+fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
     let snapshot = &status.view.snapshot;
     let mut lines = Vec::new();
     match &status.view.verdict {
@@ -61,25 +65,12 @@ fn render(status: &Status) -> String {
         }
     }
     for plan in &status.plans {
-        let end = |device: &Option<_>| {
-            device
-                .as_ref()
-                .map_or_else(|| "-".into(), ToString::to_string)
-        };
-        lines.push(format!(
-            "plan {}: {}, target {}, paired device {}, {} read, {} sent",
-            plan.plan,
-            plan.phase,
-            end(&plan.target),
-            end(&plan.paired),
-            plan.bytes_read,
-            plan.bytes_sent
-        ));
-        lines.extend(
-            plan.trouble
-                .iter()
-                .map(|text| format!("  retrying: {text}")),
-        );
+        let meter = meters.entry(plan.plan.clone()).or_default();
+        lines.push(meter.line(plan));
+        let devices = [("target", &plan.target), ("paired device", &plan.paired)];
+        for (role, device) in devices {
+            lines.extend(device.iter().map(|device| format!("  {role} {device}")));
+        }
     }
     lines.extend(
         status

@@ -154,6 +154,26 @@ impl Runtime {
         }
     }
 
+    /// Whether a fence still keeps its container from starting; a container that is gone cannot start.
+    ///
+    /// # Errors
+    /// When the runtime fails.
+    pub async fn fence_holds(&self, fence: &Fence) -> Result<bool, RuntimeError> {
+        let inspect = match self.inspect(&fence.container).await {
+            Err(error) if error.not_found() => return Ok(true),
+            inspect => inspect?,
+        };
+        match &fence.how {
+            Means::RestartPolicy { .. } => {
+                let policy = &inspect["HostConfig"]["RestartPolicy"]["Name"];
+                Ok(matches!(policy.as_str(), None | Some("" | "no")))
+            }
+            Means::Hook { file } => {
+                Ok(below(&self.root("find the hooks directory").await?, file).exists())
+            }
+        }
+    }
+
     async fn set_policy(&self, id: &str, policy: &Value) -> Result<(), FenceError> {
         let path = format!("/containers/{}/update", escape(id));
         let operation = format!("set the restart policy of container {id}");

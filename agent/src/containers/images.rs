@@ -9,6 +9,7 @@ use futures_util::StreamExt as _;
 use serde_json::Value;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -89,11 +90,17 @@ impl Runtime {
     }
 
     /// Writes an image as one archive to a new file; returns its length in bytes. The reference travels
-    /// inside. The archive is the runtime's own: Docker's format, which keeps the image id.
+    /// inside. The archive is the runtime's own: Docker's format, which keeps the image id. `written`
+    /// grows with the file.
     ///
     /// # Errors
     /// When the runtime has no such image, or the file cannot be written; the file may then be partial.
-    pub async fn export_image(&self, reference: &str, into: &Path) -> Result<u64, ImageError> {
+    pub async fn export_image(
+        &self,
+        reference: &str,
+        into: &Path,
+        written: &AtomicU64,
+    ) -> Result<u64, ImageError> {
         let file_error = |source| ImageError::File {
             path: into.to_owned(),
             source,
@@ -104,14 +111,15 @@ impl Runtime {
             .await?;
         let mut pieces = Box::pin(pieces);
         let mut file = File::create(into).await.map_err(file_error)?;
-        let mut written = 0;
+        let mut length = 0;
         while let Some(piece) = pieces.next().await {
             let piece = piece?;
             file.write_all(&piece).await.map_err(file_error)?;
-            written += piece.len() as u64;
+            length += piece.len() as u64;
+            written.fetch_add(piece.len() as u64, Ordering::Relaxed);
         }
         file.sync_all().await.map_err(file_error)?;
-        Ok(written)
+        Ok(length)
     }
 
     /// Loads an archive made by [`Runtime::export_image`], unless the image is there already, and gives

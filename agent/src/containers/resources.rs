@@ -133,6 +133,18 @@ impl Runtime {
         }
     }
 
+    /// Removes a network; one that is not there is no error.
+    ///
+    /// # Errors
+    /// When a container is in it, or the runtime fails.
+    pub async fn remove_network(&self, name: &str) -> Result<(), RuntimeError> {
+        let path = format!("/networks/{}", escape(name));
+        match self.delete(&path, &format!("remove network {name}")).await {
+            Err(error) if error.not_found() => Ok(()),
+            result => result,
+        }
+    }
+
     /// Makes a volume unless it is there; returns the directory its data lies in.
     ///
     /// # Errors

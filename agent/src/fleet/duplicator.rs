@@ -110,6 +110,7 @@ impl<R: Registry> Duplicator<R> {
             .route("/v1/heartbeat", post(heartbeat::<R>))
             .route("/v1/devices", get(list::<R>))
             .route("/v1/pairings/request", post(pair::<R>))
+            .route("/v1/pairings/consider", post(consider::<R>))
             .route("/v1/pairings/release", post(release::<R>))
             .layer(from_fn_with_state(self.clone(), current_certificate::<R>))
             .with_state(self.clone())
@@ -297,28 +298,26 @@ pub fn statuses(devices: Vec<Device>, live_within: Duration, now: UnixMillis) ->
     devices.into_iter().map(status).collect()
 }
 
-async fn pair<R: Registry>(
-    State(duplicator): Shared<R>,
-    Extension(peer): Extension<PeerIdentity>,
-    Json(ask): Json<PairingAsk>,
-) -> Answer<PairingAnswer> {
+/// What is needed and by whom; none when the source's configuration is not known.
+async fn need<R: Registry>(
+    duplicator: &Duplicator<R>,
+    peer: &PeerIdentity,
+    ask: PairingAsk,
+) -> Result<Option<(Need, (PeerAddress, Fingerprint))>, ErrorAnswer> {
     let devices = duplicator.registry.devices().await?;
     let source = devices
         .into_iter()
         .find(|device| device.id == peer.device)
         .ok_or_else(|| RegistryError::DeviceUnknown(peer.device.clone()))?;
-    let Some(configuration) = ask.configuration.clone().or(source.configuration) else {
-        return Ok(Json(PairingAnswer::ConfigurationNeeded));
+    let Some(configuration) = ask.configuration.or(source.configuration) else {
+        return Ok(None);
     };
-    let source = (
-        PeerAddress {
-            device: peer.device.clone(),
-            addr: source.address,
-        },
-        peer.certificate_fingerprint,
-    );
-    let mut need = Need {
-        source: peer.device,
+    let address = PeerAddress {
+        device: peer.device.clone(),
+        addr: source.address,
+    };
+    let need = Need {
+        source: peer.device.clone(),
         configuration,
         role: ask.role,
         actions: ask.actions,
@@ -330,14 +329,43 @@ async fn pair<R: Registry>(
             .map(|device| (device, "the source excludes it".to_owned()))
             .collect(),
     };
+    Ok(Some((need, (address, peer.certificate_fingerprint))))
+}
+
+async fn consider<R: Registry>(
+    State(duplicator): Shared<R>,
+    Extension(peer): Extension<PeerIdentity>,
+    Json(ask): Json<PairingAsk>,
+) -> Answer<PairingAnswer> {
+    let Some((need, _)) = need(&duplicator, &peer, ask).await? else {
+        return Ok(Json(PairingAnswer::ConfigurationNeeded));
+    };
+    let rules = duplicator.rules();
+    let choice = duplicator.registry.consider(need, rules, now()).await?;
+    let explanation = choice.explanation;
+    Ok(Json(match choice.chosen {
+        Some(_) => PairingAnswer::Fits { explanation },
+        None => PairingAnswer::NobodyFits { explanation },
+    }))
+}
+
+async fn pair<R: Registry>(
+    State(duplicator): Shared<R>,
+    Extension(peer): Extension<PeerIdentity>,
+    Json(ask): Json<PairingAsk>,
+) -> Answer<PairingAnswer> {
+    let (plan, volumes) = (ask.plan.clone(), ask.volumes.clone());
+    let Some((mut need, source)) = need(&duplicator, &peer, ask).await? else {
+        return Ok(Json(PairingAnswer::ConfigurationNeeded));
+    };
     loop {
         let now = now();
         let allocation = duplicator
             .registry
             .allocate(
                 Ask {
-                    plan: ask.plan.clone(),
-                    volumes: ask.volumes.clone(),
+                    plan: plan.clone(),
+                    volumes: volumes.clone(),
                     need: need.clone(),
                     expires: UnixMillis(now.0.saturating_add(PAIRING_LIFETIME_MS)),
                 },
@@ -346,7 +374,7 @@ async fn pair<R: Registry>(
             )
             .await?;
         let Some(lending) = allocation.lending else {
-            tracing::warn!(source = %need.source, plan = %ask.plan, role = %need.role, "nobody to lend");
+            tracing::warn!(source = %need.source, %plan, role = %need.role, "nobody to lend");
             return Ok(Json(PairingAnswer::NobodyFits {
                 explanation: allocation.explanation,
             }));
@@ -359,7 +387,7 @@ async fn pair<R: Registry>(
         let Err(error) = told else {
             tracing::info!(
                 pairing = %lending.pairing.id, source = %need.source, device = %lending.pairing.device,
-                role = %need.role, plan = %ask.plan, "paired"
+                role = %need.role, %plan, "paired"
             );
             return Ok(Json(PairingAnswer::Paired {
                 notice: Box::new(to_source),

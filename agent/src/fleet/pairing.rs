@@ -86,6 +86,10 @@ pub(super) enum PairingAnswer {
     NobodyFits {
         explanation: Vec<CandidateExplanation>,
     },
+    /// To the question who would be lent; the first of the explanation is the one.
+    Fits {
+        explanation: Vec<CandidateExplanation>,
+    },
     Paired {
         notice: Box<Notice>,
         explanation: Vec<CandidateExplanation>,
@@ -258,6 +262,34 @@ async fn allocate(
     request: &PairingRequest,
     exclude: &[DeviceId],
 ) -> Result<(Allocated, Vec<CandidateExplanation>), PairError> {
+    match answer(client, duplicator, "/v1/pairings/request", request, exclude).await? {
+        PairingAnswer::Paired {
+            notice,
+            explanation,
+        } => {
+            let asked = notice.plan == request.plan
+                && notice.role == request.role
+                && notice.actions == request.actions
+                && notice.volumes == request.volumes
+                && !exclude.contains(&notice.device)
+                && notice.peer.device == notice.device;
+            if !asked {
+                return Err(PairError::Answer("it paired for something else"));
+            }
+            Ok((Allocated { notice: *notice }, explanation))
+        }
+        _ => Err(PairError::Answer("it paired nobody")),
+    }
+}
+
+/// Asks the duplicator, with the configuration if it wants it.
+async fn answer(
+    client: &ControlClient,
+    duplicator: &PeerAddress,
+    path: &str,
+    request: &PairingRequest,
+    exclude: &[DeviceId],
+) -> Result<PairingAnswer, PairError> {
     let mut ask = PairingAsk {
         plan: request.plan.clone(),
         role: request.role,
@@ -270,7 +302,7 @@ async fn allocate(
     };
     loop {
         let answer = client
-            .post(duplicator, "/v1/pairings/request", &ask)
+            .post(duplicator, path, &ask)
             .await
             .map_err(PairError::Duplicator)?;
         match answer {
@@ -286,22 +318,24 @@ async fn allocate(
                     explanation,
                 });
             }
-            PairingAnswer::Paired {
-                notice,
-                explanation,
-            } => {
-                let asked = notice.plan == request.plan
-                    && notice.role == request.role
-                    && notice.actions == request.actions
-                    && notice.volumes == request.volumes
-                    && !exclude.contains(&notice.device)
-                    && notice.peer.device == notice.device;
-                if !asked {
-                    return Err(PairError::Answer("it paired for something else"));
-                }
-                return Ok((Allocated { notice: *notice }, explanation));
-            }
+            other => return Ok(other),
         }
+    }
+}
+
+/// Asks who would be lent now, without lending anybody: the first one fits.
+///
+/// # Errors
+/// [`PairError`].
+pub async fn consider(
+    client: &ControlClient,
+    duplicator: &PeerAddress,
+    request: &PairingRequest,
+) -> Result<Vec<CandidateExplanation>, PairError> {
+    let path = "/v1/pairings/consider";
+    match answer(client, duplicator, path, request, &request.exclude).await? {
+        PairingAnswer::Fits { explanation } if !explanation.is_empty() => Ok(explanation),
+        _ => Err(PairError::Answer("it names nobody")),
     }
 }
 

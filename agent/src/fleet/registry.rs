@@ -4,7 +4,7 @@
 //! device is never lent beyond its capacity, also when several duplicators use one registry.
 //! Non-goals: deciding (`allocate` does, purely), telling anybody (`duplicator` does).
 
-use super::allocate::{Need, Rules};
+use super::allocate::{Choice, Need, Rules};
 use super::identity::Fingerprint;
 use super::secret::Secret;
 use crate::model::action::Action;
@@ -187,6 +187,14 @@ pub trait Registry: Clone + Send + Sync + 'static {
         rules: Rules,
         now: UnixMillis,
     ) -> impl Future<Output = Result<Allocation, RegistryError>> + Send;
+
+    /// Chooses as [`Registry::allocate`] would now, and lends nothing.
+    fn consider(
+        &self,
+        need: Need,
+        rules: Rules,
+        now: UnixMillis,
+    ) -> impl Future<Output = Result<Choice, RegistryError>> + Send;
 
     /// A pairing, open or not.
     fn pairing(

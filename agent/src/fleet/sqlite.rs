@@ -6,7 +6,7 @@
 
 mod rows;
 
-use super::allocate::{Candidate, Cost, Demand, Rules, choose};
+use super::allocate::{Candidate, Choice, Cost, Demand, Need, Rules, choose};
 use super::identity::Fingerprint;
 use super::registry::{
     ActionCost, Allocation, Ask, Enrolment, Heartbeat, Invitation, Registry, RegistryError,
@@ -286,6 +286,19 @@ impl Registry for SqliteRegistry {
             .await
     }
 
+    async fn consider(
+        &self,
+        need: Need,
+        rules: Rules,
+        now: UnixMillis,
+    ) -> Result<Choice, RegistryError> {
+        self.transaction(move |db| {
+            end_expired(db, now)?;
+            Ok(choose(&need, &candidates(db)?, &rules, now))
+        })
+        .await
+    }
+
     async fn pairing(&self, id: PairingId) -> Result<PairingRecord, RegistryError> {
         self.transaction(move |db| pairing(db, &id)).await
     }
@@ -329,11 +342,7 @@ fn allocate(
     rules: &Rules,
     now: UnixMillis,
 ) -> Result<Allocation, Stop> {
-    // A pairing that ended by itself lends nothing any more.
-    db.execute(
-        "UPDATE pairings SET outcome = ? WHERE outcome IS NULL AND expires_ms <= ?",
-        params![json(&DutyOutcome::Abandoned)?, integer(now.0)],
-    )?;
+    end_expired(db, now)?;
     let need = &ask.need;
     let open = db
         .query_row(
@@ -403,6 +412,15 @@ fn allocate(
         lending: Some(lending(db, &id)?),
         explanation: choice.explanation,
     })
+}
+
+/// A pairing that ended by itself lends nothing any more.
+fn end_expired(db: &Transaction<'_>, now: UnixMillis) -> Result<(), Stop> {
+    db.execute(
+        "UPDATE pairings SET outcome = ? WHERE outcome IS NULL AND expires_ms <= ?",
+        params![json(&DutyOutcome::Abandoned)?, integer(now.0)],
+    )?;
+    Ok(())
 }
 
 fn candidates(db: &Transaction<'_>) -> Result<Vec<Candidate>, Stop> {

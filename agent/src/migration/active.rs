@@ -8,8 +8,9 @@ use crate::model::plan::{Plan, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::transfer::Progress;
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio_util::sync::CancellationToken;
 
 /// A plan under way, as `status` shows it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -30,6 +31,8 @@ pub struct PlanStatus {
     pub bytes_sent: Bytes,
     /// Estimated size of the whole.
     pub bytes_total: Bytes,
+    /// Bytes of images exported so far, of how many; the phase `export images` is over them.
+    pub images: (Bytes, Bytes),
     /// Since when.
     pub since: UnixMillis,
     /// Twins as far as known.
@@ -42,7 +45,9 @@ pub struct PlanStatus {
 pub struct Active {
     status: Mutex<PlanStatus>,
     progress: Arc<Progress>,
+    exported: Arc<AtomicU64>,
     cancel: Mutex<Cancel>,
+    stop: CancellationToken,
     pub(super) ended: AtomicBool,
 }
 
@@ -69,12 +74,15 @@ impl Active {
                 bytes_read: Bytes(0),
                 bytes_sent: Bytes(0),
                 bytes_total: plan.estimate.bytes,
+                images: (Bytes(0), Bytes(0)),
                 since: plan.created,
                 twins: Vec::new(),
                 trouble: None,
             }),
             progress: Arc::new(Progress::default()),
+            exported: Arc::default(),
             cancel: Mutex::default(),
+            stop: CancellationToken::new(),
             ended: AtomicBool::new(false),
         }
     }
@@ -111,6 +119,23 @@ impl Active {
         self.progress.clone()
     }
 
+    /// Says how much there is to export; the counter that is returned grows with it.
+    pub(super) fn exporting(&self, total: Bytes) -> Arc<AtomicU64> {
+        locked(&self.status).images.1 = total;
+        self.exported.clone()
+    }
+
+    /// Does `work` unless an abort comes first, which drops it.
+    pub(super) async fn unless_cancelled<T, E: Into<MoveError>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, MoveError> {
+        match self.stop.run_until_cancelled(work).await {
+            Some(done) => done.map_err(Into::into),
+            None => Err(MoveError::Cancelled(self.cancelled().unwrap_or_default())),
+        }
+    }
+
     pub(super) fn cancelled(&self) -> Option<String> {
         locked(&self.cancel).reason.clone()
     }
@@ -133,12 +158,14 @@ impl Active {
         }
         cancel.reason.get_or_insert_with(|| reason.to_owned());
         self.progress.cancel();
+        self.stop.cancel();
         true
     }
 
     pub(super) fn status(&self) -> PlanStatus {
         let mut status = locked(&self.status).clone();
         status.bytes_read = Bytes(self.progress.bytes_read.load(Ordering::Relaxed));
+        status.images.0 = Bytes(self.exported.load(Ordering::Relaxed));
         status.bytes_sent = Bytes(self.progress.bytes_sent.load(Ordering::Relaxed));
         status
     }

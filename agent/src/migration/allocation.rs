@@ -7,8 +7,8 @@ use crate::fleet::registry::ActionCost;
 use crate::model::action::Actions;
 use crate::model::control::Dismiss;
 use crate::model::fleet::{DutyOutcome, PeerAddress, Role, TwinNeeds};
-use crate::model::ids::{DeviceId, VolumeId};
-use crate::model::plan::{Chosen, Plan};
+use crate::model::ids::DeviceId;
+use crate::model::plan::{Blocker, Chosen, Plan};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -18,62 +18,61 @@ const FAREWELL: Duration = Duration::from_secs(5);
 impl Delegator {
     /// Gets a target for the plan.
     pub(super) async fn allocate_target(&self, plan: &Plan) -> Result<Pairing, MoveError> {
-        let ports = plan
-            .containers
-            .iter()
-            .flat_map(|planned| &planned.container.published);
-        let published: Vec<_> = ports.filter(|port| !port.udp).collect();
-        let twins = TwinNeeds {
-            ports: published.iter().map(|port| port.host_port).collect(),
-            ipv4: published.iter().any(|port| port.host_ip.is_ipv4()),
-            ipv6: published
-                .iter()
-                .any(|port| !port.host_ip.is_unspecified() && port.host_ip.is_ipv6()),
-            ..TwinNeeds::default()
-        };
-        self.ask(plan, Role::Target, Actions::default(), twins, Vec::new())
-            .await
+        self.ask(&self.fleet_or_error()?.target_for(plan)).await
     }
 
     /// Gets a paired device for the plan's delegated actions; never the target itself.
     pub(super) async fn pair(&self, plan: &Plan, target: &DeviceId) -> Result<Pairing, MoveError> {
-        let twins = TwinNeeds::default();
-        self.ask(
-            plan,
-            Role::Paired,
-            plan.delegated.clone(),
-            twins,
-            vec![target.clone()],
-        )
-        .await
+        self.ask(&self.fleet_or_error()?.paired_for(plan, target))
+            .await
     }
 
-    async fn ask(
-        &self,
-        plan: &Plan,
-        role: Role,
-        actions: Actions,
-        twins: TwinNeeds,
-        exclude: Vec<DeviceId>,
-    ) -> Result<Pairing, MoveError> {
-        let fleet = self.fleet().ok_or(MoveError::NoFleet)?;
-        let request = PairingRequest {
-            plan: plan.id.clone(),
-            role,
-            actions,
-            quantity: plan.volumes.iter().map(|volume| volume.size).sum(),
-            volumes: plan
-                .volumes
-                .iter()
-                .map(|volume| volume.id)
-                .collect::<Vec<VolumeId>>(),
-            twins,
-            exclude,
-            configuration: fleet.configuration.clone(),
-        };
-        pairing::pair(&fleet.client, fleet.identity.duplicator(), &request)
+    async fn ask(&self, request: &PairingRequest) -> Result<Pairing, MoveError> {
+        let fleet = self.fleet_or_error()?;
+        let role = request.role;
+        pairing::pair(&fleet.client, fleet.identity.duplicator(), request)
             .await
             .map_err(|error| MoveError::Allocation { role, error })
+    }
+
+    fn fleet_or_error(&self) -> Result<&FleetContext, MoveError> {
+        self.fleet().ok_or(MoveError::NoFleet)
+    }
+
+    /// Asks the duplicator whom it would lend for this plan now, and writes that into the plan: a target
+    /// that nobody can be blocks it, a paired device that nobody can be is a note.
+    pub(super) async fn consider(&self, plan: &mut Plan) {
+        let Some(fleet) = self.fleet() else { return };
+        let (client, duplicator) = (&fleet.client, fleet.identity.duplicator());
+        let target = match pairing::consider(client, duplicator, &fleet.target_for(plan)).await {
+            Ok(explanation) => explanation,
+            Err(error) => {
+                plan.blockers.push(Blocker {
+                    what: "target".to_owned(),
+                    why: error.to_string(),
+                });
+                return;
+            }
+        };
+        let Some(chosen) = target.first() else { return };
+        let device = chosen.device.clone();
+        plan.notes.push(format!("target as of now: {chosen}"));
+        if plan.delegated.is_empty() {
+            return;
+        }
+        let request = fleet.paired_for(plan, &device);
+        plan.notes.push(
+            match pairing::consider(client, duplicator, &request).await {
+                Ok(explanation) => format!(
+                    "paired device as of now: {}",
+                    explanation
+                        .first()
+                        .map(ToString::to_string)
+                        .unwrap_or_default()
+                ),
+                Err(error) => format!("all actions would stay here: {error}"),
+            },
+        );
     }
 
     /// Whether unsealed blocks may travel to `address`.
@@ -125,6 +124,52 @@ impl Delegator {
             if let Err(error) = released {
                 tracing::warn!(%pairing, "not given back, it ends by itself: {error}");
             }
+        }
+    }
+}
+
+impl FleetContext {
+    /// What is asked of the duplicator for the plan's target.
+    fn target_for(&self, plan: &Plan) -> PairingRequest {
+        let ports = plan
+            .containers
+            .iter()
+            .flat_map(|planned| &planned.container.published);
+        let published: Vec<_> = ports.filter(|port| !port.udp).collect();
+        let twins = TwinNeeds {
+            ports: published.iter().map(|port| port.host_port).collect(),
+            ipv4: published.iter().any(|port| port.host_ip.is_ipv4()),
+            ipv6: published
+                .iter()
+                .any(|port| !port.host_ip.is_unspecified() && port.host_ip.is_ipv6()),
+            ..TwinNeeds::default()
+        };
+        self.request(plan, Role::Target, Actions::default(), twins, Vec::new())
+    }
+
+    /// What is asked of the duplicator for the plan's paired device; never the target itself.
+    fn paired_for(&self, plan: &Plan, target: &DeviceId) -> PairingRequest {
+        let (actions, twins) = (plan.delegated.clone(), TwinNeeds::default());
+        self.request(plan, Role::Paired, actions, twins, vec![target.clone()])
+    }
+
+    fn request(
+        &self,
+        plan: &Plan,
+        role: Role,
+        actions: Actions,
+        twins: TwinNeeds,
+        exclude: Vec<DeviceId>,
+    ) -> PairingRequest {
+        PairingRequest {
+            plan: plan.id.clone(),
+            role,
+            actions,
+            quantity: plan.volumes.iter().map(|volume| volume.size).sum(),
+            volumes: plan.volumes.iter().map(|volume| volume.id).collect(),
+            twins,
+            exclude,
+            configuration: self.configuration.clone(),
         }
     }
 }

@@ -146,11 +146,17 @@ impl Delegator {
         crate::fleet::now()
     }
 
-    /// Makes a plan without running it.
+    /// Makes a plan without running it, and asks the duplicator whom it would lend for it now.
     ///
     /// # Errors
     /// A container is unknown, a runtime does not answer, or a volume cannot be read.
     pub async fn plan(&self, request: &Request) -> Result<Plan, DelegatorError> {
+        let mut plan = self.draft(request).await?;
+        self.consider(&mut plan).await;
+        Ok(plan)
+    }
+
+    async fn draft(&self, request: &Request) -> Result<Plan, DelegatorError> {
         let view = self.parts.view.borrow().clone();
         let now = self.now();
         let id = new_plan_id(now, rand::random());
@@ -249,7 +255,7 @@ impl Delegator {
     /// # Errors
     /// As [`Self::plan`], or the plan is blocked, or another one runs.
     pub async fn evacuate(self: &Arc<Self>, request: &Request) -> Result<PlanId, DelegatorError> {
-        let plan = self.plan(request).await?;
+        let plan = self.draft(request).await?;
         if !plan.blockers.is_empty() {
             let lines: Vec<String> = plan
                 .blockers
@@ -307,11 +313,7 @@ impl Delegator {
         for id in plan_ids(&self.parts.state, "source") {
             let directory = plan_directory(&self.parts.state, "source", &id);
             let (journal, entries) = Journal::<SourceEvent>::open(&directory)?;
-            if let Some(told) = report(&entries)
-                && told.rate.0 > 0
-            {
-                *locked(&self.measured_rate) = Some((id.clone(), told.rate));
-            }
+            self.learn_rate(&id);
             let Some(plan) = plan_of(&entries) else {
                 continue;
             };
@@ -345,7 +347,9 @@ impl Delegator {
             _ => None,
         });
         let mut done = Done::default();
-        entries.iter().for_each(|entry| done.note(&entry.event));
+        for entry in entries {
+            done.note(entry.at, &entry.event);
+        }
         let mut core = Move {
             delegator: self.clone(),
             plan,
@@ -448,6 +452,15 @@ impl Delegator {
     /// The plan is unknown or its journal cannot be read.
     pub fn report(&self, plan: &PlanId) -> Result<Report, DelegatorError> {
         report(&self.entries(plan)?).ok_or_else(|| DelegatorError::UnknownPlan(plan.clone()))
+    }
+
+    /// Takes the rate of a plan as that of the next one's estimate.
+    pub(super) fn learn_rate(&self, plan: &PlanId) {
+        if let Ok(told) = self.report(plan)
+            && told.rate.0 > 0
+        {
+            *locked(&self.measured_rate) = Some((plan.clone(), told.rate));
+        }
     }
 
     /// The journal of a plan of this source.

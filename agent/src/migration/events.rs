@@ -156,12 +156,24 @@ pub struct Forwarding {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 pub enum TargetEvent {
+    /// Nothing is in the way of an offer, and the places of its volumes are about to be made.
+    Offered {
+        /// Plan.
+        plan: Box<Plan>,
+        /// What will be made; a named volume's path is not known yet and empty.
+        places: Vec<Place>,
+    },
     /// An offer was accepted.
     Accepted {
         /// Plan.
         plan: Box<Plan>,
         /// Where each volume goes, and whether this plan made that place.
         places: Vec<Place>,
+    },
+    /// Networks of the plan's containers that are not here and are about to be made.
+    Networks {
+        /// Names.
+        names: Vec<String>,
     },
     /// The release was found good and the target owns n+1.
     Owns {

@@ -9,6 +9,7 @@ use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::pairing::PairError;
 use crate::model::fleet::Role;
 use crate::model::plan::Plan;
+use crate::model::units::UnixMillis;
 use crate::transfer::SendError;
 use std::sync::Arc;
 
@@ -108,16 +109,17 @@ pub(super) struct Move {
 pub(super) struct Done {
     pub(super) fencing: bool,
     pub(super) fences: Vec<ContainerFence>,
-    pub(super) pausing: bool,
+    /// When the workload was about to be frozen.
+    pub(super) pausing: Option<UnixMillis>,
 }
 
 impl Done {
     /// Takes note of a journalled event.
-    pub(super) fn note(&mut self, event: &SourceEvent) {
+    pub(super) fn note(&mut self, at: UnixMillis, event: &SourceEvent) {
         match event {
             SourceEvent::Fencing => self.fencing = true,
             SourceEvent::Fenced { fences } => self.fences.extend(fences.iter().cloned()),
-            SourceEvent::Pausing => self.pausing = true,
+            SourceEvent::Pausing => self.pausing = Some(at),
             _ => {}
         }
     }
@@ -125,8 +127,9 @@ impl Done {
 
 impl Move {
     pub(super) fn append(&mut self, event: SourceEvent) -> Result<(), JournalError> {
-        self.done.note(&event);
-        self.journal.append(self.delegator.now(), event)
+        let now = self.delegator.now();
+        self.done.note(now, &event);
+        self.journal.append(now, event)
     }
 
     pub(super) fn fleet(&self) -> Result<&FleetContext, MoveError> {

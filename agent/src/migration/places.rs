@@ -45,99 +45,92 @@ impl Target {
         Ok(())
     }
 
-    /// Makes the place of one volume; none for an image that is here already.
-    pub(super) async fn place(
-        &self,
+    /// Where one volume will go, when nothing is in the way; none for an image that is here already.
+    pub(super) async fn find_place(
         plan: &Plan,
         volume: &VolumeSpec,
         runtime: &Runtime,
         directory: &Path,
     ) -> Result<Option<Place>, TargetError> {
-        let path = match &volume.kind {
+        let in_the_way = |what: String, why: String| TargetError::InTheWay { what, why };
+        let (path, made) = match &volume.kind {
             VolumeKind::Image(_) => {
-                let id = image_id(plan, volume);
-                if runtime.image_present(&id).await? {
+                if runtime.image_present(&image_id(plan, volume)).await? {
                     return Ok(None);
                 }
-                directory.join(format!("image-{}", volume.id))
+                (directory.join(format!("image-{}", volume.id)), true)
             }
-            VolumeKind::Named(name) => {
-                let definition = plan
-                    .containers
-                    .iter()
-                    .flat_map(|planned| &planned.volumes)
-                    .find(|definition| definition["Name"].as_str() == Some(name));
-                match runtime.volume(name).await {
-                    Err(error) if error.not_found() => {}
-                    Err(error) => return Err(error.into()),
-                    Ok(_) => {
-                        return Err(TargetError::InTheWay {
-                            what: format!("volume {name}"),
-                            why: "a volume of that name exists here; rename or remove it".into(),
-                        });
-                    }
+            VolumeKind::Named(name) => match runtime.volume(name).await {
+                Err(error) if error.not_found() => (PathBuf::new(), true),
+                Err(error) => return Err(error.into()),
+                Ok(_) => {
+                    let why = "a volume of that name exists here; rename or remove it".to_owned();
+                    return Err(in_the_way(format!("volume {name}"), why));
                 }
-                let Some(definition) = definition else {
-                    return Err(TargetError::InTheWay {
-                        what: format!("volume {name}"),
-                        why: "the plan does not describe it; make a new plan".into(),
-                    });
-                };
-                let path = runtime.ensure_volume(definition).await?;
-                return Ok(Some(Place {
-                    volume: volume.id,
-                    path,
-                    made: true,
-                }));
-            }
+            },
             VolumeKind::Bind => {
                 let path = &volume.source_path;
                 match std::fs::read_dir(path).map(Iterator::count) {
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                    Ok(0) => {
-                        return Ok(Some(Place {
-                            volume: volume.id,
-                            path: path.clone(),
-                            made: false,
-                        }));
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                        (path.clone(), true)
                     }
+                    Ok(0) => (path.clone(), false),
                     _ => {
-                        return Err(TargetError::InTheWay {
-                            what: format!("volume {}", volume.name),
-                            why: format!(
-                                "{} exists here and is not an empty directory; move it away",
-                                path.display()
-                            ),
-                        });
+                        let why = format!(
+                            "{} exists here and is not an empty directory; move it away",
+                            path.display()
+                        );
+                        return Err(in_the_way(format!("volume {}", volume.name), why));
                     }
                 }
-                path.clone()
             }
         };
-        std::fs::create_dir_all(&path).map_err(|error| TargetError::File {
-            doing: format!("create {}", path.display()),
-            error,
-        })?;
         Ok(Some(Place {
             volume: volume.id,
             path,
-            made: true,
+            made,
         }))
     }
+
+    /// Makes a place that [`Self::find_place`] found.
+    pub(super) async fn make_place(
+        plan: &Plan,
+        place: &mut Place,
+        runtime: &Runtime,
+    ) -> Result<(), TargetError> {
+        if let Some(VolumeKind::Named(name)) = kind_of(plan, place) {
+            let mut definitions = plan.containers.iter().flat_map(|planned| &planned.volumes);
+            let Some(definition) = definitions.find(|one| one["Name"].as_str() == Some(name))
+            else {
+                return Err(TargetError::InTheWay {
+                    what: format!("volume {name}"),
+                    why: "the plan does not describe it; make a new plan".into(),
+                });
+            };
+            place.path = runtime.ensure_volume(definition).await?;
+            return Ok(());
+        }
+        std::fs::create_dir_all(&place.path).map_err(|error| TargetError::File {
+            doing: format!("create {}", place.path.display()),
+            error,
+        })
+    }
+}
+
+fn kind_of<'a>(plan: &'a Plan, place: &Place) -> Option<&'a VolumeKind> {
+    let mut volumes = plan.volumes.iter();
+    let volume = volumes.find(|volume| volume.id == place.volume)?;
+    Some(&volume.kind)
 }
 
 pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) {
     for place in places {
-        let kind = plan
-            .volumes
-            .iter()
-            .find(|volume| volume.id == place.volume)
-            .map(|v| &v.kind);
-        let removed = match kind {
+        let removed = match kind_of(plan, place) {
             Some(VolumeKind::Named(name)) => runtime
                 .remove_volume(name)
                 .await
                 .map_err(|error| error.to_string()),
+            _ if !place.path.exists() => Ok(()),
             _ if place.made => {
                 std::fs::remove_dir_all(&place.path).map_err(|error| error.to_string())
             }

@@ -1,6 +1,6 @@
 //! What a plan did, told from its journal: a timeline with figures. Pure.
 
-use super::events::{SourceEvent, VolumeRound};
+use super::events::{ContainerFence, SourceEvent, VolumeRound};
 use super::journal::Entry;
 use crate::model::ids::PlanId;
 use crate::model::plan::{MigrationEvent, Plan, VolumeRelease};
@@ -185,12 +185,12 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(volumes.iter().map(tell_volume));
             lines
         }
-        SourceEvent::Fencing => Vec::new(),
+        SourceEvent::Fencing => vec!["restart policies off".into()],
         SourceEvent::Fenced { fences } => {
-            vec![format!(
-                "{} source container(s) can no longer be started by their runtime",
-                fences.len()
-            )]
+            let tell = |fence: &ContainerFence| {
+                format!("  {} can no longer be started here", fence.container)
+            };
+            fences.iter().map(tell).collect()
         }
         SourceEvent::Pausing => vec!["pause: freezing the workload".into()],
         SourceEvent::Paused { duration } => {

@@ -60,7 +60,7 @@ const UNFENCE_TRIES: u32 = 20;
 impl Move {
     /// Lets one container run again, however long its runtime takes to answer.
     async fn thaw(&self, planned: &PlannedContainer) {
-        if !self.done.pausing || planned.container.state == State::Paused {
+        if self.done.pausing.is_none() || planned.container.state == State::Paused {
             return;
         }
         while let Err(error) = self.thaw_once(planned).await {

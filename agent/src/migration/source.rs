@@ -18,6 +18,7 @@ use crate::model::control::{
 };
 use crate::model::fleet::PeerAddress;
 use crate::model::plan::{Chosen, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease};
+use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::{DataKey, DataPath, Hop, LinkKey, Sender};
 use std::collections::BTreeMap;
@@ -52,7 +53,10 @@ impl<'a> Planned<'a> {
         let core = self.core;
         core.enter("allocate")?;
         let delegator = core.delegator.clone();
-        let target = delegator.allocate_target(&core.plan).await?;
+        let active = core.active.clone();
+        let target = active
+            .unless_cancelled(delegator.allocate_target(&core.plan))
+            .await?;
         let target_peer = target.peer.clone();
         let chosen = describe(&target);
         core.append(SourceEvent::TargetChosen {
@@ -61,7 +65,8 @@ impl<'a> Planned<'a> {
         core.plan.target = Some(chosen);
         let mut paired_peer = None;
         if !core.plan.delegated.is_empty() {
-            match delegator.pair(&core.plan, &target_peer.device).await {
+            let pair = delegator.pair(&core.plan, &target_peer.device);
+            match active.unless_cancelled(pair).await {
                 Ok(paired) => paired_peer = Some(core.take_paired(&paired)?),
                 // A host that must go does not wait for help that is not there.
                 Err(MoveError::Allocation {
@@ -142,20 +147,17 @@ impl<'a> Allocated<'a> {
         core.enter("prepare")?;
         let client = core.client()?;
         let path = format!("/v1/plans/{}/offer", core.plan.id);
-        let accepted: OfferAccepted = client
-            .post(
-                &target,
-                &path,
-                &Offer {
-                    plan: core.plan.clone(),
-                },
-            )
-            .await?;
+        let offer = Offer {
+            plan: core.plan.clone(),
+        };
+        let offered = client.post(&target, &path, &offer);
+        let accepted: OfferAccepted = core.active.unless_cancelled(offered).await?;
         let route = match &paired {
             Some(paired) if !core.plan.delegated.is_empty() => {
                 let request = relay_request(&core.plan, &accepted);
                 let path = format!("/v1/plans/{}/relay", core.plan.id);
-                let relay: RelayAccepted = client.post(paired, &path, &request).await?;
+                let asked = client.post(paired, &path, &request);
+                let relay: RelayAccepted = core.active.unless_cancelled(asked).await?;
                 let unsealed = core.plan.delegated.contains(Action::Encrypt);
                 if unsealed && !core.delegator.trusts(relay.data.ip()) {
                     return Err(MoveError::Untrusted(relay.data));
@@ -170,16 +172,9 @@ impl<'a> Allocated<'a> {
         core.append(SourceEvent::Prepared {
             images_present: accepted.images_present.clone(),
         })?;
-        let mut volumes = Vec::new();
-        for volume in core.plan.volumes.clone() {
-            if let VolumeKind::Image(reference) = &volume.kind {
-                if accepted.images_present.contains(&volume.id) {
-                    continue;
-                }
-                export_image(core, &volume, reference).await?;
-            }
-            volumes.push(volume);
-        }
+        let mut volumes = core.plan.volumes.clone();
+        volumes.retain(|volume| !accepted.images_present.contains(&volume.id));
+        export_images(core, &volumes).await?;
         let key = *core.fleet()?.identity.fleet_key();
         let sender = core.delegator.sender(&core.plan.id, route, &key);
         Ok(Prepared {
@@ -231,20 +226,33 @@ fn hop(addr: SocketAddr, key: &Secret) -> Hop {
     }
 }
 
-async fn export_image(core: &Move, volume: &VolumeSpec, reference: &str) -> Result<(), MoveError> {
-    let directory = &volume.source_path;
-    tokio::fs::create_dir_all(directory)
-        .await
-        .map_err(|error| MoveError::File {
-            doing: format!("create {}", directory.display()),
-            error,
-        })?;
-    let owner = volume.containers.first();
-    if let Some(planned) = owner.and_then(|name| core.plan.container(name)) {
-        let runtime = core.delegator.runtime_of(planned)?;
-        runtime
-            .export_image(reference, &directory.join(IMAGE_FILE))
-            .await?;
+/// Exports each image once; they travel as one archive each.
+async fn export_images(core: &Move, volumes: &[VolumeSpec]) -> Result<(), MoveError> {
+    let images = volumes.iter().filter_map(|volume| match &volume.kind {
+        VolumeKind::Image(reference) => Some((volume, reference)),
+        _ => None,
+    });
+    let total: Bytes = images.clone().map(|(volume, _)| volume.size).sum();
+    if total.0 == 0 {
+        return Ok(());
+    }
+    core.enter("export images")?;
+    let exported = core.active.exporting(total);
+    for (volume, reference) in images {
+        let directory = &volume.source_path;
+        tokio::fs::create_dir_all(directory)
+            .await
+            .map_err(|error| MoveError::File {
+                doing: format!("create {}", directory.display()),
+                error,
+            })?;
+        let owner = volume.containers.first();
+        if let Some(planned) = owner.and_then(|name| core.plan.container(name)) {
+            let runtime = core.delegator.runtime_of(planned)?;
+            let archive = directory.join(IMAGE_FILE);
+            let export = runtime.export_image(reference, &archive, &exported);
+            core.active.unless_cancelled(export).await?;
+        }
     }
     Ok(())
 }
@@ -293,7 +301,7 @@ impl<'a> Prepared<'a> {
                 duration: started.elapsed(),
             })?;
             if round == 1 {
-                load_images(core, &target).await?;
+                rehearse(core, &target).await?;
             }
             let shrinks = before.is_none_or(|before| changeset * 10 <= before * 8);
             // The first round is the whole copy: what changed meanwhile is not known before the second.
@@ -312,13 +320,15 @@ impl<'a> Prepared<'a> {
     }
 }
 
-async fn load_images(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
-    let path = format!("/v1/plans/{}/images", core.plan.id);
+/// Lets the target load the images and make every twin once, without starting it, so that what it cannot
+/// make is found while the source still owns everything.
+async fn rehearse(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
+    core.enter("rehearse twins")?;
+    let path = format!("/v1/plans/{}/rehearse", core.plan.id);
+    let client = core.client()?.clone().with_timeout(REHEARSAL_TIME);
     let () = core
-        .client()?
-        .clone()
-        .with_timeout(Duration::from_secs(600))
-        .post(target, &path, &())
+        .active
+        .unless_cancelled(client.post(target, &path, &()))
         .await?;
     for volume in &core.plan.volumes {
         if matches!(volume.kind, VolumeKind::Image(_)) {
@@ -328,6 +338,9 @@ async fn load_images(core: &Move, target: &PeerAddress) -> Result<(), MoveError>
     }
     Ok(())
 }
+
+/// A slow disk unpacks a large image for minutes.
+const REHEARSAL_TIME: Duration = Duration::from_secs(1800);
 
 /// The changeset is as small as it gets.
 struct Replicated<'a> {

@@ -84,8 +84,9 @@ impl Released<'_> {
                 }
             }
         };
+        let frozen = core.done.pausing.unwrap_or(core.plan.created);
         let interruption = paused.map_or_else(
-            || core.delegator.now().since(core.plan.created),
+            || core.delegator.now().since(frozen),
             |since| since.elapsed(),
         );
         core.record(SourceEvent::Twins {
@@ -98,6 +99,7 @@ impl Released<'_> {
             .end_pairings(&core.plan, DutyOutcome::Done, &[])
             .await;
         core.record(SourceEvent::Completed).await;
+        core.delegator.learn_rate(&core.plan.id);
         core.active.enter("completed");
         tracing::info!(plan = %core.plan.id, "completed");
     }

@@ -8,8 +8,10 @@ use super::events::{Place, TargetEvent};
 use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::places::{check_room, image_id, name_of, remove_places};
 use super::source::IMAGE_FILE;
-use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError};
+use super::twins::twin_spec;
+use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
+use crate::model::container::State;
 use crate::model::control::{OfferAccepted, Owns, Secret, TargetStatus};
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId};
@@ -88,6 +90,9 @@ pub enum TargetError {
     /// An image cannot be loaded.
     #[error("{0}")]
     Image(#[from] ImageError),
+    /// A twin cannot be made.
+    #[error("{0}; nothing was released")]
+    Twin(#[from] TwinError),
     /// A volume or network cannot be made.
     #[error("{0}")]
     Resource(#[from] ResourceError),
@@ -109,6 +114,8 @@ pub(super) struct Receiving {
     pub(super) plan: Plan,
     pub(super) places: Vec<Place>,
     pub(super) journal: Journal<TargetEvent>,
+    /// Networks that the plan made here.
+    pub(super) networks: Vec<String>,
     pub(super) owns: Option<Owns>,
     pub(super) twins: Vec<TwinState>,
     pub(super) start_up: Option<Duration>,
@@ -121,8 +128,10 @@ pub struct Target {
     pairings: Arc<PairedState>,
     data: SocketAddr,
     plans: Mutex<BTreeMap<PlanId, Receiving>>,
-    /// One offer, release or dismissal at a time: each is a few steps that belong together.
-    turn: tokio::sync::Mutex<()>,
+    /// One offer at a time: what is found free must still be free when it is taken.
+    offers: tokio::sync::Mutex<()>,
+    /// One call of a source at a time: each is a few steps that belong together.
+    turns: Mutex<BTreeMap<DeviceId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Target {
@@ -134,7 +143,8 @@ impl Target {
             pairings,
             data,
             plans: Mutex::default(),
-            turn: tokio::sync::Mutex::default(),
+            offers: tokio::sync::Mutex::default(),
+            turns: Mutex::default(),
         }
     }
 
@@ -143,12 +153,21 @@ impl Target {
         self.plans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    async fn turn(&self, source: &DeviceId) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            turns.entry(source.clone()).or_default().clone()
+        };
+        turn.lock_owned().await
+    }
+
     /// Accepts a plan: checks that everything fits, makes the places and opens the data plane to it.
     ///
     /// # Errors
     /// The plan is not for us, something is in the way, or there is too little space.
     pub async fn offer(&self, peer: &DeviceId, plan: Plan) -> Result<OfferAccepted, TargetError> {
-        let _turn = self.turn.lock().await;
+        let _turn = self.turn(peer).await;
+        let _offer = self.offers.lock().await;
         self.check_ours(peer, &plan)?;
         if let Some(known) = self.plans().get(&plan.id)
             && known.owns.is_some()
@@ -164,20 +183,30 @@ impl Target {
         Self::check_names(&plan, runtime).await?;
         let directory = plan_directory(&self.parts.state, "target", &plan.id);
         let (mut journal, _) = Journal::open(&directory)?;
-        let mut places = Vec::new();
-        let mut images_present = Vec::new();
+        let (mut places, mut images_present) = (Vec::new(), Vec::new());
         for volume in &plan.volumes {
-            match self.place(&plan, volume, runtime, &directory).await {
-                Ok(Some(place)) => places.push(place),
-                Ok(None) => images_present.push(volume.id),
-                Err(error) => {
-                    remove_places(&plan, &places, runtime).await;
-                    return Err(error);
-                }
+            match Self::find_place(&plan, volume, runtime, &directory).await? {
+                Some(place) => places.push(place),
+                None => images_present.push(volume.id),
             }
         }
-        if let Err(error) = check_room(&plan, &places) {
+        // Written before anything is made, so that a death in between leaves nothing behind for good.
+        let event = TargetEvent::Offered {
+            plan: Box::new(plan.clone()),
+            places: places.clone(),
+        };
+        journal.append(crate::fleet::now(), event)?;
+        let mut made = Ok(());
+        for place in &mut places {
+            made = Self::make_place(&plan, place, runtime).await;
+            if made.is_err() {
+                break;
+            }
+        }
+        if let Err(error) = made.and_then(|()| check_room(&plan, &places)) {
             remove_places(&plan, &places, runtime).await;
+            let reason = error.to_string();
+            journal.append(crate::fleet::now(), TargetEvent::Dismissed { reason })?;
             return Err(error);
         }
         let event = TargetEvent::Accepted {
@@ -209,6 +238,7 @@ impl Target {
                 plan,
                 places,
                 journal,
+                networks: Vec::new(),
                 owns: None,
                 twins: Vec::new(),
                 start_up: None,
@@ -316,28 +346,63 @@ impl Target {
         })
     }
 
-    /// Loads the images that arrived; called once the first round is over.
+    /// Loads the images that arrived, and makes every twin once without starting it: what this device
+    /// cannot make is found while the source still owns everything.
+    ///
+    /// The rehearsed twins are removed again: a runtime's own start-up service starts what has a restart
+    /// policy, and nothing of the plan may start here before the release (rule 4).
     ///
     /// # Errors
-    /// The plan is unknown, or the runtime refuses an image.
-    pub async fn load_images(&self, peer: &DeviceId, plan: &PlanId) -> Result<(), TargetError> {
-        let (plan, places) = self.known(peer, plan)?;
+    /// The plan is unknown or owned, or the runtime refuses an image or a twin.
+    pub async fn rehearse(&self, peer: &DeviceId, id: &PlanId) -> Result<(), TargetError> {
+        let _turn = self.turn(peer).await;
+        let (plan, places) = self.known(peer, id)?;
+        if self
+            .plans()
+            .get(id)
+            .is_some_and(|known| known.owns.is_some())
+        {
+            return Err(TargetError::Owned(id.clone()));
+        }
         let runtime = self.runtime_for(&plan).await?;
         for volume in &plan.volumes {
-            let Some(place) = places.iter().find(|place| place.volume == volume.id) else {
+            let VolumeKind::Image(reference) = &volume.kind else {
                 continue;
             };
-            if !matches!(volume.kind, VolumeKind::Image(_)) {
-                continue;
-            }
-            let archive = place.path.join(IMAGE_FILE);
-            if archive.exists() {
-                let id = image_id(&plan, volume);
-                if let VolumeKind::Image(reference) = &volume.kind {
-                    runtime.load_image(&archive, &id, reference).await?;
-                }
+            if let Some(place) = places.iter().find(|place| place.volume == volume.id) {
+                let archive = place.path.join(IMAGE_FILE);
+                runtime
+                    .load_image(&archive, &image_id(&plan, volume), reference)
+                    .await?;
                 let _ = std::fs::remove_file(&archive);
             }
+        }
+        self.note_networks(&plan, runtime).await?;
+        for planned in &plan.containers {
+            let name = planned.container.name.as_str();
+            let made = runtime.create_twin(&twin_spec(planned)).await;
+            if !matches!(made, Err(TwinError::NameTaken { .. })) {
+                runtime.remove(name).await?;
+            }
+            made?;
+        }
+        Ok(())
+    }
+
+    /// Writes down which networks the twins will bring with them.
+    async fn note_networks(&self, plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
+        let mut names = Vec::new();
+        let described = plan.containers.iter().flat_map(|planned| &planned.networks);
+        for name in described.filter_map(|network| network["Name"].as_str()) {
+            let missing = matches!(runtime.network(name).await, Err(error) if error.not_found());
+            if missing && !names.iter().any(|known| known == name) {
+                names.push(name.to_owned());
+            }
+        }
+        if let Some(known) = self.plans().get_mut(&plan.id).filter(|_| !names.is_empty()) {
+            known.networks.extend(names.iter().cloned());
+            let event = TargetEvent::Networks { names };
+            known.journal.append(crate::fleet::now(), event)?;
         }
         Ok(())
     }
@@ -366,7 +431,7 @@ impl Target {
         id: &PlanId,
         signed: SignedRelease,
     ) -> Result<Owns, TargetError> {
-        let _turn = self.turn.lock().await;
+        let _turn = self.turn(peer).await;
         let (plan, places) = self.known(peer, id)?;
         if let Some(owns) = self.plans().get(id).and_then(|known| known.owns.clone()) {
             return Ok(owns);
@@ -550,7 +615,7 @@ impl Target {
         id: &PlanId,
         why: &str,
     ) -> Result<(), TargetError> {
-        let _turn = self.turn.lock().await;
+        let _turn = self.turn(peer).await;
         match self.known(peer, id) {
             Err(TargetError::Unknown(_)) => Ok(()),
             Err(error) => Err(error),
@@ -571,7 +636,19 @@ impl Target {
         }
         if let Some(mut known) = known {
             let runtime = self.runtime_for(&known.plan).await?;
+            // A rehearsal that was cut short may have left a twin, which was never started.
+            for planned in &known.plan.containers {
+                let name = planned.container.name.as_str();
+                if matches!(runtime.state(name).await, Ok(State::Created)) {
+                    let _ = runtime.remove(name).await;
+                }
+            }
             remove_places(&known.plan, &known.places, runtime).await;
+            for name in &known.networks {
+                if let Err(error) = runtime.remove_network(name).await {
+                    tracing::warn!(plan = %id, "left behind: {error}");
+                }
+            }
             let event = TargetEvent::Dismissed {
                 reason: why.to_owned(),
             };
@@ -614,20 +691,30 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
     let mut owned_at = UnixMillis::default();
     for entry in entries {
         match (&entry.event, &mut known) {
-            (TargetEvent::Accepted { plan, places }, None) => {
+            (
+                TargetEvent::Offered { plan, places } | TargetEvent::Accepted { plan, places },
+                None,
+            ) => {
                 known = Some(Receiving {
                     plan: (**plan).clone(),
                     places: places.clone(),
                     journal: journal.take()?,
+                    networks: Vec::new(),
                     owns: None,
                     twins: Vec::new(),
                     start_up: None,
                     trouble: None,
                 });
             }
-            (TargetEvent::Accepted { plan, places }, Some(known)) => {
+            (
+                TargetEvent::Offered { plan, places } | TargetEvent::Accepted { plan, places },
+                Some(known),
+            ) => {
                 known.plan = (**plan).clone();
                 known.places.clone_from(places);
+            }
+            (TargetEvent::Networks { names }, Some(known)) => {
+                known.networks.extend(names.iter().cloned());
             }
             (TargetEvent::Owns { owns, .. }, Some(known)) => {
                 known.owns = Some(owns.clone());

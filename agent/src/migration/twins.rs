@@ -122,14 +122,8 @@ impl Target {
         match runtime.inspect(name).await {
             Ok(_) => {}
             Err(error) if error.not_found() => {
-                let spec = TwinSpec {
-                    inspect: planned.inspect.clone(),
-                    networks: planned.networks.clone(),
-                    volumes: planned.volumes.clone(),
-                    keep_addresses: false,
-                };
                 let made = runtime
-                    .create_twin(&spec)
+                    .create_twin(&twin_spec(planned))
                     .await
                     .map_err(|error| error.to_string())?;
                 twin.not_carried = made.not_carried;
@@ -155,5 +149,15 @@ impl Target {
             How::Settled => "it settled".to_owned(),
         });
         Ok(())
+    }
+}
+
+/// What a planned container's twin is made of.
+pub(super) fn twin_spec(planned: &PlannedContainer) -> TwinSpec {
+    TwinSpec {
+        inspect: planned.inspect.clone(),
+        networks: planned.networks.clone(),
+        volumes: planned.volumes.clone(),
+        keep_addresses: false,
     }
 }

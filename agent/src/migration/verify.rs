@@ -43,6 +43,8 @@ pub struct Verification {
     pub twins_ready: (usize, usize),
     /// Containers of the plan that run on the source: must be empty.
     pub running_on_source: Vec<ContainerName>,
+    /// Containers of the plan that the source's runtime would start again: must be empty.
+    pub unfenced: Vec<ContainerName>,
     /// Everything that is not as it must be; empty: proven.
     pub faults: Vec<String>,
 }
@@ -67,8 +69,35 @@ impl Delegator {
         };
         let status = self.ask_target(&plan).await?;
         let kept = self.kept_roots(&plan, &release).await?;
-        let running = self.running_here(&plan).await?;
-        Ok(judge(&plan, &release, &status, &kept, running))
+        let (mut running, mut unfenced, mut faults) = (Vec::new(), Vec::new(), Vec::new());
+        for planned in &plan.containers {
+            let name = &planned.container.name;
+            let runtime = self.runtime_of(planned)?;
+            match runtime.state(&planned.container.id).await {
+                Ok(State::Running | State::Paused) => running.push(name.clone()),
+                Ok(_) => {}
+                Err(error) if error.not_found() => {}
+                Err(error) => faults.push(format!("whether {name} runs is not known: {error}")),
+            }
+            let fence = entries.iter().find_map(|entry| match &entry.event {
+                SourceEvent::Fenced { fences } => {
+                    fences.iter().find(|fence| &fence.container == name)
+                }
+                _ => None,
+            });
+            let Some(fence) = fence else {
+                unfenced.push(name.clone());
+                continue;
+            };
+            match runtime.fence_holds(&fence.fence).await {
+                Ok(true) => {}
+                Ok(false) => unfenced.push(name.clone()),
+                Err(error) => faults.push(format!("the fence of {name} is not known: {error}")),
+            }
+        }
+        Ok(judge(
+            &plan, &release, &status, &kept, running, unfenced, faults,
+        ))
     }
 
     async fn ask_target(&self, plan: &Plan) -> Result<TargetStatus, DelegatorError> {
@@ -112,21 +141,6 @@ impl Delegator {
         .await??;
         Ok(roots)
     }
-
-    async fn running_here(&self, plan: &Plan) -> Result<Vec<ContainerName>, DelegatorError> {
-        let discovery = self.parts().runtimes.discover().await;
-        Ok(discovery
-            .containers
-            .into_iter()
-            .filter(|container| matches!(container.state, State::Running | State::Paused))
-            .filter(|container| {
-                plan.containers
-                    .iter()
-                    .any(|p| p.container.id == container.id)
-            })
-            .map(|container| container.name)
-            .collect())
-    }
 }
 
 fn judge(
@@ -135,8 +149,9 @@ fn judge(
     status: &TargetStatus,
     kept: &BTreeMap<String, Signature>,
     running_on_source: Vec<ContainerName>,
+    unfenced: Vec<ContainerName>,
+    mut faults: Vec<String>,
 ) -> Verification {
-    let mut faults = Vec::new();
     let owns: Option<&Owns> = status.owns.as_ref();
     if owns.is_none() {
         faults.push("the target has not taken over yet".to_owned());
@@ -176,11 +191,17 @@ fn judge(
     for name in &running_on_source {
         faults.push(format!("{name} still runs on the source"));
     }
+    for name in &unfenced {
+        faults.push(format!(
+            "{name} can be started on the source again: its fence is gone"
+        ));
+    }
     Verification {
         plan: plan.id.clone(),
         volumes,
         twins_ready: (ready, plan.containers.len()),
         running_on_source,
+        unfenced,
         faults,
     }
 }
