@@ -8,7 +8,9 @@ use lifeboat_tests::boxes::{SECOND, by_name, lab, runtime, runtimes, socket, sta
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 use xtask::lab::PODMAN_SOCKET;
 
@@ -94,6 +96,93 @@ async fn discovery_shows_every_container_with_its_cgroup_and_bare_cgroups_by_pat
     ensure!(by_name(&later, "db")?.pid != db.pid);
     ensure!(by_name(&later, "done").is_err());
     Ok(())
+}
+
+#[tokio::test]
+async fn looking_every_second_asks_only_a_runtime_that_has_something_new() -> Result<()> {
+    let Some(lab) = lab("follow", &["a"])? else {
+        return Ok(());
+    };
+    let host = lab.host("a")?;
+    start(host, "one", &[], &["sleep", "1000"])?;
+    let door = Door::before(socket(host), host.path("/run/door.sock"))?;
+    let scope = Scope {
+        cgroup_root: host.cgroup().to_owned(),
+    };
+    let all = Runtimes::new(&[door.path.display().to_string()], scope);
+
+    // At first it is asked every time: nobody says when its events begin.
+    let mut quiet = 0;
+    let since = Instant::now();
+    while quiet < 10 {
+        let before = door.asked();
+        by_name(&all.follow().await.containers, "one")?;
+        quiet = if door.asked() == before { quiet + 1 } else { 0 };
+        ensure!(since.elapsed() < 12 * SECOND, "it is asked every time");
+        tokio::time::sleep(SECOND / 10).await;
+    }
+
+    let seen = async |what: &str, is: &dyn Fn(&[Container]) -> bool| {
+        // Far below the time after which a runtime is asked in any case.
+        let since = Instant::now();
+        while !is(&all.follow().await.containers) {
+            ensure!(since.elapsed() < 5 * SECOND, "{what}: not seen");
+            tokio::time::sleep(SECOND / 20).await;
+        }
+        println!("{what}: seen after {:?}", since.elapsed());
+        anyhow::Ok(())
+    };
+    let is = |name: &'static str, state: State| {
+        move |containers: &[Container]| by_name(containers, name).is_ok_and(|c| c.state == state)
+    };
+    host.podman(["pause", "one"])?;
+    seen("a pause", &is("one", State::Paused)).await?;
+    host.podman(["unpause", "one"])?;
+    seen("its end", &is("one", State::Running)).await?;
+    start(host, "two", &[], &["sleep", "1000"])?;
+    seen("a birth", &is("two", State::Running)).await?;
+    host.podman(["rename", "two", "other"])?;
+    seen("another name", &is("other", State::Running)).await?;
+    host.podman(["create", "--name", "made", "localhost/box:1", "echo"])?;
+    seen("one that never ran", &is("made", State::Created)).await?;
+    let pid = by_name(&all.follow().await.containers, "other")?.pid;
+    host.run(["kill", "-9", &pid.to_string()])?;
+    seen("a death", &is("other", State::Exited)).await?;
+    host.podman(["rm", "other"])?;
+    let gone = |containers: &[Container]| by_name(containers, "other").is_err();
+    seen("a removal", &gone).await?;
+    start_bare(host)?;
+    seen("a bare cgroup", &is("/plain", State::Running)).await?;
+    Ok(())
+}
+
+/// A socket before a runtime's own that counts who comes.
+struct Door {
+    path: PathBuf,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Door {
+    fn before(runtime: String, path: PathBuf) -> Result<Self> {
+        let listener = tokio::net::UnixListener::bind(&path)?;
+        let asked = Arc::<AtomicUsize>::default();
+        let count = asked.clone();
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
+                let runtime = runtime.clone();
+                tokio::spawn(async move {
+                    let mut far = tokio::net::UnixStream::connect(runtime).await?;
+                    tokio::io::copy_bidirectional(&mut near, &mut far).await
+                });
+            }
+        });
+        Ok(Self { path, asked })
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::Relaxed)
+    }
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 //! wait is bounded; an answer larger than [`MAX_ANSWER`] is refused before it is held in memory.
 
 use bytes::Bytes;
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
@@ -291,12 +291,11 @@ impl Runtime {
             .map(|(_, bytes)| bytes)
     }
 
-    /// The answer's body as it comes; each piece within the stall bound unless `endless`.
+    /// The answer's body as it comes; each piece within the stall bound.
     pub(super) async fn stream(
         &self,
         path: &str,
         operation: &str,
-        endless: bool,
     ) -> Result<impl Stream<Item = Result<Bytes, RuntimeError>> + Send + use<>, RuntimeError> {
         let request = self.request(
             Method::GET,
@@ -313,8 +312,7 @@ impl Runtime {
             let (socket, operation) = (socket.clone(), operation.clone());
             async move {
                 let mut body = body?;
-                let bound = if endless { Duration::MAX } else { STALL };
-                match tokio::time::timeout(bound, body.next()).await {
+                match tokio::time::timeout(STALL, body.next()).await {
                     Ok(None) => None,
                     Ok(Some(Ok(bytes))) => Some((Ok(bytes), Some(body))),
                     Ok(Some(Err(error))) => {
@@ -337,6 +335,31 @@ impl Runtime {
                 }
             }
         }))
+    }
+
+    /// An answer without end, as it comes. Podman sends even its head with the first piece only: when this
+    /// returns, the question is on its way and nothing is known of the answer.
+    pub(super) async fn endless(
+        &self,
+        path: &str,
+        operation: &str,
+    ) -> Result<impl Stream<Item = Result<Bytes, RuntimeError>> + Send + use<>, RuntimeError> {
+        let uri = format!("{API}{path}");
+        let request = self.request(Method::GET, &uri, empty(), None, operation)?;
+        let response = self.begin(request, operation).await?;
+        let (socket, operation) = (self.socket.clone(), operation.to_owned());
+        Ok(futures_util::stream::once(async move {
+            let runtime = Self {
+                socket,
+                engine: OnceCell::new(),
+            };
+            let response = runtime.check(response.await?, &operation).await?;
+            let pieces = response.into_body().into_data_stream();
+            Ok(pieces.map_err(move |error| {
+                runtime.unusable(&operation, format!("the connection broke: {error}"))
+            }))
+        })
+        .try_flatten())
     }
 
     /// POST of a stream, such as an image archive; the answer is JSON lines, returned as text.
@@ -423,6 +446,18 @@ impl Runtime {
         request: Request<Body>,
         operation: &str,
     ) -> Result<Response<Incoming>, RuntimeError> {
+        self.begin(request, operation).await?.await
+    }
+
+    /// Sends a request; the returned future waits for the head of its answer.
+    async fn begin(
+        &self,
+        request: Request<Body>,
+        operation: &str,
+    ) -> Result<
+        impl Future<Output = Result<Response<Incoming>, RuntimeError>> + Send + use<>,
+        RuntimeError,
+    > {
         let unreachable = |source| RuntimeError::Unreachable {
             socket: self.socket.clone(),
             operation: operation.to_owned(),
@@ -436,10 +471,15 @@ impl Runtime {
             .map_err(|error| self.unusable(operation, error.to_string()))?;
         // Ends by itself when the answer's body is dropped or complete.
         tokio::spawn(connection);
-        sender
-            .send_request(request)
-            .await
-            .map_err(|error| self.unusable(operation, format!("the connection broke: {error}")))
+        let response = sender.send_request(request);
+        let (socket, operation) = (self.socket.clone(), operation.to_owned());
+        Ok(async move {
+            response.await.map_err(|error| RuntimeError::Answer {
+                socket,
+                operation,
+                reason: format!("the connection broke: {error}"),
+            })
+        })
     }
 
     /// Passes 2xx and 304 (already so); turns everything else into the runtime's own words.

@@ -1,11 +1,12 @@
 //! Which containers this host has, from all its runtimes and from its cgroups.
 //!
 //! Invariants: a runtime that does not answer is a problem in the result, never a failure; the same
-//! cgroup is never shown twice; asking every second costs one list request a runtime, because a
-//! container is inspected again only when its state or its first process changed.
+//! cgroup is never shown twice; a container is inspected again only when its state or its first process
+//! changed; looking every second does not ask a runtime that has nothing new ([`super::follow`]).
 
 use super::cgroups::{Cgroup, Scope};
 use super::client::{Runtime, RuntimeError};
+use super::follow::Follow;
 use super::inspect;
 use crate::model::container::{Container, State};
 use crate::model::ids::ContainerName;
@@ -28,8 +29,19 @@ pub struct Discovery {
 pub struct Runtimes {
     runtimes: Vec<Runtime>,
     scope: Scope,
+    /// One for each runtime, in the same order.
+    followed: Vec<tokio::sync::Mutex<Follow>>,
+    /// Ids of cgroups that no runtime claims, as [`Runtimes::follow`] last saw them.
+    bare: Mutex<BTreeSet<u64>>,
     /// By runtime socket and container id.
     known: Mutex<HashMap<(String, String), Known>>,
+}
+
+/// What one runtime showed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Look {
+    pub(super) containers: Vec<Container>,
+    pub(super) problems: Vec<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -48,6 +60,8 @@ impl Runtimes {
         Self {
             runtimes: sockets.iter().map(|socket| Runtime::new(socket)).collect(),
             scope,
+            followed: sockets.iter().map(|_| Default::default()).collect(),
+            bare: Mutex::default(),
             known: Mutex::default(),
         }
     }
@@ -79,14 +93,51 @@ impl Runtimes {
         &self.scope
     }
 
-    /// Looks at everything once.
+    /// Looks at everything once, now.
     pub async fn discover(&self) -> Discovery {
+        let seen = join_all(self.runtimes.iter().map(|runtime| self.look(runtime))).await;
+        self.join(seen)
+    }
+
+    /// As [`Runtimes::discover`] for a caller that looks again and again: a runtime is asked only when it
+    /// told of a change, when a first process ended or a cgroup appeared, and now and then to be sure.
+    /// Meant for one caller.
+    pub async fn follow(&self) -> Discovery {
+        let discovery = self.join(self.look_where_needed(false).await);
+        if self.are_known(&discovery) {
+            return discovery;
+        }
+        // A cgroup can be seen before its runtime has told of it.
+        let discovery = self.join(self.look_where_needed(true).await);
+        self.know(&discovery);
+        discovery
+    }
+
+    async fn look_where_needed(&self, everywhere: bool) -> Vec<Result<Look, RuntimeError>> {
+        let each = self.runtimes.iter().zip(&self.followed);
+        join_all(each.map(|(runtime, followed)| async move {
+            let mut followed = followed.lock().await;
+            let ask = followed.may_have_changed(runtime).await || everywhere;
+            if let Some(last) = followed.last()
+                && !ask
+                && self.all_alive(&last.containers)
+            {
+                return Ok(last.clone());
+            }
+            let seen = self.look(runtime).await;
+            followed.remember(&seen);
+            seen
+        }))
+        .await
+    }
+
+    fn join(&self, seen: Vec<Result<Look, RuntimeError>>) -> Discovery {
         let mut discovery = Discovery::default();
-        for seen in join_all(self.runtimes.iter().map(|runtime| self.look(runtime))).await {
+        for seen in seen {
             match seen {
-                Ok((containers, problems)) => {
-                    discovery.containers.extend(containers);
-                    discovery.problems.extend(problems);
+                Ok(look) => {
+                    discovery.containers.extend(look.containers);
+                    discovery.problems.extend(look.problems);
                 }
                 Err(error) => discovery.problems.push(error.to_string()),
             }
@@ -97,7 +148,33 @@ impl Runtimes {
         discovery
     }
 
-    async fn look(&self, runtime: &Runtime) -> Result<(Vec<Container>, Vec<String>), RuntimeError> {
+    /// Whether every first process is still the one that was seen.
+    fn all_alive(&self, containers: &[Container]) -> bool {
+        let known = self.known();
+        containers.iter().all(|container| {
+            let key = container
+                .runtime
+                .as_ref()
+                .map(|socket| (socket.clone(), container.id.clone()));
+            container.pid == 0
+                || key
+                    .and_then(|key| known.get(&key)?.started)
+                    .is_some_and(|started| start_time(container.pid) == Some(started))
+        })
+    }
+
+    /// Whether no bare cgroup is there that was not there after the last look by [`Runtimes::know`].
+    fn are_known(&self, discovery: &Discovery) -> bool {
+        let known = self.bare.lock().unwrap_or_else(PoisonError::into_inner);
+        bare_cgroups(discovery).all(|cgroup| known.contains(&cgroup))
+    }
+
+    fn know(&self, discovery: &Discovery) {
+        let mut known = self.bare.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = bare_cgroups(discovery).collect();
+    }
+
+    async fn look(&self, runtime: &Runtime) -> Result<Look, RuntimeError> {
         let list: Vec<Value> = runtime
             .get("/containers/json?all=true", "list containers")
             .await?;
@@ -121,7 +198,10 @@ impl Runtimes {
             };
             containers.push(container);
         }
-        Ok((containers, problems))
+        Ok(Look {
+            containers,
+            problems,
+        })
     }
 
     fn unchanged(&self, runtime: &Runtime, id: &str, listed: &str) -> Option<Container> {
@@ -202,6 +282,12 @@ impl Runtimes {
         // Every entry is whole by itself, so a panic elsewhere leaves nothing half-written.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn bare_cgroups(discovery: &Discovery) -> impl Iterator<Item = u64> {
+    let bare = |container: &&Container| container.runtime.is_none();
+    let of = discovery.containers.iter().filter(bare);
+    of.map(|container| container.cgroup_id)
 }
 
 fn bare(cgroup: Cgroup, pid: i32) -> Container {

@@ -107,7 +107,7 @@ impl Runtime {
         };
         let path = format!("/images/{}/get", escape(reference));
         let pieces = self
-            .stream(&path, &format!("export image {reference}"), false)
+            .stream(&path, &format!("export image {reference}"))
             .await?;
         let mut pieces = Box::pin(pieces);
         let mut file = File::create(into).await.map_err(file_error)?;

@@ -11,6 +11,7 @@ mod client;
 mod create;
 mod discover;
 mod fence;
+mod follow;
 mod images;
 mod inspect;
 mod ops;

@@ -177,13 +177,13 @@ impl Runtime {
     /// Container events from now on, as they happen; ends when the runtime ends.
     ///
     /// # Errors
-    /// When the runtime does not answer; afterwards each item can be an error, which is the last item.
+    /// When nobody takes the question; afterwards each item can be an error, which is the last item.
     pub async fn events(
         &self,
     ) -> Result<impl Stream<Item = Result<Event, RuntimeError>> + Send + use<>, RuntimeError> {
         let filters = escape(r#"{"type":["container"]}"#);
         let path = format!("/events?filters={filters}");
-        let pieces = self.stream(&path, "follow events", true).await?;
+        let pieces = self.endless(&path, "follow events").await?;
         let start = (Box::pin(pieces), Vec::new());
         Ok(futures_util::stream::unfold(
             start,

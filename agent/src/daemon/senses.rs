@@ -58,7 +58,7 @@ impl Senses {
             let mut saved = (VerdictKind::Unknown, Instant::now());
             loop {
                 let started = Instant::now();
-                let discovery = handle.block_on(runtimes.discover());
+                let discovery = handle.block_on(runtimes.follow());
                 let now = crate::fleet::now();
                 let snapshot = telemetry.sweep(&discovery.containers, now);
                 let verdict = locked(&shared).as_mut().map(|judge| {
