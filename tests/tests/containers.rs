@@ -323,6 +323,8 @@ async fn births_and_deaths_come_as_events() -> Result<()> {
     let host = lab.host("a")?;
     let api = runtime(host);
     let mut events = Box::pin(api.events().await?);
+    // Podman says nothing before the first event, not even that it listens.
+    tokio::time::sleep(SECOND).await;
     let id = start(host, "brief", &[], &["echo", "hello"])?;
     let mut actions = Vec::new();
     while !actions.contains(&"die".to_owned()) {

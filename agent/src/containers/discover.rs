@@ -14,6 +14,7 @@ use futures_util::future::join_all;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// What is there, and what could not be looked at.
 #[derive(Clone, Debug, Default)]
@@ -124,9 +125,20 @@ impl Runtimes {
             {
                 return Ok(last.clone());
             }
-            let seen = self.look(runtime).await;
-            followed.remember(&seen);
-            seen
+            let seen = match followed.last() {
+                // The first look inspects every container.
+                None => self.look(runtime).await,
+                Some(_) => tokio::time::timeout(PATIENCE, self.look(runtime))
+                    .await
+                    .unwrap_or_else(|_| Err(silent(runtime))),
+            };
+            let answered = seen.is_ok();
+            let mut look = followed.remember(seen)?;
+            if !answered {
+                let alive = |one: &Container| self.all_alive(std::slice::from_ref(one));
+                look.containers.retain(alive);
+            }
+            Ok(look)
         }))
         .await
     }
@@ -182,7 +194,7 @@ impl Runtimes {
         let mut problems = Vec::new();
         for entry in &list {
             let id = entry["Id"].as_str().unwrap_or_default();
-            let listed = entry["State"].as_str().unwrap_or_default();
+            let listed = &listed(entry);
             let container = match self.unchanged(runtime, id, listed) {
                 Some(container) => container,
                 None => match self.look_closer(runtime, id, listed, &mut problems).await {
@@ -282,6 +294,23 @@ impl Runtimes {
         // Every entry is whole by itself, so a panic elsewhere leaves nothing half-written.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Longest wait for a runtime that answered before: one that hangs must not make the view of all others old.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+fn silent(runtime: &Runtime) -> RuntimeError {
+    RuntimeError::Timeout {
+        socket: runtime.socket().to_owned(),
+        operation: "list containers".to_owned(),
+        after: PATIENCE,
+    }
+}
+
+/// What of a list's entry says whether a container is as it was inspected last.
+fn listed(entry: &Value) -> String {
+    let (names, networks) = (&entry["Names"], &entry["NetworkSettings"]);
+    format!("{} {names} {networks}", entry["State"])
 }
 
 fn bare_cgroups(discovery: &Discovery) -> impl Iterator<Item = u64> {

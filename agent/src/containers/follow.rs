@@ -24,20 +24,27 @@ pub(super) struct Follow {
     events: Option<BoxStream<'static, Result<Event, RuntimeError>>>,
     opened: Option<Instant>,
     last: Option<(Instant, Look)>,
+    /// The last list failed or had problems.
+    doubt: bool,
 }
 
 impl Follow {
     /// Whether the list can have changed since [`Follow::remember`]; takes the events that came, and waits
     /// for none.
     pub(super) async fn may_have_changed(&mut self, runtime: &Runtime) -> bool {
-        let mut changed = self
-            .last
-            .as_ref()
-            .is_none_or(|(at, _)| at.elapsed() >= AUDIT);
+        let mut changed = self.doubt
+            || self
+                .last
+                .as_ref()
+                .is_none_or(|(at, _)| at.elapsed() >= AUDIT);
         if self.events.is_none() && self.opened.is_none_or(|at| at.elapsed() >= AUDIT) {
             self.opened = Some(Instant::now());
             // A runtime that is not there is told of by the list.
-            self.events = runtime.events().await.ok().map(|events| events.boxed());
+            self.events = runtime
+                .events()
+                .await
+                .ok()
+                .map(futures_util::StreamExt::boxed);
         }
         let Some(events) = &mut self.events else {
             return true;
@@ -54,17 +61,35 @@ impl Follow {
         changed || self.opened.is_none_or(|at| at.elapsed() < SETTLE)
     }
 
-    /// What the list last showed, if it was whole.
+    /// What the list last showed.
     pub(super) fn last(&self) -> Option<&Look> {
         self.last.as_ref().map(|(_, look)| look)
     }
 
-    /// Keeps what a list showed. One that failed or had problems is not good enough to rely on.
-    pub(super) fn remember(&mut self, seen: &Result<Look, RuntimeError>) {
-        self.last = match seen {
-            Ok(look) if look.problems.is_empty() => Some((Instant::now(), look.clone())),
-            _ => None,
-        };
+    /// Keeps what a list showed. After one that failed or had problems the runtime is asked again; what is
+    /// shown meanwhile is what it said before, and that it is old.
+    pub(super) fn remember(
+        &mut self,
+        seen: Result<Look, RuntimeError>,
+    ) -> Result<Look, RuntimeError> {
+        match seen {
+            Ok(look) => {
+                self.doubt = !look.problems.is_empty();
+                self.last = Some((Instant::now(), look.clone()));
+                Ok(look)
+            }
+            Err(error) => {
+                self.doubt = true;
+                let Some((at, last)) = &self.last else {
+                    return Err(error);
+                };
+                let age = at.elapsed().as_secs();
+                Ok(Look {
+                    containers: last.containers.clone(),
+                    problems: vec![format!("{error}; its containers are shown as {age} s ago")],
+                })
+            }
+        }
     }
 }
 
@@ -105,20 +130,23 @@ mod tests {
     async fn a_runtime_without_events_is_asked_every_time() {
         let runtime = Runtime::new("/nonexistent/p.sock");
         let mut follow = Follow::default();
-        follow.remember(&Ok(Look::default()));
+        follow.remember(Ok(Look::default())).unwrap();
         assert!(follow.may_have_changed(&runtime).await);
         assert!(follow.may_have_changed(&runtime).await);
     }
 
     #[test]
-    fn a_list_with_problems_is_not_relied_on() {
+    fn after_a_list_that_failed_the_one_before_is_shown_with_its_age() {
+        let failed = || RuntimeError::Unreachable {
+            socket: "/s".into(),
+            operation: "list containers".to_owned(),
+            source: std::io::ErrorKind::TimedOut.into(),
+        };
         let mut follow = Follow::default();
-        follow.remember(&Ok(Look::default()));
-        assert!(follow.last().is_some());
-        follow.remember(&Ok(Look {
-            containers: Vec::new(),
-            problems: vec!["one could not be inspected".to_owned()],
-        }));
-        assert!(follow.last().is_none());
+        assert!(follow.remember(Err(failed())).is_err());
+        follow.remember(Ok(Look::default())).unwrap();
+        assert!(!follow.doubt);
+        let shown = follow.remember(Err(failed())).unwrap();
+        assert!(follow.doubt && shown.problems[0].contains("shown as 0 s ago"));
     }
 }
