@@ -3,19 +3,20 @@
 //! Invariants: a missing kernel feature disables its family with a named reason and never stops the
 //! agent; what the maps could not hold is counted. Non-goals: meaning, which is given by the sweep.
 
+mod block;
+mod ports;
+mod sched;
+
 use super::btf::KernelTypes;
 use super::layout::{self, Family};
 use super::scope::{self, Scope};
 use crate::model::telemetry::{Disabled, Loss, ProgramCost};
-use aya::maps::{Array, HashMap, Map, MapData, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::raw_trace_point::RawTracePoint;
-use aya::programs::{BtfTracePoint, RawTracePointRunOptions, TestRun};
+use aya::programs::{BtfTracePoint, Program, ProgramError, RawTracePointRunOptions, TestRun};
 use aya::sys::{Stats, enable_stats};
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
-use lifeboat_ebpf::{
-    Ancestors, BlockKey, BlockStats, InFlight, Latency, Layout, ListenKey, Open, PortKey,
-    PortStats, REFRESH_BATCH, Waiting,
-};
+use lifeboat_ebpf::{Ancestors, Layout};
 use std::collections::HashSet;
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -26,13 +27,24 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/li
 /// Where the running kernel describes its types.
 const BTF_PATH: &str = "sys/kernel/btf/vmlinux";
 
-const TRACEPOINTS: [(Family, &str); 6] = [
-    (Family::Sched, "sched_wakeup"),
-    (Family::Sched, "sched_wakeup_new"),
-    (Family::Sched, "sched_switch"),
-    (Family::Block, "block_rq_issue"),
-    (Family::Block, "block_rq_complete"),
-    (Family::Ports, "inet_sock_set_state"),
+/// How a program comes to run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hook {
+    /// At the kernel's tracepoint of the same name, with typed arguments.
+    Tracepoint,
+    /// When the agent asks (`BPF_PROG_TEST_RUN`).
+    OnDemand,
+}
+
+/// A family runs when all of its programs do.
+const PROGRAMS: [(Family, Hook, &str); 7] = [
+    (Family::Sched, Hook::Tracepoint, "sched_wakeup"),
+    (Family::Sched, Hook::Tracepoint, "sched_wakeup_new"),
+    (Family::Sched, Hook::Tracepoint, "sched_switch"),
+    (Family::Block, Hook::Tracepoint, "block_rq_issue"),
+    (Family::Block, Hook::Tracepoint, "block_rq_complete"),
+    (Family::Ports, Hook::OnDemand, "ports_refresh"),
+    (Family::Ports, Hook::Tracepoint, "inet_sock_set_state"),
 ];
 
 /// Names of the maps of `LOSSES`, in the order of [`lifeboat_ebpf::loss`].
@@ -157,88 +169,13 @@ impl Kernel {
         self.own_cgroup
     }
 
-    /// Run-queue latency by cgroup2 id, since the start.
-    #[must_use]
-    pub fn run_queue(&self) -> Vec<(u64, Latency)> {
-        self.entries("RUN_QUEUE")
-    }
-
-    /// Tasks that wait for a CPU now.
-    #[must_use]
-    pub fn waiting(&self) -> Vec<(u32, Waiting)> {
-        self.entries("WAITING")
-    }
-
-    /// Block I/O, since the start.
-    #[must_use]
-    pub fn block(&self) -> Vec<(BlockKey, BlockStats)> {
-        self.entries("BLOCK")
-    }
-
-    /// Block requests between issue and completion.
-    #[must_use]
-    pub fn in_flight(&self) -> Vec<InFlight> {
-        let requests = self.entries::<u64, InFlight>("IN_FLIGHT");
-        requests.into_iter().map(|(_, request)| request).collect()
-    }
-
-    /// Kinds of connections, since the start, with the bytes of open connections up to now.
-    #[must_use]
-    pub fn ports(&self) -> Vec<(PortKey, PortStats)> {
-        self.refresh_open();
-        self.entries("PORTS")
-    }
-
-    /// Ports listened on since the start.
-    #[must_use]
-    pub fn listening(&self) -> Vec<(ListenKey, u64)> {
-        self.entries("LISTENING")
-    }
-
-    /// Kinds of connections seen for the first time since the last call.
-    pub fn first_seen(&mut self) -> Vec<PortKey> {
-        let Some(map) = self
-            .ebpf
-            .as_mut()
-            .and_then(|ebpf| ebpf.map_mut("FIRST_SEEN"))
-        else {
-            return Vec::new();
-        };
-        let Ok(mut ring) = RingBuf::try_from(map) else {
-            return Vec::new();
-        };
-        let mut keys = Vec::new();
-        while let Some(item) = ring.next() {
-            if item.len() >= size_of::<PortKey>() {
-                // SAFETY: the program wrote a whole PortKey, any bytes of which are a value; the ring
-                // aligns to 8 but unaligned reading needs no such promise.
-                keys.push(unsafe { item.as_ptr().cast::<PortKey>().read_unaligned() });
-            }
-        }
-        keys
-    }
-
     /// Forgets what is counted for cgroups that are gone.
     pub fn forget_cgroups(&mut self, gone: &HashSet<u64>) {
-        if gone.is_empty() {
-            return;
+        if !gone.is_empty() {
+            self.forget_sched(gone);
+            self.forget_block(gone);
+            self.forget_ports_of(gone);
         }
-        self.remove_keys::<u64, Latency>("RUN_QUEUE", |key| gone.contains(key));
-        self.remove_keys::<BlockKey, BlockStats>("BLOCK", |key| gone.contains(&key.cgroup));
-        self.remove_keys::<PortKey, PortStats>("PORTS", |key| gone.contains(&key.cgroup));
-        self.remove_keys::<ListenKey, u64>("LISTENING", |key| gone.contains(&key.cgroup));
-    }
-
-    /// Forgets kinds of connections, except those with an open one. Returns what was forgotten.
-    pub fn forget_ports(&mut self, keys: &HashSet<PortKey>) -> HashSet<PortKey> {
-        let open: HashSet<PortKey> = self
-            .entries::<u64, Open>("OPEN")
-            .into_iter()
-            .map(|(_, open)| open.key)
-            .collect();
-        let forgotten: HashSet<PortKey> = keys.difference(&open).copied().collect();
-        self.remove_keys::<PortKey, PortStats>("PORTS", |key| forgotten.contains(key));
-        forgotten
     }
 
     /// What was lost, by map.
@@ -300,24 +237,6 @@ impl Kernel {
         costs
     }
 
-    fn refresh_open(&self) {
-        let Some(ebpf) = &self.ebpf else { return };
-        let Some(Ok(program)) = ebpf
-            .program("ports_refresh")
-            .map(<&RawTracePoint>::try_from)
-        else {
-            return;
-        };
-        let sockets: Vec<u64> = self.keys::<u64, Open>("OPEN");
-        for batch in sockets.chunks(REFRESH_BATCH) {
-            let mut options = RawTracePointRunOptions::default();
-            options.args[..batch.len()].copy_from_slice(batch);
-            if program.test_run(options).is_err() {
-                return;
-            }
-        }
-    }
-
     fn map(&self, name: &str) -> Option<&Map> {
         self.ebpf.as_ref()?.map(name)
     }
@@ -351,38 +270,40 @@ impl Kernel {
 }
 
 fn attach_family(ebpf: &mut Ebpf, btf: &Btf, family: Family) -> Result<(), (String, String)> {
-    for (_, name) in TRACEPOINTS.iter().filter(|(of, _)| *of == family) {
-        attach_one(ebpf, btf, name).map_err(|why| ((*name).to_owned(), why))?;
-    }
-    if family == Family::Ports {
-        let program: &mut RawTracePoint = ebpf
-            .program_mut("ports_refresh")
-            .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| missing_program("ports_refresh"))?;
-        program
-            .load()
-            .map_err(|error| ("ports_refresh".to_owned(), chain(&error)))?;
+    for &(_, hook, name) in PROGRAMS.iter().filter(|(of, ..)| *of == family) {
+        let attached = match hook {
+            Hook::Tracepoint => attach(ebpf, btf, name),
+            Hook::OnDemand => program::<RawTracePoint>(ebpf, name)
+                .and_then(|program| program.load().map_err(|error| refused("load", &error))),
+        };
+        attached.map_err(|why| (name.to_owned(), why))?;
     }
     Ok(())
 }
 
-fn attach_one(ebpf: &mut Ebpf, btf: &Btf, name: &str) -> Result<(), String> {
-    let program: &mut BtfTracePoint = ebpf
-        .program_mut(name)
-        .and_then(|program| program.try_into().ok())
-        .ok_or_else(|| missing_program(name).1)?;
+fn attach(ebpf: &mut Ebpf, btf: &Btf, name: &str) -> Result<(), String> {
+    let program: &mut BtfTracePoint = program(ebpf, name)?;
     program
         .load(name, btf)
-        .map_err(|error| format!("the kernel refuses to load it: {}", chain(&error)))?;
+        .map_err(|error| refused("load", &error))?;
     program
         .attach()
-        .map_err(|error| format!("the kernel refuses to attach it: {}", chain(&error)))?;
+        .map_err(|error| refused("attach", &error))?;
     Ok(())
 }
 
-fn missing_program(name: &str) -> (String, String) {
-    let why = "it is not in the embedded object; build the agent anew".to_owned();
-    (name.to_owned(), why)
+fn refused(what: &str, error: &ProgramError) -> String {
+    format!("the kernel refuses to {what} it: {}", chain(error))
+}
+
+/// A program of the embedded object.
+fn program<'e, T>(ebpf: &'e mut Ebpf, name: &str) -> Result<&'e mut T, String>
+where
+    &'e mut T: TryFrom<&'e mut Program>,
+{
+    ebpf.program_mut(name)
+        .and_then(|program| program.try_into().ok())
+        .ok_or_else(|| "it is not in the embedded object; build the agent anew".to_owned())
 }
 
 /// Asks the kernel where this process lies, and places the scope by it. Also the process's own cgroup.
@@ -392,10 +313,7 @@ fn scope(root: &Path, cgroup: &Path) -> Result<(Scope, Option<u64>), String> {
             .btf(None)
             .load(OBJECT)
             .map_err(|error| format!("the scope probe cannot be loaded: {}", chain(&error)))?;
-        let program: &mut RawTracePoint = ebpf
-            .program_mut("scope_probe")
-            .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| missing_program("scope_probe").1)?;
+        let program: &mut RawTracePoint = program(&mut ebpf, "scope_probe")?;
         program
             .load()
             .and_then(|()| program.test_run(RawTracePointRunOptions::default()))
