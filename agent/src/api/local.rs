@@ -132,9 +132,11 @@ fn router(context: Context) -> Router {
 }
 
 async fn status(State(context): State<Context>) -> Json<Status> {
+    let mut view = (**context.view.borrow()).clone();
+    view.problems.extend(context.delegator.troubles());
     Json(Status {
         device: context.device,
-        view: (**context.view.borrow()).clone(),
+        view,
         plans: context.delegator.status(),
     })
 }

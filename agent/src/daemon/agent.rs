@@ -75,12 +75,6 @@ pub enum AgentError {
     /// Pairings.
     #[error("cannot read the pairings in the state directory: {0}")]
     Pairings(String),
-    /// Plans that this target took part in.
-    #[error("cannot resume as target: {0}")]
-    Resume(String),
-    /// A journal.
-    #[error("{0}")]
-    Journal(#[from] crate::migration::journal::JournalError),
     /// Signals.
     #[error("cannot handle signals: {0}")]
     Signals(std::io::Error),
@@ -130,6 +124,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         data: None,
         fleet: None,
         view: view.clone(),
+        troubles: std::sync::Mutex::default(),
     };
     let delegator = match &config.fleet {
         None => Arc::new(Delegator::new(Arc::new(parts))),
@@ -246,10 +241,7 @@ async fn serve_fleet(
         .map_err(|error| AgentError::Pairings(error.to_string()))?;
     let pairings = Arc::new(pairings);
     let target = Arc::new(Target::new(parts.clone(), pairings.clone(), data));
-    target
-        .resume()
-        .await
-        .map_err(|error| AgentError::Resume(error.to_string()))?;
+    target.resume();
     let paired = Arc::new(Paired::new(parts.clone(), pairings.clone(), data));
     let listen = SocketAddr::from(([0, 0, 0, 0], advertised.port()));
     let server = ControlServer::bind(&fleet.identity, listen)
@@ -262,7 +254,7 @@ async fn serve_fleet(
     tokio::spawn(server.serve(routes, stop.clone()));
     let delegator = Arc::new(Delegator::new(parts.clone()));
     // Before the first heartbeat, which names the plans that are under way.
-    delegator.resume()?;
+    delegator.resume();
     let (client, duplicator) = (fleet.client.clone(), fleet.identity.duplicator().clone());
     let (started, beating) = (Instant::now(), delegator.clone());
     let sample = move || {

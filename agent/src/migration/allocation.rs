@@ -81,19 +81,22 @@ impl Delegator {
             .is_some_and(|fleet| fleet.trusted.iter().any(|network| network.holds(address)))
     }
 
-    /// Tells target and paired device that the plan was rolled back.
-    pub(super) async fn dismiss(&self, plan: &Plan, reason: &str) {
-        let Some(fleet) = self.fleet() else { return };
-        let id = &plan.id;
+    /// Tells target and paired device that the plan was rolled back; false while the target has not heard.
+    pub(super) async fn dismiss(&self, plan: &Plan, reason: &str) -> bool {
+        let Some(fleet) = self.fleet() else {
+            return true;
+        };
+        let (id, mut freed) = (&plan.id, true);
         if let Some(target) = plan.target.as_ref().and_then(peer) {
             let body = Dismiss {
                 reason: reason.to_owned(),
             };
-            tell(fleet, &target, &format!("/v1/plans/{id}/dismiss"), &body).await;
+            freed = tell(fleet, &target, &format!("/v1/plans/{id}/dismiss"), &body).await;
         }
         if let Some(paired) = plan.paired.as_ref().and_then(peer) {
             tell(fleet, &paired, &format!("/v1/plans/{id}/relay/end"), &()).await;
         }
+        freed
     }
 
     /// Gives back what was lent, with what the work cost.
@@ -182,9 +185,16 @@ pub(super) fn peer(chosen: &Chosen) -> Option<PeerAddress> {
     })
 }
 
-async fn tell(fleet: &FleetContext, peer: &PeerAddress, path: &str, body: &impl serde::Serialize) {
+async fn tell(
+    fleet: &FleetContext,
+    peer: &PeerAddress,
+    path: &str,
+    body: &impl serde::Serialize,
+) -> bool {
     let client = fleet.client.clone().with_timeout(FAREWELL);
-    if let Err(error) = client.post::<_, ()>(peer, path, body).await {
+    let told = client.post::<_, ()>(peer, path, body).await;
+    if let Err(error) = &told {
         tracing::warn!("not told of the end: {error}");
     }
+    told.is_ok()
 }

@@ -11,7 +11,7 @@ use super::planner::{self, Directory, Gathered, PlanError, Request};
 use super::report::{Report, report};
 use super::settings::Settings;
 use super::source;
-use super::switch::{self, forwardings};
+use super::switch::forwardings;
 use super::trusted::Network;
 use super::view::HostView;
 use crate::containers::{PauseError, Runtime, RuntimeError, Runtimes, TwinSpec};
@@ -67,6 +67,15 @@ pub struct Parts {
     pub fleet: Option<FleetContext>,
     /// Latest view of the host.
     pub view: watch::Receiver<Arc<HostView>>,
+    /// What an operator must see to: journals that cannot be read.
+    pub troubles: Mutex<Vec<String>>,
+}
+
+impl Parts {
+    pub(super) fn trouble(&self, error: &JournalError) {
+        tracing::error!("{error}; this plan is left as it is");
+        locked(&self.troubles).push(error.to_string());
+    }
 }
 
 /// Why a request was not taken up.
@@ -122,8 +131,8 @@ pub enum DelegatorError {
 
 /// The delegator.
 pub struct Delegator {
-    parts: Arc<Parts>,
-    plans: Mutex<BTreeMap<PlanId, Arc<Active>>>,
+    pub(super) parts: Arc<Parts>,
+    pub(super) plans: Mutex<BTreeMap<PlanId, Arc<Active>>>,
     forwarders: Mutex<Vec<Forwarder>>,
     measured_rate: Mutex<Option<(PlanId, Bytes)>>,
 }
@@ -305,80 +314,10 @@ impl Delegator {
         Ok(())
     }
 
-    /// Continues or rolls back what an earlier life of the agent left behind.
-    ///
-    /// # Errors
-    /// A journal cannot be read.
-    pub fn resume(self: &Arc<Self>) -> Result<(), JournalError> {
-        for id in plan_ids(&self.parts.state, "source") {
-            let directory = plan_directory(&self.parts.state, "source", &id);
-            let (journal, entries) = Journal::<SourceEvent>::open(&directory)?;
-            self.learn_rate(&id);
-            let Some(plan) = plan_of(&entries) else {
-                continue;
-            };
-            match entries.last().map(|entry| &entry.event) {
-                Some(SourceEvent::Completed) => {
-                    if let Some(target) = target_peer(&plan) {
-                        let delegator = self.clone();
-                        tokio::spawn(async move {
-                            delegator.forward(&plan, target.addr.ip()).await;
-                        });
-                    }
-                }
-                Some(SourceEvent::Aborted { .. }) | None => {}
-                Some(_) => self.resume_plan(plan, journal, &entries),
-            }
-        }
-        Ok(())
-    }
-
-    fn resume_plan(
-        self: &Arc<Self>,
-        plan: Plan,
-        journal: Journal<SourceEvent>,
-        entries: &[super::journal::Entry<SourceEvent>],
-    ) {
-        let active = Arc::new(Active::new(&plan));
-        active.set_plan(&plan);
-        locked(&self.plans).insert(plan.id.clone(), active.clone());
-        let release = entries.iter().find_map(|entry| match &entry.event {
-            SourceEvent::Released { release } => Some(release.clone()),
-            _ => None,
-        });
-        let mut done = Done::default();
-        for entry in entries {
-            done.note(entry.at, &entry.event);
-        }
-        let mut core = Move {
-            delegator: self.clone(),
-            plan,
-            journal,
-            active,
-            done,
-        };
-        tokio::spawn(async move {
-            match (release, target_peer(&core.plan)) {
-                (Some(release), Some(target)) => {
-                    // Committed in an earlier life: an abort has come too late.
-                    let _ = core.active.commit();
-                    switch::Released {
-                        core: &mut core,
-                        target,
-                        release,
-                        paused: None,
-                    }
-                    .finish()
-                    .await;
-                }
-                (Some(_), None) => core.active.trouble(
-                    "released, but the target's address in the journal cannot be read; repair it and restart the agent",
-                ),
-                (None, _) => {
-                    core.roll_back("the agent was restarted before the release").await;
-                }
-            }
-        });
+    /// What an operator must see to: journals of plans that cannot be read.
+    #[must_use]
+    pub fn troubles(&self) -> Vec<String> {
+        locked(&self.parts.troubles).clone()
     }
 
     /// Plans of this device as source, the newest last.

@@ -141,6 +141,8 @@ pub enum SourceEvent {
         /// Why.
         reason: String,
     },
+    /// After that: the target has removed what it had made for the plan.
+    TargetFreed,
 }
 
 /// One forwarded port.

@@ -249,6 +249,7 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines
         }
         SourceEvent::Completed => vec!["completed".into()],
+        SourceEvent::TargetFreed => vec!["the target has removed what it had made".into()],
         SourceEvent::Aborted { reason } => {
             vec![format!("aborted, the source's containers run on: {reason}")]
         }

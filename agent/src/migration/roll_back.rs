@@ -20,7 +20,7 @@ impl Move {
     }
 
     /// Undoes what the journal says was done, and tells the other devices.
-    pub(super) async fn roll_back(&mut self, reason: &str) {
+    pub(super) async fn roll_back(mut self, reason: &str) {
         tracing::warn!(plan = %self.plan.id, reason, "rolling back");
         self.active.enter("roll back");
         let delegator = self.delegator.clone();
@@ -41,7 +41,7 @@ impl Move {
                 tokio::time::sleep(RETRY).await;
             }
         }
-        delegator.dismiss(&self.plan, reason).await;
+        let freed = delegator.dismiss(&self.plan, reason).await;
         delegator
             .end_pairings(&self.plan, DutyOutcome::Abandoned, &[])
             .await;
@@ -50,7 +50,15 @@ impl Move {
         })
         .await;
         let _ = tokio::fs::remove_dir_all(delegator.image_directory(&self.plan.id)).await;
+        if freed {
+            self.record(SourceEvent::TargetFreed).await;
+            self.active.enter("aborted");
+            return;
+        }
         self.active.enter("aborted");
+        delegator
+            .free_target(self.plan, self.journal, reason.to_owned())
+            .await;
     }
 }
 

@@ -6,20 +6,18 @@
 use super::delegator::{Parts, plan_ids};
 use super::events::{Place, TargetEvent};
 use super::journal::{Entry, Journal, JournalError, plan_directory};
-use super::places::{check_room, image_id, name_of, remove_places};
-use super::source::IMAGE_FILE;
-use super::twins::twin_spec;
+use super::places::{check_room, name_of, remove_places};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
 use crate::model::container::State;
 use crate::model::control::{OfferAccepted, Owns, Secret, TargetStatus};
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId};
-use crate::model::plan::{Plan, Release, SignedRelease, TwinState, VolumeRelease};
+use crate::model::plan::{Plan, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::VolumeKind;
 use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveProgress, ReceiveVolume};
-use crate::volume::{BlockSize, FleetKey};
+use crate::volume::FleetKey;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -153,7 +151,7 @@ impl Target {
         self.plans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn turn(&self, source: &DeviceId) -> tokio::sync::OwnedMutexGuard<()> {
+    pub(super) async fn turn(&self, source: &DeviceId) -> tokio::sync::OwnedMutexGuard<()> {
         let turn = {
             let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
             turns.entry(source.clone()).or_default().clone()
@@ -346,68 +344,11 @@ impl Target {
         })
     }
 
-    /// Loads the images that arrived, and makes every twin once without starting it: what this device
-    /// cannot make is found while the source still owns everything.
-    ///
-    /// The rehearsed twins are removed again: a runtime's own start-up service starts what has a restart
-    /// policy, and nothing of the plan may start here before the release (rule 4).
-    ///
-    /// # Errors
-    /// The plan is unknown or owned, or the runtime refuses an image or a twin.
-    pub async fn rehearse(&self, peer: &DeviceId, id: &PlanId) -> Result<(), TargetError> {
-        let _turn = self.turn(peer).await;
-        let (plan, places) = self.known(peer, id)?;
-        if self
-            .plans()
-            .get(id)
-            .is_some_and(|known| known.owns.is_some())
-        {
-            return Err(TargetError::Owned(id.clone()));
-        }
-        let runtime = self.runtime_for(&plan).await?;
-        for volume in &plan.volumes {
-            let VolumeKind::Image(reference) = &volume.kind else {
-                continue;
-            };
-            if let Some(place) = places.iter().find(|place| place.volume == volume.id) {
-                let archive = place.path.join(IMAGE_FILE);
-                runtime
-                    .load_image(&archive, &image_id(&plan, volume), reference)
-                    .await?;
-                let _ = std::fs::remove_file(&archive);
-            }
-        }
-        self.note_networks(&plan, runtime).await?;
-        for planned in &plan.containers {
-            let name = planned.container.name.as_str();
-            let made = runtime.create_twin(&twin_spec(planned)).await;
-            if !matches!(made, Err(TwinError::NameTaken { .. })) {
-                runtime.remove(name).await?;
-            }
-            made?;
-        }
-        Ok(())
-    }
-
-    /// Writes down which networks the twins will bring with them.
-    async fn note_networks(&self, plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
-        let mut names = Vec::new();
-        let described = plan.containers.iter().flat_map(|planned| &planned.networks);
-        for name in described.filter_map(|network| network["Name"].as_str()) {
-            let missing = matches!(runtime.network(name).await, Err(error) if error.not_found());
-            if missing && !names.iter().any(|known| known == name) {
-                names.push(name.to_owned());
-            }
-        }
-        if let Some(known) = self.plans().get_mut(&plan.id).filter(|_| !names.is_empty()) {
-            known.networks.extend(names.iter().cloned());
-            let event = TargetEvent::Networks { names };
-            known.journal.append(crate::fleet::now(), event)?;
-        }
-        Ok(())
-    }
-
-    fn known(&self, peer: &DeviceId, id: &PlanId) -> Result<(Plan, Vec<Place>), TargetError> {
+    pub(super) fn known(
+        &self,
+        peer: &DeviceId,
+        id: &PlanId,
+    ) -> Result<(Plan, Vec<Place>), TargetError> {
         let plans = self.plans();
         let known = plans
             .get(id)
@@ -419,140 +360,6 @@ impl Target {
             });
         }
         Ok((known.plan.clone(), known.places.clone()))
-    }
-
-    /// Checks the release against what arrived, writes ownership, and says so. Starts the twins.
-    ///
-    /// # Errors
-    /// The release is not by the plan's source, or not for exactly what arrived.
-    pub async fn take_over(
-        self: &Arc<Self>,
-        peer: &DeviceId,
-        id: &PlanId,
-        signed: SignedRelease,
-    ) -> Result<Owns, TargetError> {
-        let _turn = self.turn(peer).await;
-        let (plan, places) = self.known(peer, id)?;
-        if let Some(owns) = self.plans().get(id).and_then(|known| known.owns.clone()) {
-            return Ok(owns);
-        }
-        let refuse = |why: String| TargetError::BadRelease {
-            plan: id.clone(),
-            why,
-        };
-        let release = self.check_signature(&plan, &signed).map_err(refuse)?;
-        let mut arrived = self
-            .plans()
-            .get(id)
-            .map(|known| self.arrived(known))
-            .unwrap_or_default();
-        if arrived.is_empty() {
-            // The agent was restarted since the data came: what is on disk speaks for itself.
-            arrived = self
-                .read_again(&plan, &places, &release)
-                .await
-                .map_err(refuse)?;
-        }
-        check_release(&plan, &self.parts.device, &release, &arrived).map_err(refuse)?;
-        let owns = Owns {
-            plan: id.clone(),
-            target: self.parts.device.clone(),
-            volumes: release
-                .volumes
-                .iter()
-                .map(|volume| VolumeRelease {
-                    epoch: volume.epoch.next(),
-                    ..volume.clone()
-                })
-                .collect(),
-        };
-        let event = TargetEvent::Owns {
-            release: signed,
-            owns: owns.clone(),
-        };
-        {
-            let mut plans = self.plans();
-            let known = plans
-                .get_mut(id)
-                .ok_or_else(|| TargetError::Unknown(id.clone()))?;
-            known.journal.append(crate::fleet::now(), event)?;
-            known.owns = Some(owns.clone());
-        }
-        if let Some(data) = &self.parts.data {
-            data.dismiss(id);
-        }
-        tracing::info!(plan = %id, "this target owns the plan's volumes");
-        tokio::spawn(self.clone().start_twins(plan));
-        Ok(owns)
-    }
-
-    /// Reads the places of the released volumes and computes their roots anew.
-    async fn read_again(
-        &self,
-        plan: &Plan,
-        places: &[Place],
-        release: &Release,
-    ) -> Result<Vec<VolumeRelease>, String> {
-        let fleet = self
-            .parts
-            .fleet
-            .as_ref()
-            .ok_or("this device is in no fleet")?;
-        let key = FleetKey(*fleet.identity.fleet_key());
-        let jobs: Vec<_> = release
-            .volumes
-            .iter()
-            .filter_map(|released| {
-                let place = places
-                    .iter()
-                    .find(|place| place.volume == released.volume)?;
-                let volume = plan
-                    .volumes
-                    .iter()
-                    .find(|volume| volume.id == released.volume)?;
-                Some((
-                    released.clone(),
-                    place.path.clone(),
-                    BlockSize::for_volume(volume.size.0),
-                ))
-            })
-            .collect();
-        tokio::task::spawn_blocking(move || {
-            jobs.into_iter()
-                .map(|(released, path, block_size)| {
-                    let (state, _) = crate::volume::scan(&path, &key, block_size)
-                        .map_err(|error| error.to_string())?;
-                    Ok(VolumeRelease {
-                        root: state.root,
-                        ..released
-                    })
-                })
-                .collect()
-        })
-        .await
-        .map_err(|error| error.to_string())?
-    }
-
-    fn check_signature(&self, plan: &Plan, signed: &SignedRelease) -> Result<Release, String> {
-        let fleet = self
-            .parts
-            .fleet
-            .as_ref()
-            .ok_or("this device is in no fleet")?;
-        let signer = crate::fleet::identity::verify_member(
-            &fleet.identity,
-            &signed.certificate,
-            signed.body.as_bytes(),
-            &signed.signature,
-        )
-        .map_err(|error| error.to_string())?;
-        if signer != plan.source {
-            return Err(format!(
-                "it is signed by {signer}, the source is {}",
-                plan.source
-            ));
-        }
-        serde_json::from_str(&signed.body).map_err(|error| format!("it cannot be read: {error}"))
     }
 
     /// State of a plan, for its source.
@@ -582,7 +389,7 @@ impl Target {
     }
 
     /// What of each volume arrived last, as the data plane verified it.
-    fn arrived(&self, known: &Receiving) -> Vec<VolumeRelease> {
+    pub(super) fn arrived(&self, known: &Receiving) -> Vec<VolumeRelease> {
         let progress = self
             .parts
             .data
@@ -659,14 +466,18 @@ impl Target {
     }
 
     /// Takes up what an earlier life of the agent left: the twins of owned plans are started; the data of
-    /// others is kept until their source releases or dismisses them, or offers another plan.
-    ///
-    /// # Errors
-    /// A journal cannot be read or written.
-    pub async fn resume(self: &Arc<Self>) -> Result<(), TargetError> {
+    /// others is kept until their source releases or dismisses them, or offers another plan. A journal that
+    /// cannot be read is told of and left alone.
+    pub fn resume(self: &Arc<Self>) {
         for id in plan_ids(&self.parts.state, "target") {
             let directory = plan_directory(&self.parts.state, "target", &id);
-            let (journal, entries) = Journal::<TargetEvent>::open(&directory)?;
+            let (journal, entries) = match Journal::<TargetEvent>::open(&directory) {
+                Ok(opened) => opened,
+                Err(error) => {
+                    self.parts.trouble(&error);
+                    continue;
+                }
+            };
             let Some(known) = rebuild(journal, &entries) else {
                 continue;
             };
@@ -680,7 +491,6 @@ impl Target {
                 tokio::spawn(self.clone().start_twins(plan));
             }
         }
-        Ok(())
     }
 }
 
@@ -751,51 +561,6 @@ fn check_binds(plan: &Plan) -> Result<(), String> {
                     planned.container.name
                 ));
             }
-        }
-    }
-    Ok(())
-}
-
-/// Whether the release is by the source of `plan`, for this target, and for exactly what arrived.
-fn check_release(
-    plan: &Plan,
-    target: &DeviceId,
-    release: &Release,
-    arrived: &[VolumeRelease],
-) -> Result<(), String> {
-    if release.plan != plan.id {
-        return Err(format!("it is for plan {}", release.plan));
-    }
-    if release.source != plan.source {
-        return Err(format!(
-            "it is by {}, the source is {}",
-            release.source, plan.source
-        ));
-    }
-    if &release.target != target {
-        return Err(format!("it is for target {}", release.target));
-    }
-    for volume in plan
-        .volumes
-        .iter()
-        .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)))
-    {
-        let Some(released) = release
-            .volumes
-            .iter()
-            .find(|released| released.volume == volume.id)
-        else {
-            return Err(format!("it leaves out volume {}", volume.name));
-        };
-        match arrived.iter().find(|arrived| arrived.volume == volume.id) {
-            None => return Err(format!("nothing of volume {} arrived", volume.name)),
-            Some(arrived) if arrived.epoch != released.epoch || arrived.root != released.root => {
-                return Err(format!(
-                    "volume {}: released epoch {} root {}, arrived epoch {} root {}",
-                    volume.name, released.epoch, released.root, arrived.epoch, arrived.root
-                ));
-            }
-            Some(_) => {}
         }
     }
     Ok(())
