@@ -189,6 +189,20 @@ pub fn setup() -> Result<()> {
     Ok(())
 }
 
+/// Installs one program that only a single task needs.
+///
+/// # Errors
+/// It is not there and cannot be installed.
+pub fn provide(program: &str, package: &str, why: &str) -> Result<()> {
+    if self::program(program).is_some() {
+        return Ok(());
+    }
+    let package = [(package, why)];
+    say(&package);
+    apt_get(&["update", "-qq"])?;
+    install(&package)
+}
+
 fn say(packages: &[(&str, &str)]) {
     for (package, why) in packages {
         println!("setup: installing {package}: {why}");

@@ -5,6 +5,7 @@
 
 mod agent;
 mod machine;
+mod overhead;
 mod pause;
 mod programs;
 mod transfer;
@@ -45,13 +46,16 @@ pub enum Subject {
     Agent,
     /// Cost of an event in each kernel program.
     Programs,
+    /// What the agent takes from its host's own work, beside bpftrace.
+    Overhead,
 }
 
-const ALL: [Subject; 4] = [
+const ALL: [Subject; 5] = [
     Subject::Transfer,
     Subject::Pause,
     Subject::Agent,
     Subject::Programs,
+    Subject::Overhead,
 ];
 
 /// Sets up, builds for release, measures as root and prints Markdown.
@@ -92,6 +96,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
             Subject::Pause => pause::measure(arguments.short)?,
             Subject::Agent => agent::measure(arguments.short)?,
             Subject::Programs => programs::measure(arguments.short)?,
+            Subject::Overhead => overhead::measure(arguments.short)?,
         });
     }
     eprintln!("bench: {} s", start.elapsed().as_secs());

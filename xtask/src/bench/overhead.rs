@@ -1,0 +1,307 @@
+//! What the agent takes from its host's own work: the same loads without it, with it, and with bpftrace's
+//! `runqlat` and `biolatency` in its place.
+//!
+//! The three take turns within each round, so that what else moves on the machine falls on all of them; the
+//! figures are medians over the rounds.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::{goal, machine, median};
+use crate::crew::{Crew, Device};
+use crate::lab::{Host, Lab, LabSpec};
+use crate::process::{output, run, wait_for};
+use crate::{setup, workspace};
+
+const DEVICE: &str = "loaded";
+
+const PACKAGES: [(&str, &str, &str); 2] = [
+    ("perf", "linux-perf", "`perf bench sched pipe`"),
+    ("bpftrace", "bpftrace", "the agent's peer in the figures"),
+];
+
+/// Busybox, and the host's own programs below it.
+const IMAGE: &str = r#"mkdir -p /tmp/image/bin && cp "$(command -v busybox)" /tmp/image/bin/busybox &&
+ln -s busybox /tmp/image/bin/sleep && tar -c -C /tmp/image . | podman --log-level error import --quiet - localhost/tools:1"#;
+
+/// `runqlat.bt` and `biolatency.bt` of bpftrace's tools, the latter over the tracepoints of requests, because
+/// the functions it hooks into are not in every kernel.
+const PEER: &str = "
+tracepoint:sched:sched_wakeup, tracepoint:sched:sched_wakeup_new { @queued[args->pid] = nsecs; }
+tracepoint:sched:sched_switch {
+  if (args->prev_state == 0) { @queued[args->prev_pid] = nsecs; }
+  $since = @queued[args->next_pid];
+  if ($since) { @runqlat = hist((nsecs - $since) / 1000); }
+  delete(@queued[args->next_pid]);
+}
+tracepoint:block:block_rq_issue { @issued[args->dev, args->sector] = nsecs; }
+tracepoint:block:block_rq_complete /@issued[args->dev, args->sector]/ {
+  @biolatency = hist((nsecs - @issued[args->dev, args->sector]) / 1000);
+  delete(@issued[args->dev, args->sector]);
+}";
+
+const TRACEFS: &str = "/sys/kernel/tracing";
+
+/// Work of the host whose rate is measured.
+struct Load {
+    what: &'static str,
+    unit: &'static str,
+    rate: fn(&Host, u32) -> Result<f64>,
+}
+
+const LOADS: [Load; 5] = [
+    Load {
+        what: "`perf bench sched pipe`: two processes wake each other",
+        unit: "wake-ups/s",
+        rate: |host, seconds| {
+            let loops = (60_000 * seconds).to_string();
+            let bench = [
+                "perf", "bench", "-f", "simple", "sched", "pipe", "-l", &loops,
+            ];
+            let took: f64 = host.run(bench)?.trim().parse()?;
+            Ok(f64::from(60_000 * seconds) * 2.0 / took)
+        },
+    },
+    Load {
+        what: "connect, ping, close: container to container",
+        unit: "connections/s",
+        rate: |host, seconds| redis(host, 12_000 * seconds, "-k 0 -c 4 -t ping_inline"),
+    },
+    Load {
+        what: "`redis-benchmark`, SET: container to container",
+        unit: "requests/s",
+        rate: |host, seconds| redis(host, 60_000 * seconds, "-c 20 -t set"),
+    },
+    Load {
+        what: "`iperf3`, one stream: container to container",
+        unit: "Gbit/s",
+        rate: |host, seconds| {
+            let script = format!("iperf3 -c {} -t {seconds} --json", server(host)?);
+            let report: Value = serde_json::from_str(&inside(host, &script)?)?;
+            let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
+            Ok(bits.context("iperf3 reports no rate")? / 1e9)
+        },
+    },
+    Load {
+        what: "`fio`, random reads of 4 KiB, O_DIRECT, 8 in flight",
+        unit: "reads/s",
+        rate: |host, seconds| {
+            let script = format!(
+                "fio --name=reads --filename=/srv/reads --size=512M --rw=randread --bs=4k --direct=1 \
+                 --ioengine=libaio --iodepth=8 --runtime={seconds} --time_based --output-format=json"
+            );
+            let report: Value = serde_json::from_str(&inside(host, &script)?)?;
+            let rate = report["jobs"][0]["read"]["iops"].as_f64();
+            rate.context("fio reports no rate")
+        },
+    },
+];
+
+/// What runs beside the load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    Nothing,
+    Agent,
+    Peer,
+}
+
+const BESIDE: [Beside; 3] = [Beside::Nothing, Beside::Agent, Beside::Peer];
+
+pub(super) fn measure(short: bool) -> Result<String> {
+    let (rounds, seconds) = if short { (1, 1) } else { (7, 2) };
+    for (program, package, why) in PACKAGES {
+        setup::provide(program, package, why)?;
+    }
+    let tracing = Tracing::mounted()?;
+    let lab = Lab::up(&LabSpec {
+        name: format!("overhead-{}", std::process::id()),
+        hosts: vec![machine::bare("duplicator"), DEVICE.into()],
+    })?;
+    let host = lab.host(DEVICE)?;
+    furnish(host)?;
+    let policy = fs::read_to_string(workspace::root().join("policies/default.yaml"))?;
+    let device = Device {
+        policy: Some(policy),
+        ..Device::new(DEVICE)
+    };
+    let mut crew = Crew::start(&lab, "duplicator", &[device])?;
+    crew.kill_agent(DEVICE)?;
+
+    let mut rates = vec![[const { Vec::new() }; 3]; LOADS.len()];
+    for round in 0..rounds {
+        for turn in 0..3 {
+            // Each is first as often as it is last.
+            let place = (round + turn) % 3;
+            let peer = match BESIDE[place] {
+                Beside::Nothing => None,
+                Beside::Agent => {
+                    crew.start_agent(DEVICE)?;
+                    // Starting is not watching.
+                    thread::sleep(Duration::from_secs(5));
+                    None
+                }
+                Beside::Peer => Some(Peer::start()?),
+            };
+            for (load, rates) in LOADS.iter().zip(&mut rates) {
+                rates[place].push((load.rate)(host, seconds)?);
+            }
+            drop(peer);
+            if BESIDE[place] == Beside::Agent {
+                crew.kill_agent(DEVICE)?;
+            }
+        }
+    }
+    lab.down()?;
+    drop(tracing);
+
+    let mut text = format!(
+        "## What the agent takes from its host\n\nThe same load without anything, with the agent (policy `default.yaml`), and with \
+         bpftrace's runqlat and biolatency; {seconds} s each, taking turns, medians of {rounds} rounds. The spread is that of the \
+         rounds without anything, from the slowest to the fastest.\n\n\
+         | load | alone | spread | with the agent | with bpftrace | the agent takes | bpftrace takes | goal |\n\
+         |---|---|---|---|---|---|---|---|\n"
+    );
+    for (load, rates) in LOADS.iter().zip(&rates) {
+        let [alone, agent, peer] = [&rates[0], &rates[1], &rates[2]].map(|rates| median(rates));
+        let least = rates[0].iter().copied().fold(f64::INFINITY, f64::min);
+        let most = rates[0].iter().copied().fold(0.0, f64::max);
+        let taken = |with: f64| (1.0 - with / alone) * 100.0;
+        text.push_str(&format!(
+            "| {} | {} {} | {:.1} % | {} | {} | {:.1} % | {:.1} % | {} |\n",
+            load.what,
+            figure(alone),
+            load.unit,
+            (most - least) / alone * 100.0,
+            figure(agent),
+            figure(peer),
+            taken(agent),
+            taken(peer),
+            goal("at most 2 %", taken(agent) <= 2.0),
+        ));
+    }
+    Ok(text)
+}
+
+fn figure(rate: f64) -> String {
+    if rate < 100.0 {
+        format!("{rate:.2}")
+    } else {
+        format!("{rate:.0}")
+    }
+}
+
+/// Servers and the client's container: the host's own programs over an image of busybox.
+fn furnish(host: &Host) -> Result<()> {
+    host.run(["sh", "-c", IMAGE])?;
+    for (name, command) in [
+        (
+            "server",
+            "redis-server --save '' --protected-mode no --port 6379 & exec iperf3 -s",
+        ),
+        ("client", "exec sleep 100000"),
+    ] {
+        let mut arguments: Vec<String> = ["run", "--detach", "--name", name].map(Into::into).into();
+        for directory in ["/usr", "/lib", "/lib64", "/etc/alternatives"] {
+            if Path::new(directory).exists() {
+                arguments.push(format!("--volume={directory}:{directory}:ro"));
+            }
+        }
+        // A closed connection keeps its port for a minute, and there are more in that time than ports.
+        arguments.extend(
+            [
+                "--sysctl=net.ipv4.tcp_tw_reuse=1",
+                "--sysctl=net.ipv4.ip_local_port_range=1024 65535",
+            ]
+            .map(Into::into),
+        );
+        // iperf3 keeps its buffer in a file.
+        arguments.extend(["--volume=/srv:/srv", "--tmpfs=/tmp"].map(Into::into));
+        arguments
+            .extend(["localhost/tools:1", "/bin/busybox", "sh", "-c", command].map(Into::into));
+        host.podman(arguments)?;
+    }
+    wait_for("the servers", Duration::from_secs(10), || {
+        let address = server(host)?;
+        let ping = inside(host, &format!("redis-cli -h {address} ping"));
+        Ok(ping
+            .is_ok_and(|answer| answer.trim() == "PONG")
+            .then_some(()))
+    })
+}
+
+fn server(host: &Host) -> Result<String> {
+    let format = "{{.NetworkSettings.IPAddress}}";
+    host.podman(["inspect", "--format", format, "server"])
+}
+
+fn inside(host: &Host, script: &str) -> Result<String> {
+    host.podman(["exec", "client", "/bin/busybox", "sh", "-c", script])
+}
+
+fn redis(host: &Host, requests: u32, options: &str) -> Result<f64> {
+    let address = server(host)?;
+    let script = format!("redis-benchmark -h {address} --csv -n {requests} {options}");
+    let csv = inside(host, &script)?;
+    let last = csv.lines().last().unwrap_or_default();
+    let rate = last.split(',').nth(1).map(|field| field.trim_matches('"'));
+    rate.and_then(|rate| rate.parse().ok())
+        .with_context(|| format!("redis-benchmark printed {csv}"))
+}
+
+/// A running bpftrace; ended with it.
+struct Peer(Child);
+
+impl Peer {
+    fn start() -> Result<Self> {
+        let child = Command::new("bpftrace")
+            .args(["-e", PEER])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("cannot start bpftrace")?;
+        let mut peer = Self(child);
+        thread::sleep(Duration::from_secs(4));
+        ensure!(
+            peer.0.try_wait()?.is_none(),
+            "bpftrace ended by itself: run its script by hand to see why"
+        );
+        Ok(peer)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// tracefs, which bpftrace reads; unmounted again where it was not mounted.
+struct Tracing {
+    ours: bool,
+}
+
+impl Tracing {
+    fn mounted() -> Result<Self> {
+        let ours = !Path::new(TRACEFS).join("events").exists();
+        if ours {
+            run(Command::new("mount").args(["-t", "tracefs", "tracefs", TRACEFS]))?;
+        }
+        Ok(Self { ours })
+    }
+}
+
+impl Drop for Tracing {
+    fn drop(&mut self) {
+        if self.ours {
+            let _ = output(Command::new("umount").arg(TRACEFS));
+        }
+    }
+}
