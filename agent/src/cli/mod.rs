@@ -9,6 +9,7 @@ mod duplicator;
 mod evacuate;
 mod fleet;
 mod meter;
+mod metrics;
 mod observe;
 mod output;
 mod plan;
@@ -49,6 +50,7 @@ enum Command {
     /// Check degradation policies.
     Policy(policy::Args),
     Observe(observe::Arguments),
+    Metrics(metrics::Arguments),
     Plan(plan::Arguments),
     Evacuate(evacuate::Arguments),
     Status(status::Arguments),
@@ -104,6 +106,7 @@ pub fn main() -> ExitCode {
         Command::Relations(args) => relations::run(&args, &context),
         Command::Policy(args) => policy::run(&args, context.json),
         Command::Observe(arguments) => observe::run(&arguments, &context),
+        Command::Metrics(arguments) => metrics::run(&arguments, &context),
         Command::Plan(arguments) => plan::run(&arguments, &context),
         Command::Evacuate(arguments) => evacuate::run(&arguments, &context),
         Command::Status(arguments) => status::run(&arguments, &context),

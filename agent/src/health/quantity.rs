@@ -57,8 +57,11 @@ pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
                 ("µs", 1e3),
                 ("ms", 1e6),
                 ("s", 1e9),
+                ("m", 6e10),
+                ("h", 3.6e12),
+                ("d", 8.64e13),
             ],
-            "a time such as 40ms (ns, us, ms, s)",
+            "a time such as 40ms (ns, us, ms, s, m, h, d)",
         ),
         Unit::Bytes => (
             &[

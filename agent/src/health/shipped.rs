@@ -61,16 +61,8 @@ fn every_value_in_a_shipped_policy_says_where_it_comes_from() {
 }
 
 #[test]
-fn the_documentation_lists_every_metric_and_its_example_is_valid() {
+fn the_example_in_the_documentation_is_valid() {
     let page = include_str!("../../../docs/policies.md");
-    for metric in crate::model::metric::METRICS {
-        let row = format!("| `{}` |", metric.name);
-        assert!(
-            page.contains(&row),
-            "docs/policies.md lacks {}",
-            metric.name
-        );
-    }
     let example = page
         .split("```yaml\n")
         .nth(1)

@@ -1,5 +1,9 @@
 //! Metrics that a policy may name: what they are called, their unit and what they are measured on.
 
+mod catalogue;
+
+pub use catalogue::METRICS;
+
 use super::units::UnixMillis;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -8,7 +12,7 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Unit {
-    /// Nanoseconds; written `40ms`, `2s`.
+    /// Nanoseconds; written `40ms`, `2s`, `24h`.
     Nanoseconds,
     /// Bytes; written `3GiB`.
     Bytes,
@@ -24,22 +28,65 @@ pub enum Unit {
     PerSecond,
 }
 
+impl Unit {
+    /// The word for it in tables.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Nanoseconds => "time",
+            Self::Bytes => "size",
+            Self::Percent => "%",
+            Self::Celsius => "°C",
+            Self::Count => "number",
+            Self::Events => "events",
+            Self::PerSecond => "a second",
+        }
+    }
+}
+
 /// What a metric is measured on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Per {
     /// The whole device.
     Device,
+    /// A processor (logical CPU) of it.
+    Cpu,
     /// A block device of it.
     Disk,
+    /// A RAID array (md, or a logical volume of LVM).
+    Array,
     /// A network interface.
     Interface,
     /// A mounted file system.
     Mount,
     /// A thermal sensor.
     Sensor,
+    /// A memory controller.
+    Controller,
+    /// Another device that this agent talks to.
+    Peer,
     /// A container.
     Container,
+}
+
+impl Per {
+    /// Its name in policies.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Device => "device",
+            Self::Cpu => "cpu",
+            Self::Disk => "disk",
+            Self::Array => "array",
+            Self::Interface => "interface",
+            Self::Mount => "mount",
+            Self::Sensor => "sensor",
+            Self::Controller => "controller",
+            Self::Peer => "peer",
+            Self::Container => "container",
+        }
+    }
 }
 
 /// One metric's description.
@@ -51,175 +98,17 @@ pub struct Metric {
     pub unit: Unit,
     /// What it can be measured on.
     pub per: &'static [Per],
-    /// What it is and where it comes from.
+    /// What it is.
     pub about: &'static str,
+    /// Where it comes from.
+    pub source: &'static str,
 }
 
-/// Every metric this version measures.
-pub const METRICS: &[Metric] = &[
-    metric(
-        "sched.run_queue_latency_p50",
-        Unit::Nanoseconds,
-        &[Per::Device, Per::Container],
-        "median wait between wake-up and running; sched_wakeup, sched_switch",
-    ),
-    metric(
-        "sched.run_queue_latency_p99",
-        Unit::Nanoseconds,
-        &[Per::Device, Per::Container],
-        "99th percentile of the wait between wake-up and running; sched_wakeup, sched_switch",
-    ),
-    metric(
-        "sched.waiting",
-        Unit::Count,
-        &[Per::Device, Per::Container],
-        "runnable tasks that wait for a CPU now",
-    ),
-    metric(
-        "block.latency_p50",
-        Unit::Nanoseconds,
-        &[Per::Device, Per::Disk, Per::Container],
-        "median time from issue to completion; block_rq_issue, block_rq_complete",
-    ),
-    metric(
-        "block.latency_p99",
-        Unit::Nanoseconds,
-        &[Per::Device, Per::Disk, Per::Container],
-        "99th percentile of the time from issue to completion; block_rq_issue, block_rq_complete",
-    ),
-    metric(
-        "block.iops",
-        Unit::PerSecond,
-        &[Per::Device, Per::Disk, Per::Container],
-        "completed requests a second",
-    ),
-    metric(
-        "block.bytes_per_second",
-        Unit::PerSecond,
-        &[Per::Device, Per::Disk, Per::Container],
-        "completed bytes a second",
-    ),
-    metric(
-        "block.errors",
-        Unit::Events,
-        &[Per::Device, Per::Disk, Per::Container],
-        "requests that completed with an error",
-    ),
-    metric(
-        "cpu.load1",
-        Unit::Count,
-        &[Per::Device],
-        "1-minute load average; /proc/loadavg",
-    ),
-    metric(
-        "cpu.load_per_core",
-        Unit::Count,
-        &[Per::Device],
-        "1-minute load average divided by online CPUs",
-    ),
-    metric(
-        "cpu.used",
-        Unit::Percent,
-        &[Per::Device],
-        "share of CPU time not idle; /proc/stat",
-    ),
-    metric(
-        "cpu.temperature",
-        Unit::Celsius,
-        &[Per::Device, Per::Sensor],
-        "hottest sensor; hwmon and thermal zones",
-    ),
-    metric(
-        "pressure.cpu_some",
-        Unit::Percent,
-        &[Per::Device],
-        "share of the last 10 s in which some task waited for CPU; /proc/pressure/cpu",
-    ),
-    metric(
-        "pressure.memory_some",
-        Unit::Percent,
-        &[Per::Device],
-        "share of the last 10 s in which some task waited for memory; /proc/pressure/memory",
-    ),
-    metric(
-        "pressure.memory_full",
-        Unit::Percent,
-        &[Per::Device],
-        "share of the last 10 s in which all tasks waited for memory; /proc/pressure/memory",
-    ),
-    metric(
-        "pressure.io_some",
-        Unit::Percent,
-        &[Per::Device],
-        "share of the last 10 s in which some task waited for I/O; /proc/pressure/io",
-    ),
-    metric(
-        "pressure.io_full",
-        Unit::Percent,
-        &[Per::Device],
-        "share of the last 10 s in which all tasks waited for I/O; /proc/pressure/io",
-    ),
-    metric(
-        "memory.used",
-        Unit::Percent,
-        &[Per::Device],
-        "1 - MemAvailable / MemTotal; /proc/meminfo",
-    ),
-    metric(
-        "memory.available",
-        Unit::Bytes,
-        &[Per::Device],
-        "MemAvailable; /proc/meminfo",
-    ),
-    metric(
-        "disk.used",
-        Unit::Percent,
-        &[Per::Device, Per::Mount],
-        "used share of the fullest, or of each, file system; statvfs",
-    ),
-    metric(
-        "network.errors",
-        Unit::Events,
-        &[Per::Device, Per::Interface],
-        "receive and transmit errors; /proc/net/dev",
-    ),
-    metric(
-        "network.drops",
-        Unit::Events,
-        &[Per::Device, Per::Interface],
-        "receive and transmit drops; /proc/net/dev",
-    ),
-    metric(
-        "network.bytes_per_second",
-        Unit::PerSecond,
-        &[Per::Device, Per::Interface],
-        "bytes both ways a second; /proc/net/dev",
-    ),
-    metric(
-        "network.retransmits",
-        Unit::Events,
-        &[Per::Device],
-        "TCP segments sent again; /proc/net/snmp",
-    ),
-    metric(
-        "network.link_down",
-        Unit::Count,
-        &[Per::Device, Per::Interface],
-        "1 for an interface that is administratively up without carrier; /sys/class/net",
-    ),
-];
-
-const fn metric(
-    name: &'static str,
-    unit: Unit,
-    per: &'static [Per],
-    about: &'static str,
-) -> Metric {
-    Metric {
-        name,
-        unit,
-        per,
-        about,
+impl Metric {
+    /// The metric of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<&'static Self> {
+        METRICS.iter().find(|metric| metric.name == name)
     }
 }
 
@@ -240,6 +129,15 @@ impl Subject {
         Self {
             per: Per::Device,
             name: String::new(),
+        }
+    }
+
+    /// A thing by kind and name.
+    #[must_use]
+    pub fn new(per: Per, name: impl Into<String>) -> Self {
+        Self {
+            per,
+            name: name.into(),
         }
     }
 }
@@ -264,4 +162,51 @@ pub struct Sample {
     pub value: f64,
     /// When.
     pub at: UnixMillis,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: &str = include_str!("../../../docs/metrics.md");
+
+    fn row(metric: &Metric) -> String {
+        let per: Vec<&str> = metric.per.iter().map(|per| per.word()).collect();
+        format!(
+            "| `{}` | {} | {} | {} | {} |",
+            metric.name,
+            metric.unit.word(),
+            per.join(", "),
+            metric.about,
+            metric.source
+        )
+    }
+
+    #[test]
+    fn the_page_lists_exactly_the_catalogue_in_its_order() {
+        let rows: Vec<String> = METRICS.iter().map(row).collect();
+        let listed: Vec<&str> = PAGE
+            .lines()
+            .filter(|line| line.starts_with("| `"))
+            .collect();
+        if std::env::var_os("UPDATE").is_some() {
+            let head = PAGE.split("| `").next().unwrap();
+            let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+            std::fs::write(path, format!("{head}{}\n", rows.join("\n"))).unwrap();
+            return;
+        }
+        assert_eq!(
+            listed, rows,
+            "run this test with UPDATE=1 to write docs/metrics.md anew"
+        );
+    }
+
+    #[test]
+    fn names_are_unique_and_each_metric_is_measured_on_something() {
+        for (place, metric) in METRICS.iter().enumerate() {
+            assert!(!metric.per.is_empty(), "{}", metric.name);
+            let again = METRICS[..place].iter().any(|one| one.name == metric.name);
+            assert!(!again, "{} stands twice", metric.name);
+        }
+    }
 }

@@ -236,6 +236,9 @@ pub struct Snapshot {
     pub programs: Vec<ProgramCost>,
     /// What does not work here.
     pub disabled: Vec<Disabled>,
+    /// Metrics that have no value now, and why.
+    #[serde(default)]
+    pub absent: Vec<Disabled>,
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ mod sockets;
 
 use crate::model::container::{Container, State};
 use crate::model::ids::ContainerName;
-use crate::model::metric::{Per, Sample, Subject};
+use crate::model::metric::{METRICS, Metric, Per, Sample, Subject};
 use crate::model::telemetry::{
     BlockIo, ContainerStats, Disabled, DiskStats, HostFacts, RunQueueStats, Snapshot,
 };
@@ -162,8 +162,9 @@ impl Telemetry {
         self.kernel.forget_cgroups(&gone);
         self.ports.forget(&mut self.kernel, &gone, clock);
 
-        let reading = self.host.read(sweep.interval);
+        let reading = self.host.read(containers, sweep.interval);
         sweep.values.extend(reading.values);
+        let absent = self.absent(reading.absent, &sweep.values);
         let host = HostFacts {
             run_queue: host_run_queue,
             block: host_block,
@@ -194,7 +195,33 @@ impl Telemetry {
             losses: self.kernel.losses(),
             programs: self.kernel.costs(),
             disabled: self.disabled.clone(),
+            absent,
         }
+    }
+
+    /// Why each metric without a value has none.
+    fn absent(&self, mut told: BTreeMap<&'static str, String>, values: &[Value]) -> Vec<Disabled> {
+        let present: HashSet<&str> = values.iter().map(|(metric, ..)| *metric).collect();
+        METRICS
+            .iter()
+            .filter(|metric| !present.contains(metric.name))
+            .map(|metric| {
+                let why = told
+                    .remove(metric.name)
+                    .or_else(|| self.without_programs(metric))
+                    .unwrap_or_else(|| "no value yet: it needs two readings".to_owned());
+                let what = metric.name.to_owned();
+                Disabled { what, why }
+            })
+            .collect()
+    }
+
+    fn without_programs(&self, metric: &Metric) -> Option<String> {
+        let family = Family::ALL
+            .into_iter()
+            .find(|family| metric.name.split('.').next() == Some(family.name()))?;
+        let why: Vec<&str> = self.disabled.iter().map(|one| one.why.as_str()).collect();
+        (!self.kernel.runs(family)).then(|| why.join("; "))
     }
 
     fn run_queue(

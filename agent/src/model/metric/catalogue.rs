@@ -1,0 +1,116 @@
+//! The catalogue: every metric, in the order in which it is shown.
+
+use super::{Metric, Per, Unit};
+
+macro_rules! catalogue {
+    ($($name:literal $unit:ident [$($per:ident)+] $about:literal from $source:literal;)+) => {
+        /// Every metric this version measures.
+        pub const METRICS: &[Metric] = &[$(Metric {
+            name: $name,
+            unit: Unit::$unit,
+            per: &[$(Per::$per),+],
+            about: $about,
+            source: $source,
+        }),+];
+    };
+}
+
+catalogue! {
+    "sched.run_queue_latency_p50" Nanoseconds [Device Container]
+        "median wait between wake-up and running" from "kernel programs: sched_wakeup, sched_switch";
+    "sched.run_queue_latency_p99" Nanoseconds [Device Container]
+        "99th percentile of the wait between wake-up and running" from "kernel programs: sched_wakeup, sched_switch";
+    "sched.waiting" Count [Device Container]
+        "runnable tasks that wait for a CPU now" from "kernel programs: sched_wakeup, sched_switch";
+
+    "cpu.load1" Count [Device] "1-minute load average" from "/proc/loadavg";
+    "cpu.load_per_core" Count [Device] "1-minute load average divided by online CPUs" from "/proc/loadavg, /proc/stat";
+    "cpu.used" Percent [Device Cpu Container]
+        "share of CPU time not idle; of a container, of the time of all CPUs" from "/proc/stat, cgroup cpu.stat";
+    "cpu.steal" Percent [Device Cpu] "share of CPU time that the hypervisor gave to others" from "/proc/stat";
+    "cpu.waiting_for_io" Percent [Device] "share of CPU time idle while a task waited for I/O" from "/proc/stat";
+    "cpu.runnable" Count [Device] "tasks that run or want to" from "/proc/stat procs_running";
+    "cpu.blocked" Count [Device] "tasks that wait for I/O and cannot be interrupted" from "/proc/stat procs_blocked";
+    "cpu.quota_throttled" Percent [Container]
+        "share of quota periods in which the container was stopped for having used its quota" from "cgroup cpu.stat nr_throttled, nr_periods";
+    "cpu.throttle_events" Events [Device Cpu]
+        "times a core or its package was slowed down for its heat" from "/sys/devices/system/cpu/cpu*/thermal_throttle";
+    "cpu.temperature" Celsius [Device Sensor] "temperature of the hottest, or of each, sensor of a processor or its board" from "hwmon, thermal zones";
+    "cpu.temperature_limit" Celsius [Device Sensor]
+        "the part's own limit for that sensor" from "hwmon tempN_crit or tempN_max, thermal trip points";
+    "cpu.temperature_margin" Celsius [Device Sensor] "limit less temperature; the smallest of the device" from "as the two above";
+    "sensor.temperature" Celsius [Sensor] "temperature of other parts: network cards, graphics, power supplies" from "hwmon";
+    "sensor.temperature_limit" Celsius [Sensor] "their own limit" from "hwmon";
+
+    "pressure.cpu_some" Percent [Device Container]
+        "share of the last 10 s in which some task waited for CPU" from "/proc/pressure/cpu, cgroup cpu.pressure";
+    "pressure.memory_some" Percent [Device Container]
+        "share of the last 10 s in which some task waited for memory" from "/proc/pressure/memory, cgroup memory.pressure";
+    "pressure.memory_full" Percent [Device Container]
+        "share of the last 10 s in which all tasks waited for memory" from "/proc/pressure/memory, cgroup memory.pressure";
+    "pressure.io_some" Percent [Device Container]
+        "share of the last 10 s in which some task waited for I/O" from "/proc/pressure/io, cgroup io.pressure";
+    "pressure.io_full" Percent [Device Container]
+        "share of the last 10 s in which all tasks waited for I/O" from "/proc/pressure/io, cgroup io.pressure";
+
+    "memory.used" Percent [Device Container]
+        "1 - MemAvailable / MemTotal; of a container with a limit, its share of that" from "/proc/meminfo, cgroup memory.current, memory.max";
+    "memory.used_bytes" Bytes [Device Container] "MemTotal - MemAvailable; what is charged to a container" from "/proc/meminfo, cgroup memory.current";
+    "memory.available" Bytes [Device] "MemAvailable" from "/proc/meminfo";
+    "memory.swap_used" Percent [Device] "share of swap in use" from "/proc/meminfo";
+    "memory.major_faults" PerSecond [Device Container] "page faults a second that had to read from disk" from "/proc/vmstat, cgroup memory.stat";
+    "memory.minor_faults" PerSecond [Device Container] "page faults a second that did not" from "/proc/vmstat, cgroup memory.stat";
+    "memory.swap_in" PerSecond [Device] "bytes a second read back from swap" from "/proc/vmstat pswpin";
+    "memory.swap_out" PerSecond [Device] "bytes a second written to swap" from "/proc/vmstat pswpout";
+    "memory.oom_kills" Events [Device Container] "tasks killed for want of memory" from "/proc/vmstat oom_kill, cgroup memory.events";
+    "memory.ecc_corrected" Events [Device Controller] "memory errors that ECC corrected" from "EDAC ce_count";
+    "memory.ecc_uncorrected" Events [Device Controller] "memory errors that ECC could not correct" from "EDAC ue_count";
+    "memory.bandwidth" PerSecond [Device] "bytes a second between caches and memory" from "resctrl mbm_total_bytes";
+
+    "block.latency_p50" Nanoseconds [Device Disk Container]
+        "median time from issue to completion" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.latency_p99" Nanoseconds [Device Disk Container]
+        "99th percentile of the time from issue to completion" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.iops" PerSecond [Device Disk Container]
+        "completed requests a second" from "kernel programs: block_rq_complete";
+    "block.bytes_per_second" PerSecond [Device Disk Container]
+        "completed bytes a second" from "kernel programs: block_rq_complete";
+    "block.errors" Events [Device Disk Container]
+        "requests that completed with an error" from "kernel programs: block_rq_complete";
+    "block.queue_depth" Count [Device Disk] "requests under way on the deepest, or on each, disk; mean of the interval" from "/proc/diskstats, weighted time in queue";
+    "block.busy" Percent [Disk] "share of the interval with a request under way" from "/proc/diskstats, time doing I/O";
+
+    "disk.used" Percent [Device Mount] "used share of the fullest, or of each, file system" from "statvfs";
+    "disk.capacity" Bytes [Mount] "size of the file system" from "statvfs";
+    "disk.used_bytes" Bytes [Mount] "used part of it" from "statvfs";
+    "disk.inodes_used" Percent [Device Mount] "used share of its inodes, where it has a fixed number" from "statvfs";
+    "disk.time_to_full" Nanoseconds [Device Mount]
+        "time until the soonest, or each, file system is full at the rate of the last hour; at most a year" from "statvfs, least squares over the last hour";
+    "disk.offline" Count [Device Disk]
+        "1 for a disk or path that its driver has given up" from "/sys/block/*/device/state, /sys/class/nvme/*/state";
+    "disk.temperature" Celsius [Device Disk] "temperature of the hottest, or of each, drive" from "hwmon nvme and drivetemp, smartctl, NVMe log page 02h";
+    "disk.temperature_limit" Celsius [Disk] "the drive's own limit (WCTEMP, SCT)" from "hwmon, smartctl";
+    "disk.temperature_margin" Celsius [Device Disk] "limit less temperature; the smallest of the device" from "as the two above";
+
+
+    "filesystem.errors" Events [Device Mount] "errors that the file system found" from "/sys/fs/ext4/*/errors_count, /sys/fs/btrfs/*/devinfo/*/error_stats";
+    "filesystem.known_errors" Count [Device Mount] "the same since the file system was made or its counters reset" from "as above";
+    "filesystem.read_only" Count [Device Mount]
+        "1 for a file system that went read-only by itself or shut down" from "/proc/self/mountinfo";
+
+    "network.errors" Events [Device Interface] "receive and transmit errors" from "/proc/net/dev";
+    "network.drops" Events [Device Interface] "receive and transmit drops" from "/proc/net/dev";
+    "network.bytes_per_second" PerSecond [Device Interface] "bytes both ways a second" from "/proc/net/dev";
+    "network.packets_per_second" PerSecond [Device Interface] "packets both ways a second" from "/proc/net/dev";
+    "network.retransmits" Events [Device] "TCP segments sent again" from "/proc/net/snmp";
+    "network.retransmit_share" Percent [Device] "TCP segments sent again, of those sent in the interval" from "/proc/net/snmp";
+    "network.link_down" Count [Device Interface]
+        "1 for an interface that is administratively up without carrier" from "/sys/class/net/*/carrier";
+    "network.link_losses" Events [Device Interface] "times the carrier was lost" from "/sys/class/net/*/carrier_down_count";
+    "network.link_speed" PerSecond [Interface] "bits a second that the link carries one way" from "/sys/class/net/*/speed";
+    "network.link_used" Percent [Interface]
+        "bytes of the busier direction, of what the link carries" from "/proc/net/dev, /sys/class/net/*/speed";
+    "network.connections_tracked" Percent [Device] "fill of the table of tracked connections" from "/proc/sys/net/netfilter/nf_conntrack_count, _max";
+
+
+}

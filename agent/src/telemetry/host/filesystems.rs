@@ -1,0 +1,338 @@
+//! Mounted file systems: how full, how soon full, their errors, and whether they gave up writing.
+
+use super::counters::Counters;
+use super::files::{entries, name, number, text, why};
+use super::{HostReading, Look, queues, sum};
+use crate::model::metric::Per;
+use nix::sys::statvfs::{Statvfs, statvfs};
+use procfs::FromRead;
+use procfs::process::{MountInfo, MountInfos};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
+use std::time::Duration;
+
+/// The slope is that of this long, so that one large file does not make a forecast.
+const HISTORY: Duration = Duration::from_secs(3600);
+/// One point of it in so long.
+const POINT: Duration = Duration::from_secs(60);
+/// Fewer points make no slope.
+const LEAST_POINTS: usize = 5;
+/// A file system that does not fill is said to last this long, so that a threshold can clear.
+const FOREVER_S: f64 = 365.0 * 86_400.0;
+
+const METRICS: [&str; 6] = [
+    "disk.used",
+    "disk.capacity",
+    "disk.used_bytes",
+    "disk.inodes_used",
+    "disk.time_to_full",
+    "filesystem.read_only",
+];
+
+#[derive(Default)]
+pub struct Filesystems {
+    clock: Duration,
+    mounts: BTreeMap<String, Mount>,
+    errors: Counters,
+}
+
+#[derive(Default)]
+struct Mount {
+    /// It has been seen taking writes: a later read-only state is then no choice of the operator.
+    was_writable: bool,
+    history: VecDeque<(Duration, u64)>,
+}
+
+impl Filesystems {
+    pub fn read(&mut self, look: Look, reading: &mut HostReading) {
+        self.clock += look.elapsed;
+        queues::offline(look, reading);
+        let path = look.path("proc/self/mountinfo");
+        let Ok(mounts) = MountInfos::from_file(&path) else {
+            let why = why(&path, "procfs is not mounted below the root");
+            reading.absent(&METRICS, &why);
+            let errors = ["filesystem.errors", "filesystem.known_errors"];
+            reading.absent(&errors, &why);
+            return;
+        };
+        let mut devices = BTreeSet::new();
+        let mut present = BTreeSet::new();
+        let mut names = BTreeMap::new();
+        for mount in &mounts.0 {
+            if !keeps_data(mount) || !devices.insert(&mount.majmin) {
+                continue;
+            }
+            let point = mount.mount_point.to_string_lossy().into_owned();
+            if let Some(source) = &mount.mount_source {
+                names.insert(name(Path::new(source)), point.clone());
+            }
+            self.mount(look, reading, mount, &point);
+            present.insert(point);
+        }
+        self.mounts.retain(|point, _| present.contains(point));
+        for (metric, worst) in [
+            ("disk.used", f64::max as fn(f64, f64) -> f64),
+            ("disk.inodes_used", f64::max),
+            ("disk.time_to_full", f64::min),
+            ("filesystem.read_only", sum),
+        ] {
+            reading.device_from_parts(metric, worst);
+        }
+        self.errors(look, reading, &names);
+        let forecast = "a forecast needs five minutes of history";
+        reading.absent(&["disk.time_to_full"], forecast);
+        let inodes = "no file system here has a fixed number of inodes";
+        reading.absent(&["disk.inodes_used"], inodes);
+        reading.absent(
+            &METRICS,
+            "no writable file system on a disk is mounted here",
+        );
+    }
+
+    fn mount(&mut self, look: Look, reading: &mut HostReading, mount: &MountInfo, point: &str) {
+        let state = self.mounts.entry(point.to_owned()).or_default();
+        let read_only = is_read_only(mount);
+        state.was_writable |= !read_only;
+        if !state.was_writable {
+            return; // meant to be read only
+        }
+        let value = f64::from(u8::from(read_only));
+        reading.of("filesystem.read_only", Per::Mount, point, value);
+        let below = point.strip_prefix('/').unwrap_or(point);
+        let Ok(stat) = statvfs(&look.path(below)) else {
+            return;
+        };
+        let Some(space) = Space::of(&stat) else {
+            return;
+        };
+        for (metric, value) in [
+            ("disk.used", space.used_percent()),
+            ("disk.capacity", space.capacity as f64),
+            ("disk.used_bytes", space.used as f64),
+        ] {
+            reading.of(metric, Per::Mount, point, value);
+        }
+        if let Some(used) = space.inodes_percent {
+            reading.of("disk.inodes_used", Per::Mount, point, used);
+        }
+        let due = state.history.back();
+        if due.is_none_or(|&(last, _)| self.clock.saturating_sub(last) >= POINT) {
+            state.history.push_back((self.clock, space.used));
+            while state
+                .history
+                .front()
+                .is_some_and(|&(first, _)| self.clock.saturating_sub(first) > HISTORY)
+            {
+                state.history.pop_front();
+            }
+        }
+        if let Some(left) = time_to_full(&state.history, space.available) {
+            reading.of("disk.time_to_full", Per::Mount, point, left * 1e9);
+        }
+    }
+
+    /// Errors that file systems count themselves: ext4 (Documentation/ABI/testing/sysfs-fs-ext4) and
+    /// btrfs (fs/btrfs/sysfs.c, `error_stats`, since 5.14). XFS only logs them.
+    fn errors(&mut self, look: Look, reading: &mut HostReading, names: &BTreeMap<String, String>) {
+        self.errors.turn();
+        let mut push = |name: &str, count: u64| {
+            reading.of("filesystem.known_errors", Per::Mount, name, count as f64);
+            if let Some(more) = self.errors.more("errors", name, count) {
+                reading.of("filesystem.errors", Per::Mount, name, more as f64);
+            }
+        };
+        for directory in entries(&look.path("sys/fs/ext4")) {
+            if let Some(count) = number(&directory.join("errors_count")) {
+                let device = name(&directory);
+                push(names.get(&device).unwrap_or(&device), count);
+            }
+        }
+        for directory in entries(&look.path("sys/fs/btrfs")) {
+            let mut counted = None;
+            for member in entries(&directory.join("devinfo")) {
+                if let Some(stats) = text(&member.join("error_stats")) {
+                    counted = Some(counted.unwrap_or(0) + of_btrfs(&stats));
+                }
+            }
+            let Some(count) = counted else { continue };
+            let members = entries(&directory.join("devices"));
+            let mounted = members.iter().find_map(|member| names.get(&name(member)));
+            push(mounted.unwrap_or(&name(&directory)), count);
+        }
+        for metric in ["filesystem.errors", "filesystem.known_errors"] {
+            reading.device_from_parts(metric, sum);
+        }
+        let why = "no mounted file system counts its errors (ext4 and btrfs do)";
+        if reading
+            .values_of("filesystem.known_errors")
+            .next()
+            .is_none()
+        {
+            reading.absent(&["filesystem.errors", "filesystem.known_errors"], why);
+        }
+    }
+}
+
+fn keeps_data(mount: &MountInfo) -> bool {
+    let backed = mount
+        .mount_source
+        .as_ref()
+        .is_some_and(|source| source.starts_with("/dev/"));
+    let image = matches!(mount.fs_type.as_str(), "squashfs" | "iso9660" | "erofs");
+    (backed && !image)
+        || mount.fs_type == "zfs"
+        || (mount.fs_type == "overlay" && mount.mount_point == Path::new("/"))
+}
+
+/// `emergency_ro` and `shutdown` are what ext4 and XFS show since Linux 6.14 and 6.8.
+fn is_read_only(mount: &MountInfo) -> bool {
+    let has = |option| {
+        mount.super_options.contains_key(option) || mount.mount_options.contains_key(option)
+    };
+    has("ro") || has("emergency_ro") || has("shutdown")
+}
+
+fn of_btrfs(stats: &str) -> u64 {
+    let counts = stats
+        .lines()
+        .filter_map(|line| line.split_ascii_whitespace().last()?.parse::<u64>().ok());
+    counts.sum()
+}
+
+struct Space {
+    capacity: u64,
+    used: u64,
+    available: u64,
+    inodes_percent: Option<f64>,
+}
+
+impl Space {
+    fn of(stat: &Statvfs) -> Option<Self> {
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
+        let files = stat.files();
+        let used = files.saturating_sub(stat.files_free()) as f64;
+        (stat.blocks() > 0).then(|| Self {
+            capacity: bytes(stat.blocks()),
+            used: bytes(stat.blocks().saturating_sub(stat.blocks_free())),
+            available: bytes(stat.blocks_available()),
+            inodes_percent: (files > 0).then(|| 100.0 * used / files as f64),
+        })
+    }
+
+    /// As `df` counts it: what is reserved for root is neither used nor free.
+    fn used_percent(&self) -> f64 {
+        100.0 * self.used as f64 / ((self.used + self.available) as f64).max(1.0)
+    }
+}
+
+/// Seconds until `available` bytes are gone at the slope of the history (least squares).
+fn time_to_full(history: &VecDeque<(Duration, u64)>, available: u64) -> Option<f64> {
+    if history.len() < LEAST_POINTS {
+        return None;
+    }
+    let (first_at, first_used) = *history.front()?;
+    let points: Vec<(f64, f64)> = history
+        .iter()
+        .map(|&(at, used)| {
+            let seconds = at.saturating_sub(first_at).as_secs_f64();
+            (seconds, used as f64 - first_used as f64)
+        })
+        .collect();
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (mean_t, mean_used) = (mean(|point| point.0), mean(|point| point.1));
+    let covariance: f64 = points
+        .iter()
+        .map(|(t, used)| (t - mean_t) * (used - mean_used))
+        .sum();
+    let variance: f64 = points.iter().map(|(t, _)| (t - mean_t).powi(2)).sum();
+    let slope = covariance / variance;
+    Some(if slope > 0.0 {
+        (available as f64 / slope).min(FOREVER_S)
+    } else {
+        FOREVER_S
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{LATER, recorded, value, write};
+    use super::*;
+
+    fn history(used: impl IntoIterator<Item = u64>) -> VecDeque<(Duration, u64)> {
+        (0..)
+            .map(|minute| Duration::from_secs(60 * minute))
+            .zip(used)
+            .collect()
+    }
+
+    #[test]
+    fn a_file_system_that_fills_steadily_is_full_when_arithmetic_says() {
+        let steady = history((0..30).map(|minute| 1_000_000_000 + minute * 6_000));
+        let left = time_to_full(&steady, 360_000).expect("a slope");
+        assert!((left - 3600.0).abs() < 1e-6, "100 bytes a second: {left}");
+        assert_eq!(time_to_full(&history([5, 5, 5, 5, 5]), 10), Some(FOREVER_S));
+        assert_eq!(time_to_full(&history([9, 8, 7, 6, 5]), 10), Some(FOREVER_S));
+        assert_eq!(time_to_full(&history([1, 2, 3, 4]), 10), None);
+    }
+
+    const MOUNTS: &str = "22 1 254:1 / / rw,relatime - ext4 /dev/sda1 SUPER
+23 1 254:2 / /usr/share/x ro,relatime - squashfs /dev/loop0 ro
+24 1 254:3 / /srv rw - btrfs /dev/sdb rw
+";
+
+    #[test]
+    fn a_file_system_that_stops_taking_writes_is_told_from_one_that_never_did() {
+        let mounts = |options| MOUNTS.replace("SUPER", options);
+        let (root, mut host) =
+            recorded(&[("proc/self/mountinfo", &mounts("rw,errors=remount-ro"))]);
+        let first = host.read(&[], LATER);
+        assert_eq!(value(&first, "filesystem.read_only", "/"), Some(0.0));
+        assert!(value(&first, "disk.capacity", "/").is_some_and(|bytes| bytes > 0.0));
+        write(
+            root.path(),
+            &[("proc/self/mountinfo", &mounts("ro,errors=remount-ro"))],
+        );
+        let second = host.read(&[], LATER);
+        assert_eq!(value(&second, "filesystem.read_only", "/"), Some(1.0));
+        assert_eq!(value(&second, "filesystem.read_only", ""), Some(1.0));
+
+        let (_root, mut host) = recorded(&[("proc/self/mountinfo", &mounts("ro"))]);
+        let first = host.read(&[], LATER);
+        assert_eq!(value(&first, "filesystem.read_only", "/"), None);
+    }
+
+    #[test]
+    fn errors_of_ext4_and_btrfs_are_named_by_mount_and_old_ones_are_not_new() {
+        let stats = |written: u32| {
+            format!(
+                "write_errs {written}\nread_errs 1\nflush_errs 0\ncorruption_errs 2\ngeneration_errs 0\n"
+            )
+        };
+        let btrfs = "sys/fs/btrfs/6f7e27ac-2a31-4ef4-9e4c-bd6cbb6e5dd5";
+        let at = |file: &str| format!("{btrfs}/{file}");
+        let (root, mut host) = recorded(&[
+            ("proc/self/mountinfo", &MOUNTS.replace("SUPER", "rw")),
+            ("sys/fs/ext4/sda1/errors_count", "4\n"),
+            ("sys/fs/ext4/features/lazy_itable_init", "supported\n"),
+            (&at("devinfo/1/error_stats"), &stats(0)),
+            (&at("devices/sdb/dev"), "8:16\n"),
+            ("sys/fs/btrfs/features/raid56", "0\n"),
+        ]);
+        let first = host.read(&[], LATER);
+        assert_eq!(value(&first, "filesystem.errors", ""), None);
+        assert_eq!(value(&first, "filesystem.known_errors", "/"), Some(4.0));
+        assert_eq!(value(&first, "filesystem.known_errors", "/srv"), Some(3.0));
+        assert_eq!(value(&first, "filesystem.known_errors", ""), Some(7.0));
+        write(
+            root.path(),
+            &[
+                ("sys/fs/ext4/sda1/errors_count", "5\n"),
+                (&at("devinfo/1/error_stats"), &stats(6)),
+            ],
+        );
+        let second = host.read(&[], LATER);
+        assert_eq!(value(&second, "filesystem.errors", "/"), Some(1.0));
+        assert_eq!(value(&second, "filesystem.errors", "/srv"), Some(6.0));
+    }
+}

@@ -1,0 +1,254 @@
+//! Temperatures and the parts' own limits (Linux, Documentation/hwmon/sysfs-interface.rst,
+//! Documentation/driver-api/thermal/sysfs-api.rst).
+
+use super::files::{entries, name, number, text, why};
+use super::{HostReading, Look};
+use crate::model::metric::Per;
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::path::Path;
+
+/// Chips inside drives; what they say belongs to the disk.
+const DRIVES: [&str; 2] = ["nvme", "drivetemp"];
+/// Chips whose temperature is not that of the processor or its board. They run hotter by design, so they
+/// must not fire a threshold that is meant for a processor.
+const OTHERS: [&str; 16] = [
+    "amdgpu", "nouveau", "radeon", "i915", "xe", "iwlwifi", "ath10k", "ath11k", "mlx5", "mlx4",
+    "bnxt_en", "ixgbe", "i40e", "ice", "sfp", "pmbus",
+];
+/// Limits beyond this are place-holders (some NVMe drives tell 65261 °C).
+const CREDIBLE_C: RangeInclusive<f64> = 1.0..=150.0;
+
+const CPU: [&str; 3] = [
+    "cpu.temperature",
+    "cpu.temperature_limit",
+    "cpu.temperature_margin",
+];
+const OTHER: [&str; 2] = ["sensor.temperature", "sensor.temperature_limit"];
+pub const DISK: [&str; 3] = [
+    "disk.temperature",
+    "disk.temperature_limit",
+    "disk.temperature_margin",
+];
+
+struct Sensor {
+    label: String,
+    celsius: f64,
+    critical: Option<f64>,
+    high: Option<f64>,
+}
+
+/// Processors, their boards and other parts.
+pub fn parts(look: Look, reading: &mut HostReading) {
+    let class = look.path("sys/class/hwmon");
+    for chip in entries(&class) {
+        let kind = kind(&chip);
+        if DRIVES.contains(&kind.as_str()) {
+            continue;
+        }
+        let other = OTHERS.iter().any(|other| kind.starts_with(other));
+        for sensor in sensors(&chip) {
+            let subject = format!("{kind}/{}", sensor.label);
+            // Of a processor, `max` is often where the fan should turn faster; `crit` is its limit.
+            let limit = sensor.critical.or(sensor.high);
+            push(reading, other, &subject, sensor.celsius, limit);
+        }
+    }
+    let zones = look.path("sys/class/thermal");
+    for zone in entries(&zones) {
+        let file = name(&zone);
+        if !file.starts_with("thermal_zone") {
+            continue;
+        }
+        if let Some(celsius) = millidegrees(&zone.join("temp")) {
+            let kind = text(&zone.join("type")).unwrap_or_default();
+            let other = OTHERS.iter().any(|other| kind.starts_with(other));
+            let subject = if kind.is_empty() {
+                file
+            } else {
+                format!("{file}/{kind}")
+            };
+            push(reading, other, &subject, celsius, critical_trip(&zone));
+        }
+    }
+    reading.device_from_parts(CPU[0], f64::max);
+    reading.device_from_parts(CPU[1], f64::min);
+    reading.device_from_parts(CPU[2], f64::min);
+    if reading.values_of(CPU[0]).next().is_some() {
+        reading.absent(&CPU[1..], "the sensors here publish no limit of their own");
+    } else {
+        let why = why(&class, "no sensor; virtual machines have none");
+        reading.absent(&CPU, &why);
+    }
+    reading.absent(
+        &OTHER,
+        "no part besides processor and drives has a sensor here",
+    );
+}
+
+fn push(reading: &mut HostReading, other: bool, subject: &str, celsius: f64, limit: Option<f64>) {
+    let (metrics, margin) = if other {
+        (OTHER, None)
+    } else {
+        ([CPU[0], CPU[1]], Some(CPU[2]))
+    };
+    reading.of(metrics[0], Per::Sensor, subject, celsius);
+    if let Some(limit) = limit {
+        reading.of(metrics[1], Per::Sensor, subject, limit);
+        if let Some(margin) = margin {
+            reading.of(margin, Per::Sensor, subject, limit - celsius);
+        }
+    }
+}
+
+/// Sensors inside drives.
+pub fn drives(look: Look, reading: &mut HostReading) {
+    let mut hottest: BTreeMap<String, Sensor> = BTreeMap::new();
+    for chip in entries(&look.path("sys/class/hwmon")) {
+        if !DRIVES.contains(&kind(&chip).as_str()) {
+            continue;
+        }
+        // The first sensor is the drive's composite temperature, the one that its limits are for.
+        if let Some(sensor) = sensors(&chip).into_iter().next() {
+            hottest.insert(disk_of(&chip), sensor);
+        }
+    }
+    for (disk, sensor) in hottest {
+        // `max` is where the drive itself begins to slow down (NVMe WCTEMP).
+        temperature(
+            reading,
+            &disk,
+            sensor.celsius,
+            sensor.high.or(sensor.critical),
+        );
+    }
+    let why = "no drive here has a sensor that hwmon shows (nvme, drivetemp), and SMART tells none";
+    reading.absent(&DISK, why);
+}
+
+/// A drive's temperature beside its own limit.
+pub fn temperature(reading: &mut HostReading, disk: &str, celsius: f64, limit: Option<f64>) {
+    reading.of(DISK[0], Per::Disk, disk, celsius);
+    if let Some(limit) = limit.filter(|limit| CREDIBLE_C.contains(limit)) {
+        reading.of(DISK[1], Per::Disk, disk, limit);
+        reading.of(DISK[2], Per::Disk, disk, limit - celsius);
+    }
+}
+
+fn kind(chip: &Path) -> String {
+    text(&chip.join("name")).unwrap_or_else(|| name(chip))
+}
+
+fn sensors(chip: &Path) -> Vec<Sensor> {
+    let inputs = entries(chip);
+    let sensor = |input: &Path| {
+        let file = name(input);
+        let index = file.strip_prefix("temp")?.strip_suffix("_input")?;
+        let of = |what: &str| chip.join(format!("temp{index}_{what}"));
+        let limit = |what| millidegrees(&of(what)).filter(|limit| CREDIBLE_C.contains(limit));
+        Some(Sensor {
+            celsius: millidegrees(input)?,
+            critical: limit("crit"),
+            high: limit("max"),
+            label: text(&of("label")).unwrap_or_else(|| format!("temp{index}")),
+        })
+    };
+    inputs.iter().filter_map(|input| sensor(input)).collect()
+}
+
+fn critical_trip(zone: &Path) -> Option<f64> {
+    let trips = (0..).map_while(|trip| {
+        let kind = text(&zone.join(format!("trip_point_{trip}_type")))?;
+        Some((kind, zone.join(format!("trip_point_{trip}_temp"))))
+    });
+    trips
+        .filter(|(kind, _)| kind == "critical")
+        .find_map(|(_, temp)| millidegrees(&temp))
+        .filter(|limit| CREDIBLE_C.contains(limit))
+}
+
+/// The block device that a drive's chip belongs to.
+fn disk_of(chip: &Path) -> String {
+    let device = chip.join("device");
+    let block = entries(&device.join("block"));
+    let mut namespaces = entries(&device).into_iter().map(|entry| name(&entry));
+    block
+        .first()
+        .map(|disk| name(disk))
+        .or_else(|| namespaces.find(|name| name.starts_with("nvme") && name[4..].contains('n')))
+        .or_else(|| device.canonicalize().ok().map(|device| name(&device)))
+        .unwrap_or_else(|| name(chip))
+}
+
+fn millidegrees(path: &Path) -> Option<f64> {
+    Some(number::<f64>(path)? / 1000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{LATER, recorded, value};
+
+    #[test]
+    fn each_sensor_stands_beside_its_own_limit_and_the_hottest_is_the_devices() {
+        let (_root, mut host) = recorded(&[
+            ("sys/class/hwmon/hwmon0/name", "coretemp\n"),
+            ("sys/class/hwmon/hwmon0/temp1_input", "61000\n"),
+            ("sys/class/hwmon/hwmon0/temp1_label", "Package id 0\n"),
+            ("sys/class/hwmon/hwmon0/temp1_max", "80000\n"),
+            ("sys/class/hwmon/hwmon0/temp1_crit", "100000\n"),
+            ("sys/class/hwmon/hwmon1/name", "nvme\n"),
+            ("sys/class/hwmon/hwmon1/temp1_input", "44850\n"),
+            ("sys/class/hwmon/hwmon1/temp1_label", "Composite\n"),
+            ("sys/class/hwmon/hwmon1/temp1_max", "81850\n"),
+            ("sys/class/hwmon/hwmon1/temp1_crit", "84850\n"),
+            ("sys/class/hwmon/hwmon1/temp3_input", "90850\n"),
+            ("sys/class/hwmon/hwmon1/temp3_max", "65261850\n"),
+            ("sys/class/hwmon/hwmon1/device/nvme0n1/size", "1\n"),
+            ("sys/class/hwmon/hwmon2/name", "drivetemp\n"),
+            ("sys/class/hwmon/hwmon2/temp1_input", "38000\n"),
+            ("sys/class/hwmon/hwmon2/device/block/sda/size", "1\n"),
+            ("sys/class/hwmon/hwmon3/name", "mlx5\n"),
+            ("sys/class/hwmon/hwmon3/temp1_input", "97000\n"),
+            ("sys/class/hwmon/hwmon3/temp1_crit", "105000\n"),
+            ("sys/class/thermal/thermal_zone0/temp", "55500\n"),
+            ("sys/class/thermal/thermal_zone0/type", "acpitz\n"),
+            (
+                "sys/class/thermal/thermal_zone0/trip_point_0_type",
+                "passive\n",
+            ),
+            (
+                "sys/class/thermal/thermal_zone0/trip_point_0_temp",
+                "95000\n",
+            ),
+            (
+                "sys/class/thermal/thermal_zone0/trip_point_1_type",
+                "critical\n",
+            ),
+            (
+                "sys/class/thermal/thermal_zone0/trip_point_1_temp",
+                "119000\n",
+            ),
+            ("sys/class/thermal/cooling_device0/type", "Processor\n"),
+        ]);
+        let reading = host.read(&[], LATER);
+        let of = |metric, name| value(&reading, metric, name);
+        assert_eq!(of("cpu.temperature", "coretemp/Package id 0"), Some(61.0));
+        assert_eq!(
+            of("cpu.temperature_limit", "coretemp/Package id 0"),
+            Some(100.0)
+        );
+        assert_eq!(
+            of("cpu.temperature_margin", "thermal_zone0/acpitz"),
+            Some(63.5)
+        );
+        assert_eq!(of("cpu.temperature", ""), Some(61.0));
+        assert_eq!(of("cpu.temperature_limit", ""), Some(100.0));
+        assert_eq!(of("cpu.temperature_margin", ""), Some(39.0));
+        assert_eq!(of("disk.temperature", "nvme0n1"), Some(44.85));
+        assert_eq!(of("disk.temperature_limit", "nvme0n1"), Some(81.85));
+        assert_eq!(of("disk.temperature", "sda"), Some(38.0));
+        assert_eq!(of("disk.temperature_limit", "sda"), None);
+        assert_eq!(of("sensor.temperature", "mlx5/temp1"), Some(97.0));
+        assert_eq!(of("sensor.temperature_limit", "mlx5/temp1"), Some(105.0));
+    }
+}
