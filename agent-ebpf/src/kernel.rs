@@ -142,32 +142,19 @@ pub fn record(latency: *mut Latency, nanoseconds: u64) {
     add(counter, 1);
 }
 
-/// Index of the highest set bit; 0 for 0. The BPF instruction set has no count-leading-zeros.
+/// Index of the highest set bit; 0 for 0. The BPF instruction set has no count-leading-zeros, and
+/// branches on a latency would be mispredicted: the bits below the highest one are set and counted.
 #[inline(always)]
 fn log2(mut value: u64) -> usize {
-    let mut bits = 0;
-    if value >= 1 << 32 {
-        value >>= 32;
-        bits += 32;
-    }
-    if value >= 1 << 16 {
-        value >>= 16;
-        bits += 16;
-    }
-    if value >= 1 << 8 {
-        value >>= 8;
-        bits += 8;
-    }
-    if value >= 1 << 4 {
-        value >>= 4;
-        bits += 4;
-    }
-    if value >= 1 << 2 {
-        value >>= 2;
-        bits += 2;
-    }
-    if value >= 1 << 1 {
-        bits += 1;
-    }
-    bits
+    value |= value >> 1;
+    value |= value >> 2;
+    value |= value >> 4;
+    value |= value >> 8;
+    value |= value >> 16;
+    value |= value >> 32;
+    value >>= 1;
+    value -= value >> 1 & 0x5555_5555_5555_5555;
+    value = (value & 0x3333_3333_3333_3333) + (value >> 2 & 0x3333_3333_3333_3333);
+    value = (value + (value >> 4)) & 0x0f0f_0f0f_0f0f_0f0f;
+    (value.wrapping_mul(0x0101_0101_0101_0101) >> 56) as usize
 }

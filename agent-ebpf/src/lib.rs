@@ -27,14 +27,55 @@ impl Latency {
     pub const EMPTY: Self = Self { slots: [0; SLOTS] };
 }
 
+/// cgroups whose run-queue latency can be counted at once.
+pub const RUN_QUEUE_ROWS: u32 = 1_023;
+
+/// Histograms of one row, so that CPUs seldom write to the same memory; their sum counts.
+pub const RUN_QUEUE_SHARDS: u32 = 4;
+
+/// Places for tasks that wait for a CPU; two of which the thread ids are equal modulo this share one.
+pub const WAITING_PLACES: u32 = 65_536;
+
 /// A runnable task that waits for a CPU.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Waiting {
-    /// When it became runnable, ns of the monotonic clock.
-    pub since_ns: u64,
-    /// Its cgroup2 id.
-    pub cgroup: u64,
+    /// Thread id and since when it waits, in one word so that both change at once; 0: nobody waits here.
+    pub task: u64,
+    /// Row of its cgroup in the run-queue latencies.
+    pub row: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+impl Waiting {
+    /// Bits of the time; the thread id is above them and at most 22 bits wide (`PID_MAX_LIMIT`).
+    const TIME_BITS: u32 = 42;
+    /// Nanoseconds of the time's unit, as a power of two: 42 bits of 256 ns are 13 days.
+    const UNIT_SHIFT: u32 = 8;
+    const TIME_MASK: u64 = (1 << Self::TIME_BITS) - 1;
+
+    /// The word of a thread that waits since `now_ns` of the monotonic clock.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(pid: u32, now_ns: u64) -> u64 {
+        (pid as u64) << Self::TIME_BITS | now_ns >> Self::UNIT_SHIFT & Self::TIME_MASK
+    }
+
+    /// Whether a word is of this thread.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_of(task: u64, pid: u32) -> bool {
+        task >> Self::TIME_BITS == pid as u64
+    }
+
+    /// How long a word's thread has waited at `now_ns`, ns.
+    #[inline(always)]
+    #[must_use]
+    pub const fn age(task: u64, now_ns: u64) -> u64 {
+        let passed = (now_ns >> Self::UNIT_SHIFT).wrapping_sub(task) & Self::TIME_MASK;
+        passed << Self::UNIT_SHIFT
+    }
 }
 
 /// What a block request did, from the kernel's `enum req_op`.

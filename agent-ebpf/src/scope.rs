@@ -10,6 +10,19 @@ use lifeboat_ebpf::{Ancestors, MAX_LEVEL};
 #[map]
 static ANCESTORS: Array<Ancestors> = Array::with_max_entries(1, 0);
 
+/// Whether a cgroup lies in the scope, remembered in the place of its id's hash: the id, and the answer
+/// in its highest bit. A cgroup never moves, and ids are not used again while a kernel runs.
+#[map]
+static ANSWERS: Array<u64> = Array::with_max_entries(1 << ANSWERS_BITS, 0);
+
+const ANSWERS_BITS: u32 = 12;
+
+/// A place of 2^`bits` for an id, by Fibonacci hashing: ids of cgroups differ by regular steps.
+#[inline(always)]
+pub fn place_by_hash(id: u64, bits: u32) -> u32 {
+    (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - bits)) as u32
+}
+
 /// Run on demand by the agent: writes down the ids of the agent's own cgroup and its ancestors.
 #[raw_tracepoint]
 pub fn scope_probe(_ctx: RawTracePointContext) -> i32 {
@@ -36,24 +49,52 @@ pub unsafe fn task_cgroup(task: Object) -> Object {
     }
 }
 
+/// The id of a cgroup2 cgroup.
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+pub unsafe fn cgroup_id(cgroup: Object) -> u64 {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let kn: Object = load(cgroup, layout!(cgroup_kn));
+        load(kn, layout!(kernfs_node_id))
+    }
+}
+
 /// The id of a cgroup2 cgroup within the scope; none outside of it.
 ///
 /// # Safety
 /// As for [`load`].
 #[inline(always)]
 pub unsafe fn scoped_id(cgroup: Object) -> Option<u64> {
-    // SAFETY: the caller's contract.
+    // SAFETY: the caller's contract; the answer is one aligned word of a map.
     unsafe {
-        let level = layout!(scope_level);
-        if level != 0 {
-            let own_level: i32 = load(cgroup, layout!(cgroup_level));
-            if own_level < level as i32 || ancestor_id(cgroup, level)? != layout!(scope_id) {
-                return None;
-            }
+        let id = cgroup_id(cgroup);
+        if layout!(scope_level) == 0 {
+            return Some(id);
         }
-        let kn: Object = load(cgroup, layout!(cgroup_kn));
-        Some(load(kn, layout!(kernfs_node_id)))
+        let answer = ANSWERS.get_ptr_mut(place_by_hash(id, ANSWERS_BITS))?;
+        let known = *answer;
+        if known << 1 == id << 1 {
+            return (known >> 63 == 1).then_some(id);
+        }
+        let within = is_within(cgroup);
+        *answer = id << 1 >> 1 | u64::from(within) << 63;
+        within.then_some(id)
     }
+}
+
+/// Asks the cgroup itself, which takes three helper calls.
+///
+/// # Safety
+/// As for [`load`].
+#[inline(always)]
+unsafe fn is_within(cgroup: Object) -> bool {
+    let level = layout!(scope_level);
+    // SAFETY: the caller's contract.
+    let own_level: i32 = unsafe { load(cgroup, layout!(cgroup_level)) };
+    own_level >= level as i32 && ancestor_id(cgroup, level) == Some(layout!(scope_id))
 }
 
 /// The array is a flexible one, for which the verifier has no typed load.

@@ -1,5 +1,6 @@
 //! Helpers shared by the end-to-end tests.
 
 pub mod boxes;
+pub mod scope;
 pub mod shop;
 pub mod stage;

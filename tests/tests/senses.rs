@@ -3,75 +3,25 @@
 //! The processes under observation are this test binary itself, started again as a helper in a cgroup of
 //! its own.
 
-use lifeboat::model::container::{Container, State};
+use lifeboat::model::container::Container;
 use lifeboat::model::edge::Learnt;
 use lifeboat::model::telemetry::{Histogram, Snapshot};
-use lifeboat::model::units::{Bytes, UnixMillis};
-use lifeboat::telemetry::{Telemetry, TelemetryConfig};
+use lifeboat::model::units::Bytes;
+use lifeboat::telemetry::Telemetry;
+use lifeboat_tests::scope::{Scope, container, now};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 const REQUEST: usize = 1_000;
 const RESPONSE: usize = 5_000;
 const ROLE: &str = "LIFEBOAT_SENSES_ROLE";
 const CGROUP: &str = "LIFEBOAT_SENSES_CGROUP";
 const ADDRESS: &str = "LIFEBOAT_SENSES_ADDRESS";
-
-/// A subtree of cgroup2, removed with its processes when dropped.
-struct Scope(PathBuf);
-
-impl Scope {
-    fn new(name: &str) -> Option<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("procfs");
-        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
-        let Some(mount) = mount.and_then(|line| line.split(' ').nth(4)) else {
-            println!("not run: cgroup2 is not mounted");
-            return None;
-        };
-        let path = Path::new(mount).join(format!("senses-{name}-{}", std::process::id()));
-        if let Err(error) = fs::create_dir(&path) {
-            println!("not run: cannot make a cgroup: {error}");
-            return None;
-        }
-        Some(Self(path))
-    }
-
-    fn cgroup(&self, name: &str) -> PathBuf {
-        let path = self.0.join(name);
-        fs::create_dir(&path).expect("a cgroup below ours");
-        path
-    }
-
-    fn senses(&self) -> Telemetry {
-        let senses = Telemetry::start(TelemetryConfig {
-            root: PathBuf::from("/"),
-            cgroup: self.0.clone(),
-        });
-        assert_eq!(senses.disabled(), [], "this kernel can run everything");
-        senses
-    }
-}
-
-impl Drop for Scope {
-    fn drop(&mut self) {
-        let _ = fs::write(self.0.join("cgroup.kill"), "1");
-        let end = Instant::now() + Duration::from_secs(5);
-        let children = fs::read_dir(&self.0).into_iter().flatten().flatten();
-        for child in children.filter(|child| child.path().is_dir()) {
-            while fs::remove_dir(child.path()).is_err() && Instant::now() < end {
-                sleep(Duration::from_millis(10));
-            }
-        }
-        if let Err(error) = fs::remove_dir(&self.0) {
-            eprintln!("left behind {}: {error}", self.0.display());
-        }
-    }
-}
 
 /// A network namespace, removed when dropped.
 struct Network(String);
@@ -209,29 +159,6 @@ fn spin() {
     }
     println!("ready: spinning");
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
-}
-
-fn container(name: &str, pid: i32) -> Container {
-    Container {
-        name: name.into(),
-        id: String::new(),
-        runtime: None,
-        cgroup_path: format!("/{name}"),
-        cgroup_id: 0,
-        pid,
-        state: State::Running,
-        image: String::new(),
-        image_id: String::new(),
-        addresses: Vec::new(),
-        published: Vec::new(),
-        mounts: Vec::new(),
-        registration_id: None,
-    }
-}
-
-fn now() -> UnixMillis {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    UnixMillis(since.expect("after 1970").as_millis() as u64)
 }
 
 /// The first snapshot for which `holds`; fails with what was there last after 10 s.

@@ -69,7 +69,7 @@ pub struct BlockInterval {
 /// latency of that age: a task that never gets a CPU must not look like one that never waits.
 pub fn add_waiting(stats: &mut RunQueueStats, waiting: &Waiting, now_ns: u64, interval: Duration) {
     stats.waiting += 1;
-    let age = now_ns.saturating_sub(waiting.since_ns);
+    let age = Waiting::age(waiting.task, now_ns);
     if u128::from(age) > interval.as_nanos() {
         stats.latency.record(age);
     }

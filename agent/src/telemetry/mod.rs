@@ -243,9 +243,9 @@ impl Telemetry {
                 run_queue.latency.merge(&latency);
             }
         }
-        for (_, waiting) in self.kernel.waiting() {
+        for (cgroup, waiting) in self.kernel.waiting() {
             add_waiting(&mut host, &waiting, sweep.now_ns, sweep.interval);
-            if let Some((Some(run_queue), _)) = sweep.stats_of(waiting.cgroup, stats) {
+            if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
                 add_waiting(run_queue, &waiting, sweep.now_ns, sweep.interval);
             }
         }

@@ -1,0 +1,90 @@
+//! A cgroup2 subtree with senses of its own, for tests that need no containers.
+
+use lifeboat::model::container::{Container, State};
+use lifeboat::model::units::UnixMillis;
+use lifeboat::telemetry::{Telemetry, TelemetryConfig};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// A subtree of cgroup2, removed with its processes when dropped.
+pub struct Scope(PathBuf);
+
+impl Scope {
+    /// Makes it; none, with the reason printed, where that is not possible.
+    pub fn new(name: &str) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("procfs");
+        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+        let Some(mount) = mount.and_then(|line| line.split(' ').nth(4)) else {
+            println!("not run: cgroup2 is not mounted");
+            return None;
+        };
+        let path = Path::new(mount).join(format!("senses-{name}-{}", std::process::id()));
+        if let Err(error) = fs::create_dir(&path) {
+            println!("not run: cannot make a cgroup: {error}");
+            return None;
+        }
+        Some(Self(path))
+    }
+
+    /// A cgroup below it.
+    pub fn cgroup(&self, name: &str) -> PathBuf {
+        let path = self.0.join(name);
+        fs::create_dir(&path).expect("a cgroup below ours");
+        path
+    }
+
+    /// Senses of this subtree, all of which work.
+    pub fn senses(&self) -> Telemetry {
+        let senses = Telemetry::start(TelemetryConfig {
+            root: PathBuf::from("/"),
+            cgroup: self.0.clone(),
+        });
+        assert_eq!(senses.disabled(), [], "this kernel can run everything");
+        senses
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let end = Instant::now() + Duration::from_secs(5);
+        let children = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        for child in children.filter(|child| child.path().is_dir()) {
+            while fs::remove_dir(child.path()).is_err() && Instant::now() < end {
+                sleep(Duration::from_millis(10));
+            }
+        }
+        if let Err(error) = fs::remove_dir(&self.0) {
+            eprintln!("left behind {}: {error}", self.0.display());
+        }
+    }
+}
+
+/// A container as a runtime would tell of it, in the cgroup of its name.
+#[must_use]
+pub fn container(name: &str, pid: i32) -> Container {
+    Container {
+        name: name.into(),
+        id: String::new(),
+        runtime: None,
+        cgroup_path: format!("/{name}"),
+        cgroup_id: 0,
+        pid,
+        state: State::Running,
+        image: String::new(),
+        image_id: String::new(),
+        addresses: Vec::new(),
+        published: Vec::new(),
+        mounts: Vec::new(),
+        registration_id: None,
+    }
+}
+
+/// The time as snapshots have it.
+#[must_use]
+pub fn now() -> UnixMillis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    UnixMillis(since.expect("after 1970").as_millis() as u64)
+}

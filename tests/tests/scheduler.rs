@@ -1,0 +1,104 @@
+//! Run-queue delay on this kernel: whose it is, and that nobody is forgotten. Needs root.
+
+use lifeboat::model::telemetry::{RunQueueStats, Snapshot};
+use lifeboat_tests::scope::{Scope, container, now};
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+/// A process in a cgroup from its first instant; ends when dropped.
+struct Placed(Child);
+
+impl Placed {
+    fn start(cgroup: &Path, command: &str) -> Self {
+        let script = format!("echo $$ > \"$0/cgroup.procs\" && {command}");
+        let child = Command::new("sh")
+            .args(["-c", &script])
+            .arg(cgroup)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn();
+        Self(child.expect("a shell"))
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn run_queue<'s>(snapshot: &'s Snapshot, name: &str) -> &'s RunQueueStats {
+    let stats = &snapshot.containers;
+    let of = stats.iter().find(|stats| stats.name.as_str() == name);
+    let run_queue = of.and_then(|stats| stats.run_queue.as_ref());
+    run_queue.expect("the programs run")
+}
+
+#[test]
+fn the_delay_of_a_wake_up_lands_on_the_woken_and_not_on_the_waker() {
+    let Some(scope) = Scope::new("woken") else {
+        return;
+    };
+    let (hog, woken, waker) = (
+        scope.cgroup("hog"),
+        scope.cgroup("woken"),
+        scope.cgroup("waker"),
+    );
+    let mut senses = scope.senses();
+    // It has CPU 0 most of the time, so that the other one there, which is nice, must wait for it.
+    let _hog = Placed::start(&hog, "exec taskset -c 0 sh -c 'while :; do :; done'");
+    let mut woken = Placed::start(&woken, "exec taskset -c 0 nice -n 19 cat");
+    let waker = Placed::start(&waker, "exec taskset -c 1 nice -n -20 sleep 1000");
+    let containers = ["hog", "woken", "waker"].map(|name| container(name, 0));
+    sleep(Duration::from_millis(200));
+    senses.sweep(&containers, now());
+    let mut pipe = woken.0.stdin.take().expect("piped");
+    for _ in 0..50 {
+        pipe.write_all(b"x").expect("cat reads");
+        sleep(Duration::from_millis(20));
+    }
+    let snapshot = senses.sweep(&containers, now());
+    let delay = &run_queue(&snapshot, "woken").latency;
+    assert!(delay.count() >= 25, "it was woken 50 times: {delay:?}");
+    let p99 = delay.percentile(99.0);
+    assert!(
+        p99.is_some_and(|p99| p99 > 1e6),
+        "it waited for a time slice: {delay:?}"
+    );
+    // Asleep, beside the one who was woken.
+    assert_eq!(run_queue(&snapshot, "waker").latency.count(), 0);
+    drop(waker);
+}
+
+#[test]
+fn cgroups_born_and_gone_between_two_sweeps_are_counted_and_their_places_given_back() {
+    let Some(scope) = Scope::new("brief") else {
+        return;
+    };
+    let mut senses = scope.senses();
+    senses.sweep(&[], now());
+    // More of them than there are places, in rounds that each fit.
+    for round in 0..6 {
+        for brief in 0..200 {
+            let cgroup = scope.cgroup(&format!("brief-{round}-{brief}"));
+            let mut ran = Placed::start(&cgroup, "exec true");
+            ran.0.wait().expect("it ends");
+            std::fs::remove_dir(&cgroup).expect("nobody is in it");
+        }
+        let snapshot = senses.sweep(&[], now());
+        let host = snapshot.host.run_queue.expect("the programs run");
+        assert!(
+            host.latency.count() >= 200,
+            "each was on a run queue: {host:?}"
+        );
+        let lost = snapshot.losses.iter().find(|loss| loss.map == "run-queue");
+        assert_eq!(lost.map(|loss| loss.lost), Some(0), "round {round}");
+    }
+    let idle = senses.sweep(&[], now()).host.run_queue;
+    let idle = idle.expect("the programs run");
+    assert_eq!((idle.latency.count(), idle.waiting), (0, 0));
+}
