@@ -82,7 +82,7 @@ pub(super) fn measure(short: bool) -> Result<String> {
 }
 
 /// The first process of a program that [`Host::spawn_logged`] started.
-fn first_process(host: &Host, name: &str) -> Result<u32> {
+pub(super) fn first_process(host: &Host, name: &str) -> Result<u32> {
     let path = host.cgroup().join(name).join("cgroup.procs");
     let text =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -91,7 +91,7 @@ fn first_process(host: &Host, name: &str) -> Result<u32> {
 }
 
 /// Share of one core that each process used while `time` passed.
-fn cpu_share(processes: &[u32], time: Duration) -> Result<Vec<f64>> {
+pub(super) fn cpu_share(processes: &[u32], time: Duration) -> Result<Vec<f64>> {
     let ticks_per_second = sysconf(SysconfVar::CLK_TCK)?.context("no clock tick")? as f64;
     let now = || -> Result<Vec<u64>> { processes.iter().map(|pid| ticks(*pid)).collect() };
     let (before, start) = (now()?, Instant::now());
@@ -104,6 +104,14 @@ fn cpu_share(processes: &[u32], time: Duration) -> Result<Vec<f64>> {
     Ok(used
         .map(|ticks| ticks as f64 / ticks_per_second / passed)
         .collect())
+}
+
+/// VmRSS of a process.
+pub(super) fn resident_mib(pid: u32) -> Result<f64> {
+    mib(
+        &fs::read_to_string(format!("/proc/{pid}/status"))?,
+        "VmRSS:",
+    )
 }
 
 /// User and system time of a process with all its threads: fields 14 and 15 of /proc/PID/stat (proc(5)).

@@ -4,11 +4,14 @@
 //! lab hosts with the release build. `--write` keeps what was printed in `docs/benchmarks.md`.
 
 mod agent;
+mod crowd;
 mod machine;
 mod overhead;
 mod pause;
 mod programs;
+mod tools;
 mod transfer;
+mod verdict;
 
 use std::fs;
 use std::path::PathBuf;
@@ -48,14 +51,20 @@ pub enum Subject {
     Programs,
     /// What the agent takes from its host's own work, beside bpftrace.
     Overhead,
+    /// Memory and CPU of an agent with 500 containers and many connections.
+    Crowd,
+    /// From a fault to the verdict.
+    Verdict,
 }
 
-const ALL: [Subject; 5] = [
+const ALL: [Subject; 7] = [
     Subject::Transfer,
     Subject::Pause,
     Subject::Agent,
     Subject::Programs,
     Subject::Overhead,
+    Subject::Crowd,
+    Subject::Verdict,
 ];
 
 /// Sets up, builds for release, measures as root and prints Markdown.
@@ -97,6 +106,8 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
             Subject::Agent => agent::measure(arguments.short)?,
             Subject::Programs => programs::measure(arguments.short)?,
             Subject::Overhead => overhead::measure(arguments.short)?,
+            Subject::Crowd => crowd::measure(arguments.short)?,
+            Subject::Verdict => verdict::measure(arguments.short)?,
         });
     }
     eprintln!("bench: {} s", start.elapsed().as_secs());

@@ -13,10 +13,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::tools::{furnish, inside, redis, server};
 use super::{goal, machine, median};
 use crate::crew::{Crew, Device};
 use crate::lab::{Host, Lab, LabSpec};
-use crate::process::{output, run, wait_for};
+use crate::process::{output, run};
 use crate::{setup, workspace};
 
 const DEVICE: &str = "loaded";
@@ -25,10 +26,6 @@ const PACKAGES: [(&str, &str, &str); 2] = [
     ("perf", "linux-perf", "`perf bench sched pipe`"),
     ("bpftrace", "bpftrace", "the agent's peer in the figures"),
 ];
-
-/// Busybox, and the host's own programs below it.
-const IMAGE: &str = r#"mkdir -p /tmp/image/bin && cp "$(command -v busybox)" /tmp/image/bin/busybox &&
-ln -s busybox /tmp/image/bin/sleep && tar -c -C /tmp/image . | podman --log-level error import --quiet - localhost/tools:1"#;
 
 /// `runqlat.bt` and `biolatency.bt` of bpftrace's tools, the latter over the tracepoints of requests, because
 /// the functions it hooks into are not in every kernel.
@@ -194,64 +191,6 @@ fn figure(rate: f64) -> String {
     } else {
         format!("{rate:.0}")
     }
-}
-
-/// Servers and the client's container: the host's own programs over an image of busybox.
-fn furnish(host: &Host) -> Result<()> {
-    host.run(["sh", "-c", IMAGE])?;
-    for (name, command) in [
-        (
-            "server",
-            "redis-server --save '' --protected-mode no --port 6379 & exec iperf3 -s",
-        ),
-        ("client", "exec sleep 100000"),
-    ] {
-        let mut arguments: Vec<String> = ["run", "--detach", "--name", name].map(Into::into).into();
-        for directory in ["/usr", "/lib", "/lib64", "/etc/alternatives"] {
-            if Path::new(directory).exists() {
-                arguments.push(format!("--volume={directory}:{directory}:ro"));
-            }
-        }
-        // A closed connection keeps its port for a minute, and there are more in that time than ports.
-        arguments.extend(
-            [
-                "--sysctl=net.ipv4.tcp_tw_reuse=1",
-                "--sysctl=net.ipv4.ip_local_port_range=1024 65535",
-            ]
-            .map(Into::into),
-        );
-        // iperf3 keeps its buffer in a file.
-        arguments.extend(["--volume=/srv:/srv", "--tmpfs=/tmp"].map(Into::into));
-        arguments
-            .extend(["localhost/tools:1", "/bin/busybox", "sh", "-c", command].map(Into::into));
-        host.podman(arguments)?;
-    }
-    wait_for("the servers", Duration::from_secs(10), || {
-        let address = server(host)?;
-        let ping = inside(host, &format!("redis-cli -h {address} ping"));
-        Ok(ping
-            .is_ok_and(|answer| answer.trim() == "PONG")
-            .then_some(()))
-    })
-}
-
-fn server(host: &Host) -> Result<String> {
-    let format = "{{.NetworkSettings.IPAddress}}";
-    host.podman(["inspect", "--format", format, "server"])
-}
-
-fn inside(host: &Host, script: &str) -> Result<String> {
-    host.podman(["exec", "client", "/bin/busybox", "sh", "-c", script])
-}
-
-fn redis(host: &Host, requests: u32, options: &str) -> Result<f64> {
-    let address = server(host)?;
-    let script = format!("redis-benchmark -h {address} --csv -n {requests} {options}");
-    let csv = inside(host, &script)?;
-    let last = csv.lines().last().unwrap_or_default();
-    let rate = last.split(',').nth(1).map(|field| field.trim_matches('"'));
-    rate.and_then(|rate| rate.parse().ok())
-        .with_context(|| format!("redis-benchmark printed {csv}"))
 }
 
 /// A running bpftrace; ended with it.
