@@ -4,6 +4,7 @@ use super::daemon::ask;
 use super::meter::Meter;
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
+use crate::health::Stage;
 use crate::model::ids::PlanId;
 use crate::model::units::human_duration;
 use std::collections::BTreeMap;
@@ -52,7 +53,15 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
         )),
         Some(verdict) => {
             let age = human_duration(snapshot.at.since(verdict.since));
-            lines.push(format!("{}: {} for {age}", status.device, verdict.kind));
+            let watched = if verdict.stage == Some(Stage::Watch) {
+                ", to be watched"
+            } else {
+                ""
+            };
+            lines.push(format!(
+                "{}: {}{watched} for {age}",
+                status.device, verdict.kind
+            ));
             lines.extend(verdict.evidence.iter().map(|evidence| {
                 format!("  {}; clears when {}", evidence.text, evidence.clears_when)
             }));

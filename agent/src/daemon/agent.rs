@@ -13,7 +13,7 @@ use crate::fleet::client::ControlClient;
 use crate::fleet::identity::Identity;
 use crate::fleet::registry::Heartbeat;
 use crate::fleet::server::ControlServer;
-use crate::health::VerdictKind;
+use crate::health::Stage;
 use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
 use crate::migration::planner::Request;
@@ -303,7 +303,7 @@ const AUTOMATIC_RETRY: Duration = Duration::from_secs(15);
 /// The longest of them.
 const AUTOMATIC_RETRY_MAX: Duration = Duration::from_secs(3600);
 
-/// Starts a migration of everything when the verdict is degraded.
+/// Starts a migration of everything when the verdict is degraded and its stage is to evacuate.
 async fn evacuate_when_degraded(
     delegator: Arc<Delegator>,
     mut view: watch::Receiver<Arc<HostView>>,
@@ -315,7 +315,7 @@ async fn evacuate_when_degraded(
         let Some(verdict) = now
             .verdict
             .as_ref()
-            .filter(|v| v.kind == VerdictKind::Degraded)
+            .filter(|v| v.stage == Some(Stage::Evacuate))
         else {
             continue;
         };
@@ -354,7 +354,7 @@ async fn evacuate_when_degraded(
             let degraded = |view: &Arc<HostView>| {
                 view.verdict
                     .as_ref()
-                    .is_some_and(|v| v.kind == VerdictKind::Degraded)
+                    .is_some_and(|v| v.stage == Some(Stage::Evacuate))
             };
             if view.wait_for(|view| !degraded(view)).await.is_err() {
                 return;

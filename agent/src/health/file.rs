@@ -1,11 +1,13 @@
 //! The meaning of the policy file, each mistake with its place.
 
-use super::form::{self, FileCondition, FileCount, FileGuards, FilePolicy, FileThreshold, Scalar};
-use super::policy::{Condition, Delegation, Guards, Policy, Rule, Threshold};
+use super::form::{
+    self, FileCondition, FileDegraded, FileGuards, FilePolicy, FileStage, FileTerm, Scalar,
+};
+use super::policy::{Condition, Degraded, Delegation, Guards, Policy, Stage};
 use super::quantity::{quantity, span};
 use crate::model::action::Actions;
 use crate::model::locate::{Fault, Field};
-use crate::model::metric::{METRICS, Metric, Per, Unit};
+use crate::model::metric::Unit;
 use crate::model::nearest::hint;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -29,25 +31,30 @@ pub(super) fn read(text: &str) -> Result<Policy, Vec<Fault>> {
     }
 }
 
-struct Check<'a> {
+pub(super) struct Check<'a> {
     text: &'a str,
-    faults: Vec<Fault>,
+    pub(super) faults: Vec<Fault>,
 }
 
 impl Check<'_> {
-    fn value(&mut self, field: &Field, message: impl Into<String>) {
+    pub(super) fn value(&mut self, field: &Field, message: impl Into<String>) {
         self.faults.push(Fault::in_value(self.text, field, message));
     }
 
-    fn key(&mut self, field: &Field, message: impl Into<String>) {
+    pub(super) fn key(&mut self, field: &Field, message: impl Into<String>) {
         self.faults.push(Fault::in_key(self.text, field, message));
     }
 
-    fn ok<T>(&mut self, field: &Field, result: Result<T, String>) -> Option<T> {
+    pub(super) fn ok<T>(&mut self, field: &Field, result: Result<T, String>) -> Option<T> {
         result.map_err(|message| self.value(field, message)).ok()
     }
 
-    fn span(&mut self, field: &Field, scalar: Option<&Scalar>, default: Duration) -> Duration {
+    pub(super) fn span(
+        &mut self,
+        field: &Field,
+        scalar: Option<&Scalar>,
+        default: Duration,
+    ) -> Duration {
         scalar
             .and_then(|scalar| self.ok(field, span(&scalar.0)))
             .unwrap_or(default)
@@ -102,7 +109,7 @@ impl Check<'_> {
             .degraded
             .into_iter()
             .enumerate()
-            .filter_map(|(place, entry)| self.condition(&below.at(place), entry, &names))
+            .filter_map(|(place, entry)| self.degraded(&below.at(place), entry, &names))
             .collect();
         let below = root.at("delegate");
         let delegate = file
@@ -126,167 +133,38 @@ impl Check<'_> {
         }
     }
 
-    fn threshold(
+    fn degraded(
         &mut self,
         field: &Field,
-        name: String,
-        entry: &FileThreshold,
-    ) -> Option<Threshold> {
-        let Some(metric) = METRICS.iter().find(|metric| metric.name == entry.metric) else {
-            self.value(
-                &field.at("metric"),
-                format!(
-                    "unknown metric `{}`{}",
-                    entry.metric,
-                    hint(&entry.metric, METRICS.iter().map(|metric| metric.name))
-                ),
-            );
-            return None;
-        };
-        let per = entry.per.unwrap_or(Per::Device);
-        if !metric.per.contains(&per) {
-            let known: Vec<String> = metric.per.iter().map(|per| word(*per)).collect();
-            self.value(
-                &field.at("per"),
-                format!(
-                    "{} is not measured per {}: write {}",
-                    metric.name,
-                    word(per),
-                    known.join(" or ")
-                ),
-            );
-        }
-        let before = self.faults.len();
-        let lasting = self.span(&field.at("for"), entry.lasting.as_ref(), Duration::ZERO);
-        let rule = self.rule(field, entry, metric);
-        (self.faults.len() == before).then_some(())?;
-        Some(Threshold {
-            name,
-            metric,
-            per,
-            rule: rule?,
-            lasting,
-            severity: entry.severity,
-            optional: entry.optional,
-        })
-    }
-
-    fn rule(&mut self, field: &Field, entry: &FileThreshold, metric: &Metric) -> Option<Rule> {
-        match (&entry.above, &entry.below, &entry.count) {
-            (Some(above), None, None) => {
-                let (enter, clear) = self.limits(field, "above", above, entry, metric)?;
-                Some(Rule::Above { enter, clear })
-            }
-            (None, Some(below), None) => {
-                let (enter, clear) = self.limits(field, "below", below, entry, metric)?;
-                Some(Rule::Below { enter, clear })
-            }
-            (None, None, Some(count)) => self.count(field, count, entry, metric),
-            (None, None, None) => {
-                let right = if metric.unit == Unit::Events {
-                    "count: { at_least: 3, within: 10m }"
-                } else {
-                    "above or below"
-                };
-                self.key(field, format!("has no limit: write {right}"));
-                None
-            }
-            _ => {
-                self.key(field, "has several limits: write only one of above, below and count, and a threshold for each");
-                None
-            }
-        }
-    }
-
-    fn limits(
-        &mut self,
-        field: &Field,
-        side: &str,
-        enter: &Scalar,
-        entry: &FileThreshold,
-        metric: &Metric,
-    ) -> Option<(f64, f64)> {
-        if metric.unit == Unit::Events {
-            self.key(
-                &field.at(side),
-                format!("{} counts events: write count: {{ at_least: 3, within: 10m }} instead of {side}", metric.name),
-            );
-            return None;
-        }
-        let limit = self.ok(&field.at(side), quantity(&enter.0, metric.unit));
-        let clear_field = field.at("clear");
-        let clear = match &entry.clear {
-            Some(clear) => self.ok(&clear_field, quantity(&clear.0, metric.unit))?,
-            None => limit?,
-        };
-        let limit = limit?;
-        let wrong_side = if side == "above" {
-            clear > limit
-        } else {
-            clear < limit
-        };
-        if wrong_side {
-            let right = if side == "above" {
-                "at most"
-            } else {
-                "at least"
-            };
-            let clear = entry.clear.as_ref().map_or("", |clear| clear.0.as_str());
-            self.value(
-                &clear_field,
-                format!(
-                    "{clear} is not on the healthy side of {side}: write {right} {}",
-                    enter.0
-                ),
-            );
-            return None;
-        }
-        Some((limit, clear))
-    }
-
-    fn count(
-        &mut self,
-        field: &Field,
-        count: &FileCount,
-        entry: &FileThreshold,
-        metric: &Metric,
-    ) -> Option<Rule> {
-        if metric.unit != Unit::Events {
-            self.key(
-                &field.at("count"),
-                format!(
-                    "{} is a level, not events: write above or below",
-                    metric.name
-                ),
-            );
-            return None;
-        }
-        for (set, key) in [(&entry.clear, "clear"), (&entry.lasting, "for")] {
-            if set.is_some() {
-                self.key(
-                    &field.at(key),
-                    "does not go with count: it clears when fewer events lie within the span; remove it",
+        entry: FileDegraded,
+        names: &[String],
+    ) -> Option<Degraded> {
+        let stage = match entry.stage {
+            FileStage::Watch => Stage::Watch,
+            FileStage::Evacuate => Stage::Evacuate,
+            FileStage::Prepare => {
+                self.value(
+                    &field.at("stage"),
+                    "`prepare` is not supported in this version, as no replication starts in advance: write watch (shown, nothing moves) or evacuate",
                 );
+                Stage::Watch
             }
-        }
-        if count.at_least == 0 {
+        };
+        let condition = FileCondition {
+            failures: entry.failures,
+            any: entry.any,
+            all: entry.all,
+            not: entry.not,
+        };
+        let when = self.condition(field, condition, names)?;
+        let nothing = BTreeSet::new();
+        if when.holds(&nothing, &nothing) == Some(true) {
             self.value(
-                &field.at("count").at("at_least"),
-                "0 would always fail: write at least 1",
+                field,
+                "holds while no threshold fails, so every good device would be degraded: write `all` with a threshold beside `not`",
             );
         }
-        let within_field = field.at("count").at("within");
-        let within = self.ok(&within_field, span(&count.within.0))?;
-        if within.is_zero() {
-            self.value(
-                &within_field,
-                "0 would never fail: write a span such as 10m",
-            );
-        }
-        Some(Rule::Count {
-            at_least: count.at_least,
-            within,
-        })
+        Some(Degraded { when, stage })
     }
 
     fn condition(
@@ -295,8 +173,8 @@ impl Check<'_> {
         entry: FileCondition,
         names: &[String],
     ) -> Option<Condition> {
-        match (entry.failures, entry.any, entry.all) {
-            (Some(count), None, None) => {
+        match (entry.failures, entry.any, entry.all, entry.not) {
+            (Some(count), None, None, None) => {
                 if count == 0 || count > names.len() {
                     self.value(
                         &field.at("failures"),
@@ -309,42 +187,56 @@ impl Check<'_> {
                 }
                 Some(Condition::Failures(count))
             }
-            (None, Some(any), None) => {
-                self.known(&field.at("any"), &any, names);
-                Some(Condition::Any(any))
+            (None, Some(any), None, None) => {
+                Some(Condition::Any(self.terms(&field.at("any"), any, names)))
             }
-            (None, None, Some(all)) => {
-                self.known(&field.at("all"), &all, names);
-                Some(Condition::All(all))
+            (None, None, Some(all), None) => {
+                Some(Condition::All(self.terms(&field.at("all"), all, names)))
+            }
+            (None, None, None, Some(not)) => {
+                let inner = self.term(&field.at("not"), *not, names)?;
+                Some(Condition::Not(Box::new(inner)))
             }
             _ => {
-                self.value(field, "write exactly one of failures, any and all");
+                self.value(field, "write exactly one of failures, any, all and not");
                 None
             }
         }
     }
 
-    fn known(&mut self, field: &Field, chosen: &[String], names: &[String]) {
-        if chosen.is_empty() {
+    fn terms(&mut self, field: &Field, terms: Vec<FileTerm>, names: &[String]) -> Vec<Condition> {
+        if terms.is_empty() {
             self.value(field, "names no threshold: write at least one");
         }
-        let mut seen = BTreeSet::new();
-        for (place, name) in chosen.iter().enumerate() {
-            if !names.contains(name) {
-                self.value(
-                    &field.at(place),
-                    format!(
-                        "unknown threshold `{name}`{}",
-                        hint(name, names.iter().map(String::as_str))
-                    ),
-                );
-            } else if !seen.insert(name) {
-                self.value(
-                    &field.at(place),
-                    format!("`{name}` stands here twice: remove one"),
-                );
+        let mut read = Vec::new();
+        for (place, term) in terms.into_iter().enumerate() {
+            let field = field.at(place);
+            if let Some(term) = self.term(&field, term, names) {
+                if read.contains(&term) {
+                    self.value(&field, format!("`{term}` stands here twice: remove one"));
+                }
+                read.push(term);
             }
         }
+        read
+    }
+
+    fn term(&mut self, field: &Field, term: FileTerm, names: &[String]) -> Option<Condition> {
+        let name = match term {
+            FileTerm::Holds(condition) => return self.condition(field, condition, names),
+            FileTerm::Fails(name) => name,
+        };
+        if !names.contains(&name) {
+            self.value(
+                field,
+                format!(
+                    "unknown threshold `{name}`{}",
+                    hint(&name, names.iter().map(String::as_str))
+                ),
+            );
+            return None;
+        }
+        Some(Condition::Fails(name))
     }
 
     fn guards(&mut self, field: &Field, entry: FileGuards) -> Guards {
@@ -385,8 +277,4 @@ impl Check<'_> {
             on_timeout: entry.on_timeout,
         }
     }
-}
-
-fn word(per: Per) -> String {
-    format!("{per:?}").to_lowercase()
 }

@@ -1,24 +1,17 @@
 //! The form of the policy file: keys and kinds of values, each mistake with its place.
 
-use super::policy::{OnTimeout, Severity};
+use super::policy::{Among, OnTimeout, Severity, Stage};
+use super::schema::{ActionName, MetricName, PerName, Span};
 use crate::model::action::Action;
 use crate::model::locate::{Fault, parse};
 use crate::model::metric::Per;
 use crate::model::nearest::hint;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
-
-/// Keys that the design has and this version does not.
-const LATER: &[&str] = &[
-    "rising",
-    "falling",
-    "forecast",
-    "not",
-    "relative_to_load",
-    "relative_to_peers",
-];
 
 /// Reads the form of a policy.
 pub(super) fn read(text: &str) -> Result<FilePolicy, Fault> {
@@ -34,95 +27,276 @@ fn explained(mut fault: Fault) -> Fault {
         .map(|(key, rest)| (key.to_owned(), rest.to_owned()));
     if let Some((key, rest)) = unknown {
         let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
-        fault.message = if LATER.contains(&key.as_str()) || key.starts_with("relative_") {
-            format!(
-                "`{key}` is not supported in this version: remove it, the rest of the entry works without"
-            )
-        } else {
-            format!("unknown field{}", hint(&key, known))
-        };
+        fault.message = format!("unknown field{}", hint(&key, known));
     }
     fault
 }
 
-#[derive(Deserialize)]
+/// A degradation policy of Lifeboat.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Policy")]
 pub(super) struct FilePolicy {
+    /// Version of this format: 1.
+    #[schemars(range(min = 1, max = 1))]
     pub version: u64,
+    /// Stands in verdicts and logs.
     pub name: String,
+    /// A value older than this counts as missing; at least 1s. Default: 10s.
     #[serde(default)]
+    #[schemars(with = "Option<Span>")]
     pub stale_after: Option<Scalar>,
+    /// Named signals with their limits: a failure is a limit passed for its time.
+    #[schemars(with = "BTreeMap<String, FileThreshold>")]
     pub thresholds: Named<FileThreshold>,
-    pub degraded: Vec<FileCondition>,
+    /// Any entry that holds makes the device degraded.
+    pub degraded: Vec<FileDegraded>,
+    /// The first entry that holds chooses the delegated actions.
     #[serde(default)]
     pub delegate: Vec<FileDelegation>,
+    /// Brakes.
     #[serde(default)]
     pub guards: FileGuards,
 }
 
-#[derive(Deserialize)]
+/// A signal with its limit: one of above, below, count and forecast.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Threshold")]
 pub(super) struct FileThreshold {
+    /// What is measured; `lifeboat metrics` lists all.
+    #[schemars(with = "MetricName")]
     pub metric: String,
+    /// What it is measured on. Default: device.
     #[serde(default)]
+    #[schemars(with = "Option<PerName>")]
     pub per: Option<Per>,
+    /// Fails above this; `device-limit - 5C` is relative to the part's own limit.
     #[serde(default)]
     pub above: Option<Scalar>,
+    /// Fails below this.
     #[serde(default)]
     pub below: Option<Scalar>,
+    /// Over at this value or better; for a forecast, when it takes longer than this. Default: the limit.
     #[serde(default)]
     pub clear: Option<Scalar>,
+    /// How long without a break the limit must be passed.
     #[serde(default, rename = "for")]
+    #[schemars(with = "Option<Span>")]
     pub lasting: Option<Scalar>,
+    /// Only when the value also rose during `for`.
+    #[serde(default)]
+    pub rising: bool,
+    /// Fails when so many events came within a span.
     #[serde(default)]
     pub count: Option<FileCount>,
+    /// Fails when a straight line through the last samples reaches a value soon.
+    #[serde(default)]
+    pub forecast: Option<FileForecast>,
+    /// Judge the value divided by a load.
+    #[serde(default)]
+    pub relative_to_load: Option<FileLoad>,
+    /// Judge how many times the median of its peers the value is; limits are written as 3x.
+    #[serde(default)]
+    pub relative_to_peers: Option<FilePeers>,
+    /// How bad it is; shown with the evidence.
     #[serde(default)]
     pub severity: Severity,
+    /// The device may lack this sensor: missing data then does not make the verdict unknown.
     #[serde(default)]
     pub optional: bool,
 }
 
-#[derive(Deserialize)]
+/// A number of events within a span.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Count")]
 pub(super) struct FileCount {
+    /// Events.
+    #[schemars(range(min = 1))]
     pub at_least: u64,
+    /// Span.
+    #[schemars(with = "Span")]
     pub within: Scalar,
 }
 
-#[derive(Deserialize)]
+/// A value that is reached soon if it goes on as it did: one of reaches and falls_to.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct FileCondition {
+#[schemars(rename = "Forecast")]
+pub(super) struct FileForecast {
+    /// A value above.
     #[serde(default)]
-    pub failures: Option<usize>,
+    pub reaches: Option<Scalar>,
+    /// A value below.
     #[serde(default)]
-    pub any: Option<Vec<String>>,
+    pub falls_to: Option<Scalar>,
+    /// Fails when it is reached within this time.
+    #[schemars(with = "Span")]
+    pub within: Scalar,
+    /// Span of the samples that the line is drawn through. Default: a quarter of `within`.
     #[serde(default)]
-    pub all: Option<Vec<String>>,
+    #[schemars(with = "Option<Span>")]
+    pub over: Option<Scalar>,
 }
 
-#[derive(Deserialize)]
+/// The load that a value is divided by.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Load")]
+pub(super) struct FileLoad {
+    /// The load's metric.
+    #[schemars(with = "MetricName")]
+    pub metric: String,
+    /// With less load than this nothing is judged. Default: with none.
+    #[serde(default)]
+    pub at_least: Option<Scalar>,
+    /// Both are taken over this span. Default: 1m.
+    #[serde(default)]
+    #[schemars(with = "Option<Span>")]
+    pub over: Option<Scalar>,
+}
+
+/// Whom a value is compared with.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Peers")]
+pub(super) struct FilePeers {
+    /// The other parts of this host, or the other devices of the fleet. Default: host.
+    #[serde(default)]
+    pub among: Among,
+    /// A smaller value is no failure, however it compares.
+    #[serde(default)]
+    pub at_least: Option<Scalar>,
+    /// Fewer peers than this say nothing. Default: 2.
+    #[serde(default)]
+    pub peers: Option<usize>,
+}
+
+/// What must hold: exactly one of failures, any, all and not.
+#[derive(Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Condition")]
+pub(super) struct FileCondition {
+    /// At least so many thresholds fail.
+    #[serde(default)]
+    pub failures: Option<usize>,
+    /// One of these fails or holds.
+    #[serde(default)]
+    pub any: Option<Vec<FileTerm>>,
+    /// All of these fail or hold.
+    #[serde(default)]
+    pub all: Option<Vec<FileTerm>>,
+    /// This is known not to fail or hold.
+    #[serde(default)]
+    pub not: Option<Box<FileTerm>>,
+}
+
+/// An entry of `degraded`: exactly one of failures, any, all and not, and how far the device is helped.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Degraded")]
+pub(super) struct FileDegraded {
+    /// At least so many thresholds fail.
+    #[serde(default)]
+    pub failures: Option<usize>,
+    /// One of these fails or holds.
+    #[serde(default)]
+    pub any: Option<Vec<FileTerm>>,
+    /// All of these fail or hold.
+    #[serde(default)]
+    pub all: Option<Vec<FileTerm>>,
+    /// This is known not to fail or hold.
+    #[serde(default)]
+    pub not: Option<Box<FileTerm>>,
+    /// `watch` shows the device as degraded and moves nothing; `evacuate` moves its containers.
+    #[serde(default)]
+    #[schemars(with = "Stage")]
+    pub stage: FileStage,
+}
+
+/// The name of a threshold, which holds when it fails, or a condition.
+#[derive(JsonSchema)]
+#[schemars(untagged, rename = "Term")]
+pub(super) enum FileTerm {
+    /// A threshold.
+    Fails(String),
+    /// A condition.
+    Holds(FileCondition),
+}
+
+impl<'de> Deserialize<'de> for FileTerm {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Term)
+    }
+}
+
+struct Term;
+
+impl<'de> Visitor<'de> for Term {
+    type Value = FileTerm;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a threshold or a condition such as { not: NAME }")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<FileTerm, E> {
+        Ok(FileTerm::Fails(name.to_owned()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<FileTerm, A::Error> {
+        let map = de::value::MapAccessDeserializer::new(map);
+        FileCondition::deserialize(map).map(FileTerm::Holds)
+    }
+}
+
+/// A stage as written; `prepare` is refused by its meaning, with a word about why.
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum FileStage {
+    Watch,
+    Prepare,
+    #[default]
+    Evacuate,
+}
+
+/// Which actions the paired device does.
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Delegation")]
 pub(super) struct FileDelegation {
+    /// The condition.
     pub when: FileCondition,
+    /// The delegated actions.
+    #[schemars(with = "Vec<ActionName>")]
     pub actions: Vec<Action>,
 }
 
-#[derive(Default, Deserialize)]
+/// Brakes.
+#[derive(Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Guards")]
 pub(super) struct FileGuards {
+    /// Least time between two changes into or out of degraded. Default: 10m.
     #[serde(default)]
+    #[schemars(with = "Option<Span>")]
     pub hold: Option<Scalar>,
+    /// Share of the fleet that may evacuate by itself at a time, such as 30%.
     #[serde(default)]
     pub fleet_max_evacuating: Option<Scalar>,
+    /// Roles of which each must approve an automatic plan.
     #[serde(default)]
     pub approvals: Vec<String>,
+    /// How long to wait for them. Default: 15m.
     #[serde(default)]
+    #[schemars(with = "Option<Span>")]
     pub approval_timeout: Option<Scalar>,
+    /// What to do then. Default: abort.
     #[serde(default)]
     pub on_timeout: OnTimeout,
 }
 
-/// A scalar as it is written; YAML would make a number of some.
+/// A quantity with its unit, such as 40ms, 3GiB, 85%, 85C, 120/s or a plain number.
+// As it is written; YAML would make a number of some.
 pub(super) struct Scalar(pub String);
 
 impl<'de> Deserialize<'de> for Scalar {

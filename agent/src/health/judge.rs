@@ -1,9 +1,11 @@
 //! The judge: samples in, verdicts out.
 
-use super::policy::{Condition, Policy, Rule, Threshold};
+use super::policy::{Degraded, Policy, Stage, Threshold};
 use super::quantity::in_unit;
+use super::reading::{Reading, readings};
 use super::series::{Series, Ticks};
-use super::state::SavedState;
+use super::state::{Remembered, SavedState};
+use super::story::{Story, story};
 use super::verdict::{Evidence, Missing, Verdict, VerdictKind};
 use crate::model::action::Actions;
 use crate::model::metric::{Per, Sample, Subject};
@@ -58,23 +60,30 @@ impl Judge {
         let tick = self.state.advance(now);
         let stale = self.policy.stale_after;
         for threshold in &self.policy.thresholds {
-            let mut taken = samples
-                .iter()
-                .filter(|s| s.metric == threshold.metric.name && s.subject.per == threshold.per)
-                .peekable();
-            if taken.peek().is_none() {
+            let readings = readings(threshold, samples);
+            if readings.is_empty() {
                 continue;
             }
-            for sample in taken {
-                let at = self.state.tick_of(sample.at);
-                self.state
-                    .of(threshold)
-                    .series
-                    .entry(sample.subject.name.clone())
-                    .or_default()
-                    .take(threshold, stale, sample.value, at);
+            let times: Vec<Ticks> = readings
+                .iter()
+                .map(|(sample, _)| self.state.tick_of(sample.at))
+                .collect();
+            let remembered = self.state.of(threshold);
+            remembered.blind.clear();
+            for ((sample, reading), at) in readings.into_iter().zip(times) {
+                let subject = &sample.subject.name;
+                if let Reading::Blind(why) = reading {
+                    remembered.blind.insert(subject.clone(), why);
+                    continue;
+                }
+                if !remembered.series.contains_key(subject) {
+                    remembered.series.insert(subject.clone(), Series::default());
+                }
+                if let Some(series) = remembered.series.get_mut(subject) {
+                    series.take(threshold, stale, &reading, at);
+                }
             }
-            forget_removed(threshold, &mut self.state, tick, stale);
+            forget_removed(threshold, remembered, tick, stale);
         }
     }
 
@@ -88,13 +97,15 @@ impl Judge {
         }
         evidence.sort_by_key(|one| Reverse(one.severity));
         let failing: BTreeSet<&str> = evidence.iter().map(|one| one.threshold.as_str()).collect();
-        let because: Vec<String> = self
+        let blind = self.blind(&failing, &missing, tick);
+        let holding: Vec<&Degraded> = self
             .policy
             .degraded
             .iter()
-            .filter(|condition| holds(condition, &failing))
-            .map(ToString::to_string)
+            .filter(|entry| entry.when.holds(&failing, &blind) == Some(true))
             .collect();
+        let because: Vec<String> = holding.iter().map(|entry| entry.when.to_string()).collect();
+        let stage = holding.iter().map(|entry| entry.stage).max();
 
         let wanted = if !because.is_empty() {
             VerdictKind::Degraded
@@ -110,16 +121,18 @@ impl Judge {
                 .policy
                 .delegate
                 .iter()
-                .find(|entry| holds(&entry.when, &failing))
+                .find(|entry| entry.when.holds(&failing, &blind) == Some(true))
                 .map_or_else(Actions::default, |entry| entry.actions.clone());
         }
         let (kind, held) = self.hold(wanted, !missing.is_empty(), tick);
+        let stage = self.stage(kind, stage, tick);
         if kind != self.state.kind || self.state.since == 0 {
             self.state.kind = kind;
             self.state.since = tick;
         }
         Verdict {
             kind,
+            stage,
             since: self.state.wall_time(self.state.since),
             delegate: if kind == VerdictKind::Degraded {
                 self.state.delegate.clone()
@@ -168,6 +181,45 @@ impl Judge {
         (wanted, None)
     }
 
+    /// How far a degraded device is helped: more at once, less only when the hold is over.
+    fn stage(&mut self, kind: VerdictKind, wanted: Option<Stage>, tick: Ticks) -> Option<Stage> {
+        if kind != VerdictKind::Degraded {
+            self.state.stage = None;
+            return None;
+        }
+        let before = self.state.stage.map(|(stage, _)| stage);
+        if self.state.stage.is_none_or(|(stage, since)| {
+            wanted > Some(stage) || !within(self.policy.guards.hold, since, tick)
+        }) && let Some(wanted) = wanted
+            && Some(wanted) != before
+        {
+            self.state.stage = Some((wanted, tick));
+        }
+        self.state.stage.map(|(stage, _)| stage)
+    }
+
+    /// Thresholds of which it is not known whether they fail.
+    fn blind(&self, failing: &BTreeSet<&str>, missing: &[Missing], tick: Ticks) -> BTreeSet<&str> {
+        let stale = self.policy.stale_after;
+        let fresh = |threshold: &Threshold| {
+            let remembered = self.state.thresholds.get(&threshold.name);
+            remembered.is_some_and(|state| {
+                state.series.values().any(|series| {
+                    series.is_fresh(tick, stale) && series.learns_for(&threshold.rule).is_none()
+                })
+            })
+        };
+        self.policy
+            .thresholds
+            .iter()
+            .filter(|threshold| !failing.contains(threshold.name.as_str()))
+            .filter(|threshold| {
+                missing.iter().any(|one| one.threshold == threshold.name) || !fresh(threshold)
+            })
+            .map(|threshold| threshold.name.as_str())
+            .collect()
+    }
+
     /// Sorts the subjects of one threshold into failing and missing ones.
     fn survey(
         &self,
@@ -188,23 +240,62 @@ impl Judge {
             if series.is_fresh(tick, stale) {
                 if series.failed {
                     evidence.push(self.evidence(threshold, subject, series, tick));
+                } else if let Some(rest) = series.learns_for(&threshold.rule)
+                    && !threshold.optional
+                {
+                    let why = format!(
+                        "nothing can be foretold before {} more",
+                        human_duration(rest)
+                    );
+                    missing.push(self.unjudged(threshold, Some(subject), &why));
                 }
             } else if series.failed || !threshold.optional {
                 // A sensor that fails and then falls silent has not got well, optional or not.
                 missing.push(self.silent(threshold, subject, series, tick));
             }
         }
-        if !measured && !threshold.optional {
-            missing.push(Missing {
-                threshold: threshold.name.clone(),
-                metric: threshold.metric.name.to_owned(),
-                subject: None,
-                last_sample: None,
-                text: format!(
-                    "{}: {} has not been measured; if this device lacks it, set `optional: true`",
-                    threshold.name, threshold.metric.name
-                ),
-            });
+        if threshold.optional {
+            return;
+        }
+        for (name, why) in remembered.iter().flat_map(|state| &state.blind) {
+            if remembered.is_some_and(|state| state.series.contains_key(name)) {
+                continue;
+            }
+            measured = true;
+            let subject = Subject {
+                per: threshold.per,
+                name: name.clone(),
+            };
+            missing.push(self.unjudged(threshold, Some(subject), why));
+        }
+        if !measured {
+            let why = "has not been measured; if this device lacks it, set `optional: true`";
+            missing.push(self.unjudged(threshold, None, why));
+        }
+    }
+
+    fn unjudged(&self, threshold: &Threshold, subject: Option<Subject>, why: &str) -> Missing {
+        let of = subject.as_ref().map_or(String::new(), |subject| {
+            let name = subject.to_string();
+            if why.starts_with(&name) {
+                ":".to_owned()
+            } else {
+                format!(" of {name}:")
+            }
+        });
+        let series = subject.as_ref().and_then(|subject| {
+            self.state
+                .thresholds
+                .get(&threshold.name)?
+                .series
+                .get(&subject.name)
+        });
+        Missing {
+            threshold: threshold.name.clone(),
+            metric: threshold.metric.name.to_owned(),
+            last_sample: series.map(|series| self.state.wall_time(series.last_at)),
+            subject,
+            text: format!("{}: {}{of} {why}", threshold.name, threshold.metric.name),
         }
     }
 
@@ -215,33 +306,13 @@ impl Judge {
         series: &Series,
         tick: Ticks,
     ) -> Evidence {
-        let unit = threshold.metric.unit;
-        let show = |value| in_unit(value, unit);
         let since = series.beyond_since.unwrap_or(series.last_at);
         let lasting = human_duration(Duration::from_millis(tick.saturating_sub(since)));
-        let (limit, passed, clears_when) = match threshold.rule {
-            Rule::Above { enter, clear } => (
-                enter,
-                format!("{}, above {}", show(series.value), show(enter)),
-                format!("{} or less", show(clear)),
-            ),
-            Rule::Below { enter, clear } => (
-                enter,
-                format!("{}, below {}", show(series.value), show(enter)),
-                format!("{} or more", show(clear)),
-            ),
-            Rule::Count { at_least, within } => {
-                let within = human_duration(within);
-                (
-                    at_least as f64,
-                    format!(
-                        "{} within {within}, at least {at_least}",
-                        show(series.value)
-                    ),
-                    format!("fewer than {at_least} within {within}"),
-                )
-            }
-        };
+        let Story {
+            limit,
+            passed,
+            clears_when,
+        } = story(threshold, series);
         Evidence {
             text: format!(
                 "{} ({}): {} of {subject} is {passed}, for {lasting}; clears at {clears_when}",
@@ -270,7 +341,7 @@ impl Judge {
         let failed = if series.failed {
             format!(
                 ", and was failing at {}",
-                in_unit(series.value, threshold.metric.unit)
+                in_unit(series.value, threshold.unit)
             )
         } else {
             String::new()
@@ -288,16 +359,13 @@ impl Judge {
     }
 }
 
-fn holds(condition: &Condition, failing: &BTreeSet<&str>) -> bool {
-    match condition {
-        Condition::Failures(count) => failing.len() >= *count,
-        Condition::Any(names) => names.iter().any(|name| failing.contains(name.as_str())),
-        Condition::All(names) => names.iter().all(|name| failing.contains(name.as_str())),
-    }
+/// Whether less than `hold` has passed since `since`.
+fn within(hold: Duration, since: Ticks, tick: Ticks) -> bool {
+    u128::from(tick.saturating_sub(since)) < hold.as_millis()
 }
 
-fn forget_removed(threshold: &Threshold, state: &mut SavedState, tick: Ticks, stale: Duration) {
-    let series = &mut state.of(threshold).series;
+fn forget_removed(threshold: &Threshold, state: &mut Remembered, tick: Ticks, stale: Duration) {
+    let series = &mut state.series;
     if threshold.per == Per::Device || !series.values().any(|one| one.is_fresh(tick, stale)) {
         return;
     }

@@ -9,12 +9,19 @@
 mod file;
 mod form;
 mod judge;
+mod limits;
 mod policy;
 mod quantity;
+mod reading;
+mod schema;
 mod series;
 mod state;
+mod story;
+mod trend;
 mod verdict;
 
+#[cfg(test)]
+mod condition_tests;
 #[cfg(test)]
 mod policy_tests;
 #[cfg(test)]
@@ -24,8 +31,10 @@ mod shipped;
 
 pub use judge::Judge;
 pub use policy::{
-    Condition, Delegation, Guards, OnTimeout, Policy, PolicyError, Rule, Severity, Threshold,
+    Among, Condition, Degraded, Delegation, Guards, Limit, Measure, OnTimeout, Policy, PolicyError,
+    Rule, Severity, Stage, Threshold,
 };
 pub use quantity::{in_unit, span};
+pub use schema::policy_schema;
 pub use state::SavedState;
 pub use verdict::{Evidence, Missing, Verdict, VerdictKind};

@@ -1,14 +1,27 @@
 //! A policy that has been read and checked. docs/policies.md explains every field.
 
 use crate::model::action::Actions;
-use crate::model::metric::{Metric, Per};
+use crate::model::metric::{Metric, Per, Unit};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
 /// How bad a failure of a threshold is. It is shown with the evidence; what makes the device degraded
 /// is written under `degraded`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// Worth a look.
@@ -27,22 +40,106 @@ impl fmt::Display for Severity {
     }
 }
 
-/// When a threshold fails and when it is over. Values are in the metric's unit.
+/// A limit as a number, or as a distance from the limit that the part itself publishes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limit {
+    /// The number, or what is added to the part's own limit.
+    pub number: f64,
+    /// Whether the part's own limit is meant.
+    pub of_device: bool,
+}
+
+impl Limit {
+    /// A plain number.
+    #[must_use]
+    pub const fn of(number: f64) -> Self {
+        Self {
+            number,
+            of_device: false,
+        }
+    }
+
+    /// The limit for a part that publishes `own`.
+    #[must_use]
+    pub fn at(self, own: Option<f64>) -> f64 {
+        if self.of_device {
+            own.unwrap_or(f64::NAN) + self.number
+        } else {
+            self.number
+        }
+    }
+}
+
+/// Among whom a subject is compared.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Among {
+    /// The other disks, interfaces, … of this host.
+    #[default]
+    Host,
+    /// The other devices of the fleet.
+    Fleet,
+}
+
+/// What of the samples is held against the limit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Measure {
+    /// The value itself.
+    Value,
+    /// The value divided by a load, both over a span.
+    PerLoad {
+        /// The load.
+        load: &'static Metric,
+        /// Less load than this over the span is idle: nothing is judged. For events their number, else
+        /// the mean.
+        at_least: f64,
+        /// The span.
+        over: Duration,
+    },
+    /// The value divided by the median of its peers.
+    ToPeers {
+        /// Who they are.
+        among: Among,
+        /// A smaller value is no failure, however it compares.
+        at_least: f64,
+        /// Fewer peers than this say nothing.
+        peers: usize,
+    },
+}
+
+/// When a threshold fails and when it is over. Values are in the threshold's unit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
     /// Fails above `enter`, is over at or below `clear`.
     Above {
         /// Limit.
-        enter: f64,
+        enter: Limit,
         /// Not above `enter`.
-        clear: f64,
+        clear: Limit,
+        /// Whether it must also have risen while it was above.
+        rising: bool,
     },
     /// Fails below `enter`, is over at or above `clear`.
     Below {
         /// Limit.
-        enter: f64,
+        enter: Limit,
         /// Not below `enter`.
-        clear: f64,
+        clear: Limit,
+    },
+    /// Fails when a straight line through the last samples reaches a value soon.
+    Forecast {
+        /// The value.
+        reaches: Limit,
+        /// Whether it is reached from above.
+        falling: bool,
+        /// Fails when it is reached within this time.
+        within: Duration,
+        /// Is over when it takes longer than this; at least `within`.
+        clear: Duration,
+        /// Span of the samples.
+        over: Duration,
     },
     /// Fails when that many events came within the span, is over when fewer did.
     Count {
@@ -63,8 +160,12 @@ pub struct Threshold {
     /// What it is measured on; the threshold holds for each subject by itself, and counts as one
     /// failure of the device however many of them fail.
     pub per: Per,
+    /// What of the samples is judged.
+    pub measure: Measure,
     /// Limit.
     pub rule: Rule,
+    /// Unit of the limit and of the judged value.
+    pub unit: Unit,
     /// How long without a break the limit must be passed before it is a failure.
     pub lasting: Duration,
     /// How bad it is.
@@ -77,32 +178,137 @@ impl Threshold {
     /// What makes saved state of this threshold still meaningful: state of a threshold with another
     /// definition is dropped.
     pub(super) fn definition(&self) -> String {
+        let measure = match self.measure {
+            Measure::PerLoad {
+                load,
+                at_least,
+                over,
+            } => format!("per {} {at_least} {over:?}", load.name),
+            other => format!("{other:?}"),
+        };
         format!(
-            "{} {:?} {:?} {:?}",
+            "{} {:?} {measure} {:?} {:?}",
             self.metric.name, self.per, self.rule, self.lasting
         )
     }
+
+    /// Whether the limit is relative to the part's own.
+    pub(super) fn needs_own_limit(&self) -> bool {
+        match self.rule {
+            Rule::Above { enter, .. } | Rule::Below { enter, .. } => enter.of_device,
+            Rule::Forecast { reaches, .. } => reaches.of_device,
+            Rule::Count { .. } => false,
+        }
+    }
 }
 
-/// An entry of `degraded` or `when`.
+/// How far a degraded device is helped.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// It is shown; nothing moves.
+    Watch,
+    /// Its containers and their data leave it.
+    #[default]
+    Evacuate,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Watch => "watch",
+            Self::Evacuate => "evacuate",
+        })
+    }
+}
+
+/// What must hold, over the thresholds that fail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Condition {
     /// At least so many thresholds fail.
     Failures(usize),
-    /// One of these thresholds fails.
-    Any(Vec<String>),
-    /// All of these thresholds fail.
-    All(Vec<String>),
+    /// This threshold fails.
+    Fails(String),
+    /// One of these holds.
+    Any(Vec<Condition>),
+    /// All of these hold.
+    All(Vec<Condition>),
+    /// This does not hold.
+    Not(Box<Condition>),
+}
+
+impl Condition {
+    /// Whether it holds; none when that depends on thresholds of which nothing is known (`blind`).
+    pub(super) fn holds(&self, failing: &BTreeSet<&str>, blind: &BTreeSet<&str>) -> Option<bool> {
+        match self {
+            Self::Failures(count) if failing.len() >= *count => Some(true),
+            Self::Failures(count) => {
+                let perhaps = failing.union(blind).count();
+                (perhaps < *count).then_some(false)
+            }
+            Self::Fails(name) if failing.contains(name.as_str()) => Some(true),
+            Self::Fails(name) => (!blind.contains(name.as_str())).then_some(false),
+            Self::Any(parts) => some(parts, true, failing, blind),
+            Self::All(parts) => some(parts, false, failing, blind),
+            Self::Not(part) => part.holds(failing, blind).map(|holds| !holds),
+        }
+    }
+}
+
+/// `wanted` when one part is so; else its opposite, unless one part is not known.
+fn some(
+    parts: &[Condition],
+    wanted: bool,
+    failing: &BTreeSet<&str>,
+    blind: &BTreeSet<&str>,
+) -> Option<bool> {
+    let mut known = true;
+    for part in parts {
+        match part.holds(failing, blind) {
+            Some(holds) if holds == wanted => return Some(wanted),
+            Some(_) => {}
+            None => known = false,
+        }
+    }
+    known.then_some(!wanted)
 }
 
 impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = |part: &Self| match part {
+            Self::Fails(name) => name.clone(),
+            other => format!("{{ {other} }}"),
+        };
+        let list = |parts: &[Self]| parts.iter().map(inner).collect::<Vec<_>>().join(", ");
         match self {
             Self::Failures(count) => write!(f, "failures: {count}"),
-            Self::Any(names) => write!(f, "any: [{}]", names.join(", ")),
-            Self::All(names) => write!(f, "all: [{}]", names.join(", ")),
+            Self::Fails(name) => f.write_str(name),
+            Self::Any(parts) => write!(f, "any: [{}]", list(parts)),
+            Self::All(parts) => write!(f, "all: [{}]", list(parts)),
+            Self::Not(part) => write!(f, "not: {}", inner(part)),
         }
     }
+}
+
+/// An entry of `degraded`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Degraded {
+    /// The condition.
+    pub when: Condition,
+    /// How far the device is then helped.
+    pub stage: Stage,
 }
 
 /// An entry of `delegate`: what the paired device does when the condition holds.
@@ -115,7 +321,9 @@ pub struct Delegation {
 }
 
 /// What to do when nobody approves in time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum OnTimeout {
     /// Give the plan up; containers stay where they are.
@@ -162,7 +370,7 @@ pub struct Policy {
     /// The thresholds, in the file's order.
     pub thresholds: Vec<Threshold>,
     /// Any of these makes the device degraded.
-    pub degraded: Vec<Condition>,
+    pub degraded: Vec<Degraded>,
     /// The first that holds chooses the delegated actions.
     pub delegate: Vec<Delegation>,
     /// Brakes.

@@ -46,8 +46,9 @@ fn a_policy_is_read_into_the_units_of_its_metrics() {
     assert_eq!(
         slow.rule,
         Rule::Above {
-            enter: 40e6,
-            clear: 15e6
+            enter: Limit::of(40e6),
+            clear: Limit::of(15e6),
+            rising: false
         }
     );
     assert_eq!(
@@ -58,8 +59,8 @@ fn a_policy_is_read_into_the_units_of_its_metrics() {
     assert_eq!(
         policy.thresholds[2].rule,
         Rule::Below {
-            enter: low,
-            clear: low
+            enter: Limit::of(low),
+            clear: Limit::of(low)
         }
     );
     assert!(policy.thresholds[2].optional);
@@ -99,7 +100,7 @@ fn a_mistake_names_file_line_column_field_and_what_would_be_right() {
     wrong(
         "above: 40ms",
         "above: device-limit - 5ms",
-        "f:7:12: thresholds.disk-slow.above: `device-limit - 5ms` is not supported in this version",
+        "f:7:12: thresholds.disk-slow.above: device-limit is known of the plain values of cpu.temperature, sensor.temperature, disk.temperature only",
     );
     wrong(
         "for: 20s",
@@ -179,22 +180,110 @@ fn a_mistake_of_form_is_told_in_the_same_way() {
 }
 
 #[test]
-fn keys_of_later_versions_are_refused_by_name() {
-    for key in [
-        "rising: true",
-        "forecast: 4h",
-        "relative_to_load: 2",
-        "not: [disk-slow]",
-    ] {
-        let name = key.split(':').next().unwrap();
-        wrong(
-            "    for: 20s",
-            &format!("    {key}"),
-            &format!(
-                "f:9:5: thresholds.disk-slow.{name}: `{name}` is not supported in this version"
-            ),
+fn a_unit_that_is_not_the_metrics_is_refused_with_the_right_one() {
+    wrong(
+        "block.latency_p99\n    per: disk\n    above: 40ms\n    clear: 15ms",
+        "memory.used\n    above: 40ms",
+        "f:6:12: thresholds.disk-slow.above: `40ms` does not fit this metric's unit: write a percentage such as 85%",
+    );
+    wrong(
+        "    clear: 15ms",
+        "    relative_to_peers: { at_least: 5ms }",
+        "f:7:12: thresholds.disk-slow.above: `40ms` does not fit this metric's unit: write a multiple such as 3x",
+    );
+}
+
+#[test]
+fn conditions_that_do_not_fit_are_refused_at_their_place() {
+    let cases = [
+        (
+            "rising: true",
+            "f:9:5: thresholds.disk-slow.rising: needs a span",
+        ),
+        (
+            "forecast: { reaches: 1s, within: 6h }",
+            "f:5:5: thresholds.disk-slow: has several limits",
+        ),
+        (
+            "relative_to_load: { metric: block.iop }",
+            "f:9:33: thresholds.disk-slow.relative_to_load.metric: unknown metric `block.iop`; did you mean block.iops",
+        ),
+        (
+            "relative_to_load: { metric: memory.used }",
+            "f:9:33: thresholds.disk-slow.relative_to_load.metric: memory.used is not measured per disk",
+        ),
+        (
+            "relative_to_load: { metric: block.iops, at_least: 5ms }",
+            "f:9:55: thresholds.disk-slow.relative_to_load.at_least: `5ms` does not fit this metric's unit: write a number a second",
+        ),
+    ];
+    for (key, expected) in cases {
+        let expected = expected.replace(
+            "f:5:5: thresholds.disk-slow: has",
+            "f:4:3: thresholds.disk-slow: has",
         );
+        wrong("    for: 20s", &format!("    {key}"), &expected);
     }
+    wrong(
+        "below: 3GiB",
+        "below: 3GiB\n    for: 1m\n    rising: true",
+        "f:18:5: thresholds.memory-low.rising: goes with `above` only",
+    );
+    wrong(
+        "below: 3GiB",
+        "forecast: { within: 6h }",
+        "f:16:5: thresholds.memory-low.forecast: write exactly one of reaches",
+    );
+    wrong(
+        "below: 3GiB",
+        "forecast: { falls_to: 3GiB, within: 6h }\n    clear: 1h",
+        "f:17:12: thresholds.memory-low.clear: is not on the healthy side of the forecast: write at least 6h",
+    );
+    wrong(
+        "below: 3GiB",
+        "forecast: { falls_to: 3GiB, within: 2m }",
+        "f:16:41: thresholds.memory-low.forecast.within: a quarter of it is too short",
+    );
+}
+
+#[test]
+fn not_and_stages_are_checked_at_their_place() {
+    wrong(
+        "- failures: 2",
+        "- not: disk-slow",
+        "f:19:5: degraded[0]: holds while no threshold fails",
+    );
+    wrong(
+        "- failures: 2",
+        "- all: [disk-slow, { not: disk-fast }]",
+        "f:19:29: degraded[0].all[1].not: unknown threshold `disk-fast`",
+    );
+    wrong(
+        "- failures: 2",
+        "- all: [disk-slow, { nott: disk-errors }]",
+        "f:19:24: degraded[0].all[1].nott: unknown field; did you mean not?",
+    );
+    wrong(
+        "- failures: 2",
+        "- { failures: 2, stage: prepare }",
+        "f:19:27: degraded[0].stage: `prepare` is not supported in this version",
+    );
+    wrong(
+        "- failures: 2",
+        "- { failures: 2, stage: later }",
+        "f:19:27: degraded[0].stage: unknown variant `later`",
+    );
+    let text = GOOD.replace(
+        "- failures: 2",
+        "- { all: [disk-slow, { not: disk-errors }], stage: watch }",
+    );
+    let policy = Policy::parse(&text, "f").unwrap();
+    assert_eq!(policy.degraded[0].stage, Stage::Watch);
+    assert_eq!(policy.degraded[1].stage, Stage::Evacuate);
+    assert_eq!(
+        policy.degraded[0].when.to_string(),
+        "all: [disk-slow, { not: disk-errors }]"
+    );
 }
 
 #[test]

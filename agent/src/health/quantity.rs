@@ -1,5 +1,6 @@
 //! Quantities and spans of time as policies write them, checked against the metric's unit.
 
+use super::policy::Limit;
 use crate::model::metric::Unit;
 use crate::model::units::{Bytes, human_duration};
 use std::time::Duration;
@@ -49,6 +50,61 @@ pub fn span(text: &str) -> Result<Duration, String> {
 /// What would be right.
 pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
     let text = text.trim();
+    let (known, example) = units(unit);
+    let wrong = || format!("`{text}` does not fit this metric's unit: write {example}");
+    let end = text
+        .find(|c: char| !(c.is_ascii_digit() || c == '.' || c == '-'))
+        .unwrap_or(text.len());
+    let number: f64 = text[..end].parse().map_err(|_| wrong())?;
+    let suffix = text[end..].trim_start();
+    let factor = known
+        .iter()
+        .find_map(|(name, factor)| (*name == suffix).then_some(*factor))
+        .ok_or_else(wrong)?;
+    if number < 0.0 && unit != Unit::Celsius {
+        return Err(format!("`{text}` is negative: write {example}"));
+    }
+    if unit == Unit::Percent && number > 100.0 {
+        return Err(format!(
+            "`{text}` is more than 100%, which is never reached"
+        ));
+    }
+    Ok(number * factor)
+}
+
+/// Reads a quantity, or one relative to the part's own limit: `device-limit - 5C`.
+///
+/// # Errors
+/// What would be right.
+pub(super) fn limit(text: &str, unit: Unit) -> Result<Limit, String> {
+    let Some(rest) = text.trim().strip_prefix("device-limit") else {
+        return quantity(text, unit).map(Limit::of);
+    };
+    let (sign, rest) = match rest.trim_start() {
+        "" => {
+            return Ok(Limit {
+                number: 0.0,
+                of_device: true,
+            });
+        }
+        rest => match (rest.strip_prefix('-'), rest.strip_prefix('+')) {
+            (Some(rest), _) => (-1.0, rest),
+            (_, Some(rest)) => (1.0, rest),
+            _ => {
+                return Err(format!(
+                    "`{text}` is no distance from the part's own limit: write for instance device-limit - 5C"
+                ));
+            }
+        },
+    };
+    Ok(Limit {
+        number: sign * quantity(rest, unit)?,
+        of_device: true,
+    })
+}
+
+/// How a unit is written: suffixes with their factors, and an example for messages.
+fn units(unit: Unit) -> (&'static [(&'static str, f64)], &'static str) {
     let (known, example): (&[(&str, f64)], &str) = match unit {
         Unit::Nanoseconds => (
             &[
@@ -77,31 +133,9 @@ pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
         Unit::Celsius => (&[("C", 1.0), ("°C", 1.0)], "a temperature such as 85C"),
         Unit::Count | Unit::Events => (&[("", 1.0)], "a plain number such as 2"),
         Unit::PerSecond => (&[("", 1.0), ("/s", 1.0)], "a number a second such as 120"),
+        Unit::Times => (&[("x", 1.0)], "a multiple such as 3x"),
     };
-    if text.contains("device-limit") {
-        return Err(format!(
-            "`{text}` is not supported in this version: a limit relative to the device's own is not read yet; write {example}"
-        ));
-    }
-    let wrong = || format!("`{text}` does not fit this metric's unit: write {example}");
-    let end = text
-        .find(|c: char| !(c.is_ascii_digit() || c == '.' || c == '-'))
-        .unwrap_or(text.len());
-    let number: f64 = text[..end].parse().map_err(|_| wrong())?;
-    let suffix = text[end..].trim_start();
-    let factor = known
-        .iter()
-        .find_map(|(name, factor)| (*name == suffix).then_some(*factor))
-        .ok_or_else(wrong)?;
-    if number < 0.0 && unit != Unit::Celsius {
-        return Err(format!("`{text}` is negative: write {example}"));
-    }
-    if unit == Unit::Percent && number > 100.0 {
-        return Err(format!(
-            "`{text}` is more than 100%, which is never reached"
-        ));
-    }
-    Ok(number * factor)
+    (known, example)
 }
 
 /// A value of a metric as a person writes it.
@@ -122,5 +156,6 @@ pub fn in_unit(value: f64, unit: Unit) -> String {
         Unit::Celsius => format!("{} °C", short(value)),
         Unit::Count | Unit::Events => short(value),
         Unit::PerSecond => format!("{}/s", short(value)),
+        Unit::Times => format!("{}x", short(value)),
     }
 }

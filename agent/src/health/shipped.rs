@@ -25,8 +25,15 @@ fn every_level_in_a_shipped_policy_clears_on_the_other_side_of_a_gap() {
     for (name, text) in SHIPPED {
         for threshold in Policy::parse(text, name).unwrap().thresholds {
             match threshold.rule {
-                Rule::Above { enter, clear } => assert!(clear < enter, "{name} {}", threshold.name),
-                Rule::Below { enter, clear } => assert!(clear > enter, "{name} {}", threshold.name),
+                Rule::Above { enter, clear, .. } => {
+                    assert!(clear.number < enter.number, "{name} {}", threshold.name);
+                }
+                Rule::Below { enter, clear } => {
+                    assert!(clear.number > enter.number, "{name} {}", threshold.name);
+                }
+                Rule::Forecast { within, clear, .. } => {
+                    assert!(clear > within, "{name} {}", threshold.name);
+                }
                 Rule::Count { .. } => {}
             }
             let sensor = threshold.metric.name == "cpu.temperature";

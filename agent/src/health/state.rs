@@ -1,6 +1,6 @@
 //! Everything the judge remembers.
 
-use super::policy::{Policy, Threshold};
+use super::policy::{Policy, Stage, Threshold};
 use super::series::{Series, Ticks};
 use super::verdict::VerdictKind;
 use crate::model::action::Actions;
@@ -24,6 +24,9 @@ pub struct SavedState {
     pub(super) turned: Option<Ticks>,
     /// Actions chosen when `degraded` last held by evidence.
     pub(super) delegate: Actions,
+    /// How far the degraded device is helped, and since when.
+    #[serde(default)]
+    pub(super) stage: Option<(Stage, Ticks)>,
     pub(super) thresholds: BTreeMap<String, Remembered>,
 }
 
@@ -33,6 +36,9 @@ pub(super) struct Remembered {
     pub definition: String,
     /// By the subject's name; the device's is empty.
     pub series: BTreeMap<String, Series>,
+    /// Subjects that were measured last and cannot be judged, with the reason.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub blind: BTreeMap<String, String>,
 }
 
 impl SavedState {
@@ -77,7 +83,7 @@ impl SavedState {
             .entry(threshold.name.clone())
             .or_insert_with(|| Remembered {
                 definition: threshold.definition(),
-                series: BTreeMap::new(),
+                ..Remembered::default()
             })
     }
 }

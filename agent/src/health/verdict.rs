@@ -1,6 +1,6 @@
 //! The verdict and what speaks for it.
 
-use super::policy::Severity;
+use super::policy::{Severity, Stage};
 use crate::model::action::Actions;
 use crate::model::metric::Subject;
 use crate::model::units::UnixMillis;
@@ -78,6 +78,9 @@ pub struct Missing {
 pub struct Verdict {
     /// The verdict.
     pub kind: VerdictKind,
+    /// How far the device is helped; none unless degraded.
+    #[serde(default)]
+    pub stage: Option<Stage>,
     /// Since when.
     pub since: UnixMillis,
     /// What fails now, most severe first.

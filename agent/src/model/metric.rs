@@ -26,6 +26,8 @@ pub enum Unit {
     Events,
     /// A plain number a second.
     PerSecond,
+    /// How many times something else; written `3x`.
+    Times,
 }
 
 impl Unit {
@@ -40,6 +42,7 @@ impl Unit {
             Self::Count => "number",
             Self::Events => "events",
             Self::PerSecond => "a second",
+            Self::Times => "times",
         }
     }
 }
@@ -68,6 +71,8 @@ pub enum Per {
     Peer,
     /// A container.
     Container,
+    /// The median of the fleet's other devices; comes with the answer to a heartbeat.
+    Fleet,
 }
 
 impl Per {
@@ -85,6 +90,7 @@ impl Per {
             Self::Controller => "controller",
             Self::Peer => "peer",
             Self::Container => "container",
+            Self::Fleet => "fleet",
         }
     }
 }

@@ -1,0 +1,420 @@
+//! Each kind of condition over time: when it fails, what it says, when it is over, when nobody knows.
+
+use super::*;
+use crate::model::metric::{Per, Sample, Subject};
+use crate::model::units::UnixMillis;
+
+const START: u64 = 1_750_000_000_000;
+
+fn judge(threshold: &str) -> Judge {
+    let text = format!(
+        "version: 1\nname: t\nthresholds:\n  one:\n    {}\ndegraded: [any: [one]]\nguards: {{ hold: 0s }}\n",
+        threshold.trim().replace('\n', "\n    ")
+    );
+    Judge::new(
+        Policy::parse(&text, "t").unwrap_or_else(|e| panic!("{e}")),
+        None,
+    )
+}
+
+fn sample(metric: &str, per: Per, name: &str, value: f64, second: u64) -> Sample {
+    Sample {
+        metric: metric.into(),
+        subject: Subject {
+            per,
+            name: name.into(),
+        },
+        value,
+        at: UnixMillis(START + second * 1000),
+    }
+}
+
+/// One sweep.
+fn sweep(judge: &mut Judge, second: u64, values: &[(&str, Per, &str, f64)]) -> Verdict {
+    let now = UnixMillis(START + second * 1000);
+    let samples: Vec<Sample> = values
+        .iter()
+        .map(|(metric, per, name, value)| sample(metric, *per, name, *value, second))
+        .collect();
+    judge.observe(&samples, now);
+    judge.verdict(now)
+}
+
+const DEVICE: (Per, &str) = (Per::Device, "");
+
+fn device(judge: &mut Judge, second: u64, metric: &str, value: f64) -> Verdict {
+    sweep(judge, second, &[(metric, DEVICE.0, DEVICE.1, value)])
+}
+
+const MS: f64 = 1e6;
+
+#[test]
+fn rising_fails_on_a_climb_and_not_on_a_plateau() {
+    let text =
+        "metric: sched.run_queue_latency_p99\nabove: 50ms\nclear: 10ms\nfor: 30s\nrising: true";
+    let metric = "sched.run_queue_latency_p99";
+    let mut plateau = judge(text);
+    for second in 0..300 {
+        let noise = [0.0, 3.0, -2.0, 1.0, -3.0][(second % 5) as usize];
+        let verdict = device(&mut plateau, second, metric, (80.0 + noise) * MS);
+        assert_eq!(verdict.kind, VerdictKind::Healthy, "second {second}");
+    }
+    let mut climb = judge(text);
+    for second in 0..30 {
+        let verdict = device(&mut climb, second, metric, (60.0 + second as f64) * MS);
+        assert_eq!(verdict.kind, VerdictKind::Healthy, "second {second}");
+    }
+    let verdict = device(&mut climb, 30, metric, 90.0 * MS);
+    assert_eq!(verdict.kind, VerdictKind::Degraded);
+    assert!(
+        verdict.evidence[0]
+            .text
+            .contains("above 50 ms and was rising, for 30.0 s"),
+        "{verdict}"
+    );
+    // What stopped to rise has not got well.
+    for second in 31..120 {
+        assert_eq!(
+            device(&mut climb, second, metric, 90.0 * MS).kind,
+            VerdictKind::Degraded
+        );
+    }
+    assert_eq!(
+        device(&mut climb, 120, metric, 10.0 * MS).kind,
+        VerdictKind::Healthy
+    );
+}
+
+#[test]
+fn a_forecast_fails_when_the_line_reaches_the_value_in_time() {
+    let text = "metric: disk.used\nper: mount\nforecast: { reaches: 95%, within: 6h }\nclear: 12h";
+    let fill = |judge: &mut Judge, minute: u64, used: f64| {
+        sweep(
+            judge,
+            minute * 60,
+            &[("disk.used", Per::Mount, "/srv", used)],
+        )
+    };
+    let mut judge = judge(text);
+    let mut verdict = Verdict::default();
+    // 5 % an hour from 50 %: at minute 50 it is at 54.2 %, eight hours away from 95 %.
+    for minute in 0..45 {
+        verdict = fill(&mut judge, minute, 50.0 + minute as f64 / 12.0);
+        assert_eq!(verdict.kind, VerdictKind::Unknown, "minute {minute}");
+    }
+    assert!(
+        verdict.missing[0]
+            .text
+            .contains("one: disk.used of /srv: nothing can be foretold before 1 min"),
+        "{verdict}"
+    );
+    for minute in 45..160 {
+        verdict = fill(&mut judge, minute, 50.0 + minute as f64 / 12.0);
+        assert_eq!(verdict.kind, VerdictKind::Healthy, "minute {minute}");
+    }
+    // At 65 % it is six hours away.
+    for minute in 160..190 {
+        verdict = fill(&mut judge, minute, 50.0 + minute as f64 / 12.0);
+    }
+    assert_eq!(verdict.kind, VerdictKind::Degraded);
+    let text = &verdict.evidence[0].text;
+    assert!(text.contains("disk.used of /srv is 65.8 % and reaches 95 % in 5 h 51 min at this rate, within 6 h 0 min"), "{text}");
+    // It stops: soon no line leads there any more.
+    for minute in 190..300 {
+        verdict = fill(&mut judge, minute, 65.8);
+    }
+    assert_eq!(verdict.kind, VerdictKind::Healthy);
+    assert_eq!(
+        fill(&mut judge, 301, 96.0).kind,
+        VerdictKind::Degraded,
+        "it is there already"
+    );
+}
+
+#[test]
+fn a_forecast_downwards_fails_on_a_fall_only() {
+    let text = "metric: memory.available\nforecast: { falls_to: 1GiB, within: 1h, over: 10m }";
+    let gib = 1_073_741_824.0;
+    let (mut falls, mut climbs) = (judge(text), judge(text));
+    let mut last = (Verdict::default(), Verdict::default());
+    for minute in 0..12_u64 {
+        let moved = minute as f64 * 0.1 * gib;
+        last.0 = device(
+            &mut falls,
+            minute * 60,
+            "memory.available",
+            6.0 * gib - moved,
+        );
+        last.1 = device(
+            &mut climbs,
+            minute * 60,
+            "memory.available",
+            6.0 * gib + moved,
+        );
+    }
+    assert_eq!(
+        (last.0.kind, last.1.kind),
+        (VerdictKind::Degraded, VerdictKind::Healthy)
+    );
+}
+
+#[test]
+fn a_value_is_judged_for_each_unit_of_load_and_not_while_idle() {
+    let text = "metric: block.latency_p99\nper: disk\nrelative_to_load: { metric: block.iops, at_least: 50, over: 10s }\nabove: 100us";
+    let mut judge = judge(text);
+    let mut at = |second, ms: f64, iops: f64| {
+        sweep(
+            &mut judge,
+            second,
+            &[
+                ("block.latency_p99", Per::Disk, "vda", ms * MS),
+                ("block.iops", Per::Disk, "vda", iops),
+            ],
+        )
+    };
+    // 40 ms at 1000 requests a second is work, at 100 it is a sick disk, at 10 it is idle.
+    for second in 0..20 {
+        assert_eq!(at(second, 40.0, 1000.0).kind, VerdictKind::Healthy);
+    }
+    let mut verdict = Verdict::default();
+    for second in 20..40 {
+        verdict = at(second, 40.0, 100.0);
+    }
+    assert_eq!(verdict.kind, VerdictKind::Degraded);
+    assert!(
+        verdict.evidence[0]
+            .text
+            .contains("is 400 µs for each block.iops (100/s over 10.0 s), above 100 µs"),
+        "{verdict}"
+    );
+    for second in 40..60 {
+        verdict = at(second, 4.0, 100.0);
+    }
+    assert_eq!(verdict.kind, VerdictKind::Healthy);
+    for second in 60..90 {
+        let ms = if second < 70 { 4.0 } else { 40.0 };
+        assert_eq!(at(second, ms, 10.0).kind, VerdictKind::Healthy);
+    }
+}
+
+#[test]
+fn events_are_judged_for_each_unit_of_a_rate() {
+    let text = "metric: network.retransmits\nrelative_to_load: { metric: network.bytes_per_second, over: 10s }\nabove: 0.001";
+    let mut judge = judge(text);
+    let mut at = |second, events: f64| {
+        sweep(
+            &mut judge,
+            second,
+            &[
+                ("network.retransmits", Per::Device, "", events),
+                ("network.bytes_per_second", Per::Device, "", 10_000.0),
+            ],
+        )
+    };
+    for second in 0..20 {
+        assert_eq!(
+            at(second, 5.0).kind,
+            VerdictKind::Healthy,
+            "0.0005 a byte, second {second}"
+        );
+    }
+    assert_eq!(at(20, 200.0).kind, VerdictKind::Degraded);
+    for second in 21..29 {
+        assert_eq!(at(second, 0.0).kind, VerdictKind::Degraded);
+    }
+    assert_eq!(at(32, 0.0).kind, VerdictKind::Healthy);
+}
+
+#[test]
+fn a_disk_is_compared_with_its_peers_of_the_same_kind() {
+    let text = "metric: block.latency_p99\nrelative_to_peers: { at_least: 5ms }\nabove: 3x\nclear: 2x\nfor: 2s";
+    let mut judge = judge(text);
+    let mut at = |second, sick: f64| {
+        let disk = |name, ms: f64| ("block.latency_p99", Per::Disk, name, ms * MS);
+        sweep(
+            &mut judge,
+            second,
+            &[
+                disk("sda", 8.0),
+                disk("sdb", sick),
+                disk("sdc", 10.0),
+                disk("sdd", 9.0),
+            ],
+        )
+    };
+    assert_eq!(
+        at(0, 27.0).kind,
+        VerdictKind::Healthy,
+        "exactly three times"
+    );
+    assert_eq!(at(1, 28.0).kind, VerdictKind::Healthy);
+    let verdict = at(3, 90.0);
+    assert_eq!(verdict.kind, VerdictKind::Degraded);
+    assert!(
+        verdict.evidence[0]
+            .text
+            .contains("of sdb is 10x the median of its peers (9 ms), above 3x"),
+        "{verdict}"
+    );
+    assert_eq!(at(4, 18.0).kind, VerdictKind::Healthy);
+}
+
+#[test]
+fn a_disk_without_peers_of_its_kind_is_unknown_and_says_so() {
+    let text = "metric: block.latency_p99\nrelative_to_peers: {}\nabove: 3x";
+    let mut judge = judge(text);
+    let disk = |name, ms: f64| ("block.latency_p99", Per::Disk, name, ms * MS);
+    let verdict = sweep(
+        &mut judge,
+        0,
+        &[disk("sda", 1.0), disk("nvme0n1", 9.0), disk("sdb", 1.0)],
+    );
+    assert_eq!(verdict.kind, VerdictKind::Unknown);
+    let texts: Vec<&str> = verdict
+        .missing
+        .iter()
+        .map(|one| one.text.as_str())
+        .collect();
+    assert_eq!(
+        texts[0],
+        "one: block.latency_p99: nvme0n1 has 0 peer(s) here, 2 are needed"
+    );
+    assert_eq!(texts.len(), 3);
+    // Idle peers are peers, and nothing is judged.
+    let verdict = sweep(
+        &mut judge,
+        1,
+        &[disk("sda", 9.0), disk("sdb", 0.0), disk("sdc", 0.0)],
+    );
+    assert_eq!(verdict.kind, VerdictKind::Healthy);
+}
+
+#[test]
+fn this_host_is_compared_with_its_fleet_and_without_figures_it_is_unknown() {
+    let text = "metric: cpu.load_per_core\nrelative_to_peers: { among: fleet }\nabove: 4x";
+    let mut judge = judge(text);
+    let own = ("cpu.load_per_core", Per::Device, "", 2.0);
+    let verdict = sweep(&mut judge, 0, &[own]);
+    assert_eq!(verdict.kind, VerdictKind::Unknown);
+    assert!(
+        verdict.missing[0]
+            .text
+            .contains("no figure of two other devices"),
+        "{verdict}"
+    );
+    let fleet = ("cpu.load_per_core", Per::Fleet, "", 0.2);
+    let verdict = sweep(&mut judge, 1, &[own, fleet]);
+    assert_eq!(verdict.kind, VerdictKind::Degraded);
+    assert!(
+        verdict.evidence[0]
+            .text
+            .contains("of device is 10x the median of the fleet (0.2), above 4x"),
+        "{verdict}"
+    );
+}
+
+#[test]
+fn a_limit_of_the_part_is_its_own_and_one_that_is_not_published_is_unknown() {
+    let text = "metric: cpu.temperature\nabove: device-limit - 5C\nclear: device-limit - 15C";
+    let mut judge = judge(text);
+    let heat = |name, celsius| ("cpu.temperature", Per::Sensor, name, celsius);
+    let limit = |name, celsius| ("cpu.temperature_limit", Per::Sensor, name, celsius);
+    let both = [limit("cpu", 100.0), limit("ssd", 75.0)];
+    let verdict = sweep(
+        &mut judge,
+        0,
+        &[heat("cpu", 94.0), heat("ssd", 60.0), both[0], both[1]],
+    );
+    assert_eq!(verdict.kind, VerdictKind::Healthy);
+    let verdict = sweep(
+        &mut judge,
+        1,
+        &[heat("cpu", 94.0), heat("ssd", 71.0), both[0], both[1]],
+    );
+    assert_eq!(verdict.kind, VerdictKind::Degraded);
+    assert_eq!(
+        verdict.evidence[0].text,
+        "one (warning): cpu.temperature of ssd is 71 °C, above 70 °C (its own limit is 75 °C), for 0 µs; clears at 60 °C or less"
+    );
+    assert_eq!(verdict.evidence.len(), 1);
+    let verdict = sweep(
+        &mut judge,
+        2,
+        &[
+            heat("cpu", 50.0),
+            heat("ssd", 60.0),
+            heat("nic", 50.0),
+            both[0],
+            both[1],
+        ],
+    );
+    assert_eq!(verdict.kind, VerdictKind::Unknown);
+    assert_eq!(
+        verdict.missing[0].text,
+        "one: cpu.temperature: nic publishes no limit of its own"
+    );
+}
+
+#[test]
+fn not_holds_only_when_it_is_known() {
+    let text = "\
+version: 1
+name: t
+thresholds:
+  hot: { metric: cpu.temperature, above: 90C }
+  busy: { metric: cpu.used, above: 90% }
+degraded:
+  - all: [hot, { not: busy }]
+guards: { hold: 0s }
+";
+    let policy = Policy::parse(text, "t").unwrap();
+    let at = |values: &[(&str, f64)]| {
+        let values: Vec<(&str, Per, &str, f64)> = values
+            .iter()
+            .map(|(metric, value)| (*metric, Per::Device, "", *value))
+            .collect();
+        sweep(&mut Judge::new(policy.clone(), None), 0, &values).kind
+    };
+    let (hot, busy) = (("cpu.temperature", 95.0), ("cpu.used", 99.0));
+    assert_eq!(at(&[hot, ("cpu.used", 10.0)]), VerdictKind::Degraded);
+    assert_eq!(at(&[hot, busy]), VerdictKind::Suspect);
+    assert_eq!(
+        at(&[hot]),
+        VerdictKind::Unknown,
+        "nobody knows whether it is busy"
+    );
+}
+
+#[test]
+fn the_stage_rises_at_once_and_falls_when_the_hold_is_over() {
+    let text = "\
+version: 1
+name: t
+thresholds:
+  hot: { metric: cpu.temperature, above: 90C }
+  busy: { metric: cpu.used, above: 90% }
+degraded:
+  - { any: [hot], stage: watch }
+  - { all: [hot, busy] }
+guards: { hold: 60s }
+";
+    let mut judge = Judge::new(Policy::parse(text, "t").unwrap(), None);
+    let mut at = |second, celsius, used| {
+        let verdict = sweep(
+            &mut judge,
+            second,
+            &[
+                ("cpu.temperature", Per::Device, "", celsius),
+                ("cpu.used", Per::Device, "", used),
+            ],
+        );
+        (verdict.kind, verdict.stage)
+    };
+    let (degraded, healthy) = (VerdictKind::Degraded, VerdictKind::Healthy);
+    assert_eq!(at(0, 50.0, 5.0), (healthy, None));
+    assert_eq!(at(1, 95.0, 5.0), (degraded, Some(Stage::Watch)));
+    assert_eq!(at(2, 95.0, 95.0), (degraded, Some(Stage::Evacuate)));
+    assert_eq!(at(30, 95.0, 5.0), (degraded, Some(Stage::Evacuate)));
+    assert_eq!(at(63, 95.0, 5.0), (degraded, Some(Stage::Watch)));
+    assert_eq!(at(64, 50.0, 5.0), (healthy, None));
+}
