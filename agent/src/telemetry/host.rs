@@ -10,14 +10,18 @@ mod cpu;
 mod ecc;
 mod files;
 mod filesystems;
+mod kernel_log;
 mod memory;
 mod network;
+mod performance;
 mod queues;
+mod raid;
 mod rare;
 mod sensors;
 
 use crate::model::container::Container;
 use crate::model::metric::{Per, Subject};
+use crate::model::telemetry::Loss;
 use crate::model::units::Bytes;
 use rare::Rare;
 use std::collections::BTreeMap;
@@ -34,6 +38,8 @@ pub struct HostReading {
     pub values: Vec<Value>,
     /// Why metrics have no value.
     pub absent: BTreeMap<&'static str, String>,
+    /// What could not be read in time.
+    pub losses: Vec<Loss>,
     /// 1-minute load average.
     pub load1: Option<f64>,
     /// Online CPUs.
@@ -103,6 +109,8 @@ impl Look<'_> {
     }
 }
 
+/// Reading a counter interrupts its CPU.
+const COUNTERS: Duration = Duration::from_secs(5);
 const SELDOM: Duration = Duration::from_secs(10);
 /// `drivetemp` sends a command to the drive for each reading.
 const SENSORS_OF_DRIVES: Duration = Duration::from_secs(60);
@@ -119,6 +127,9 @@ pub struct Host {
     queues: queues::Queues,
     filesystems: Rare<filesystems::Filesystems>,
     network: network::Network,
+    raid: Rare<()>,
+    kernel_log: kernel_log::KernelLog,
+    performance: Rare<performance::Performance>,
     sensors: Rare<()>,
     drive_sensors: Rare<()>,
     containers: Rare<cgroup::Containers>,
@@ -130,6 +141,8 @@ impl Host {
     #[must_use]
     pub fn new(root: PathBuf, scope: PathBuf) -> Self {
         Self {
+            kernel_log: kernel_log::KernelLog::open(&root),
+            performance: Rare::of(performance::Performance::open(&root), COUNTERS),
             root,
             clock: Duration::ZERO,
             cpu: cpu::Cpu::new(scope.clone()),
@@ -140,6 +153,7 @@ impl Host {
             queues: queues::Queues::default(),
             filesystems: Rare::every(SELDOM),
             network: network::Network::default(),
+            raid: Rare::every(SELDOM),
             sensors: Rare::every(SELDOM),
             drive_sensors: Rare::every(SENSORS_OF_DRIVES),
             containers: Rare::of(cgroup::Containers::new(scope), Duration::ZERO),
@@ -157,13 +171,19 @@ impl Host {
         self.memory.read(look, &mut reading);
         self.queues.read(look, &mut reading);
         self.network.read(look, &mut reading);
+        self.kernel_log.read(look, &mut reading);
+        reading.losses.extend(self.kernel_log.loss());
         let read = &mut reading;
+        let counters = performance::Performance::read;
+        self.performance.read(root, now, read, counters);
         self.throttling.read(root, now, read, cpu::Throttling::read);
         self.bandwidth
             .read(root, now, read, memory::Bandwidth::read);
         self.ecc.read(root, now, read, ecc::Ecc::read);
         let filesystems = filesystems::Filesystems::read;
         self.filesystems.read(root, now, read, filesystems);
+        let raid = |(): &mut (), look: Look, read: &mut HostReading| raid::read(look, read);
+        self.raid.read(root, now, read, raid);
         let sensors = |(): &mut (), look: Look, read: &mut HostReading| sensors::parts(look, read);
         self.sensors.read(root, now, read, sensors);
         let drives = |(): &mut (), look: Look, read: &mut HostReading| sensors::drives(look, read);

@@ -165,6 +165,8 @@ impl Telemetry {
         let reading = self.host.read(containers, sweep.interval);
         sweep.values.extend(reading.values);
         let absent = self.absent(reading.absent, &sweep.values);
+        let mut losses = self.kernel.losses();
+        losses.extend(reading.losses);
         let host = HostFacts {
             run_queue: host_run_queue,
             block: host_block,
@@ -192,7 +194,7 @@ impl Telemetry {
             devices,
             host,
             addresses: self.ports.host_addresses(),
-            losses: self.kernel.losses(),
+            losses,
             programs: self.kernel.costs(),
             disabled: self.disabled.clone(),
             absent,

@@ -35,6 +35,8 @@ catalogue! {
         "share of quota periods in which the container was stopped for having used its quota" from "cgroup cpu.stat nr_throttled, nr_periods";
     "cpu.throttle_events" Events [Device Cpu]
         "times a core or its package was slowed down for its heat" from "/sys/devices/system/cpu/cpu*/thermal_throttle";
+    "cpu.instructions_per_second" PerSecond [Device] "instructions retired a second, all CPUs" from "perf_event_open";
+    "cpu.cycles_per_instruction" Count [Device] "unhalted cycles for each instruction retired" from "perf_event_open";
     "cpu.temperature" Celsius [Device Sensor] "temperature of the hottest, or of each, sensor of a processor or its board" from "hwmon, thermal zones";
     "cpu.temperature_limit" Celsius [Device Sensor]
         "the part's own limit for that sensor" from "hwmon tempN_crit or tempN_max, thermal trip points";
@@ -92,6 +94,12 @@ catalogue! {
     "disk.temperature_limit" Celsius [Disk] "the drive's own limit (WCTEMP, SCT)" from "hwmon, smartctl";
     "disk.temperature_margin" Celsius [Device Disk] "limit less temperature; the smallest of the device" from "as the two above";
 
+    "raid.missing_disks" Count [Device Array] "members that an array lacks" from "/sys/block/md*/md/degraded, device-mapper status";
+    "raid.failed" Count [Device Array] "1 for an array that no longer serves its data" from "/sys/block/md*/md/array_state, device-mapper status";
+    "raid.rebuilding" Count [Device Array] "1 for an array that copies to a member" from "/sys/block/md*/md/sync_action, device-mapper status";
+    "raid.mismatches" Count [Array] "sectors that differed at the last check" from "/sys/block/md*/md/mismatch_cnt, device-mapper status";
+    "lun.failed_paths" Count [Device Disk] "paths of a multipath device that failed" from "device-mapper status";
+    "lun.active_paths" Count [Disk] "paths that work" from "device-mapper status";
 
     "filesystem.errors" Events [Device Mount] "errors that the file system found" from "/sys/fs/ext4/*/errors_count, /sys/fs/btrfs/*/devinfo/*/error_stats";
     "filesystem.known_errors" Count [Device Mount] "the same since the file system was made or its counters reset" from "as above";
@@ -113,4 +121,14 @@ catalogue! {
     "network.connections_tracked" Percent [Device] "fill of the table of tracked connections" from "/proc/sys/net/netfilter/nf_conntrack_count, _max";
 
 
+    "kernel.machine_checks" Events [Device] "machine check exceptions" from "/dev/kmsg";
+    "kernel.pci_errors_corrected" Events [Device] "PCIe errors that the hardware corrected (AER)" from "/dev/kmsg";
+    "kernel.pci_errors_uncorrected" Events [Device] "PCIe errors that it did not (AER)" from "/dev/kmsg";
+    "kernel.io_errors" Events [Device Disk] "I/O errors that the block layer logged" from "/dev/kmsg";
+    "kernel.disk_resets" Events [Device] "commands that timed out, links and controllers that were reset" from "/dev/kmsg";
+    "kernel.hung_tasks" Events [Device] "tasks blocked for longer than the kernel's limit (120 s by default)" from "/dev/kmsg";
+    "kernel.lockups" Events [Device] "soft and hard lockups, stalls of RCU" from "/dev/kmsg";
+    "kernel.filesystem_errors" Events [Device Disk] "file system errors that the kernel logged" from "/dev/kmsg";
+    "kernel.read_only_remounts" Events [Device Disk] "file systems that went read-only or shut down" from "/dev/kmsg";
+    "kernel.oopses" Events [Device] "faults in the kernel itself" from "/dev/kmsg";
 }

@@ -5,7 +5,7 @@
 
 use super::counters::Counters;
 use super::cpu::pressures;
-use super::files::{field, number};
+use super::files::{field, number, online_cpus};
 use super::{HostReading, Look};
 use crate::model::container::{Container, State};
 use crate::model::metric::Per;
@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 pub struct Containers {
     scope: PathBuf,
+    /// CPUs online.
+    cpus: f64,
     counters: Counters,
     /// Where cgroup v1 controllers are mounted, by name, with the cgroup that is the mount's root.
     v1: Option<BTreeMap<String, (String, PathBuf)>>,
@@ -34,6 +36,7 @@ impl Containers {
     pub fn new(scope: PathBuf) -> Self {
         Self {
             scope,
+            cpus: 0.0,
             counters: Counters::default(),
             v1: None,
             known: BTreeMap::new(),
@@ -42,6 +45,7 @@ impl Containers {
 
     pub fn read(&mut self, containers: &[Container], look: Look, reading: &mut HostReading) {
         self.counters.turn();
+        self.cpus = online_cpus(look.root).len() as f64;
         let running: Vec<&Container> = containers
             .iter()
             .filter(|container| matches!(container.state, State::Running | State::Paused))
@@ -81,9 +85,11 @@ impl Containers {
         let stat = fs::read_to_string(v2.join("cpu.stat")).unwrap_or_default();
         let of_v1 = || Some(number::<u64>(&v1.cpuacct.as_ref()?.join("cpuacct.usage"))? / 1000);
         let used_us = field(&stat, "usage_usec").or_else(of_v1);
-        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as f64;
+
+        let cpus = self.cpus;
         if let Some(more) = used_us.and_then(|us| self.counters.more("used", name, us))
             && let Some(us_a_second) = look.a_second(more)
+            && cpus > 0.0
         {
             push("cpu.used", (us_a_second / 1e4 / cpus).min(100.0));
         }
@@ -252,6 +258,7 @@ mod tests {
     fn read_twice(before: &[(&str, &str)], after: &[(&str, &str)]) -> HostReading {
         let root = tempfile::tempdir().expect("a directory");
         write(root.path(), before);
+        write(root.path(), &[("sys/devices/system/cpu/online", "0-3\n")]);
         let mut host = Host::new(root.path().to_owned(), root.path().join("cg"));
         host.read(&[web(41)], Duration::from_secs(2));
         write(root.path(), after);
@@ -297,8 +304,7 @@ mod tests {
             ],
         );
         let of = |metric| value(&reading, metric, "web");
-        let cpus = std::thread::available_parallelism().unwrap().get() as f64;
-        assert_eq!(of("cpu.used"), Some(10.0 / cpus));
+        assert_eq!(of("cpu.used"), Some(2.5), "of four CPUs");
         assert_eq!(of("cpu.quota_throttled"), Some(25.0));
         assert_eq!(of("memory.used_bytes"), Some(1_048_576.0));
         assert_eq!(of("memory.used"), Some(25.0));

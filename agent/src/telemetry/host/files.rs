@@ -24,6 +24,18 @@ pub fn field(text: &str, key: &str) -> Option<u64> {
     })
 }
 
+/// Numbers of the CPUs that are online (Linux, Documentation/admin-guide/cputopology.rst).
+pub fn online_cpus(root: &Path) -> Vec<usize> {
+    let list = text(&root.join("sys/devices/system/cpu/online")).unwrap_or_default();
+    list.split(',')
+        .filter_map(|range| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            Some(first.parse().ok()?..=last.parse().ok()?)
+        })
+        .flatten()
+        .collect()
+}
+
 /// Entries of a directory by name; none of an absent one.
 pub fn entries(path: &Path) -> Vec<PathBuf> {
     let mut entries: Vec<PathBuf> = fs::read_dir(path)
@@ -50,5 +62,20 @@ pub fn why(path: &Path, otherwise: &str) -> String {
         Err(ErrorKind::NotFound) => format!("no {path_shown}: {otherwise}"),
         Err(ErrorKind::PermissionDenied) => format!("no permission to read {path_shown}"),
         Err(kind) => format!("{path_shown}: {kind}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_of_cpus_are_spelt_out() {
+        let root = tempfile::tempdir().expect("a directory");
+        assert!(online_cpus(root.path()).is_empty());
+        let directory = root.path().join("sys/devices/system/cpu");
+        fs::create_dir_all(&directory).expect("made");
+        fs::write(directory.join("online"), "0-2,5,7-8\n").expect("written");
+        assert_eq!(online_cpus(root.path()), [0, 1, 2, 5, 7, 8]);
     }
 }
