@@ -2,6 +2,7 @@
 
 use super::config::{AgentConfig, FleetConfig};
 use super::host;
+use super::privileges;
 use super::senses::Senses;
 use crate::api::control::Roles;
 use crate::api::local::OPERATOR_ABORT;
@@ -22,6 +23,7 @@ use crate::migration::view::HostView;
 use crate::model::container::State;
 use crate::model::ids::DeviceId;
 use crate::model::plan::MigrationEvent;
+use crate::telemetry::{Telemetry, TelemetryConfig};
 use crate::transfer::{self, DataServer, EngineChoice};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -80,11 +82,30 @@ pub enum AgentError {
     Signals(std::io::Error),
 }
 
+/// Starts the senses, and then drops the capabilities that only this took. Must be called while the process
+/// has one thread: those that are started later inherit what is left.
+#[must_use]
+pub fn sense(config: &AgentConfig) -> Telemetry {
+    let telemetry = Telemetry::start(TelemetryConfig {
+        root: config.root.clone(),
+        cgroup: cgroup(config),
+    });
+    if let Err(error) = privileges::drop_others() {
+        tracing::warn!("{error}");
+    }
+    telemetry
+}
+
+fn cgroup(config: &AgentConfig) -> PathBuf {
+    let configured = config.cgroup.clone();
+    configured.unwrap_or_else(|| Scope::default().cgroup_root)
+}
+
 /// Runs the agent until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// See [`AgentError`]; a missing kernel feature or runtime is none.
-pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
+pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentError> {
     let stop = CancellationToken::new();
     let state_error = |error| AgentError::State {
         path: config.state.clone(),
@@ -94,17 +115,13 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     // Journals hold containers' environments, which hold passwords.
     std::fs::set_permissions(&config.state, std::fs::Permissions::from_mode(0o700))
         .map_err(state_error)?;
-    let cgroup = config
-        .cgroup
-        .clone()
-        .unwrap_or_else(|| Scope::default().cgroup_root);
     let runtimes = Arc::new(Runtimes::new(
         &config.runtimes,
         Scope {
-            cgroup_root: cgroup.clone(),
+            cgroup_root: cgroup(&config),
         },
     ));
-    let senses = Senses::start(&config, cgroup, runtimes.clone()).map_err(AgentError::Policy)?;
+    let senses = Senses::start(&config, telemetry, runtimes.clone()).map_err(AgentError::Policy)?;
     let view = senses.view();
     let transfer = transfer::Options {
         engine: if config.migration.disable_io_uring {

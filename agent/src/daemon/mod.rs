@@ -5,4 +5,5 @@ pub mod config;
 pub mod duplicator;
 mod host;
 pub mod logging;
+pub mod privileges;
 mod senses;

@@ -7,7 +7,7 @@ use super::config::AgentConfig;
 use crate::containers::Runtimes;
 use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
 use crate::migration::view::HostView;
-use crate::telemetry::{Telemetry, TelemetryConfig};
+use crate::telemetry::Telemetry;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -33,7 +33,7 @@ impl Senses {
     /// The policy cannot be read or is broken; the text says where.
     pub fn start(
         config: &AgentConfig,
-        cgroup: PathBuf,
+        mut telemetry: Telemetry,
         runtimes: Arc<Runtimes>,
     ) -> Result<Self, String> {
         let saved_at = config.state.join("verdict.json");
@@ -43,18 +43,10 @@ impl Senses {
         };
         let judge = Arc::new(Mutex::new(judge));
         let (publish, view) = watch::channel(Arc::new(HostView::default()));
-        let telemetry = TelemetryConfig {
-            root: config.root.clone(),
-            cgroup,
-        };
         let shared = judge.clone();
         let handle = tokio::runtime::Handle::current();
         // A thread of its own: sweeping blocks, and must go on when the async runtime is busy.
         let sweep = move || {
-            let mut telemetry = Telemetry::start(telemetry);
-            for disabled in telemetry.disabled() {
-                tracing::warn!("{} is disabled: {}", disabled.what, disabled.why);
-            }
             let mut saved = (VerdictKind::Unknown, Instant::now());
             loop {
                 let started = Instant::now();

@@ -17,6 +17,7 @@ use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{BtfTracePoint, Program, ProgramError, RawTracePointRunOptions, TestRun};
 use aya::sys::{Stats, enable_stats};
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
+use caps::{CapSet, Capability};
 use lifeboat_ebpf::{Ancestors, Layout};
 use mapped::Mapped;
 use std::collections::HashSet;
@@ -94,6 +95,9 @@ impl Kernel {
                 measuring: None,
             }
         };
+        if let Some(why) = forbidden() {
+            return nothing(disabled, why);
+        }
         let types = fs::read(root.join(BTF_PATH))
             .map_err(|error| {
                 format!(
@@ -310,6 +314,21 @@ fn attach(ebpf: &mut Ebpf, btf: &Btf, name: &str, tracepoint: &str) -> Result<()
 
 fn refused(what: &str, error: &ProgramError) -> String {
     format!("the kernel refuses to {what} it: {}", chain(error))
+}
+
+/// Which capability is missing to load kernel programs; without it the kernel's own answer to each of many
+/// calls is only that it is not permitted.
+fn forbidden() -> Option<String> {
+    let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
+    if has(Capability::CAP_SYS_ADMIN) {
+        return None;
+    }
+    let missing = [Capability::CAP_BPF, Capability::CAP_PERFMON]
+        .into_iter()
+        .find(|capability| !has(*capability))?;
+    Some(format!(
+        "the agent lacks {missing} to load them; start it with {missing} or with CAP_SYS_ADMIN"
+    ))
 }
 
 /// A program of the embedded object.
