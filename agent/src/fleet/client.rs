@@ -8,6 +8,7 @@ use super::identity::{Fingerprint, Identity};
 use super::server::BODY_LIMIT;
 use super::tls;
 use crate::model::fleet::PeerAddress;
+use crate::telemetry::links;
 use axum::http::{Method, Request, StatusCode, header};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -17,6 +18,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::error::Error as StdError;
 use std::fmt;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -211,10 +213,15 @@ impl ControlClient {
                 .await
                 .map_err(|_| CallFailure::ConnectTimeout(CONNECT_TIMEOUT))?
                 .map_err(CallFailure::Connect)?;
+            // A second handle, to ask the kernel about the connection when the call is over.
+            let measured = stream.as_fd().try_clone_to_owned();
             let answer = self.exchange(stream, to, &method, path, body);
             let (status, body) = tokio::time::timeout(self.request_timeout, answer)
                 .await
                 .map_err(|_| CallFailure::RequestTimeout(self.request_timeout))??;
+            if let Ok(socket) = measured {
+                links::measure(to.addr.ip(), Some(to.device.as_str()), socket.as_fd());
+            }
             understand(status, &body)
         };
         exchange.await.map_err(|failure| CallError {

@@ -7,6 +7,7 @@
 mod cgroup;
 mod counters;
 mod cpu;
+mod drives;
 mod ecc;
 mod files;
 mod filesystems;
@@ -59,19 +60,19 @@ impl HostReading {
         self.push(metric, Subject::device(), value);
     }
 
-    fn of(&mut self, metric: &'static str, per: Per, name: &str, value: f64) {
+    pub(super) fn of(&mut self, metric: &'static str, per: Per, name: &str, value: f64) {
         self.push(metric, Subject::new(per, name), value);
     }
 
     /// Says why these metrics have no value; counts only for those that get none in this reading.
-    fn absent(&mut self, metrics: &[&'static str], why: &str) {
+    pub(super) fn absent(&mut self, metrics: &[&'static str], why: &str) {
         for metric in metrics {
             self.absent.entry(metric).or_insert_with(|| why.to_owned());
         }
     }
 
     /// Values of `metric` that were read so far.
-    fn values_of(&self, metric: &str) -> impl Iterator<Item = f64> {
+    pub(super) fn values_of(&self, metric: &str) -> impl Iterator<Item = f64> {
         self.values
             .iter()
             .filter(move |(name, _, _)| *name == metric)
@@ -79,7 +80,7 @@ impl HostReading {
     }
 
     /// The device's value as the worst of its parts; none when no part has one.
-    fn device_from_parts(&mut self, metric: &'static str, worst: fn(f64, f64) -> f64) {
+    pub(super) fn device_from_parts(&mut self, metric: &'static str, worst: fn(f64, f64) -> f64) {
         let found = self.values_of(metric).reduce(worst);
         if let Some(value) = found {
             self.device(metric, value);
@@ -113,7 +114,7 @@ impl Look<'_> {
 const COUNTERS: Duration = Duration::from_secs(5);
 const SELDOM: Duration = Duration::from_secs(10);
 /// `drivetemp` sends a command to the drive for each reading.
-const SENSORS_OF_DRIVES: Duration = Duration::from_secs(60);
+const OF_DRIVES: Duration = Duration::from_secs(30);
 
 /// Reads the host, and remembers counters between readings.
 pub struct Host {
@@ -131,7 +132,7 @@ pub struct Host {
     kernel_log: kernel_log::KernelLog,
     performance: Rare<performance::Performance>,
     sensors: Rare<()>,
-    drive_sensors: Rare<()>,
+    drives: Rare<drives::Drives>,
     containers: Rare<cgroup::Containers>,
 }
 
@@ -155,9 +156,15 @@ impl Host {
             network: network::Network::default(),
             raid: Rare::every(SELDOM),
             sensors: Rare::every(SELDOM),
-            drive_sensors: Rare::every(SENSORS_OF_DRIVES),
+            drives: Rare::every(OF_DRIVES),
             containers: Rare::of(cgroup::Containers::new(scope), Duration::ZERO),
         }
+    }
+
+    /// Starts asking the drives for their health, in a thread of its own.
+    pub fn watch_drives(&mut self) {
+        let root = self.root.clone();
+        self.drives.family().watch(&root);
     }
 
     /// Reads every source that is due; `elapsed` since the reading before, for rates.
@@ -186,8 +193,8 @@ impl Host {
         self.raid.read(root, now, read, raid);
         let sensors = |(): &mut (), look: Look, read: &mut HostReading| sensors::parts(look, read);
         self.sensors.read(root, now, read, sensors);
-        let drives = |(): &mut (), look: Look, read: &mut HostReading| sensors::drives(look, read);
-        self.drive_sensors.read(root, now, read, drives);
+        let drives = drives::Drives::read;
+        self.drives.read(root, now, read, drives);
         // Files of each container: all of them every second would be dear with hundreds.
         let seconds = (containers.len() as u64 / 25).clamp(1, 10);
         self.containers.set_every(Duration::from_secs(seconds));
@@ -233,7 +240,7 @@ mod tests {
     /// Longer than any source is left unread.
     pub(super) const LATER: Duration = Duration::from_secs(100);
 
-    /// Metrics that are not read from the host's files.
+    /// Metrics that are not read from the host's files, besides `peer.*`.
     const OF_PROGRAMS: [&str; 8] = [
         "sched.run_queue_latency_p50",
         "sched.run_queue_latency_p99",
@@ -253,8 +260,9 @@ mod tests {
         assert_eq!(reading.memory_total, None);
         for metric in METRICS {
             let told = reading.absent.contains_key(metric.name);
+            let elsewhere = OF_PROGRAMS.contains(&metric.name) || metric.name.starts_with("peer.");
             assert!(
-                told != OF_PROGRAMS.contains(&metric.name),
+                told != elsewhere,
                 "{}: {:?}",
                 metric.name,
                 reading.absent.get(metric.name)

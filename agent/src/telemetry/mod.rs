@@ -10,6 +10,7 @@ mod host;
 mod interval;
 mod kernel;
 mod layout;
+pub mod links;
 mod listeners;
 mod ports;
 mod scope;
@@ -82,13 +83,15 @@ impl Telemetry {
         for Disabled { what, why } in &disabled {
             tracing::warn!("telemetry: {what} is disabled: {why}");
         }
+        let mut host = Host::new(config.root.clone(), config.cgroup.clone());
+        host.watch_drives();
         Self {
             kernel,
             disabled,
             cgroups: Cgroups::new(config.cgroup.clone()),
             counters: Counters::default(),
             ports: Ports::default(),
-            host: Host::new(config.root.clone(), config.cgroup.clone()),
+            host,
             last_sweep: Instant::now(),
             sweeps: 0,
             always_measured: false,
@@ -162,7 +165,8 @@ impl Telemetry {
         self.kernel.forget_cgroups(&gone);
         self.ports.forget(&mut self.kernel, &gone, clock);
 
-        let reading = self.host.read(containers, sweep.interval);
+        let mut reading = self.host.read(containers, sweep.interval);
+        links::read(&mut reading);
         sweep.values.extend(reading.values);
         let absent = self.absent(reading.absent, &sweep.values);
         let mut losses = self.kernel.losses();

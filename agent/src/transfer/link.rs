@@ -14,6 +14,7 @@ use super::queue::lock;
 use super::seal::{LinkKey, OpenFailed, Salt};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, VolumeId};
+use crate::telemetry::links;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -128,6 +129,8 @@ pub(super) struct Link {
 
 /// How often a waiting thread looks at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
+/// How often a link that sends is asked how it does.
+const MEASURED_EVERY: Duration = Duration::from_secs(1);
 
 impl Link {
     /// Connects, greets and begins; returns when the peer is ready.
@@ -398,7 +401,7 @@ impl Shared {
                 state.broken = Some(broke);
                 self.changed.notify_all();
             });
-            self.transmit(&mut transmitter);
+            self.transmit(&mut transmitter, &socket);
             transmitter.shut();
             // A panic in the reader is passed on by the scope.
             let _ = reader.join();
@@ -407,9 +410,10 @@ impl Shared {
     }
 
     /// Sends what waits until the connection or the link is over.
-    fn transmit(&self, transmitter: &mut Transmitter) {
+    fn transmit(&self, transmitter: &mut Transmitter, socket: &TcpStream) {
         let heartbeat = self.setup.options.patience / 4;
         let mut quiet_since = Instant::now();
+        let mut measured = Instant::now();
         let mut state = lock(&self.state);
         while state.broken.is_none() && state.over.is_none() {
             let next = state.unsent.pop_front();
@@ -436,6 +440,10 @@ impl Shared {
                 }
             };
             quiet_since = Instant::now();
+            if quiet_since - measured >= MEASURED_EVERY {
+                measured = quiet_since;
+                links::measure(self.setup.hop.addr.ip(), None, socket.as_fd());
+            }
             state = lock(&self.state);
             if let Err(error) = sent {
                 state.broken.get_or_insert(error.to_string());

@@ -90,6 +90,19 @@ catalogue! {
         "time until the soonest, or each, file system is full at the rate of the last hour; at most a year" from "statvfs, least squares over the last hour";
     "disk.offline" Count [Device Disk]
         "1 for a disk or path that its driver has given up" from "/sys/block/*/device/state, /sys/class/nvme/*/state";
+    "disk.smart_failed" Count [Device Disk]
+        "1 for a drive that by its own judgement fails" from "smartctl, or NVMe log page 02h";
+    "disk.attributes_failing" Count [Disk] "SMART attributes at or below the drive's own threshold" from "smartctl";
+    "disk.wear" Percent [Device Disk] "used part of the endurance that the maker promises; may pass 100 %" from "smartctl, NVMe log page 02h, eMMC life_time";
+    "disk.spare_margin" Percent [Device Disk]
+        "spare blocks left above the drive's own threshold; the smallest of the device" from "smartctl, or NVMe log page 02h";
+    "disk.media_errors" Count [Device Disk] "errors of the medium that the drive could not correct, in its life" from "smartctl, or NVMe log page 02h";
+    "disk.reallocated_sectors" Count [Disk] "sectors that the drive replaced" from "smartctl, attribute 5";
+    "disk.pending_sectors" Count [Disk] "sectors that the drive cannot read now" from "smartctl, attribute 197";
+    "disk.bytes_written" Bytes [Disk] "data written in the drive's life" from "smartctl, or NVMe log page 02h";
+    "disk.power_on" Nanoseconds [Disk] "time powered on in the drive's life" from "smartctl, or NVMe log page 02h";
+    "disk.time_between_failures" Nanoseconds [Disk]
+        "time powered on divided by uncorrected errors so far, for drives that had some" from "as the two above";
     "disk.temperature" Celsius [Device Disk] "temperature of the hottest, or of each, drive" from "hwmon nvme and drivetemp, smartctl, NVMe log page 02h";
     "disk.temperature_limit" Celsius [Disk] "the drive's own limit (WCTEMP, SCT)" from "hwmon, smartctl";
     "disk.temperature_margin" Celsius [Device Disk] "limit less temperature; the smallest of the device" from "as the two above";
@@ -120,6 +133,11 @@ catalogue! {
         "bytes of the busier direction, of what the link carries" from "/proc/net/dev, /sys/class/net/*/speed";
     "network.connections_tracked" Percent [Device] "fill of the table of tracked connections" from "/proc/sys/net/netfilter/nf_conntrack_count, _max";
 
+    "peer.latency" Nanoseconds [Device Peer] "smoothed round trip to the slowest, or to each, peer" from "TCP_INFO of the agent's own connections";
+    "peer.jitter" Nanoseconds [Device Peer] "mean deviation of the round trip" from "TCP_INFO of the agent's own connections";
+    "peer.loss" Percent [Device Peer] "segments sent again, of those sent to the peer lately" from "TCP_INFO of the agent's own connections";
+    "peer.bandwidth_delay_product" Bytes [Peer]
+        "delivery rate times least round trip: what fills the link" from "TCP_INFO of the agent's own connections";
 
     "kernel.machine_checks" Events [Device] "machine check exceptions" from "/dev/kmsg";
     "kernel.pci_errors_corrected" Events [Device] "PCIe errors that the hardware corrected (AER)" from "/dev/kmsg";

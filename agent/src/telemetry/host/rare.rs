@@ -35,6 +35,10 @@ impl<T> Rare<T> {
         }
     }
 
+    pub fn family(&mut self) -> &mut T {
+        &mut self.family
+    }
+
     pub fn set_every(&mut self, every: Duration) {
         self.every = every;
     }

@@ -1,0 +1,238 @@
+//! The metrics of this host: each has a value or a reason, and faults made on purpose are seen. Needs root.
+#![allow(clippy::unwrap_used, reason = "the whole file is a test")]
+
+use lifeboat::model::container::{Container, State};
+use lifeboat::model::metric::{METRICS, Per};
+use lifeboat::model::telemetry::Snapshot;
+use lifeboat::model::units::UnixMillis;
+use lifeboat::telemetry::{Telemetry, TelemetryConfig};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+fn senses(cgroup: &Path) -> Telemetry {
+    Telemetry::start(TelemetryConfig {
+        root: PathBuf::from("/"),
+        cgroup: cgroup.to_owned(),
+    })
+}
+
+fn now() -> UnixMillis {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    UnixMillis(since.as_millis() as u64)
+}
+
+fn value(snapshot: &Snapshot, metric: &str, per: Per, name: &str) -> Option<f64> {
+    let mut samples = snapshot.samples.iter();
+    let found =
+        samples.find(|s| s.metric == metric && s.subject.per == per && s.subject.name == name);
+    found.map(|sample| sample.value)
+}
+
+/// Where cgroup2, or a cgroup v1 controller, is mounted.
+fn cgroup_mount(kind: &str, option: &str) -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts.lines().find_map(|line| {
+        let (mount, rest) = line.split_once(" - ")?;
+        let mut rest = rest.split(' ');
+        let fits = rest.next()? == kind && rest.nth(1)?.split(',').any(|one| one == option);
+        fits.then(|| mount.split(' ').nth(4).map(PathBuf::from))?
+    })
+}
+
+#[test]
+fn every_metric_has_a_value_on_this_host_or_the_reason_why_not() {
+    let scope = cgroup_mount("cgroup2", "rw").unwrap_or_else(|| "/no-cgroup".into());
+    let mut senses = senses(&scope);
+    senses.sweep(&[], now());
+    sleep(Duration::from_millis(1100));
+    let snapshot = senses.sweep(&[], now());
+    for metric in METRICS {
+        let samples = snapshot.samples.iter().filter(|s| s.metric == metric.name);
+        let why = snapshot.absent.iter().find(|one| one.what == metric.name);
+        match why {
+            None => assert!(samples.clone().count() > 0, "{} is silent", metric.name),
+            Some(why) => {
+                assert_eq!(samples.clone().count(), 0, "{}: {}", metric.name, why.why);
+                assert!(!why.why.is_empty(), "{}", metric.name);
+            }
+        }
+        for sample in samples {
+            assert!(metric.per.contains(&sample.subject.per), "{sample:?}");
+            assert!(sample.value.is_finite(), "{sample:?}");
+        }
+    }
+}
+
+/// A small ext4 file system on a loop device, gone when dropped.
+struct FileSystem {
+    directory: PathBuf,
+    mount: PathBuf,
+    device: String,
+}
+
+impl FileSystem {
+    fn new() -> Option<Self> {
+        let directory = std::env::temp_dir().join(format!("metrics-ext4-{}", std::process::id()));
+        let mount = directory.join("mount");
+        let image = directory.join("image");
+        fs::create_dir_all(&mount).unwrap();
+        let mut made = Self {
+            directory,
+            device: String::new(),
+            mount,
+        };
+        fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        let formatted = Command::new("mkfs.ext4").arg("-q").arg(&image).status();
+        if !formatted.is_ok_and(|status| status.success()) {
+            println!("not run: mkfs.ext4 is not installed");
+            return None;
+        }
+        let mounted = Command::new("mount")
+            .args(["-o", "loop,errors=remount-ro"])
+            .arg(&image)
+            .arg(&made.mount)
+            .status();
+        if !mounted.is_ok_and(|status| status.success()) {
+            println!("not run: loop devices cannot be mounted here");
+            return None;
+        }
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let point = made.mount.to_str().unwrap();
+        let line = mounts.lines().find(|line| line.contains(point)).unwrap();
+        let device = line.split(' ').next().unwrap();
+        made.device = device.trim_start_matches("/dev/").to_owned();
+        Some(made)
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        let mounted = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        if mounted.contains(self.mount.to_str().unwrap_or_default()) {
+            let _ = Command::new("umount").arg(&self.mount).status();
+        }
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+#[test]
+fn an_error_of_a_real_file_system_is_counted_logged_and_seen_to_make_it_read_only() {
+    let Some(file_system) = FileSystem::new() else {
+        return;
+    };
+    let trigger = Path::new("/sys/fs/ext4")
+        .join(&file_system.device)
+        .join("trigger_fs_error");
+    if !trigger.exists() {
+        println!("not run: this kernel cannot make an ext4 error on purpose");
+        return;
+    }
+    let mount = file_system.mount.to_str().unwrap();
+    let device = file_system.device.as_str();
+    let mut senses = senses(Path::new("/no-cgroup"));
+    let before = senses.sweep(&[], now());
+    assert_eq!(
+        value(&before, "filesystem.read_only", Per::Mount, mount),
+        Some(0.0)
+    );
+    assert_eq!(
+        value(&before, "filesystem.known_errors", Per::Mount, mount),
+        Some(0.0)
+    );
+
+    fs::write(&trigger, "made by a test").unwrap();
+    let started = Instant::now();
+    let (mut errors, mut logged, mut remounts) = (0.0, 0.0, 0.0);
+    loop {
+        let snapshot = senses.sweep(&[], now());
+        let of = |metric, per, name| value(&snapshot, metric, per, name).unwrap_or(0.0);
+        errors += of("filesystem.errors", Per::Mount, mount);
+        logged += of("kernel.filesystem_errors", Per::Disk, device);
+        remounts += of("kernel.read_only_remounts", Per::Disk, device);
+        if of("filesystem.read_only", Per::Mount, mount) == 1.0 {
+            break;
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "still writable"
+        );
+        sleep(Duration::from_millis(500));
+    }
+    assert_eq!((errors, logged, remounts), (1.0, 1.0, 1.0));
+}
+
+/// A process in cgroups of its own; both end with it.
+struct Confined {
+    process: Child,
+    cgroups: [PathBuf; 2],
+}
+
+impl Drop for Confined {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        sleep(Duration::from_millis(200));
+        for cgroup in &self.cgroups {
+            let _ = fs::remove_dir(cgroup);
+        }
+    }
+}
+
+#[test]
+fn a_task_killed_for_memory_counts_for_its_container() {
+    let (Some(unified), Some(memory)) = (
+        cgroup_mount("cgroup2", "rw"),
+        cgroup_mount("cgroup", "memory"),
+    ) else {
+        println!("not run: the memory controller is not cgroup v1 here; guests run it on cgroup2");
+        return;
+    };
+    let name = format!("metrics-oom-{}", std::process::id());
+    let cgroups = [unified.join(&name), memory.join(&name)];
+    for cgroup in &cgroups {
+        fs::create_dir(cgroup).unwrap();
+    }
+    fs::write(cgroups[1].join("memory.limit_in_bytes"), "20000000").unwrap();
+    let script = format!(
+        "echo $$ > {}/cgroup.procs; echo $$ > {}/cgroup.procs; sleep 3; head -c 200000000 /dev/zero | tail; sleep 60",
+        cgroups[0].display(),
+        cgroups[1].display()
+    );
+    let process = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+    let confined = Confined { process, cgroups };
+    sleep(Duration::from_secs(1));
+    let container = Container {
+        name: "greedy".into(),
+        id: String::new(),
+        runtime: None,
+        cgroup_path: format!("/{name}"),
+        cgroup_id: 0,
+        pid: confined.process.id() as i32,
+        state: State::Running,
+        image: String::new(),
+        image_id: String::new(),
+        addresses: Vec::new(),
+        published: Vec::new(),
+        mounts: Vec::new(),
+        registration_id: None,
+    };
+    let containers = [container];
+    let mut senses = senses(&unified);
+    let started = Instant::now();
+    let mut kills = (0.0, 0.0);
+    while kills.1 == 0.0 {
+        assert!(
+            started.elapsed() < Duration::from_secs(30),
+            "no kill was seen"
+        );
+        let snapshot = senses.sweep(&containers, now());
+        kills.0 += value(&snapshot, "memory.oom_kills", Per::Device, "").unwrap_or(0.0);
+        kills.1 += value(&snapshot, "memory.oom_kills", Per::Container, "greedy").unwrap_or(0.0);
+        assert!(value(&snapshot, "memory.used", Per::Container, "greedy").is_some());
+        sleep(Duration::from_millis(500));
+    }
+    assert_eq!(kills, (1.0, 1.0));
+}
