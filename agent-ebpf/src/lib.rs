@@ -69,11 +69,15 @@ impl Waiting {
         task >> Self::TIME_BITS == pid as u64
     }
 
-    /// How long a word's thread has waited at `now_ns`, ns.
+    /// How long a word's thread has waited at `now_ns`, ns; nothing when it began only after that, which a
+    /// clock read before the word shows.
     #[inline(always)]
     #[must_use]
     pub const fn age(task: u64, now_ns: u64) -> u64 {
         let passed = (now_ns >> Self::UNIT_SHIFT).wrapping_sub(task) & Self::TIME_MASK;
+        if passed > Self::TIME_MASK / 2 {
+            return 0;
+        }
         passed << Self::UNIT_SHIFT
     }
 }

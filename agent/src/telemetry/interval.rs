@@ -197,6 +197,24 @@ mod tests {
     }
 
     #[test]
+    fn a_task_that_began_to_wait_after_the_clock_was_read_has_not_waited() {
+        let at = 50_000_000_000;
+        let waiting = |since| Waiting {
+            task: Waiting::pack(4_194_303, since),
+            row: 0,
+            padding: 0,
+        };
+        let mut stats = RunQueueStats::default();
+        add_waiting(&mut stats, &waiting(at + 3_000_000), at, SECOND);
+        assert_eq!((stats.waiting, stats.latency.count()), (1, 0));
+        add_waiting(&mut stats, &waiting(at - 3_000_000_000), at, SECOND);
+        assert_eq!((stats.waiting, stats.latency.count()), (2, 1));
+        let age = Waiting::age(waiting(at - 3_000_000_000).task, at);
+        assert!((2_999_999_000..=3_000_001_000).contains(&age), "{age}");
+        assert!(Waiting::is_of(waiting(at).task, 4_194_303));
+    }
+
+    #[test]
     fn a_flush_is_a_request_without_a_latency() {
         let mut io = BlockIo::default();
         let flush = BlockKey {

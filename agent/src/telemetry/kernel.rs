@@ -374,18 +374,24 @@ fn give_back_memory() {
     }
 }
 
-/// An error with its causes, on one line, without the verifier's log below the first line of each.
+/// An error with its causes, on one line. Of the verifier's log, which is long, the last line before its
+/// totals: it says what was refused.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = String::new();
     let mut next = Some(error);
     while let Some(error) = next {
         let message = error.to_string();
-        let line = message.lines().next().unwrap_or_default();
-        if !text.contains(line) {
+        let mut lines = message.lines();
+        let mut line = lines.next().unwrap_or_default().to_owned();
+        let refused = |line: &&str| !line.is_empty() && !line.starts_with("processed ");
+        if let Some(why) = lines.rfind(refused) {
+            line = format!("{line} … {why}");
+        }
+        if !text.contains(&line) {
             if !text.is_empty() {
                 text.push_str(": ");
             }
-            text.push_str(line);
+            text.push_str(&line);
         }
         next = error.source();
     }
