@@ -1,6 +1,6 @@
 //! Reading kernel memory, and the maps and helpers all families use.
 
-use aya_ebpf::helpers::bpf_probe_read_kernel;
+use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::Array;
 use core::arch::asm;
@@ -52,7 +52,9 @@ pub static LAYOUT: Layout = Layout {
     tcp_bytes_received: 0,
     tcp_total_retrans: 0,
     tcp_srtt_us: 0,
-    padding: 0,
+    tcp_snd_una: 0,
+    tcp_rcv_nxt: 0,
+    sock_incoming_cpu: 0,
 };
 
 /// A value of [`LAYOUT`], as the agent set it.
@@ -87,6 +89,13 @@ pub unsafe fn load<T: Copy>(object: Object, offset: u32) -> T {
 pub fn probe<T>(object: Object, offset: u32) -> Option<T> {
     // SAFETY: the helper checks the address and copies; T is a plain integer or pointer at every use.
     unsafe { bpf_probe_read_kernel(object.wrapping_byte_add(offset as usize).cast()) }.ok()
+}
+
+/// Now, ns of the monotonic clock.
+#[inline(always)]
+pub fn now_ns() -> u64 {
+    // SAFETY: the helper takes nothing.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// Counts a failed insert or reserve.

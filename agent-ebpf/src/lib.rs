@@ -148,43 +148,55 @@ pub mod role {
     pub const SERVER: u8 = 2;
 }
 
+/// Transport of a connection, as IP numbers it.
+pub mod protocol {
+    /// TCP.
+    pub const TCP: u8 = 6;
+    /// UDP.
+    pub const UDP: u8 = 17;
+}
+
 /// A kind of connection: many connections of one client to one service share it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct PortKey {
     /// cgroup2 id of the socket.
     pub cgroup: u64,
-    /// Peer address; IPv4 as ::ffff:a.b.c.d.
+    /// cgroup2 id of the socket at the other end, when both were seen; else 0.
+    pub peer_cgroup: u64,
+    /// Peer address as the socket has it, IPv4 as ::ffff:a.b.c.d; zero for a server whose client was seen.
     pub peer: [u8; 16],
     /// Network namespace, its inode number.
     pub netns: u32,
-    /// Local port when server, else 0.
-    pub local_port: u16,
-    /// Peer's port when client, else 0.
-    pub peer_port: u16,
+    /// The service's port as this socket has it: local when server, the peer's when client.
+    pub port: u16,
+    /// The service's port at the other end, when both were seen; translation makes it another one.
+    pub service_port: u16,
     /// [`role`].
     pub role: u8,
+    /// [`protocol`].
+    pub protocol: u8,
     /// Zero.
-    pub padding: [u8; 7],
+    pub padding: [u8; 6],
 }
 
 /// What the connections of one kind did since the programs were loaded.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct PortStats {
-    /// Connections made.
+    /// Connections made; for UDP pairs of a socket and a peer.
     pub connections: u64,
-    /// Payload bytes sent, without those sent again.
+    /// Payload bytes sent, without those sent again; TCP only.
     pub sent: u64,
-    /// Payload bytes received in order.
+    /// Payload bytes received in order; TCP only.
     pub received: u64,
-    /// Segments sent again.
+    /// Segments sent again; TCP only.
     pub retransmits: u64,
     /// First connection, ns of the monotonic clock.
     pub first_ns: u64,
-    /// Last time one was opened, moved bytes or closed, ns of the monotonic clock.
+    /// Last time one was opened, known to be open or closed, ns of the monotonic clock.
     pub last_ns: u64,
-    /// Smoothed round-trip time of the last one looked at, µs.
+    /// Smoothed round-trip time of the last one looked at, µs; 0 before the first measurement.
     pub srtt_us: u32,
     /// Zero.
     pub padding: u32,
@@ -194,14 +206,45 @@ pub struct PortStats {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Open {
-    /// Its kind.
+    /// Its kind; the other end's fields are filled in when that end is seen.
     pub key: PortKey,
+    /// What its two ends have in common whatever translates their addresses: the sequence numbers
+    /// (client's, server's) after the handshake; 0 for UDP.
+    pub identity: u64,
+    /// When it was opened, ns of the monotonic clock.
+    pub opened_ns: u64,
+    /// 1 once it is counted as a connection.
+    pub counted: u64,
     /// Counted of [`PortStats::sent`].
     pub sent: u64,
     /// Counted of [`PortStats::received`].
     pub received: u64,
     /// Counted of [`PortStats::retransmits`].
     pub retransmits: u64,
+}
+
+/// Datagrams between a socket that is not connected and one peer.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct FlowKey {
+    /// The kernel's cookie of the socket.
+    pub socket: u64,
+    /// Peer address; IPv4 as ::ffff:a.b.c.d.
+    pub peer: [u8; 16],
+    /// Peer port.
+    pub port: u16,
+    /// Zero.
+    pub padding: [u8; 6],
+}
+
+/// What is remembered of a [`FlowKey`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Flow {
+    /// Last time it was counted as alive, ns of the monotonic clock.
+    pub last_ns: u64,
+    /// [`role`] of the socket: who sent first is the client.
+    pub role: u64,
 }
 
 /// A listening port of a network namespace.
@@ -245,8 +288,10 @@ pub mod loss {
     pub const LISTENING: u32 = 6;
     /// `FIRST_SEEN`: the ring buffer was full.
     pub const FIRST_SEEN: u32 = 7;
+    /// `HALVES`: a connection was not matched with its other end.
+    pub const HALVES: u32 = 8;
     /// How many there are.
-    pub const COUNT: u32 = 8;
+    pub const COUNT: u32 = 9;
 }
 
 /// Offsets of kernel fields, in bytes, from the running kernel's BTF; and the scope.
@@ -335,8 +380,12 @@ pub struct Layout {
     pub tcp_total_retrans: u32,
     /// tcp_sock.srtt_us
     pub tcp_srtt_us: u32,
-    /// Zero.
-    pub padding: u32,
+    /// tcp_sock.snd_una
+    pub tcp_snd_una: u32,
+    /// tcp_sock.rcv_nxt
+    pub tcp_rcv_nxt: u32,
+    /// sock.__sk_common.skc_incoming_cpu
+    pub sock_incoming_cpu: u32,
 }
 
 #[cfg(feature = "user")]

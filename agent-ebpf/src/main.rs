@@ -9,6 +9,7 @@
 #![feature(asm_experimental_arch)]
 
 mod block;
+mod datagrams;
 mod kernel;
 mod ports;
 mod sched;

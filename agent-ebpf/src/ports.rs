@@ -1,18 +1,24 @@
 //! TCP connections: who connected to whom, and what they moved. Nothing is done per packet: the
 //! kernel's own counters of a socket are read when it closes and when the agent asks.
+//!
+//! When both ends of a connection are seen they are matched by their sequence numbers, which no address
+//! translation changes; so the kind then names the cgroups of both.
 
-use crate::kernel::{Object, add, exchange, layout, load, lost, probe};
+use crate::kernel::{Object, add, exchange, layout, load, lost, now_ns, probe};
 use crate::scope::scoped_id;
 use aya_ebpf::bindings::BPF_NOEXIST;
-use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::{btf_tracepoint, map, raw_tracepoint};
 use aya_ebpf::maps::{HashMap, RingBuf};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use lifeboat_ebpf::{ListenKey, Open, PortKey, PortStats, REFRESH_BATCH, loss, role};
+use lifeboat_ebpf::{ListenKey, Open, PortKey, PortStats, REFRESH_BATCH, loss, protocol, role};
 
 /// Open connections, by the address of their socket.
 #[map]
-static OPEN: HashMap<u64, Open> = HashMap::with_max_entries(16_384, 0);
+pub static OPEN: HashMap<u64, Open> = HashMap::with_max_entries(32_768, 0);
+
+/// Sockets of clients whose server was not seen (yet), by [`Open::identity`].
+#[map]
+static HALVES: HashMap<u64, u64> = HashMap::with_max_entries(16_384, 0);
 
 /// Kinds of connections.
 #[map]
@@ -33,7 +39,9 @@ const CLOSE: i32 = 7;
 const LISTEN: i32 = 10;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
-const IPPROTO_TCP: u16 = 6;
+
+/// A connection younger than this is not looked at: its other end may be about to be seen.
+const YOUNG_NS: u64 = 50_000_000;
 
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
@@ -47,7 +55,7 @@ pub fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
             (SYN_RECV, ESTABLISHED) => opened(sock, role::SERVER),
             (_, LISTEN) => listens(sock, true),
             (LISTEN, CLOSE) => listens(sock, false),
-            (_, CLOSE) => closed(sock),
+            (_, CLOSE) => closed(sock as u64),
             _ => {}
         }
     }
@@ -56,10 +64,10 @@ pub fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
 
 #[inline(always)]
 unsafe fn opened(sock: Object, role: u8) {
-    // SAFETY: `sock` is the tracepoint's socket.
+    // SAFETY: `sock` is the tracepoint's socket; map values live for the whole program run.
     unsafe {
-        let protocol: u16 = load(sock, layout!(sock_protocol));
-        if protocol & 0xff != IPPROTO_TCP && protocol != IPPROTO_TCP {
+        let number: u16 = load(sock, layout!(sock_protocol));
+        if number as u8 != protocol::TCP {
             return;
         }
         let Some(cgroup) = scoped_id(load(sock, layout!(sock_cgroup))) else {
@@ -67,87 +75,145 @@ unsafe fn opened(sock: Object, role: u8) {
         };
         let mut key = PortKey {
             cgroup,
+            peer_cgroup: 0,
             peer: [0; 16],
             netns: netns(sock),
-            local_port: 0,
-            peer_port: 0,
+            port: 0,
+            service_port: 0,
             role,
-            padding: [0; 7],
+            protocol: protocol::TCP,
+            padding: [0; 6],
         };
         let family: u16 = load(sock, layout!(sock_family));
         if family == AF_INET {
-            let address: [u8; 4] = load(sock, layout!(sock_daddr));
-            key.peer = [
-                0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, address[0], address[1], address[2],
-                address[3],
-            ];
+            key.peer = mapped(load(sock, layout!(sock_daddr)));
         } else if family == AF_INET6 {
             key.peer = load(sock, layout!(sock_v6_daddr));
         } else {
             return;
         }
-        if role == role::SERVER {
-            key.local_port = load(sock, layout!(sock_num));
-        } else {
-            key.peer_port = u16::from_be(load(sock, layout!(sock_dport)));
-        }
-        let now = bpf_ktime_get_ns();
-        if !count(&key, now) {
+        let address = sock as u64;
+        let (Some(unacknowledged), Some(expected)) = (
+            probe::<u32>(sock, layout!(tcp_snd_una)),
+            probe::<u32>(sock, layout!(tcp_rcv_nxt)),
+        ) else {
             return;
+        };
+        let identity;
+        if role == role::CLIENT {
+            key.port = u16::from_be(load(sock, layout!(sock_dport)));
+            identity = u64::from(unacknowledged) << 32 | u64::from(expected);
+        } else {
+            key.port = load(sock, layout!(sock_num));
+            identity = u64::from(expected) << 32 | u64::from(unacknowledged);
+            meet(&mut key, identity);
         }
         let open = Open {
             key,
+            identity,
+            opened_ns: now_ns(),
+            counted: 0,
             sent: 0,
             received: 0,
             retransmits: 0,
         };
-        if OPEN.insert(&(sock as u64), &open, 0).is_err() {
+        if OPEN.insert(&address, &open, 0).is_err() {
             lost(loss::OPEN);
+            // Its bytes will be unknown; that it was is not.
+            count(&key, open.opened_ns);
+        } else if role == role::CLIENT && HALVES.insert(&identity, &address, 0).is_err() {
+            lost(loss::HALVES);
         }
     }
 }
 
-/// Counts a new connection of this kind; false when the kind has no room.
+/// Joins a server's end with its client's, which is always established first.
 #[inline(always)]
-unsafe fn count(key: &PortKey, now: u64) -> bool {
-    // SAFETY: map values live for the whole program run.
+unsafe fn meet(server: &mut PortKey, identity: u64) {
+    // SAFETY: map values live for the whole program run; the fields written are aligned.
     unsafe {
-        if let Some(stats) = PORTS.get_ptr_mut(key) {
-            add(&raw mut (*stats).connections, 1);
-            (*stats).last_ns = now;
-            return true;
-        }
-        let first = PortStats {
-            connections: 1,
-            sent: 0,
-            received: 0,
-            retransmits: 0,
-            first_ns: now,
-            last_ns: now,
-            srtt_us: 0,
-            padding: 0,
+        let Some(&address) = HALVES.get(&identity) else {
+            return;
         };
-        if PORTS.insert(key, &first, u64::from(BPF_NOEXIST)).is_ok() {
-            if FIRST_SEEN.output::<PortKey>(key, 0).is_err() {
-                lost(loss::FIRST_SEEN);
-            }
-            return true;
-        }
-        // Either another CPU was first or the map is full.
-        let Some(stats) = PORTS.get_ptr_mut(key) else {
-            lost(loss::PORTS);
-            return false;
+        let _ = HALVES.remove(&identity);
+        let Some(client) = OPEN.get_ptr_mut(&address) else {
+            return;
         };
-        add(&raw mut (*stats).connections, 1);
-        true
+        if (*client).identity != identity {
+            return;
+        }
+        // In this order: whoever reads the cgroup of the other end finds its port too.
+        (&raw mut (*client).key.service_port).write_volatile(server.port);
+        (&raw mut (*client).key.peer_cgroup).write_volatile(server.cgroup);
+        server.peer_cgroup = (*client).key.cgroup;
+        server.peer = [0; 16];
     }
 }
 
+/// An IPv4 address as the maps have it.
 #[inline(always)]
-unsafe fn closed(sock: Object) {
-    let address = sock as u64;
+pub fn mapped(address: [u8; 4]) -> [u8; 16] {
+    let [a, b, c, d] = address;
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
+/// Counts a connection of this kind.
+#[inline(always)]
+pub fn count(key: &PortKey, since_ns: u64) {
+    match kind(key, since_ns) {
+        // SAFETY: map values live for the whole program run.
+        Some(stats) => unsafe {
+            add(&raw mut (*stats).connections, 1);
+            (*stats).last_ns = now_ns();
+        },
+        None => lost(loss::PORTS),
+    }
+}
+
+/// Notes that connections of this kind are alive.
+#[inline(always)]
+pub fn alive(key: &PortKey, now_ns: u64) {
+    if let Some(stats) = PORTS.get_ptr_mut(key) {
+        // SAFETY: map values live for the whole program run.
+        unsafe { (*stats).last_ns = now_ns };
+    }
+}
+
+/// The statistics of a kind, made when there are none; none when there is no room.
+#[inline(always)]
+fn kind(key: &PortKey, since_ns: u64) -> Option<*mut PortStats> {
+    if let Some(stats) = PORTS.get_ptr_mut(key) {
+        return Some(stats);
+    }
+    let none = PortStats {
+        connections: 0,
+        sent: 0,
+        received: 0,
+        retransmits: 0,
+        first_ns: since_ns,
+        last_ns: since_ns,
+        srtt_us: 0,
+        padding: 0,
+    };
+    if PORTS.insert(key, &none, u64::from(BPF_NOEXIST)).is_ok()
+        && FIRST_SEEN.output::<PortKey>(key, 0).is_err()
+    {
+        lost(loss::FIRST_SEEN);
+    }
+    // Whoever inserted it; none when the map is full.
+    PORTS.get_ptr_mut(key)
+}
+
+/// Takes an open connection off the list.
+#[inline(always)]
+pub fn closed(address: u64) {
     if let Some(open) = OPEN.get_ptr_mut(&address) {
         account(address, open);
+        // SAFETY: map values live for the whole program run.
+        let (identity, alone) = unsafe { ((*open).identity, (*open).key.peer_cgroup == 0) };
+        if identity != 0 && alone {
+            let _ = HALVES.remove(&identity);
+        }
         let _ = OPEN.remove(&address);
     }
 }
@@ -175,7 +241,11 @@ pub fn ports_refresh(ctx: RawTracePointContext) -> i32 {
 #[inline(never)]
 fn refresh(address: u64) {
     if let Some(open) = OPEN.get_ptr_mut(&address) {
-        account(address, open);
+        // SAFETY: map values live for the whole program run.
+        let opened_ns = unsafe { (*open).opened_ns };
+        if now_ns().saturating_sub(opened_ns) > YOUNG_NS {
+            account(address, open);
+        }
     }
 }
 
@@ -187,47 +257,74 @@ fn refresh(address: u64) {
 #[inline(always)]
 fn account(address: u64, open: *mut Open) {
     let sock = address as Object;
-    let (Some(sent), Some(again), Some(received), Some(retransmits), Some(srtt)) = (
-        probe::<u64>(sock, layout!(tcp_bytes_sent)),
-        probe::<u64>(sock, layout!(tcp_bytes_retrans)),
-        probe::<u64>(sock, layout!(tcp_bytes_received)),
-        probe::<u32>(sock, layout!(tcp_total_retrans)),
-        probe::<u32>(sock, layout!(tcp_srtt_us)),
-    ) else {
-        return;
-    };
     // SAFETY: `open` and the kind are map values, which live for the whole program run.
     unsafe {
-        let key = (*open).key;
-        let Some(stats) = PORTS.get_ptr_mut(&key) else {
+        let mut key = (*open).key;
+        if key.peer_cgroup == 0 {
+            key.service_port = 0;
+        }
+        let udp = key.protocol == protocol::UDP;
+        if udp && !answered(sock) {
+            return;
+        }
+        let stats = kind(&key, (*open).opened_ns);
+        if exchange(&raw mut (*open).counted, 1) == 0 {
+            match stats {
+                Some(stats) => add(&raw mut (*stats).connections, 1),
+                None => lost(loss::PORTS),
+            }
+        }
+        let Some(stats) = stats else {
             return;
         };
-        let moved = advance(
+        (*stats).last_ns = now_ns();
+        if udp {
+            return;
+        }
+        let (Some(sent), Some(again), Some(received), Some(retransmits), Some(srtt)) = (
+            probe::<u64>(sock, layout!(tcp_bytes_sent)),
+            probe::<u64>(sock, layout!(tcp_bytes_retrans)),
+            probe::<u64>(sock, layout!(tcp_bytes_received)),
+            probe::<u32>(sock, layout!(tcp_total_retrans)),
+            probe::<u32>(sock, layout!(tcp_srtt_us)),
+        ) else {
+            return;
+        };
+        advance(
             &raw mut (*open).sent,
             &raw mut (*stats).sent,
             sent.wrapping_sub(again),
-        ) | advance(
+        );
+        advance(
             &raw mut (*open).received,
             &raw mut (*stats).received,
             received,
-        ) | advance(
+        );
+        advance(
             &raw mut (*open).retransmits,
             &raw mut (*stats).retransmits,
             u64::from(retransmits),
         );
-        if moved {
-            (*stats).last_ns = bpf_ktime_get_ns();
+        if srtt != 0 {
             // The kernel keeps eight times the smoothed value.
             (*stats).srtt_us = srtt >> 3;
         }
     }
 }
 
+/// Whether a connected UDP socket has ever received: the kernel then notes the CPU that brought it. A
+/// connect alone says nothing, because resolvers connect to learn which source address they would have.
 #[inline(always)]
-fn advance(counted: *mut u64, total: *mut u64, value: u64) -> bool {
+fn answered(sock: Object) -> bool {
+    probe::<i32>(sock, layout!(sock_incoming_cpu)).is_some_and(|cpu| cpu >= 0)
+}
+
+#[inline(always)]
+fn advance(counted: *mut u64, total: *mut u64, value: u64) {
     let before = exchange(counted, value);
-    add(total, value.wrapping_sub(before));
-    value != before
+    if value != before {
+        add(total, value.wrapping_sub(before));
+    }
 }
 
 #[inline(always)]

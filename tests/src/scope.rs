@@ -40,6 +40,8 @@ impl Scope {
         let senses = Telemetry::start(TelemetryConfig {
             root: PathBuf::from("/"),
             cgroup: self.0.clone(),
+            edge_age: Duration::from_secs(3600),
+            remembered: Vec::new(),
         });
         assert_eq!(senses.disabled(), [], "this kernel can run everything");
         senses
@@ -78,7 +80,7 @@ pub fn container(name: &str, pid: i32) -> Container {
         addresses: Vec::new(),
         published: Vec::new(),
         mounts: Vec::new(),
-        registration_id: None,
+        registration_ids: Default::default(),
     }
 }
 

@@ -54,7 +54,7 @@ async fn discovery_shows_every_container_with_its_cgroup_and_bare_cgroups_by_pat
         fs::read_to_string(all.directory(db).join("cgroup.procs"))?.contains(&db.pid.to_string())
     );
     ensure!(db.image == "localhost/box:1" && db.image_id.starts_with("sha256:"));
-    ensure!(db.addresses.len() == 1 && db.registration_id.as_deref() == Some("shop"));
+    ensure!(db.addresses.len() == 1 && db.registration_ids.contains("shop"));
     let ports: BTreeSet<(String, u16, u16, bool)> = db
         .published
         .iter()

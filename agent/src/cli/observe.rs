@@ -182,17 +182,26 @@ fn disks(snapshot: &Snapshot) -> Option<String> {
     (!rows.is_empty()).then(|| table(heading, &rows))
 }
 
+fn counted<T: ToString>(figure: Option<T>) -> String {
+    figure.map_or_else(|| "-".to_owned(), |figure| figure.to_string())
+}
+
 fn edges(snapshot: &Snapshot) -> Option<String> {
-    let rows: Vec<[String; 6]> = snapshot
+    let rows: Vec<[String; 8]> = snapshot
         .edges
         .iter()
         .map(|edge| {
             [
                 edge.child.to_string(),
-                format!("{}:{}", edge.parent, edge.port),
+                format!("{}{}", edge.parent, edge.service()),
                 edge.connections.to_string(),
-                edge.bytes_to_parent.to_string(),
-                edge.bytes_to_child.to_string(),
+                counted(edge.bytes_to_parent),
+                counted(edge.bytes_to_child),
+                counted(edge.retransmits),
+                edge.srtt_us.map_or_else(
+                    || "-".to_owned(),
+                    |us| format!("{:.3} ms", f64::from(us) / 1e3),
+                ),
                 format!("{:?}", edge.learnt).to_lowercase(),
             ]
         })
@@ -203,6 +212,8 @@ fn edges(snapshot: &Snapshot) -> Option<String> {
         "CONNECTIONS",
         "SENT",
         "RECEIVED",
+        "SENT AGAIN",
+        "RTT",
         "LEARNT",
     ];
     (!rows.is_empty()).then(|| table(heading, &rows))

@@ -30,6 +30,7 @@ pub struct Discovery {
 pub struct Runtimes {
     runtimes: Vec<Runtime>,
     scope: Scope,
+    registration_env: Option<String>,
     /// One for each runtime, in the same order.
     followed: Vec<tokio::sync::Mutex<Follow>>,
     /// Ids of cgroups that no runtime claims, as [`Runtimes::follow`] last saw them.
@@ -61,10 +62,18 @@ impl Runtimes {
         Self {
             runtimes: sockets.iter().map(|socket| Runtime::new(socket)).collect(),
             scope,
+            registration_env: None,
             followed: sockets.iter().map(|_| Default::default()).collect(),
             bare: Mutex::default(),
             known: Mutex::default(),
         }
+    }
+
+    /// Has containers' environment looked at for a registration id, too.
+    #[must_use]
+    pub fn registered_by(mut self, variable: Option<String>) -> Self {
+        self.registration_env = variable;
+        self
     }
 
     /// Every runtime, in the order of the configuration.
@@ -234,7 +243,9 @@ impl Runtimes {
     ) -> Result<Option<Container>, RuntimeError> {
         let inspect = runtime.inspect(id).await?;
         let socket = runtime.socket().display().to_string();
-        let Some(mut container) = inspect::container(&inspect, &socket) else {
+        let Some(mut container) =
+            inspect::container(&inspect, &socket, self.registration_env.as_deref())
+        else {
             problems.push(format!(
                 "the runtime at {socket} describes a container without id or name"
             ));
@@ -333,7 +344,7 @@ fn bare(cgroup: Cgroup, pid: i32) -> Container {
         addresses: Vec::new(),
         published: Vec::new(),
         mounts: Vec::new(),
-        registration_id: None,
+        registration_ids: Default::default(),
     }
 }
 

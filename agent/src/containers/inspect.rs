@@ -13,8 +13,19 @@ use std::path::PathBuf;
 /// Label that names a container's registration: containers with the same value are correlated.
 pub const REGISTRATION_LABEL: &str = "lifeboat.registration-id";
 
-/// A container's description without its cgroup, from `GET /containers/{id}/json`.
-pub(super) fn container(inspect: &Value, socket: &str) -> Option<Container> {
+/// Label that compose tools put on every container of a project: its services belong together.
+const COMPOSE_LABELS: [&str; 2] = ["com.docker.compose.project", "io.podman.compose.project"];
+
+/// Label of every container of a Kubernetes pod.
+const POD_LABEL: &str = "io.kubernetes.pod.uid";
+
+/// A container's description without its cgroup, from `GET /containers/{id}/json`. `registration_env`
+/// names the environment variable that may hold a registration id.
+pub(super) fn container(
+    inspect: &Value,
+    socket: &str,
+    registration_env: Option<&str>,
+) -> Option<Container> {
     let id = inspect["Id"].as_str()?;
     let name = inspect["Name"].as_str()?.trim_start_matches('/');
     let state = state(inspect["State"]["Status"].as_str().unwrap_or_default());
@@ -37,10 +48,30 @@ pub(super) fn container(inspect: &Value, socket: &str) -> Option<Container> {
         addresses: addresses(inspect),
         published: published(inspect),
         mounts: mounts(inspect),
-        registration_id: inspect["Config"]["Labels"][REGISTRATION_LABEL]
-            .as_str()
-            .map(str::to_owned),
+        registration_ids: registration_ids(inspect, registration_env),
     })
+}
+
+/// What says that a container belongs together with others; each source has a name space of its own but
+/// the label and the variable, which are two ways to say the same.
+fn registration_ids(inspect: &Value, variable: Option<&str>) -> BTreeSet<String> {
+    let label = |name: &str| {
+        let value = inspect["Config"]["Labels"][name].as_str()?;
+        (!value.is_empty()).then_some(value)
+    };
+    let mut ids: BTreeSet<String> = label(REGISTRATION_LABEL)
+        .map(str::to_owned)
+        .into_iter()
+        .collect();
+    let project = COMPOSE_LABELS.iter().find_map(|name| label(name));
+    ids.extend(project.map(|project| format!("compose project {project}")));
+    ids.extend(label(POD_LABEL).map(|pod| format!("pod {pod}")));
+    let environment = inspect["Config"]["Env"].as_array().into_iter().flatten();
+    ids.extend(environment.filter_map(|entry| {
+        let (name, value) = entry.as_str()?.split_once('=')?;
+        (Some(name) == variable && !value.is_empty()).then(|| value.to_owned())
+    }));
+    ids
 }
 
 fn text(value: &Value) -> String {
@@ -135,10 +166,10 @@ pub(super) mod tests {
     #[test]
     fn both_runtimes_answers_become_the_same_description() {
         for inspect in recorded() {
-            let container = container(&inspect, "/run/x.sock").unwrap();
+            let container = container(&inspect, "/run/x.sock", None).unwrap();
             assert_eq!(container.state, State::Running);
             assert!(container.pid > 0 && container.image_id.starts_with("sha256:"));
-            assert_eq!(container.registration_id.as_deref(), Some("shop"));
+            assert!(container.registration_ids.contains("shop"));
             let tcp = PublishedPort {
                 host_ip: "127.0.0.1".parse().unwrap(),
                 host_port: 8080,
@@ -171,10 +202,26 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn every_way_to_say_that_containers_belong_together_is_heard() {
+        let inspect = serde_json::json!({ "Id": "ab", "Name": "x", "Config": {
+            "Labels": {
+                "lifeboat.registration-id": "shop", "com.docker.compose.project": "stack",
+                "io.kubernetes.pod.uid": "12-34", "other": "shop2"
+            },
+            "Env": ["PATH=/bin", "SERVICE_ID=till", "SERVICE_ID_2=no"],
+        }});
+        let ids = |variable| container(&inspect, "s", variable).unwrap().registration_ids;
+        let expected = ["compose project stack", "pod 12-34", "shop"];
+        assert_eq!(ids(None), expected.map(str::to_owned).into());
+        assert!(ids(Some("SERVICE_ID")).contains("till"));
+        assert_eq!(ids(Some("SERVICE")).len(), 3);
+    }
+
+    #[test]
     fn an_answer_without_id_is_no_container_and_one_with_nothing_else_is() {
-        assert_eq!(container(&serde_json::json!({}), "s"), None);
+        assert_eq!(container(&serde_json::json!({}), "s", None), None);
         let bare = serde_json::json!({ "Id": "ab", "Name": "/x", "HostConfig": null });
-        let container = container(&bare, "s").unwrap();
+        let container = container(&bare, "s", None).unwrap();
         assert!(container.published.is_empty() && container.mounts.is_empty());
         assert_eq!(container.state, State::Other);
     }

@@ -89,6 +89,8 @@ pub fn sense(config: &AgentConfig) -> Telemetry {
     let telemetry = Telemetry::start(TelemetryConfig {
         root: config.root.clone(),
         cgroup: cgroup(config),
+        edge_age: config.relations.age,
+        remembered: super::senses::remembered(config),
     });
     if let Err(error) = privileges::drop_others() {
         tracing::warn!("{error}");
@@ -115,12 +117,12 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     // Journals hold containers' environments, which hold passwords.
     std::fs::set_permissions(&config.state, std::fs::Permissions::from_mode(0o700))
         .map_err(state_error)?;
-    let runtimes = Arc::new(Runtimes::new(
-        &config.runtimes,
-        Scope {
-            cgroup_root: cgroup(&config),
-        },
-    ));
+    let scope = Scope {
+        cgroup_root: cgroup(&config),
+    };
+    let runtimes = Runtimes::new(&config.runtimes, scope)
+        .registered_by(config.relations.registration_env.clone());
+    let runtimes = Arc::new(runtimes);
     let senses = Senses::start(&config, telemetry, runtimes.clone()).map_err(AgentError::Policy)?;
     let view = senses.view();
     let transfer = transfer::Options {

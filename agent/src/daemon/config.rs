@@ -4,6 +4,7 @@ use crate::migration::Settings;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Everything an operator may set; every field but `device` has a default.
 #[derive(Clone, Debug, Deserialize)]
@@ -29,12 +30,40 @@ pub struct AgentConfig {
     /// Degradation policy; none: no verdict but `unknown`.
     #[serde(default)]
     pub policy: Option<PathBuf>,
+    /// What makes containers belong together.
+    #[serde(default)]
+    pub relations: RelationsConfig,
     /// Fleet; none: observe only.
     #[serde(default)]
     pub fleet: Option<FleetConfig>,
     /// Moving data.
     #[serde(default)]
     pub migration: Settings,
+}
+
+/// What makes containers belong together.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RelationsConfig {
+    /// How long an edge counts after it was last seen (`7d`, `12h`).
+    #[serde(deserialize_with = "span")]
+    pub age: Duration,
+    /// Environment variable of containers that holds a registration id.
+    pub registration_env: Option<String>,
+}
+
+impl Default for RelationsConfig {
+    fn default() -> Self {
+        Self {
+            age: Duration::from_secs(7 * 86_400),
+            registration_env: None,
+        }
+    }
+}
+
+fn span<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(from)?;
+    crate::health::span(&text).map_err(serde::de::Error::custom)
 }
 
 /// How this device takes part in the fleet; who it is lies in the state directory since it joined.

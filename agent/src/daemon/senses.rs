@@ -7,7 +7,10 @@ use super::config::AgentConfig;
 use crate::containers::Runtimes;
 use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
 use crate::migration::view::HostView;
+use crate::model::edge::Edge;
 use crate::telemetry::Telemetry;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +21,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Between two writes of an unchanged verdict's state.
 const SAVE_EVERY: Duration = Duration::from_secs(10);
+
+/// Between two writes of the same edges.
+const SAVE_EDGES_EVERY: Duration = Duration::from_secs(60);
 
 /// The running sweep.
 pub struct Senses {
@@ -39,15 +45,20 @@ impl Senses {
         let saved_at = config.state.join("verdict.json");
         let judge = match &config.policy {
             None => None,
-            Some(path) => Some(Judge::new(load_policy(path)?, load_saved(&saved_at))),
+            Some(path) => Some(Judge::new(
+                load_policy(path)?,
+                load_saved::<SavedState>(&saved_at),
+            )),
         };
         let judge = Arc::new(Mutex::new(judge));
         let (publish, view) = watch::channel(Arc::new(HostView::default()));
+        let edges_at = edges_file(config);
         let shared = judge.clone();
         let handle = tokio::runtime::Handle::current();
         // A thread of its own: sweeping blocks, and must go on when the async runtime is busy.
         let sweep = move || {
             let mut saved = (VerdictKind::Unknown, Instant::now());
+            let mut edges_saved = (0, Instant::now());
             loop {
                 let started = Instant::now();
                 let discovery = handle.block_on(runtimes.follow());
@@ -59,6 +70,7 @@ impl Senses {
                     save(judge, &verdict, &mut saved, &saved_at);
                     verdict
                 });
+                save_edges(&snapshot.edges, &mut edges_saved, &edges_at);
                 let view = HostView {
                     containers: discovery.containers,
                     problems: discovery.problems,
@@ -115,13 +127,23 @@ fn load_policy(path: &Path) -> Result<Policy, String> {
     Policy::parse(&text, &path.display().to_string()).map_err(|error| error.to_string())
 }
 
-fn load_saved(path: &Path) -> Option<SavedState> {
+fn edges_file(config: &AgentConfig) -> PathBuf {
+    config.state.join("edges.json")
+}
+
+/// The edges that an earlier life of this agent saw.
+#[must_use]
+pub fn remembered(config: &AgentConfig) -> Vec<Edge> {
+    load_saved(&edges_file(config)).unwrap_or_default()
+}
+
+fn load_saved<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let text = std::fs::read(path).ok()?;
     match serde_json::from_slice(&text) {
         Ok(saved) => Some(saved),
         Err(error) => {
             tracing::warn!(
-                "{} is not a saved verdict ({error}): judging starts anew",
+                "{} was not written by this agent ({error}): starting anew",
                 path.display()
             );
             None
@@ -142,12 +164,25 @@ fn save(judge: &Judge, verdict: &Verdict, last: &mut (VerdictKind, Instant), pat
         tracing::info!(verdict = %verdict.kind, "{}", because.join("; "));
     }
     *last = (verdict.kind, Instant::now());
-    let written = serde_json::to_vec(judge.saved())
+    write(judge.saved(), path);
+}
+
+/// Writes the edges when there is one more or less, and now and then their figures.
+fn save_edges(edges: &[Edge], last: &mut (usize, Instant), path: &Path) {
+    if edges.len() == last.0 && (edges.is_empty() || last.1.elapsed() < SAVE_EDGES_EVERY) {
+        return;
+    }
+    *last = (edges.len(), Instant::now());
+    write(&edges, path);
+}
+
+fn write(what: &impl Serialize, path: &Path) {
+    let written = serde_json::to_vec(what)
         .map_err(std::io::Error::from)
         .and_then(|bytes| {
             crate::fleet::files::write_private(path, &bytes).map_err(std::io::Error::other)
         });
     if let Err(error) = written {
-        tracing::error!("cannot save the verdict's state: {error}");
+        tracing::error!("cannot save {}: {error}", path.display());
     }
 }

@@ -435,7 +435,7 @@ mod tests {
                     writable: true,
                 })
                 .collect(),
-            registration_id: None,
+            registration_ids: Default::default(),
         }
     }
 
@@ -447,8 +447,12 @@ mod tests {
             protocol: Protocol::Tcp,
             learnt: Learnt::Observed,
             connections: 1,
-            bytes_to_parent: Bytes(1),
-            bytes_to_child: Bytes(1),
+            bytes_to_parent: Some(Bytes(1)),
+            bytes_to_child: Some(Bytes(1)),
+            how: Default::default(),
+            stale: false,
+            retransmits: None,
+            srtt_us: None,
             first_seen: UnixMillis(1),
             last_seen: UnixMillis(2),
         }

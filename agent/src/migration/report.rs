@@ -276,14 +276,16 @@ fn tell_plan(plan: &Plan) -> Vec<String> {
     }
     lines.extend(plan.edges.iter().map(|edge| {
         format!(
-            "  {} → {}:{} {:?}, {} connection(s), {} up, {} down",
+            "  {} → {}{} {:?}, {} connection(s){}",
             edge.child,
             edge.parent,
-            edge.port,
+            edge.service(),
             edge.learnt,
             edge.connections,
-            edge.bytes_to_parent,
-            edge.bytes_to_child
+            match (edge.bytes_to_parent, edge.bytes_to_child) {
+                (Some(up), Some(down)) => format!(", {up} up, {down} down"),
+                _ => String::new(),
+            }
         )
         .to_lowercase()
     }));

@@ -2,7 +2,7 @@
 
 use crate::health::Verdict;
 use crate::model::container::Container;
-use crate::model::edge::Correlated;
+use crate::model::edge::{Correlated, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::telemetry::Snapshot;
 use serde::{Deserialize, Serialize};
@@ -27,14 +27,15 @@ impl HostView {
     pub fn correlated(&self) -> Vec<Correlated> {
         let mut by_id: BTreeMap<&str, Vec<&ContainerName>> = BTreeMap::new();
         for container in &self.containers {
-            if let Some(id) = &container.registration_id {
+            for id in &container.registration_ids {
                 by_id.entry(id).or_default().push(&container.name);
             }
         }
         let chains = by_id.values().flat_map(|names| names.windows(2));
-        chains
+        let pairs: BTreeSet<Correlated> = chains
             .map(|pair| Correlated(pair[0].clone(), pair[1].clone()))
-            .collect()
+            .collect();
+        pairs.into_iter().collect()
     }
 
     /// Ports on which a container serves: seen in traffic, listened on, or published.
@@ -52,7 +53,7 @@ impl HostView {
             .snapshot
             .edges
             .iter()
-            .filter(|edge| &edge.parent == name)
+            .filter(|edge| &edge.parent == name && edge.protocol == Protocol::Tcp)
         {
             ports.insert(edge.port);
         }

@@ -2,6 +2,7 @@
 
 use super::ids::ContainerName;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -74,6 +75,6 @@ pub struct Container {
     pub published: Vec<PublishedPort>,
     /// Mounted volumes.
     pub mounts: Vec<Mount>,
-    /// Registration id: containers with the same one are correlated.
-    pub registration_id: Option<String>,
+    /// Registration ids: containers that share one are correlated.
+    pub registration_ids: BTreeSet<String>,
 }

@@ -3,7 +3,7 @@
 //! Invariants: a source that is absent yields no value, never a zero; statistics are over the interval
 //! since the sweep before, edges accumulate; what was lost is counted beside what was seen.
 
-use super::edge::Edge;
+use super::edge::{Edge, Protocol};
 use super::ids::ContainerName;
 use super::metric::Sample;
 use super::units::{Bytes, UnixMillis};
@@ -168,14 +168,16 @@ pub struct External {
     pub container: ContainerName,
     /// Address of the peer; its port when the container connected, else 0.
     pub peer: SocketAddr,
+    /// Transport.
+    pub protocol: Protocol,
     /// The container's service port when the peer connected, else 0.
     pub port: u16,
     /// Connections seen since the agent started.
     pub connections: u64,
-    /// Bytes from the container to the peer.
-    pub sent: Bytes,
-    /// Bytes from the peer to the container.
-    pub received: Bytes,
+    /// Bytes from the container to the peer; none where they are not counted.
+    pub sent: Option<Bytes>,
+    /// Bytes from the peer to the container; none where they are not counted.
+    pub received: Option<Bytes>,
     /// Last time it was seen.
     pub last_seen: UnixMillis,
 }

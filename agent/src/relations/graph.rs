@@ -45,7 +45,11 @@ impl Weight {
         Self {
             certain: i128::from(edge.learnt != Learnt::Inferred),
             connections: edge.connections.into(),
-            bytes: i128::from(edge.bytes_to_parent.0) + i128::from(edge.bytes_to_child.0),
+            bytes: [edge.bytes_to_parent, edge.bytes_to_child]
+                .into_iter()
+                .flatten()
+                .map(|bytes| i128::from(bytes.0))
+                .sum(),
         }
     }
 

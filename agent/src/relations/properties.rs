@@ -3,7 +3,7 @@
 use super::{Evidence, Graph, Relation, StartOrder};
 use crate::model::edge::{Correlated, Edge, Learnt};
 use crate::model::ids::ContainerName;
-use crate::model::units::{Bytes, UnixMillis};
+use crate::model::units::UnixMillis;
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
@@ -16,8 +16,12 @@ fn edge(child: &str, parent: &str) -> Edge {
         protocol: Default::default(),
         learnt: Learnt::Observed,
         connections: 1,
-        bytes_to_parent: Bytes(0),
-        bytes_to_child: Bytes(0),
+        bytes_to_parent: None,
+        bytes_to_child: None,
+        how: Default::default(),
+        stale: false,
+        retransmits: None,
+        srtt_us: None,
         first_seen: UnixMillis(0),
         last_seen: UnixMillis(0),
     }

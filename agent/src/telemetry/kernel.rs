@@ -14,14 +14,17 @@ use super::scope::{self, Scope};
 use crate::model::telemetry::{Disabled, Loss, ProgramCost};
 use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::raw_trace_point::RawTracePoint;
-use aya::programs::{BtfTracePoint, Program, ProgramError, RawTracePointRunOptions, TestRun};
+use aya::programs::{
+    BtfTracePoint, CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError,
+    RawTracePointRunOptions, TestRun,
+};
 use aya::sys::{Stats, enable_stats};
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
 use caps::{CapSet, Capability};
 use lifeboat_ebpf::{Ancestors, Layout};
 use mapped::Mapped;
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -37,10 +40,14 @@ enum Hook {
     Tracepoint,
     /// When the agent asks (`BPF_PROG_TEST_RUN`).
     OnDemand,
+    /// When a socket of the scope's cgroups names a peer.
+    SocketAddress,
+    /// When a socket of the scope's cgroups ends.
+    SocketEnd,
 }
 
 /// A family runs when all of its programs do.
-const PROGRAMS: [(Family, Hook, &str); 7] = [
+const PROGRAMS: &[(Family, Hook, &str)] = &[
     (Family::Sched, Hook::Tracepoint, "sched_wakeup"),
     (Family::Sched, Hook::Tracepoint, "sched_wakeup_new"),
     (Family::Sched, Hook::Tracepoint, "sched_switch"),
@@ -48,6 +55,13 @@ const PROGRAMS: [(Family, Hook, &str); 7] = [
     (Family::Block, Hook::Tracepoint, "block_rq_complete"),
     (Family::Ports, Hook::OnDemand, "ports_refresh"),
     (Family::Ports, Hook::Tracepoint, "inet_sock_set_state"),
+    (Family::Datagrams, Hook::SocketEnd, "udp_release"),
+    (Family::Datagrams, Hook::SocketAddress, "udp_connect4"),
+    (Family::Datagrams, Hook::SocketAddress, "udp_connect6"),
+    (Family::Datagrams, Hook::SocketAddress, "udp_sendmsg4"),
+    (Family::Datagrams, Hook::SocketAddress, "udp_sendmsg6"),
+    (Family::Datagrams, Hook::SocketAddress, "udp_recvmsg4"),
+    (Family::Datagrams, Hook::SocketAddress, "udp_recvmsg6"),
 ];
 
 /// Names of the maps of `LOSSES`, in the order of [`lifeboat_ebpf::loss`].
@@ -60,6 +74,7 @@ const LOSSES: [&str; lifeboat_ebpf::loss::COUNT as usize] = [
     "ports",
     "listening",
     "first-seen",
+    "halves",
 ];
 
 /// The programs that run, and those that do not.
@@ -125,7 +140,7 @@ impl Kernel {
                             run_queues: None,
                             measuring: None,
                         };
-                        kernel.attach(&btf, &missing, disabled);
+                        kernel.attach(&btf, cgroup, &missing, disabled);
                         drop(btf);
                         give_back_memory();
                         kernel
@@ -153,26 +168,37 @@ impl Kernel {
         Ok((ebpf, btf))
     }
 
-    fn attach(&mut self, btf: &Btf, missing: &[(Family, Disabled)], disabled: &mut Vec<Disabled>) {
+    fn attach(
+        &mut self,
+        btf: &Btf,
+        cgroup: &Path,
+        missing: &[(Family, Disabled)],
+        disabled: &mut Vec<Disabled>,
+    ) {
         for family in Family::ALL {
             if let Some((_, reason)) = missing.iter().find(|(missed, _)| *missed == family) {
                 disabled.push(reason.clone());
                 continue;
             }
-            match self.attach_family(btf, family) {
+            match self.attach_family(btf, cgroup, family) {
                 Ok(()) => self.running.push(family),
                 Err((what, why)) => disabled.push(Disabled { what, why }),
             }
         }
     }
 
-    fn attach_family(&mut self, btf: &Btf, family: Family) -> Result<(), (String, String)> {
+    fn attach_family(
+        &mut self,
+        btf: &Btf,
+        cgroup: &Path,
+        family: Family,
+    ) -> Result<(), (String, String)> {
         if family == Family::Sched {
             self.prepare_sched()
                 .map_err(|why| (family.name().to_owned(), why))?;
         }
         match &mut self.ebpf {
-            Some(ebpf) => attach_family(ebpf, btf, family),
+            Some(ebpf) => attach_family(ebpf, btf, cgroup, family),
             None => Ok(()),
         }
     }
@@ -289,12 +315,19 @@ impl Kernel {
     }
 }
 
-fn attach_family(ebpf: &mut Ebpf, btf: &Btf, family: Family) -> Result<(), (String, String)> {
+fn attach_family(
+    ebpf: &mut Ebpf,
+    btf: &Btf,
+    cgroup: &Path,
+    family: Family,
+) -> Result<(), (String, String)> {
     for &(_, hook, name) in PROGRAMS.iter().filter(|(of, ..)| *of == family) {
         let attached = match hook {
             Hook::Tracepoint => attach(ebpf, btf, name, name),
             Hook::OnDemand => program::<RawTracePoint>(ebpf, name)
                 .and_then(|program| program.load().map_err(|error| refused("load", &error))),
+            Hook::SocketAddress => attach_to_cgroup::<CgroupSockAddr>(ebpf, cgroup, name),
+            Hook::SocketEnd => attach_to_cgroup::<CgroupSock>(ebpf, cgroup, name),
         };
         attached.map_err(|why| (name.to_owned(), why))?;
     }
@@ -310,6 +343,46 @@ fn attach(ebpf: &mut Ebpf, btf: &Btf, name: &str, tracepoint: &str) -> Result<()
         .attach()
         .map_err(|error| refused("attach", &error))?;
     Ok(())
+}
+
+/// A program that runs for the tasks of a cgroup and of all below it.
+trait ForCgroup {
+    fn load(&mut self) -> Result<(), ProgramError>;
+    fn attach(&mut self, cgroup: File) -> Result<(), ProgramError>;
+}
+
+impl ForCgroup for CgroupSockAddr {
+    fn load(&mut self) -> Result<(), ProgramError> {
+        self.load()
+    }
+
+    fn attach(&mut self, cgroup: File) -> Result<(), ProgramError> {
+        // A link never displaces the programs of others, whatever the mode.
+        self.attach(cgroup, CgroupAttachMode::Single).map(drop)
+    }
+}
+
+impl ForCgroup for CgroupSock {
+    fn load(&mut self) -> Result<(), ProgramError> {
+        self.load()
+    }
+
+    fn attach(&mut self, cgroup: File) -> Result<(), ProgramError> {
+        self.attach(cgroup, CgroupAttachMode::Single).map(drop)
+    }
+}
+
+fn attach_to_cgroup<T: ForCgroup>(ebpf: &mut Ebpf, cgroup: &Path, name: &str) -> Result<(), String>
+where
+    for<'e> &'e mut T: TryFrom<&'e mut Program>,
+{
+    let directory = File::open(cgroup)
+        .map_err(|error| format!("cannot open the cgroup {}: {error}", cgroup.display()))?;
+    let program: &mut T = program(ebpf, name)?;
+    program.load().map_err(|error| refused("load", &error))?;
+    program
+        .attach(directory)
+        .map_err(|error| refused("attach", &error))
 }
 
 fn refused(what: &str, error: &ProgramError) -> String {

@@ -11,13 +11,15 @@ pub enum Family {
     Sched,
     /// Block I/O.
     Block,
-    /// Connections.
+    /// TCP connections.
     Ports,
+    /// UDP.
+    Datagrams,
 }
 
 impl Family {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Sched, Self::Block, Self::Ports];
+    pub const ALL: [Self; 4] = [Self::Sched, Self::Block, Self::Ports, Self::Datagrams];
 
     /// Name in messages.
     #[must_use]
@@ -26,6 +28,7 @@ impl Family {
             Self::Sched => "sched",
             Self::Block => "block",
             Self::Ports => "ports",
+            Self::Datagrams => "datagrams",
         }
     }
 }
@@ -63,16 +66,23 @@ const FIELDS: &[Field] = fields! {
         "gendisk.major" => disk_major,
         "gendisk.first_minor" => disk_first_minor,
     }
+    &[Family::Ports, Family::Datagrams] => {
+        "sock.__sk_common.skc_num" => sock_num,
+        "sock.__sk_common.skc_net.net" => sock_net,
+        "net.ns.inum" => net_inum,
+    }
+    &[Family::Datagrams] => {
+        "sock.__sk_common.skc_incoming_cpu" => sock_incoming_cpu,
+    }
     &[Family::Ports] => {
         "sock.sk_cgrp_data.cgroup" => sock_cgroup,
         "sock.__sk_common.skc_family" => sock_family,
-        "sock.__sk_common.skc_num" => sock_num,
         "sock.__sk_common.skc_dport" => sock_dport,
         "sock.__sk_common.skc_daddr" => sock_daddr,
         "sock.__sk_common.skc_v6_daddr" => sock_v6_daddr,
-        "sock.__sk_common.skc_net.net" => sock_net,
         "sock.sk_protocol" => sock_protocol,
-        "net.ns.inum" => net_inum,
+        "tcp_sock.snd_una" => tcp_snd_una,
+        "tcp_sock.rcv_nxt" => tcp_rcv_nxt,
         "tcp_sock.bytes_sent" => tcp_bytes_sent,
         "tcp_sock.bytes_retrans" => tcp_bytes_retrans,
         "tcp_sock.bytes_received" => tcp_bytes_received,
@@ -183,7 +193,7 @@ mod tests {
         }
         let types = KernelTypes::parse(data).expect("well-formed and empty");
         let (_, disabled) = find(&types);
-        assert_eq!(disabled.len(), 3);
+        assert_eq!(disabled.len(), Family::ALL.len());
         assert!(
             disabled[0].1.why.contains("no struct cgroup"),
             "{disabled:?}"

@@ -1,13 +1,15 @@
 //! Who listens where, and what was connected before the agent looked.
 
+use super::book::EdgeBook;
 use super::cgroups;
-use super::edges::{EdgeBook, Kind, Role, Totals};
+use super::edges::{Kind, Role};
 use super::sockets;
 use crate::model::container::{Container, State};
-use crate::model::edge::Learnt;
+use crate::model::edge::{Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::units::UnixMillis;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -25,7 +27,8 @@ pub struct Listeners {
 
 struct Namespace {
     read: Instant,
-    listening: BTreeSet<(u16, ContainerName)>,
+    addresses: BTreeSet<IpAddr>,
+    listening: BTreeSet<(Protocol, u16, ContainerName)>,
 }
 
 impl Listeners {
@@ -69,27 +72,56 @@ impl Listeners {
             );
         }
         for namespace in due {
-            let inside: Vec<&Container> = running(containers)
-                .filter(|container| netns.get(&container.name) == Some(&namespace))
-                .collect();
-            let listening = read_namespace(root, scope, namespace, &inside, now, book);
-            let known = Namespace {
-                read: Instant::now(),
-                listening,
-            };
-            self.namespaces.insert(namespace, known);
+            let inside = inside(containers, netns, namespace);
+            if let Some(known) = read_namespace(root, scope, namespace, &inside, now, book) {
+                self.namespaces.insert(namespace, known);
+            }
         }
     }
 
-    /// Every listening port found: (network namespace, port) and who listens.
-    pub fn iter(&self) -> impl Iterator<Item = ((u64, u16), &ContainerName)> {
+    /// Every listening port found: (transport, network namespace, port) and who listens.
+    pub fn iter(&self) -> impl Iterator<Item = ((Protocol, u64, u16), &ContainerName)> {
         self.namespaces.iter().flat_map(|(namespace, known)| {
             known
                 .listening
                 .iter()
-                .map(|(port, name)| ((*namespace, *port), name))
+                .map(|(protocol, port, name)| ((*protocol, *namespace, *port), name))
         })
     }
+
+    /// Addresses of every network namespace but the host's.
+    #[must_use]
+    pub fn addresses(&self, host_netns: u64) -> BTreeMap<u64, BTreeSet<IpAddr>> {
+        self.namespaces
+            .iter()
+            .filter(|(namespace, _)| **namespace != host_netns)
+            .map(|(namespace, known)| (*namespace, known.addresses.clone()))
+            .collect()
+    }
+}
+
+/// Running containers of a network namespace.
+pub fn inside<'a>(
+    containers: &'a [Container],
+    netns: &BTreeMap<ContainerName, u64>,
+    namespace: u64,
+) -> Vec<&'a Container> {
+    running(containers)
+        .filter(|container| netns.get(&container.name) == Some(&namespace))
+        .collect()
+}
+
+/// The processes of each container, to find out who holds a socket.
+#[must_use]
+pub fn processes(scope: &Path, containers: &[&Container]) -> Vec<(ContainerName, Vec<i32>)> {
+    containers
+        .iter()
+        .map(|container| {
+            let mut processes = cgroups::processes(scope, &container.cgroup_path);
+            processes.push(container.pid);
+            (container.name.clone(), processes)
+        })
+        .collect()
 }
 
 fn running(containers: &[Container]) -> impl Iterator<Item = &Container> {
@@ -105,58 +137,40 @@ fn read_namespace(
     inside: &[&Container],
     now: UnixMillis,
     book: &mut EdgeBook,
-) -> BTreeSet<(u16, ContainerName)> {
-    let Some(through) = inside.first() else {
-        return BTreeSet::new();
-    };
+) -> Option<Namespace> {
+    let through = inside.first()?;
     let sockets = sockets::read(root, through.pid);
-    let groups: Vec<(ContainerName, Vec<i32>)> = inside
-        .iter()
-        .map(|container| {
-            let mut processes = cgroups::processes(scope, &container.cgroup_path);
-            processes.push(container.pid);
-            (container.name.clone(), processes)
-        })
-        .collect();
-    let holders = sockets::holders(root, &groups);
+    let holders = sockets::holders(root, &processes(scope, inside));
     let mut kinds: BTreeMap<Kind, u64> = BTreeMap::new();
     for socket in &sockets.established {
         let Some(owner) = holders.get(&socket.inode) else {
             continue;
         };
-        let (local_port, peer_port) = match socket.role {
-            Role::Client => (0, socket.peer.port()),
-            Role::Server => (socket.local.port(), 0),
-        };
         let kind = Kind {
             owner: owner.clone(),
             netns: namespace,
+            protocol: socket.protocol,
             role: socket.role,
-            local_port,
-            peer: socket.peer.ip(),
-            peer_port,
+            port: match socket.role {
+                Role::Client => socket.peer.port(),
+                Role::Server => socket.local.port(),
+            },
+            peer: Some(socket.peer.ip()),
+            other: None,
             learnt: Learnt::Inferred,
         };
         *kinds.entry(kind).or_default() += 1;
     }
     for (kind, connections) in kinds {
-        let observed = Kind {
-            learnt: Learnt::Observed,
-            ..kind.clone()
-        };
-        if !book.has(&kind) && !book.has(&observed) {
-            let totals = Totals {
-                connections,
-                sent: 0,
-                received: 0,
-                first_seen: now,
-                last_seen: now,
-            };
-            book.add(kind, totals);
-        }
+        book.found(kind, connections, now);
     }
     let ports = sockets.listening.iter();
-    ports
-        .filter_map(|(port, inode)| Some((*port, holders.get(inode)?.clone())))
-        .collect()
+    let listening = ports
+        .filter_map(|(protocol, port, inode)| Some((*protocol, *port, holders.get(inode)?.clone())))
+        .collect();
+    Some(Namespace {
+        read: Instant::now(),
+        addresses: sockets::addresses(root, through.pid),
+        listening,
+    })
 }

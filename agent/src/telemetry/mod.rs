@@ -3,6 +3,7 @@
 //! Invariants: starting never fails for a missing kernel feature: it is disabled with a named reason;
 //! nothing on the host is changed to observe it; nothing outside the scope is reported.
 
+mod book;
 mod btf;
 mod cgroups;
 mod edges;
@@ -15,8 +16,10 @@ mod listeners;
 mod ports;
 mod scope;
 mod sockets;
+mod unix;
 
 use crate::model::container::{Container, State};
+use crate::model::edge::Edge;
 use crate::model::ids::ContainerName;
 use crate::model::metric::{METRICS, Metric, Per, Sample, Subject};
 use crate::model::telemetry::{
@@ -45,6 +48,10 @@ pub struct TelemetryConfig {
     pub root: PathBuf,
     /// cgroup2 directory of the scope: nothing beyond it is reported.
     pub cgroup: PathBuf,
+    /// How long an edge is kept after it was last seen.
+    pub edge_age: Duration,
+    /// Edges of an earlier life of this agent.
+    pub remembered: Vec<Edge>,
 }
 
 /// The agent's senses.
@@ -77,7 +84,7 @@ impl Telemetry {
     }
 
     /// As [`Telemetry::start`], with other capacities for maps by name.
-    fn start_sized(config: TelemetryConfig, sizes: &[(&str, u32)]) -> Self {
+    fn start_sized(mut config: TelemetryConfig, sizes: &[(&str, u32)]) -> Self {
         let mut disabled = Vec::new();
         let kernel = Kernel::start(&config.root, &config.cgroup, sizes, &mut disabled);
         for Disabled { what, why } in &disabled {
@@ -90,7 +97,7 @@ impl Telemetry {
             disabled,
             cgroups: Cgroups::new(config.cgroup.clone()),
             counters: Counters::default(),
-            ports: Ports::default(),
+            ports: Ports::remembering(std::mem::take(&mut config.remembered)),
             host,
             last_sweep: Instant::now(),
             sweeps: 0,
@@ -148,6 +155,7 @@ impl Telemetry {
         self.ports.sweep(
             &self.config.root,
             &self.config.cgroup,
+            self.config.edge_age,
             &ports::Seen {
                 containers,
                 owners: &sweep.owners,
@@ -184,7 +192,7 @@ impl Telemetry {
         Snapshot {
             at: now,
             samples: samples(sweep.values, now),
-            edges: self.ports.edges(),
+            edges: self.ports.edges(now),
             external: self.ports.external(),
             listening: self.ports.listening(),
             containers: stats
@@ -322,8 +330,8 @@ impl Telemetry {
         for key in self.kernel.first_seen() {
             if let Some(owner) = sweep.owners.get(&key.cgroup) {
                 let peer = ports::address(key.peer);
-                let (local, remote, role) = (key.local_port, key.peer_port, key.role);
-                tracing::debug!(%owner, role, local, %peer, remote, "first connection of its kind");
+                let (protocol, role, port) = (key.protocol, key.role, key.port);
+                tracing::debug!(%owner, protocol, role, %peer, port, "first connection of its kind");
             }
         }
     }

@@ -1,19 +1,22 @@
 //! From the kernel's kinds of connections and listening ports to edges and service ports.
 
-use super::edges::{EdgeBook, Kind, Role, Totals, World};
+use super::book::{EdgeBook, Moved, Totals};
+use super::edges::{Kind, Role, World};
 use super::kernel::Kernel;
 use super::listeners::Listeners;
+use super::unix::UnixSockets;
 use super::{Listening, sockets};
 use crate::model::container::Container;
-use crate::model::edge::{Edge, Learnt};
+use crate::model::edge::{Edge, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::telemetry::External;
 use crate::model::units::UnixMillis;
-use lifeboat_ebpf::{ListenKey, PortKey, PortStats, role};
+use lifeboat_ebpf::{ListenKey, PortKey, PortStats, protocol, role};
 use nix::ifaddrs::getifaddrs;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
+use std::time::Duration;
 
 /// Kinds above which idle ones are taken out of the kernel's map, half its capacity.
 const CROWDED: usize = 4_096;
@@ -82,17 +85,29 @@ pub struct Ports {
     /// What of the kernel's counters is in the book.
     counted: HashMap<PortKey, PortStats>,
     listeners: Listeners,
-    listening: BTreeMap<(u64, u16), ContainerName>,
+    unix: UnixSockets,
+    listening: BTreeMap<(Protocol, u64, u16), ContainerName>,
     host_addresses: BTreeSet<IpAddr>,
 }
 
 impl Ports {
-    /// Takes in a sweep.
-    pub fn sweep(&mut self, root: &Path, scope: &Path, seen: &Seen<'_>) {
+    /// Goes on from the edges of an earlier life.
+    #[must_use]
+    pub fn remembering(edges: Vec<Edge>) -> Self {
+        Self {
+            book: EdgeBook::remembering(edges),
+            ..Self::default()
+        }
+    }
+
+    /// Takes in a sweep, and forgets what is older than `age`.
+    pub fn sweep(&mut self, root: &Path, scope: &Path, age: Duration, seen: &Seen<'_>) {
         let netns = Listeners::netns(root, seen.containers);
         self.count(seen);
         let (containers, now) = (seen.containers, seen.clock.now);
         self.listeners
+            .read(root, scope, containers, &netns, now, &mut self.book);
+        self.unix
             .read(root, scope, containers, &netns, now, &mut self.book);
         self.listening = self
             .listeners
@@ -101,18 +116,30 @@ impl Ports {
             .collect();
         for (key, _) in seen.listening {
             if let Some(owner) = seen.owner(key.cgroup) {
-                let at = (u64::from(key.netns), key.port);
+                let at = (Protocol::Tcp, u64::from(key.netns), key.port);
+                self.listening.insert(at, owner.clone());
+            }
+        }
+        for (key, _) in seen.connections {
+            // A UDP socket that was sent to before it sent is one that listens.
+            if (key.protocol, key.role) == (protocol::UDP, role::SERVER)
+                && let Some(owner) = seen.owner(key.cgroup)
+            {
+                let at = (Protocol::Udp, u64::from(key.netns), key.port);
                 self.listening.insert(at, owner.clone());
             }
         }
         self.host_addresses = host_addresses();
+        let host_netns = sockets::netns(root, "self").unwrap_or_default();
         self.book.resolve(&World {
             containers: seen.containers,
             netns,
-            host_netns: sockets::netns(root, "self").unwrap_or_default(),
+            addresses: self.listeners.addresses(host_netns),
+            host_netns,
             host_addresses: self.host_addresses.clone(),
             listeners: self.listening.clone(),
         });
+        self.book.forget(age, now);
     }
 
     fn count(&mut self, seen: &Seen<'_>) {
@@ -121,6 +148,12 @@ impl Ports {
             let Some(owner) = seen.owner(key.cgroup) else {
                 continue;
             };
+            let other = match seen.owner(key.peer_cgroup) {
+                Some(other) => Some((other.clone(), key.service_port)),
+                // Nobody's: the client is told by its address, but a server has none then.
+                None if key.peer_cgroup != 0 && key.role == role::SERVER => continue,
+                None => None,
+            };
             let before = self.counted.insert(*key, *stats);
             let more = |field: fn(&PortStats) -> u64| {
                 let counted = before.as_ref().map_or(0, field);
@@ -128,15 +161,18 @@ impl Ports {
             };
             let totals = Totals {
                 connections: more(|stats| stats.connections),
-                sent: more(|stats| stats.sent),
-                received: more(|stats| stats.received),
+                moved: (key.protocol == protocol::TCP).then(|| Moved {
+                    sent: more(|stats| stats.sent),
+                    received: more(|stats| stats.received),
+                    retransmits: more(|stats| stats.retransmits),
+                }),
+                srtt_us: (stats.srtt_us != 0).then_some(stats.srtt_us),
                 first_seen: seen.clock.wall(stats.first_ns),
                 last_seen: seen.clock.wall(stats.last_ns),
             };
-            if totals.connections + totals.sent + totals.received == 0 {
-                continue;
+            if before.is_none_or(|before| before.last_ns != stats.last_ns) {
+                self.book.add(kind(owner, other, key), totals);
             }
-            self.book.add(kind(owner, key), totals);
         }
     }
 
@@ -159,8 +195,8 @@ impl Ports {
 
     /// Edges between containers.
     #[must_use]
-    pub fn edges(&self) -> Vec<Edge> {
-        self.book.edges()
+    pub fn edges(&self, now: UnixMillis) -> Vec<Edge> {
+        self.book.edges(now)
     }
 
     /// Connections with peers that are no container of this host.
@@ -169,12 +205,14 @@ impl Ports {
         self.book.external()
     }
 
-    /// Service ports by container.
+    /// TCP service ports by container.
     #[must_use]
     pub fn listening(&self) -> Listening {
         let mut ports = Listening::new();
-        for ((_, port), name) in &self.listening {
-            ports.entry(name.clone()).or_default().insert(*port);
+        for ((protocol, _, port), name) in &self.listening {
+            if *protocol == Protocol::Tcp {
+                ports.entry(name.clone()).or_default().insert(*port);
+            }
         }
         ports
     }
@@ -192,7 +230,7 @@ pub fn address(bytes: [u8; 16]) -> IpAddr {
     IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical()
 }
 
-fn kind(owner: &ContainerName, key: &PortKey) -> Kind {
+fn kind(owner: &ContainerName, other: Option<(ContainerName, u16)>, key: &PortKey) -> Kind {
     let role = if key.role == role::SERVER {
         Role::Server
     } else {
@@ -201,10 +239,15 @@ fn kind(owner: &ContainerName, key: &PortKey) -> Kind {
     Kind {
         owner: owner.clone(),
         netns: u64::from(key.netns),
+        protocol: if key.protocol == protocol::UDP {
+            Protocol::Udp
+        } else {
+            Protocol::Tcp
+        },
         role,
-        local_port: key.local_port,
-        peer: address(key.peer),
-        peer_port: key.peer_port,
+        port: key.port,
+        peer: (other.is_none() || role == Role::Client).then(|| address(key.peer)),
+        other,
         learnt: Learnt::Observed,
     }
 }

@@ -1,21 +1,24 @@
-//! Sockets that are older than the agent, from `/proc/PID/net/tcp` and `tcp6`.
+//! Sockets that are older than the agent, and addresses, from `/proc/PID/net`.
 //!
 //! Non-goals: sockets made since the start; the kernel programs see those. The tables are walked over
 //! the whole host's hash table by the kernel, so they are read rarely.
 
 use super::edges::Role;
-use procfs::net::{TcpNetEntries, TcpNetEntry, TcpState};
+use crate::model::edge::Protocol;
+use procfs::net::{TcpNetEntries, TcpState, UdpNetEntries, UdpState};
 use procfs::{FromReadSI, current_system_info};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// An established connection whose role comes from the listen table.
+/// A connection that is open, or a UDP socket with a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Established {
-    /// Side of the socket's owner.
+    /// Transport.
+    pub protocol: Protocol,
+    /// Side of the socket's owner: the one at a port that somebody listens on is the server's.
     pub role: Role,
     /// Local end.
     pub local: SocketAddr,
@@ -25,51 +28,66 @@ pub struct Established {
     pub inode: u64,
 }
 
-/// The TCP sockets of one network namespace.
+/// The sockets of one network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sockets {
-    /// Listening: port and inode.
-    pub listening: Vec<(u16, u64)>,
-    /// Established.
+    /// Listening (UDP: bound and without a peer): transport, port and inode.
+    pub listening: Vec<(Protocol, u16, u64)>,
+    /// With a peer.
     pub established: Vec<Established>,
 }
+
+/// Of a socket's line: local end, remote end, inode, whether it listens, whether it has a peer.
+type Line = (Protocol, SocketAddr, SocketAddr, u64, bool, bool);
 
 /// Reads the sockets of a process's network namespace; an absent table has none.
 #[must_use]
 pub fn read(root: &Path, pid: i32) -> Sockets {
-    let tables = ["tcp", "tcp6"].map(|table| {
-        let path = root.join(format!("proc/{pid}/net/{table}"));
-        TcpNetEntries::from_file(path, current_system_info())
-    });
-    let entries: Vec<TcpNetEntry> = tables
-        .into_iter()
-        .flatten()
-        .flat_map(|table| table.0)
-        .collect();
-    sort_out(&entries)
+    let path = |table| root.join(format!("proc/{pid}/net/{table}"));
+    let mut lines: Vec<Line> = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let entries = TcpNetEntries::from_file(path(table), current_system_info());
+        lines.extend(entries.into_iter().flat_map(|table| table.0).map(|entry| {
+            let listens = entry.state == TcpState::Listen;
+            let open = entry.state == TcpState::Established;
+            let (local, peer) = (entry.local_address, entry.remote_address);
+            (Protocol::Tcp, local, peer, entry.inode, listens, open)
+        }));
+    }
+    for table in ["udp", "udp6"] {
+        let entries = UdpNetEntries::from_file(path(table), current_system_info());
+        lines.extend(entries.into_iter().flat_map(|table| table.0).map(|entry| {
+            let open = entry.state == UdpState::Established;
+            let (local, peer) = (entry.local_address, entry.remote_address);
+            (Protocol::Udp, local, peer, entry.inode, !open, open)
+        }));
+    }
+    sort_out(&lines)
 }
 
-/// Who connected and who listened. A socket at a port that somebody listens on is the server's.
-fn sort_out(entries: &[TcpNetEntry]) -> Sockets {
-    let of = |state: TcpState| entries.iter().filter(move |entry| entry.state == state);
-    let listening: Vec<(u16, u64)> = of(TcpState::Listen)
-        .map(|entry| (entry.local_address.port(), entry.inode))
+fn sort_out(lines: &[Line]) -> Sockets {
+    let listening: Vec<(Protocol, u16, u64)> = lines
+        .iter()
+        .filter(|(.., listens, _)| *listens)
+        .map(|&(protocol, local, _, inode, ..)| (protocol, local.port(), inode))
         .collect();
-    let ports: BTreeSet<u16> = listening.iter().map(|&(port, _)| port).collect();
-    let established = of(TcpState::Established)
-        .map(|entry| {
-            let local = canonical(entry.local_address);
-            let role = if ports.contains(&local.port()) {
+    let ports: BTreeSet<(Protocol, u16)> = listening
+        .iter()
+        .map(|&(protocol, port, _)| (protocol, port))
+        .collect();
+    let established = lines
+        .iter()
+        .filter(|(.., open)| *open)
+        .map(|&(protocol, local, peer, inode, ..)| Established {
+            protocol,
+            role: if ports.contains(&(protocol, local.port())) {
                 Role::Server
             } else {
                 Role::Client
-            };
-            Established {
-                role,
-                local,
-                peer: canonical(entry.remote_address),
-                inode: entry.inode,
-            }
+            },
+            local: canonical(local),
+            peer: canonical(peer),
+            inode,
         })
         .collect();
     Sockets {
@@ -82,6 +100,36 @@ fn sort_out(entries: &[TcpNetEntry]) -> Sockets {
 fn canonical(address: SocketAddr) -> SocketAddr {
     let ip: IpAddr = address.ip().to_canonical();
     SocketAddr::new(ip, address.port())
+}
+
+/// Addresses of a process's network namespace but loopback and link-local ones.
+#[must_use]
+pub fn addresses(root: &Path, pid: i32) -> BTreeSet<IpAddr> {
+    let read = |table| fs::read_to_string(root.join(format!("proc/{pid}/net/{table}")));
+    let mut found: BTreeSet<IpAddr> = v4_addresses(&read("fib_trie").unwrap_or_default()).collect();
+    found.extend(v6_addresses(&read("if_inet6").unwrap_or_default()));
+    found
+}
+
+/// Local addresses of the routing table: `|-- 10.88.0.2` and below it `/32 host LOCAL`.
+fn v4_addresses(fib_trie: &str) -> impl Iterator<Item = IpAddr> {
+    fib_trie
+        .lines()
+        .zip(fib_trie.lines().skip(1))
+        .filter(|(_, below)| below.trim() == "/32 host LOCAL")
+        .filter_map(|(line, _)| line.trim().strip_prefix("|-- ")?.parse::<Ipv4Addr>().ok())
+        .filter(|address| !address.is_loopback())
+        .map(IpAddr::V4)
+}
+
+/// Lines of `if_inet6`: the address in 32 hexadecimal digits first.
+fn v6_addresses(if_inet6: &str) -> impl Iterator<Item = IpAddr> {
+    if_inet6
+        .lines()
+        .filter_map(|line| u128::from_str_radix(line.split(' ').next()?, 16).ok())
+        .map(Ipv6Addr::from)
+        .filter(|address| !address.is_loopback() && !address.is_unicast_link_local())
+        .map(IpAddr::V6)
 }
 
 /// Which of the groups of processes holds each socket, by the socket's inode.
@@ -118,7 +166,22 @@ pub fn netns(root: &Path, pid: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+
+    /// Both sides of one connection, and that the listener is known as held by this process.
+    fn check(protocol: Protocol, service: SocketAddr, client: SocketAddr) {
+        let own = std::process::id() as i32;
+        let sockets = read(Path::new("/"), own);
+        let held = holders(Path::new("/"), &[("me", vec![own])]);
+        assert!(sockets.listening.iter().any(|&(of, port, inode)| {
+            of == protocol && port == service.port() && held.get(&inode) == Some(&"me")
+        }));
+        let mut ours = sockets.established.iter().filter(|socket| {
+            socket.protocol == protocol && (socket.local == client || socket.peer == client)
+        });
+        assert!(ours.clone().count() >= 1, "{sockets:?}");
+        assert!(ours.all(|socket| (socket.role == Role::Server) == (socket.local == service)));
+    }
 
     #[test]
     fn the_side_at_a_listening_port_is_the_server() {
@@ -126,41 +189,40 @@ mod tests {
         let service = listener.local_addr().expect("bound");
         let client = TcpStream::connect(service).expect("it listens");
         let (_server, _) = listener.accept().expect("it connected");
-        let own = std::process::id() as i32;
-        let sockets = read(Path::new("/"), own);
-        assert!(
-            sockets
-                .listening
-                .iter()
-                .any(|&(port, _)| port == service.port())
+        check(
+            Protocol::Tcp,
+            service,
+            client.local_addr().expect("connected"),
         );
-        let local = client.local_addr().expect("connected");
-        let ours: Vec<&Established> = sockets
-            .established
-            .iter()
-            .filter(|socket| socket.local == local || socket.peer == local)
-            .collect();
-        assert_eq!(ours.len(), 2, "{ours:?}");
-        for socket in ours {
-            let expected = if socket.local == service {
-                Role::Server
-            } else {
-                Role::Client
-            };
-            assert_eq!(socket.role, expected);
-        }
-        let held = holders(Path::new("/"), &[("me", vec![own])]);
-        assert!(
-            sockets
-                .listening
-                .iter()
-                .any(|(port, inode)| { *port == service.port() && held.get(inode) == Some(&"me") })
-        );
+        let service = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        let client = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        let at = service.local_addr().expect("bound");
+        client.connect(at).expect("an address");
+        check(Protocol::Udp, at, client.local_addr().expect("bound"));
     }
 
     #[test]
     fn an_absent_table_has_no_sockets() {
         let empty = tempfile::tempdir().expect("a directory");
         assert_eq!(read(empty.path(), 1), Sockets::default());
+        assert_eq!(addresses(empty.path(), 1), BTreeSet::new());
+    }
+
+    #[test]
+    fn addresses_are_those_that_are_local_and_of_use_to_others() {
+        let trie = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 10.88.0.0\n        /16 link UNICAST\nLocal:\n     \
+                    |-- 10.88.0.2\n        /32 host LOCAL\n     |-- 10.88.255.255\n        /32 link BROADCAST\n     \
+                    |-- 127.0.0.1\n        /32 host LOCAL\n";
+        let found: Vec<String> = v4_addresses(trie)
+            .map(|address| address.to_string())
+            .collect();
+        assert_eq!(found, ["10.88.0.2"]);
+        let table = "00000000000000000000000000000001 01 80 10 80       lo\n\
+                     fe800000000000000c42a1fffe6a8f01 02 40 20 80     eth0\n\
+                     fd00005e000000000000000000000002 02 40 00 80     eth0\n";
+        let found: Vec<String> = v6_addresses(table)
+            .map(|address| address.to_string())
+            .collect();
+        assert_eq!(found, ["fd00:5e::2"]);
     }
 }

@@ -251,7 +251,7 @@ mod tests {
             addresses: Vec::new(),
             published: Vec::new(),
             mounts: Vec::new(),
-            registration_id: None,
+            registration_ids: Default::default(),
         }
     }
 

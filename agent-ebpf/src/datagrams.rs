@@ -1,0 +1,221 @@
+//! UDP: who sends to whom. A connected socket costs nothing per datagram; one that is not costs a
+//! lookup, because the kernel keeps nothing about its peers. Bytes are not counted.
+//!
+//! Of a socket and a peer, whoever sent first is the client: the other end has received before it sends.
+
+use crate::kernel::{Object, layout, lost, now_ns, probe};
+use crate::ports::{OPEN, alive, closed, count, mapped};
+use aya_ebpf::EbpfContext;
+use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_get_socket_cookie};
+use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, map};
+use aya_ebpf::maps::LruHashMap;
+use aya_ebpf::programs::{SockAddrContext, SockContext};
+use lifeboat_ebpf::{Flow, FlowKey, Open, PortKey, loss, protocol, role};
+
+/// Flows of sockets that are not connected.
+#[map]
+static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(8_192, 0);
+
+/// How often a flow tells its kind that it is alive.
+const AGAIN_NS: u64 = 1_000_000_000;
+
+const ALLOW: i32 = 1;
+const SOCK_DGRAM: u32 = 2;
+
+#[cgroup_sock_addr(connect4)]
+pub fn udp_connect4(ctx: SockAddrContext) -> i32 {
+    if is_udp(&ctx) {
+        connected(&ctx, v4(&ctx));
+    }
+    ALLOW
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn udp_connect6(ctx: SockAddrContext) -> i32 {
+    if is_udp(&ctx) {
+        connected(&ctx, v6(&ctx));
+    }
+    ALLOW
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn udp_sendmsg4(ctx: SockAddrContext) -> i32 {
+    flow(&ctx, v4(&ctx), role::CLIENT);
+    ALLOW
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn udp_sendmsg6(ctx: SockAddrContext) -> i32 {
+    flow(&ctx, v6(&ctx), role::CLIENT);
+    ALLOW
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
+    flow(&ctx, v4(&ctx), role::SERVER);
+    ALLOW
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn udp_recvmsg6(ctx: SockAddrContext) -> i32 {
+    flow(&ctx, v6(&ctx), role::SERVER);
+    ALLOW
+}
+
+#[cgroup_sock(sock_release)]
+pub fn udp_release(ctx: SockContext) -> i32 {
+    // SAFETY: the verifier checks the access to the context.
+    if unsafe { (*ctx.sock).type_ } == SOCK_DGRAM
+        && let Some(sock) = address_of(ctx.sock.cast())
+    {
+        closed(sock as u64);
+    }
+    ALLOW
+}
+
+#[inline(always)]
+fn is_udp(ctx: &SockAddrContext) -> bool {
+    // SAFETY: the verifier checks the access to the context.
+    unsafe { (*ctx.sock_addr).protocol == u32::from(protocol::UDP) }
+}
+
+#[inline(always)]
+fn v4(ctx: &SockAddrContext) -> [u8; 16] {
+    // SAFETY: the verifier checks the access to the context; volatile keeps it one load of four bytes.
+    let address = unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).user_ip4) };
+    mapped(address.to_ne_bytes())
+}
+
+#[inline(always)]
+fn v6(ctx: &SockAddrContext) -> [u8; 16] {
+    let mut address = [0u32; 4];
+    // SAFETY: as for `v4`, four times.
+    unsafe {
+        let words = (&raw const (*ctx.sock_addr).user_ip6).cast::<u32>();
+        address[0] = core::ptr::read_volatile(words);
+        address[1] = core::ptr::read_volatile(words.add(1));
+        address[2] = core::ptr::read_volatile(words.add(2));
+        address[3] = core::ptr::read_volatile(words.add(3));
+        core::mem::transmute(address)
+    }
+}
+
+#[inline(always)]
+fn port(ctx: &SockAddrContext) -> u16 {
+    // SAFETY: as for `v4`. The field holds a port in network order in its first two bytes.
+    let port = unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).user_port) };
+    u16::from_be(port as u16)
+}
+
+#[inline(always)]
+fn socket(ctx: &SockAddrContext) -> Option<Object> {
+    // SAFETY: as for `v4`.
+    let sock = unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).__bindgen_anon_1.sk) };
+    address_of(sock.cast())
+}
+
+/// The verifier knows what the pointer is and forbids arithmetic with it; a copy is a mere number to it.
+#[inline(always)]
+fn address_of(sock: Object) -> Option<Object> {
+    probe::<Object>((&raw const sock).cast(), 0)
+}
+
+/// Many at once are nobody in particular: multicast and IPv4 broadcast.
+#[inline(always)]
+fn is_many(peer: &[u8; 16]) -> bool {
+    peer[0] == 0xff || (peer[0] == 0 && peer[10] == 0xff && peer[11] == 0xff && peer[12] >= 224)
+}
+
+#[inline(always)]
+fn key(sock: Object, peer: [u8; 16], port: u16, role: u8) -> Option<PortKey> {
+    let net: Object = probe(sock, layout!(sock_net))?;
+    Some(PortKey {
+        // SAFETY: the helper takes nothing.
+        cgroup: unsafe { bpf_get_current_cgroup_id() },
+        peer_cgroup: 0,
+        peer,
+        netns: probe(net, layout!(net_inum))?,
+        port,
+        service_port: 0,
+        role,
+        protocol: protocol::UDP,
+        padding: [0; 6],
+    })
+}
+
+#[inline(always)]
+fn connected(ctx: &SockAddrContext, peer: [u8; 16]) {
+    let Some(sock) = socket(ctx) else {
+        return;
+    };
+    let port = port(ctx);
+    if port == 0 || is_many(&peer) {
+        return;
+    }
+    // Connected anew: what it did with the peer before is counted first.
+    closed(sock as u64);
+    let Some(key) = key(sock, peer, port, role::CLIENT) else {
+        return;
+    };
+    let open = Open {
+        key,
+        identity: 0,
+        opened_ns: now_ns(),
+        counted: 0,
+        sent: 0,
+        received: 0,
+        retransmits: 0,
+    };
+    if OPEN.insert(&(sock as u64), &open, 0).is_err() {
+        lost(loss::OPEN);
+    }
+}
+
+#[inline(always)]
+fn flow(ctx: &SockAddrContext, peer: [u8; 16], first: u8) {
+    if is_many(&peer) {
+        return;
+    }
+    let flow = FlowKey {
+        // SAFETY: the helper takes the program's context.
+        socket: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
+        peer,
+        port: port(ctx),
+        padding: [0; 6],
+    };
+    let now = now_ns();
+    let known = FLOWS.get_ptr_mut(&flow);
+    let mut role = first;
+    if let Some(known) = known {
+        // SAFETY: map values live for the whole program run.
+        unsafe {
+            if now.saturating_sub((*known).last_ns) < AGAIN_NS {
+                return;
+            }
+            (*known).last_ns = now;
+            role = (*known).role as u8;
+        }
+    }
+    let Some(sock) = socket(ctx) else {
+        return;
+    };
+    let port = if role == role::CLIENT {
+        flow.port
+    } else {
+        probe(sock, layout!(sock_num)).unwrap_or(0)
+    };
+    let Some(key) = key(sock, peer, port, role) else {
+        return;
+    };
+    if known.is_some() {
+        alive(&key, now);
+        return;
+    }
+    let new = Flow {
+        last_ns: now,
+        role: u64::from(role),
+    };
+    // The oldest flow makes room.
+    let _ = FLOWS.insert(&flow, &new, 0);
+    count(&key, now);
+}

@@ -1,0 +1,654 @@
+//! Every kind of connection seen, and the edges they make. Pure.
+//!
+//! Invariants: a kind is resolved when its peers exist and stays resolved after they are gone; the same
+//! connections seen from both sides count once; memory is bounded; what is older than its age is gone.
+
+use super::edges::{Kind, Map, Meaning, Role, World};
+use crate::model::edge::{Edge, How, Learnt, Protocol};
+use crate::model::ids::ContainerName;
+use crate::model::telemetry::External;
+use crate::model::units::{Bytes, UnixMillis};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+/// Nothing open and nothing new for so long makes an edge stale.
+const STALE_AFTER: Duration = Duration::from_secs(600);
+
+/// Most kinds kept; every client of a public service is one. The oldest that make no edge go first.
+const MOST_KINDS: usize = 16_384;
+
+/// What the connections of one kind did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Connections.
+    pub connections: u64,
+    /// What they moved; none where it is not counted.
+    pub moved: Option<Moved>,
+    /// Smoothed round-trip time of the last one looked at, µs; none before the first measurement.
+    pub srtt_us: Option<u32>,
+    /// First time seen.
+    pub first_seen: UnixMillis,
+    /// Last time seen.
+    pub last_seen: UnixMillis,
+}
+
+/// What connections moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes the owner sent.
+    pub sent: u64,
+    /// Bytes the owner received.
+    pub received: u64,
+    /// Segments the owner sent again.
+    pub retransmits: u64,
+}
+
+impl Totals {
+    fn merge(&mut self, other: &Self) {
+        self.connections += other.connections;
+        if let Some(more) = other.moved {
+            let moved = self.moved.get_or_insert_default();
+            moved.sent += more.sent;
+            moved.received += more.received;
+            moved.retransmits += more.retransmits;
+        }
+        self.srtt_us = other.srtt_us.or(self.srtt_us);
+        self.first_seen = self.first_seen.min(other.first_seen);
+        self.last_seen = self.last_seen.max(other.last_seen);
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    totals: Totals,
+    meaning: Option<(Meaning, How)>,
+}
+
+/// Everything seen, and what it turned out to be.
+#[derive(Debug, Default)]
+pub struct EdgeBook {
+    kinds: BTreeMap<Kind, Entry>,
+    /// Edges from before the agent's start.
+    remembered: Vec<Edge>,
+}
+
+impl EdgeBook {
+    /// A book that goes on from the edges of an earlier life.
+    #[must_use]
+    pub fn remembering(edges: Vec<Edge>) -> Self {
+        Self {
+            kinds: BTreeMap::new(),
+            remembered: edges,
+        }
+    }
+
+    /// Adds what connections of a kind did since they were last added.
+    pub fn add(&mut self, kind: Kind, more: Totals) {
+        self.kinds
+            .entry(kind)
+            .and_modify(|entry| entry.totals.merge(&more))
+            .or_insert(Entry {
+                totals: more,
+                meaning: None,
+            });
+    }
+
+    /// Notes that so many connections of a kind were found open. Nothing, when they were seen being made.
+    pub fn found(&mut self, kind: Kind, connections: u64, now: UnixMillis) {
+        debug_assert_eq!(kind.learnt, Learnt::Inferred);
+        let first = Kind {
+            other: None,
+            learnt: Learnt::Observed,
+            ..kind.clone()
+        };
+        // Whoever is at the other end: that is told by who was seen.
+        let alike = |known: &Kind| {
+            let known = (
+                &known.owner,
+                known.netns,
+                known.protocol,
+                known.role,
+                known.port,
+                known.peer,
+            );
+            known
+                == (
+                    &kind.owner,
+                    kind.netns,
+                    kind.protocol,
+                    kind.role,
+                    kind.port,
+                    kind.peer,
+                )
+        };
+        let mut seen = self.kinds.range(first..).map(|(known, _)| known);
+        let seen = seen.by_ref().take_while(|known| alike(known));
+        if seen
+            .into_iter()
+            .any(|known| known.learnt == Learnt::Observed)
+        {
+            return;
+        }
+        let entry = self.kinds.entry(kind).or_insert(Entry {
+            totals: Totals {
+                first_seen: now,
+                ..Totals::default()
+            },
+            meaning: None,
+        });
+        entry.totals.connections = entry.totals.connections.max(connections);
+        entry.totals.last_seen = now;
+    }
+
+    /// Resolves what is not resolved yet.
+    pub fn resolve(&mut self, world: &World<'_>) {
+        let mut unresolved = self
+            .kinds
+            .iter_mut()
+            .filter(|(_, entry)| entry.meaning.is_none())
+            .peekable();
+        if unresolved.peek().is_some() {
+            let map = Map::of(world);
+            for (kind, entry) in unresolved {
+                entry.meaning = map.meaning(kind);
+            }
+        }
+    }
+
+    /// Forgets what was last seen longer ago than `age`, and the oldest where there is too much.
+    pub fn forget(&mut self, age: Duration, now: UnixMillis) {
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let young = |seen: UnixMillis| now.0.saturating_sub(seen.0) <= age_ms;
+        self.kinds.retain(|_, entry| young(entry.totals.last_seen));
+        self.remembered.retain(|edge| young(edge.last_seen));
+        if self.kinds.len() > MOST_KINDS {
+            let is_edge = |entry: &Entry| matches!(entry.meaning, Some((Meaning::Edge { .. }, _)));
+            let mut seen: Vec<(bool, UnixMillis)> = self
+                .kinds
+                .values()
+                .map(|entry| (is_edge(entry), entry.totals.last_seen))
+                .collect();
+            seen.sort_unstable();
+            // A quarter at once, so that this is not the work of every sweep.
+            let least = seen[self.kinds.len() - MOST_KINDS * 3 / 4];
+            self.kinds
+                .retain(|_, entry| (is_edge(entry), entry.totals.last_seen) >= least);
+        }
+    }
+
+    /// Edges between containers, by child, parent, transport and port.
+    #[must_use]
+    pub fn edges(&self, now: UnixMillis) -> Vec<Edge> {
+        // One sum for each side and way of learning; they are views of the same connections.
+        let mut views: BTreeMap<(&Meaning, Learnt, Role), (Totals, How)> = BTreeMap::new();
+        for (kind, entry) in &self.kinds {
+            if let Some((meaning @ Meaning::Edge { .. }, how)) = &entry.meaning {
+                views
+                    .entry((meaning, kind.learnt, kind.role))
+                    .and_modify(|(sum, best)| {
+                        sum.merge(&entry.totals);
+                        *best = (*best).min(*how);
+                    })
+                    .or_insert((entry.totals, *how));
+            }
+        }
+        let mut edges: BTreeMap<EdgeKey<'_>, Edge> = BTreeMap::new();
+        for ((meaning, learnt, role), (totals, how)) in views {
+            let Meaning::Edge {
+                child,
+                parent,
+                protocol,
+                port,
+            } = meaning
+            else {
+                continue;
+            };
+            let key = (child, parent, *protocol, *port);
+            let edge = edges.entry(key).or_insert_with(|| new_edge(key, &totals));
+            view(edge, learnt, how, role, &totals);
+        }
+        for before in &self.remembered {
+            let key = (&before.child, &before.parent, before.protocol, before.port);
+            edges
+                .entry(key)
+                .and_modify(|edge| go_on(edge, before))
+                .or_insert_with(|| before.clone());
+        }
+        let mut edges: Vec<Edge> = edges.into_values().collect();
+        for edge in &mut edges {
+            edge.stale =
+                u128::from(now.0.saturating_sub(edge.last_seen.0)) > STALE_AFTER.as_millis();
+        }
+        edges
+    }
+
+    /// Connections with peers that are no container of this host.
+    #[must_use]
+    pub fn external(&self) -> Vec<External> {
+        let outside = self
+            .kinds
+            .iter()
+            .filter(|(_, entry)| matches!(entry.meaning, Some((Meaning::External, _))));
+        outside
+            .map(|(kind, Entry { totals, .. })| {
+                let (peer_port, port) = match kind.role {
+                    Role::Client => (kind.port, 0),
+                    Role::Server => (0, kind.port),
+                };
+                let peer = kind.peer.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+                External {
+                    container: kind.owner.clone(),
+                    peer: SocketAddr::new(peer, peer_port),
+                    protocol: kind.protocol,
+                    port,
+                    connections: totals.connections,
+                    sent: totals.moved.map(|moved| Bytes(moved.sent)),
+                    received: totals.moved.map(|moved| Bytes(moved.received)),
+                    last_seen: totals.last_seen,
+                }
+            })
+            .collect()
+    }
+}
+
+type EdgeKey<'a> = (&'a ContainerName, &'a ContainerName, Protocol, u16);
+
+fn new_edge((child, parent, protocol, port): EdgeKey<'_>, totals: &Totals) -> Edge {
+    Edge {
+        child: child.clone(),
+        parent: parent.clone(),
+        port,
+        protocol,
+        learnt: Learnt::Inferred,
+        how: How::Declared,
+        stale: false,
+        connections: 0,
+        bytes_to_parent: None,
+        bytes_to_child: None,
+        retransmits: None,
+        srtt_us: None,
+        first_seen: totals.first_seen,
+        last_seen: totals.last_seen,
+    }
+}
+
+/// Takes one view of the connections into the edge: what both sides saw is the larger of the two.
+fn view(edge: &mut Edge, learnt: Learnt, how: How, role: Role, totals: &Totals) {
+    // `Observed` sorts before `Inferred`: what was observed is certain and stays so.
+    edge.learnt = edge.learnt.min(learnt);
+    edge.how = edge.how.min(how);
+    edge.connections = edge.connections.max(totals.connections);
+    if let Some(moved) = totals.moved {
+        let (to_parent, to_child) = match role {
+            Role::Client => (moved.sent, moved.received),
+            Role::Server => (moved.received, moved.sent),
+        };
+        edge.bytes_to_parent = edge.bytes_to_parent.max(Some(Bytes(to_parent)));
+        edge.bytes_to_child = edge.bytes_to_child.max(Some(Bytes(to_child)));
+        // Each side sends its own segments again.
+        edge.retransmits = Some(edge.retransmits.unwrap_or(0) + moved.retransmits);
+    }
+    if role == Role::Client || edge.srtt_us.is_none() {
+        edge.srtt_us = totals.srtt_us.or(edge.srtt_us);
+    }
+    edge.first_seen = edge.first_seen.min(totals.first_seen);
+    edge.last_seen = edge.last_seen.max(totals.last_seen);
+}
+
+/// Adds what was known of an edge before the agent's start.
+fn go_on(edge: &mut Edge, before: &Edge) {
+    let sum = |one: Option<Bytes>, other: Option<Bytes>| match (one, other) {
+        (Some(Bytes(one)), Some(Bytes(other))) => Some(Bytes(one + other)),
+        (one, other) => one.or(other),
+    };
+    // Those found open are among those that were counted then.
+    edge.connections = match edge.learnt {
+        Learnt::Inferred => edge.connections.max(before.connections),
+        _ => edge.connections + before.connections,
+    };
+    edge.learnt = edge.learnt.min(before.learnt);
+    edge.how = edge.how.min(before.how);
+    edge.bytes_to_parent = sum(edge.bytes_to_parent, before.bytes_to_parent);
+    edge.bytes_to_child = sum(edge.bytes_to_child, before.bytes_to_child);
+    edge.retransmits = match (edge.retransmits, before.retransmits) {
+        (Some(one), Some(other)) => Some(one + other),
+        (one, other) => one.or(other),
+    };
+    edge.srtt_us = edge.srtt_us.or(before.srtt_us);
+    edge.first_seen = edge.first_seen.min(before.first_seen);
+    edge.last_seen = edge.last_seen.max(before.last_seen);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::container::{Container, PublishedPort, State};
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn container(name: &str, addresses: &[&str], published: &[(u16, u16)]) -> Container {
+        Container {
+            name: name.into(),
+            id: String::new(),
+            runtime: Some("/run/podman.sock".to_owned()),
+            cgroup_path: format!("/{name}"),
+            cgroup_id: 0,
+            pid: 1,
+            state: State::Running,
+            image: String::new(),
+            image_id: String::new(),
+            addresses: addresses.iter().map(|text| ip(text)).collect(),
+            published: published
+                .iter()
+                .map(|&(host_port, container_port)| PublishedPort {
+                    host_ip: ip("0.0.0.0"),
+                    host_port,
+                    container_port,
+                    udp: false,
+                })
+                .collect(),
+            mounts: Vec::new(),
+            registration_ids: BTreeSet::new(),
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    const HOST: u64 = 1;
+    const POD: u64 = 2;
+    const HOUR: u64 = 3_600_000;
+
+    fn world(containers: &[Container]) -> World<'_> {
+        let tcp = Protocol::Tcp;
+        let listeners = [
+            ((tcp, POD, 6379), "redis"),
+            ((tcp, HOST, 9090), "metrics"),
+            ((tcp, HOST, 5433), "/docker"),
+        ];
+        World {
+            containers,
+            netns: [("app", POD), ("redis", POD), ("db", 3), ("web", 4)]
+                .map(|(name, netns)| (name.into(), netns))
+                .into(),
+            addresses: [(3, [ip("fd00::3")].into())].into(),
+            host_netns: HOST,
+            host_addresses: [ip("192.0.2.1"), ip("10.88.0.1")].into(),
+            listeners: listeners
+                .map(|(at, name)| (at, ContainerName::from(name)))
+                .into(),
+        }
+    }
+
+    fn containers() -> Vec<Container> {
+        vec![
+            container("web", &["10.88.0.4", "fd00::4"], &[(8080, 80)]),
+            container("app", &["10.88.0.2"], &[]),
+            container("redis", &["10.88.0.2"], &[]),
+            container("db", &["10.88.0.3"], &[(5433, 5432)]),
+            container("metrics", &[], &[]),
+        ]
+    }
+
+    fn client(owner: &str, netns: u64, peer: &str, port: u16) -> Kind {
+        Kind {
+            owner: owner.into(),
+            netns,
+            protocol: Protocol::Tcp,
+            role: Role::Client,
+            port,
+            peer: Some(ip(peer)),
+            other: None,
+            learnt: Learnt::Observed,
+        }
+    }
+
+    fn server(owner: &str, netns: u64, port: u16, peer: &str) -> Kind {
+        Kind {
+            role: Role::Server,
+            ..client(owner, netns, peer, port)
+        }
+    }
+
+    fn met(kind: Kind, other: &str, port: u16) -> Kind {
+        Kind {
+            other: Some((other.into(), port)),
+            ..kind
+        }
+    }
+
+    fn totals(connections: u64, sent: u64, received: u64) -> Totals {
+        Totals {
+            connections,
+            moved: Some(Moved {
+                sent,
+                received,
+                retransmits: 1,
+            }),
+            srtt_us: None,
+            first_seen: UnixMillis(10),
+            last_seen: UnixMillis(20),
+        }
+    }
+
+    fn book(kinds: &[(Kind, Totals)]) -> EdgeBook {
+        let containers = containers();
+        let mut book = EdgeBook::default();
+        for (kind, totals) in kinds {
+            book.add(kind.clone(), *totals);
+        }
+        book.resolve(&world(&containers));
+        book
+    }
+
+    fn edges(book: &EdgeBook) -> Vec<Edge> {
+        book.edges(UnixMillis(20))
+    }
+
+    fn one_edge(kind: Kind) -> Option<(String, String, u16)> {
+        let edges = edges(&book(&[(kind, totals(1, 0, 0))]));
+        assert!(edges.len() <= 1);
+        let edge = edges.into_iter().next()?;
+        Some((edge.child.0, edge.parent.0, edge.port))
+    }
+
+    fn edge(child: &str, parent: &str, port: u16) -> Option<(String, String, u16)> {
+        Some((child.to_owned(), parent.to_owned(), port))
+    }
+
+    #[test]
+    fn a_client_and_a_server_find_each_other_by_address() {
+        assert_eq!(
+            one_edge(client("app", POD, "10.88.0.3", 5432)),
+            edge("app", "db", 5432)
+        );
+        // An address that only the network namespace knows.
+        assert_eq!(
+            one_edge(client("web", 4, "fd00::3", 5432)),
+            edge("web", "db", 5432)
+        );
+        assert_eq!(
+            one_edge(server("db", 3, 5432, "10.88.0.4")),
+            edge("web", "db", 5432)
+        );
+    }
+
+    #[test]
+    fn both_ends_decide_whatever_their_addresses_say() {
+        assert_eq!(
+            one_edge(met(client("app", POD, "198.51.100.7", 443), "db", 5432)),
+            edge("app", "db", 5432)
+        );
+        let server = Kind {
+            peer: None,
+            ..met(server("db", 3, 5432, "10.88.0.4"), "app", 0)
+        };
+        assert_eq!(one_edge(server), edge("app", "db", 5432));
+    }
+
+    #[test]
+    fn a_published_port_leads_to_the_containers_own_port() {
+        assert_eq!(
+            one_edge(client("web", 4, "192.0.2.1", 5433)),
+            edge("web", "db", 5432)
+        );
+        assert_eq!(
+            one_edge(client("metrics", HOST, "127.0.0.1", 8080)),
+            edge("metrics", "web", 80)
+        );
+    }
+
+    #[test]
+    fn the_hop_of_a_proxy_is_left_out() {
+        let kinds = [
+            met(client("web", 4, "192.0.2.1", 5433), "/docker", 5433),
+            met(client("/docker", HOST, "10.88.0.3", 5432), "db", 5432),
+        ];
+        let edges = edges(&book(&kinds.map(|kind| (kind, totals(1, 2, 3)))));
+        assert_eq!(edges.len(), 1, "{edges:?}");
+        assert_eq!(
+            (edges[0].child.as_str(), edges[0].parent.as_str()),
+            ("web", "db")
+        );
+        assert_eq!((edges[0].port, edges[0].how), (5432, How::Proxy));
+        // The same cgroup calling another port is a caller like any other.
+        assert_eq!(
+            one_edge(met(client("/docker", HOST, "10.88.0.3", 99), "db", 99)),
+            edge("/docker", "db", 99)
+        );
+    }
+
+    #[test]
+    fn loopback_in_a_shared_namespace_leads_to_who_listens_there() {
+        assert_eq!(
+            one_edge(client("app", POD, "127.0.0.1", 6379)),
+            edge("app", "redis", 6379)
+        );
+        assert_eq!(one_edge(client("web", 4, "127.0.0.1", 6379)), None);
+        assert_eq!(
+            one_edge(client("web", 4, "10.88.0.2", 6379)),
+            edge("web", "redis", 6379)
+        );
+    }
+
+    #[test]
+    fn a_container_on_the_hosts_network_is_found_by_its_listening_port() {
+        assert_eq!(
+            one_edge(client("app", POD, "10.88.0.1", 9090)),
+            edge("app", "metrics", 9090)
+        );
+    }
+
+    #[test]
+    fn a_container_that_calls_itself_makes_no_edge() {
+        assert_eq!(one_edge(client("db", 3, "10.88.0.3", 5432)), None);
+    }
+
+    #[test]
+    fn a_peer_elsewhere_is_external_and_the_hosts_proxy_is_nobody() {
+        let book = book(&[
+            (client("app", POD, "198.51.100.7", 443), totals(2, 5, 6)),
+            (server("web", 4, 80, "198.51.100.9"), totals(3, 7, 8)),
+            (server("web", 4, 80, "10.88.0.1"), totals(3, 7, 8)),
+        ]);
+        assert_eq!(edges(&book), []);
+        let external = book.external();
+        assert_eq!(external.len(), 2);
+        assert_eq!(external[0].peer.to_string(), "198.51.100.7:443");
+        assert_eq!(
+            (external[1].port, external[1].received),
+            (80, Some(Bytes(8)))
+        );
+    }
+
+    #[test]
+    fn an_edge_stays_after_its_containers_are_gone_until_its_age_is_over() {
+        let mut book = book(&[(client("app", POD, "10.88.0.3", 5432), totals(1, 5, 6))]);
+        book.resolve(&World::default());
+        assert!(!edges(&book)[0].stale);
+        let later = UnixMillis(HOUR);
+        book.forget(Duration::from_millis(HOUR), later);
+        assert!(book.edges(later)[0].stale);
+        book.forget(Duration::from_secs(60), later);
+        assert_eq!(book.edges(later), []);
+    }
+
+    #[test]
+    fn the_edges_of_an_earlier_life_go_on() {
+        let before = edges(&book(&[(
+            client("app", POD, "10.88.0.3", 5432),
+            totals(2, 5, 6),
+        )]));
+        let mut next = EdgeBook::remembering(before.clone());
+        assert_eq!(edges(&next), before);
+        next.add(client("app", POD, "10.88.0.3", 5432), totals(3, 1, 1));
+        next.resolve(&world(&containers()));
+        let after = edges(&next);
+        assert_eq!(after.len(), 1);
+        assert_eq!(
+            (after[0].connections, after[0].bytes_to_parent),
+            (5, Some(Bytes(6)))
+        );
+    }
+
+    #[test]
+    fn an_observed_connection_outweighs_one_that_was_found() {
+        let observed = client("app", POD, "10.88.0.3", 5432);
+        let inferred = Kind {
+            learnt: Learnt::Inferred,
+            ..observed.clone()
+        };
+        let mut book = EdgeBook::default();
+        book.found(inferred.clone(), 1, UnixMillis(10));
+        book.resolve(&world(&containers()));
+        let only = edges(&book);
+        assert_eq!(
+            (only[0].learnt, only[0].how, only[0].bytes_to_child),
+            (Learnt::Inferred, How::SocketTable, None)
+        );
+        book.add(observed, totals(2, 3, 4));
+        book.found(inferred, 1, UnixMillis(15));
+        book.resolve(&world(&containers()));
+        let both = edges(&book);
+        assert_eq!(
+            (both.len(), both[0].learnt, both[0].connections),
+            (1, Learnt::Observed, 2)
+        );
+    }
+
+    #[test]
+    fn clients_of_a_public_service_do_not_fill_the_memory_nor_drive_out_edges() {
+        let mut book = book(&[(client("app", POD, "10.88.0.3", 5432), totals(1, 5, 6))]);
+        for number in 0..20_000u32 {
+            let peer = format!("2001:db8::{:x}:{:x}", number >> 16, number & 0xffff);
+            let mut seen = totals(1, 0, 0);
+            seen.last_seen = UnixMillis(u64::from(number) + 100);
+            book.add(server("web", 4, 80, &peer), seen);
+        }
+        book.resolve(&world(&containers()));
+        book.forget(Duration::from_millis(HOUR), UnixMillis(30_000));
+        assert!(book.kinds.len() <= MOST_KINDS, "{}", book.kinds.len());
+        assert_eq!(edges(&book).len(), 1);
+        assert!(book.external().len() > MOST_KINDS / 2);
+    }
+
+    proptest! {
+        #[test]
+        fn both_sides_of_the_same_connections_count_once(
+            connections in 1u64..1000, sent in 0u64..1 << 40, received in 0u64..1 << 40,
+        ) {
+            let both = book(&[
+                (client("web", 4, "10.88.0.3", 5432), totals(connections, sent, received)),
+                (server("db", 3, 5432, "10.88.0.4"), totals(connections, received, sent)),
+            ]);
+            let edges = edges(&both);
+            prop_assert_eq!(edges.len(), 1);
+            prop_assert_eq!(edges[0].connections, connections);
+            prop_assert_eq!(edges[0].bytes_to_parent, Some(Bytes(sent)));
+            prop_assert_eq!(edges[0].bytes_to_child, Some(Bytes(received)));
+            prop_assert_eq!(edges[0].retransmits, Some(2));
+        }
+    }
+}
