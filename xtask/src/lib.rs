@@ -13,4 +13,5 @@ pub mod load;
 pub mod process;
 pub mod setup;
 pub mod test;
+pub mod topology;
 pub mod workspace;

@@ -40,6 +40,8 @@ pub enum Format {
     Order,
     /// Graphviz.
     Dot,
+    /// A picture.
+    Svg,
     /// Everything, as JSON.
     Json,
 }
@@ -171,11 +173,13 @@ pub fn render(
         (Format::Tree, true) => pretty(&graph.tree())?,
         (Format::Order, true) => serde_json::to_string(&graph.order())?,
         (Format::Dot, true) => pretty(&graph.dot())?,
+        (Format::Svg, true) => pretty(&graph.svg())?,
         (Format::Table, false) => table_text(evidence, &graph),
         (Format::Matrix, false) => matrix_text(&graph),
         (Format::Tree, false) => graph.tree().to_string(),
         (Format::Order, false) => order_text(&graph),
         (Format::Dot, false) => graph.dot(),
+        (Format::Svg, false) => graph.svg(),
     };
     Ok(text)
 }

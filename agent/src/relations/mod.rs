@@ -16,6 +16,7 @@ mod graph;
 mod groups;
 mod matrix;
 mod order;
+mod svg;
 mod tree;
 
 #[cfg(test)]

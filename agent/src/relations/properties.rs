@@ -133,6 +133,25 @@ fn families_stay_together_and_groups_are_balanced() {
 }
 
 #[test]
+fn the_picture_shows_everything_and_each_child_below_its_parent() {
+    let svg = ten().svg();
+    assert_eq!(svg.matches("<rect ").count(), 11);
+    assert_eq!(svg.matches("marker-end").count(), 5);
+    assert_eq!(svg.matches("stroke-dasharray").count(), 5);
+    let height = |name: &str| -> f64 {
+        let (_, after) = svg.split_once(&format!("<title>{name}: ")).unwrap();
+        let (_, y) = after.split_once(" y=\"").unwrap();
+        y.split_once('"').unwrap().0.parse().unwrap()
+    };
+    for (child, parent) in [("d", "a"), ("f", "d"), ("g", "d"), ("h", "d"), ("j", "g")] {
+        assert!(height(child) > height(parent), "{child} above {parent}");
+    }
+    assert!(!svg.contains("href") && !svg.contains("<script"));
+    let odd = graph(&["a<b"], &[], &[]).svg();
+    assert!(odd.contains("a&lt;b") && !odd.contains("a<b"));
+}
+
+#[test]
 fn a_chain_of_a_hundred_thousand_needs_no_deep_stack() {
     let names: Vec<String> = (0..100_000).map(|n| format!("c{n:06}")).collect();
     let edges: Vec<Edge> = names

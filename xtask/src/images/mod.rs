@@ -85,6 +85,14 @@ fn recipe(name: &str) -> Result<Recipe> {
             recipe.changes = &["ENTRYPOINT [\"/usr/bin/demo-app\"]", "EXPOSE 8000"];
             recipe
         }
+        "talker" => {
+            let mut recipe = base("talker", None, "nobody");
+            recipe
+                .built
+                .push((workspace::binary("talker"), "/usr/bin/talker"));
+            recipe.changes = &["ENTRYPOINT [\"/usr/bin/talker\"]"];
+            recipe
+        }
         _ => anyhow::bail!("no image {name:?}; there are {}", NAMES.join(", ")),
     })
 }
@@ -130,7 +138,7 @@ pub fn load_some(host: &Host, names: &[&str]) -> Result<()> {
 }
 
 /// The image's archive, built if it is not there, and how it is to be imported.
-fn build(name: &str) -> Result<(PathBuf, &'static [&'static str])> {
+pub(crate) fn build(name: &str) -> Result<(PathBuf, &'static [&'static str])> {
     let recipe = recipe(name)?;
     let files = closure(&recipe)?;
     let dir = workspace::target().join("images");
