@@ -16,6 +16,8 @@ fn senses(cgroup: &Path) -> Telemetry {
     Telemetry::start(TelemetryConfig {
         root: PathBuf::from("/"),
         cgroup: cgroup.to_owned(),
+        edge_age: Duration::from_secs(3600),
+        remembered: Vec::new(),
     })
 }
 
@@ -217,7 +219,7 @@ fn a_task_killed_for_memory_counts_for_its_container() {
         addresses: Vec::new(),
         published: Vec::new(),
         mounts: Vec::new(),
-        registration_id: None,
+        registration_ids: Default::default(),
     };
     let containers = [container];
     let mut senses = senses(&unified);
