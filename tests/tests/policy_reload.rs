@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lifeboat_tests::shop::{logged, says};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -155,5 +155,70 @@ fn a_held_degraded_verdict_and_its_age_survive_kill_9() -> Result<()> {
         after["since"] == degraded["since"] && after["held_until"] == held["held_until"],
         "before: {degraded}\nheld: {held}\nafter the restart: {after}"
     );
+    Ok(())
+}
+
+#[test]
+fn a_pause_is_told_and_survives_kill_9_and_a_recording_is_judged_as_the_agent_did() -> Result<()> {
+    let Some((lab, mut crew)) = crew("paused", &policy("first", true, "0s"))? else {
+        return Ok(());
+    };
+    wait_for_verdict(&crew, "degraded", "first-memory")?;
+    let host = lab.host(DEVICE)?;
+    let lifeboat = workspace::binary("lifeboat");
+    let run = |words: &[&str]| -> Result<String> {
+        let argv = std::iter::once(lifeboat.as_os_str()).chain(words.iter().map(AsRef::as_ref));
+        let output = host.command(argv).output()?;
+        let told = String::from_utf8_lossy(&output.stdout).into_owned();
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{words:?}: {told}{error}");
+        Ok(told)
+    };
+
+    run(&["policy", "pause", "--for", "2h", "--why", "new fans"])?;
+    crew.kill_agent(DEVICE)?;
+    crew.start_agent(DEVICE)?;
+    wait_for_verdict(&crew, "degraded", "first-memory")?;
+    says(&run(&["status"])?, &["paused until", "new fans"])?;
+    says(
+        &run(&["explain"])?,
+        &[
+            "device is degraded, stage evacuate since",
+            "by any: [first-memory]",
+            "The limit was passed first at",
+            "An operator paused the policy (new fans)",
+        ],
+    )?;
+    says(&run(&["policy", "resume"])?, &["resumed", "new fans"])?;
+    ensure!(!run(&["status"])?.contains("paused"), "still paused");
+
+    // Two recorders after each other: the second continues the file.
+    let file = "/root/day.rec";
+    run(&["record", "-o", file, "--for", "4s"])?;
+    run(&["record", "-o", file, "--for", "3s"])?;
+    let replayed = run(&["policy", "replay", file, "--policy", POLICY, "--json"])?;
+    let events: Vec<Value> = replayed
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let starts = events.iter().filter(|event| event["event"] == "started");
+    ensure!(starts.count() == 2, "{replayed}");
+    let first = events
+        .iter()
+        .find(|event| event["event"] == "verdict")
+        .context("no verdict")?;
+    ensure!(
+        first["verdict"]["kind"] == "degraded"
+            && first["acts"] == true
+            && first["verdict"]["evidence"][0]["threshold"] == "first-memory",
+        "{first}"
+    );
+    let summary = &events.last().context("no summary")?["summary"];
+    ensure!(
+        summary["sweeps"].as_u64() >= Some(5) && summary["torn"] == 0,
+        "{summary}"
+    );
+    let again = run(&["policy", "replay", file, "--policy", POLICY, "--json"])?;
+    ensure!(again == replayed, "not deterministic");
     Ok(())
 }

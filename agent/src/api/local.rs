@@ -1,15 +1,18 @@
 //! The local API: what the command line asks of the agent, over a unix socket.
 
-use crate::health::Policy;
+use crate::health::{Policy, Stage};
 use crate::migration::PlanStatus;
 use crate::migration::delegator::{Delegator, DelegatorError};
+use crate::migration::pause::{Pause, Pauses};
 use crate::migration::planner::Request;
 use crate::migration::report::Report;
 use crate::migration::verify::Verification;
 use crate::migration::view::HostView;
 use crate::model::ids::PlanId;
+use crate::model::metric::Sample;
 use crate::model::plan::Plan;
-use axum::extract::{Path, State};
+use crate::model::units::UnixMillis;
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -17,6 +20,7 @@ use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
@@ -34,6 +38,12 @@ pub struct Context {
     pub delegator: Arc<Delegator>,
     /// Reloads the policy file; the error keeps the policy that is loaded.
     pub reload: Arc<dyn Fn() -> Result<Policy, String> + Send + Sync>,
+    /// The policy in force.
+    pub policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
+    /// The operator's pause.
+    pub pauses: Arc<Pauses>,
+    /// Whether a degraded verdict starts a plan by itself.
+    pub automatic: bool,
 }
 
 /// Everything `lifeboat status` shows.
@@ -45,6 +55,50 @@ pub struct Status {
     pub view: HostView,
     /// Plans of this agent's life.
     pub plans: Vec<PlanStatus>,
+    /// What the verdict rests on and leads to; none without a policy.
+    pub judgement: Option<Judgement>,
+}
+
+/// The policy in force, and whether it acts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Judgement {
+    /// Its name.
+    pub policy: String,
+    /// How many thresholds it has.
+    pub thresholds: usize,
+    /// The entries of `degraded` with their stages.
+    pub degraded: Vec<(String, Stage)>,
+    /// Whether a degraded verdict starts a plan by itself.
+    pub automatic: bool,
+    /// The pause in force.
+    pub paused: Option<Pause>,
+}
+
+/// The samples of one sweep.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Sweep {
+    /// Device.
+    pub device: String,
+    /// When it was swept.
+    pub at: UnixMillis,
+    /// Every metric that had a value.
+    pub samples: Vec<Sample>,
+}
+
+/// Which sweep is asked for: the first that is not of this time.
+#[derive(Debug, Default, Deserialize)]
+struct After {
+    #[serde(default)]
+    after: UnixMillis,
+}
+
+/// A request to let nothing move by itself for a while.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PauseRequest {
+    /// How long.
+    pub lasting: Duration,
+    /// Why.
+    pub why: String,
 }
 
 /// Why an answer is not the thing asked for.
@@ -127,7 +181,10 @@ fn router(context: Context) -> Router {
         .route("/v1/plans/{plan}/abort", post(abort))
         .route("/v1/plans/{plan}/report", get(report))
         .route("/v1/plans/{plan}/verify", post(verify))
+        .route("/v1/samples", get(samples))
         .route("/v1/policy/reload", post(reload))
+        .route("/v1/policy/pause", post(pause))
+        .route("/v1/policy/resume", post(resume))
         .with_state(context)
 }
 
@@ -138,7 +195,72 @@ async fn status(State(context): State<Context>) -> Json<Status> {
         device: context.device,
         view,
         plans: context.delegator.status(),
+        judgement: (context.policy)().map(|policy| Judgement {
+            policy: policy.name,
+            thresholds: policy.thresholds.len(),
+            degraded: policy
+                .degraded
+                .iter()
+                .map(|entry| (entry.when.to_string(), entry.stage))
+                .collect(),
+            automatic: context.automatic,
+            paused: context.pauses.now(context.delegator.now()),
+        }),
     })
+}
+
+async fn samples(
+    State(context): State<Context>,
+    Query(After { after }): Query<After>,
+) -> Result<Json<Sweep>, Refused> {
+    let mut view = context.view;
+    let swept = view
+        .wait_for(|view| view.snapshot.at != after && view.snapshot.at != UnixMillis(0))
+        .await
+        .map_err(|_| refused("the agent is stopping".to_owned()))?;
+    Ok(Json(Sweep {
+        device: context.device,
+        at: swept.snapshot.at,
+        samples: swept.snapshot.samples.clone(),
+    }))
+}
+
+async fn pause(
+    State(context): State<Context>,
+    Json(request): Json<PauseRequest>,
+) -> Result<Json<Pause>, Refused> {
+    let since = context.delegator.now();
+    let lasting = u64::try_from(request.lasting.as_millis()).unwrap_or(u64::MAX);
+    let pause = Pause {
+        since,
+        until: UnixMillis(since.0.saturating_add(lasting)),
+        why: request.why,
+    };
+    tracing::warn!(why = pause.why, "policy paused by an operator");
+    match context.pauses.set(pause.clone()) {
+        Ok(()) => Ok(Json(pause)),
+        Err(error) => Err(refused(format!(
+            "the pause cannot be kept, so it is not in force: {error}"
+        ))),
+    }
+}
+
+async fn resume(State(context): State<Context>) -> Result<Json<Option<Pause>>, Refused> {
+    tracing::warn!("policy resumed by an operator");
+    let ended = context.pauses.end();
+    ended
+        .map(Json)
+        .map_err(|error| refused(format!("the pause cannot be ended: {error}")))
+}
+
+fn refused(error: String) -> Refused {
+    Refused(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        Refusal {
+            error,
+            because: Because::Other,
+        },
+    )
 }
 
 async fn plan(

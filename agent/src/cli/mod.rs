@@ -7,6 +7,7 @@ mod agent;
 mod daemon;
 mod duplicator;
 mod evacuate;
+mod explain;
 mod fleet;
 mod meter;
 mod metrics;
@@ -15,6 +16,7 @@ mod output;
 mod plan;
 mod plans;
 mod policy;
+mod record;
 mod relations;
 mod status;
 
@@ -47,13 +49,15 @@ enum Command {
     Fleet(fleet::Args),
     /// Who depends on whom, and in which order they start.
     Relations(relations::Args),
-    /// Check degradation policies.
+    /// Check, test, replay and pause degradation policies.
     Policy(policy::Args),
     Observe(observe::Arguments),
     Metrics(metrics::Arguments),
     Plan(plan::Arguments),
     Evacuate(evacuate::Arguments),
     Status(status::Arguments),
+    Explain(explain::Arguments),
+    Record(record::Arguments),
     /// Stops a plan that is not released yet and rolls it back.
     Abort(plans::Arguments),
     /// Tells what a plan did, with figures.
@@ -104,12 +108,14 @@ pub fn main() -> ExitCode {
         Command::Duplicator(args) => duplicator::execute(&args),
         Command::Fleet(args) => fleet::execute(args, context.json),
         Command::Relations(args) => relations::run(&args, &context),
-        Command::Policy(args) => policy::run(&args, context.json),
+        Command::Policy(args) => policy::run(args, &context),
         Command::Observe(arguments) => observe::run(&arguments, &context),
         Command::Metrics(arguments) => metrics::run(&arguments, &context),
         Command::Plan(arguments) => plan::run(&arguments, &context),
         Command::Evacuate(arguments) => evacuate::run(&arguments, &context),
         Command::Status(arguments) => status::run(&arguments, &context),
+        Command::Explain(arguments) => explain::run(&arguments, &context),
+        Command::Record(arguments) => record::run(&arguments, &context),
         Command::Abort(arguments) => plans::abort(&arguments, &context),
         Command::Report(arguments) => plans::report(&arguments, &context),
         Command::Verify(arguments) => plans::verify(&arguments, &context),

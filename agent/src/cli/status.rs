@@ -6,7 +6,7 @@ use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
 use crate::health::Stage;
 use crate::model::ids::PlanId;
-use crate::model::units::human_duration;
+use crate::model::units::{human_duration, utc};
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
@@ -72,6 +72,13 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
                     .map(|missing| format!("  missing: {}", missing.text)),
             );
         }
+    }
+    if let Some(pause) = status.judgement.iter().find_map(|one| one.paused.as_ref()) {
+        lines.push(format!(
+            "  paused until {}: nothing moves by itself ({})",
+            utc(pause.until),
+            pause.why
+        ));
     }
     for plan in &status.plans {
         let meter = meters.entry(plan.plan.clone()).or_default();

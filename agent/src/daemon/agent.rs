@@ -17,6 +17,7 @@ use crate::fleet::server::ControlServer;
 use crate::health::Stage;
 use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
+use crate::migration::pause::Pauses;
 use crate::migration::planner::Request;
 use crate::migration::target::Target;
 use crate::migration::view::HostView;
@@ -162,8 +163,14 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
             serve_fleet(&config, fleet_config, Arc::new(parts), &stop).await?
         }
     };
-    if config.migration.automatic && config.fleet.is_some() {
-        tokio::spawn(evacuate_when_degraded(delegator.clone(), view.clone()));
+    let pauses = Arc::new(Pauses::load(&config.state));
+    let automatic = config.migration.automatic && config.fleet.is_some();
+    if automatic {
+        tokio::spawn(evacuate_when_degraded(
+            delegator.clone(),
+            view.clone(),
+            pauses.clone(),
+        ));
     }
     let driver = delegator.clone();
     let context = local::Context {
@@ -171,6 +178,9 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         view,
         delegator,
         reload: senses.reloader(),
+        policy: senses.policy(),
+        pauses,
+        automatic,
     };
     let socket = config.socket.clone();
     let api = tokio::spawn(local::serve(socket.clone(), context));
@@ -326,6 +336,7 @@ const AUTOMATIC_RETRY_MAX: Duration = Duration::from_secs(3600);
 async fn evacuate_when_degraded(
     delegator: Arc<Delegator>,
     mut view: watch::Receiver<Arc<HostView>>,
+    pauses: Arc<Pauses>,
 ) {
     let mut told = String::new();
     let mut pause = AUTOMATIC_RETRY;
@@ -343,6 +354,9 @@ async fn evacuate_when_degraded(
             .containers
             .iter()
             .any(|container| container.runtime.is_some() && container.state == State::Running);
+        if pauses.now(delegator.now()).is_some() {
+            continue;
+        }
         if !alive || delegator.status().iter().any(|plan| !plan.over) {
             continue;
         }

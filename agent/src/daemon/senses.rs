@@ -100,6 +100,13 @@ impl Senses {
         self.view.clone()
     }
 
+    /// A function that tells the policy in force.
+    #[must_use]
+    pub fn policy(&self) -> Arc<dyn Fn() -> Option<Policy> + Send + Sync> {
+        let judge = self.judge.clone();
+        Arc::new(move || locked(&judge).as_ref().map(|judge| judge.policy().clone()))
+    }
+
     /// A function that loads the policy file again and keeps the old policy when the new one is broken.
     #[must_use]
     pub fn reloader(&self) -> Arc<dyn Fn() -> Result<Policy, String> + Send + Sync> {

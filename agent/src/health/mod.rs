@@ -13,6 +13,9 @@ mod limits;
 mod policy;
 mod quantity;
 mod reading;
+mod recording;
+mod replay;
+mod rule_tests;
 mod schema;
 mod series;
 mod state;
@@ -35,6 +38,9 @@ pub use policy::{
     Rule, Severity, Stage, Threshold,
 };
 pub use quantity::{in_unit, span};
+pub use recording::{Encoder, MAGIC, RecordingEnd, RecordingError, RecordingHeader, recorded};
+pub use replay::{ReplaySummary, Replayed, replay};
+pub use rule_tests::{RuleTestOutcome, RuleTests};
 pub use schema::policy_schema;
 pub use state::SavedState;
 pub use verdict::{Evidence, Missing, Verdict, VerdictKind};

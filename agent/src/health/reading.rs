@@ -122,8 +122,15 @@ fn among_host<'a>(own: &[&'a Sample], at_least: f64, fewest: usize) -> Vec<(&'a 
 }
 
 fn compare(value: f64, median: f64, at_least: f64) -> Reading {
-    if value < at_least || median <= 0.0 {
+    if median <= 0.0 {
         return Reading::Idle;
+    }
+    if value < at_least {
+        // Too small to be a failure: as good as its peers, so that one that was failing is over.
+        return Reading::Value {
+            value: 1.0,
+            against: Some(median),
+        };
     }
     Reading::Value {
         value: value / median,

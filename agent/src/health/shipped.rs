@@ -1,6 +1,6 @@
 //! The policies that ship.
 
-use super::{Policy, Rule};
+use super::{Policy, Rule, RuleTests, policy_schema};
 
 const SHIPPED: &[(&str, &str)] = &[
     ("default", include_str!("../../../policies/default.yaml")),
@@ -42,6 +42,75 @@ fn every_level_in_a_shipped_policy_clears_on_the_other_side_of_a_gap() {
                 "{name}: hosts may lack a sensor"
             );
         }
+    }
+}
+
+/// The rule tests of the policies, in the same order.
+const TESTS: &[&str] = &[
+    include_str!("../../../policies/tests/default.yaml"),
+    include_str!("../../../policies/tests/storage-node.yaml"),
+    include_str!("../../../policies/tests/edge.yaml"),
+];
+
+#[test]
+fn the_rule_tests_of_every_shipped_policy_pass_and_see_each_threshold_fail() {
+    for ((name, text), tests) in SHIPPED.iter().zip(TESTS) {
+        let policy = Policy::parse(text, name).unwrap();
+        let parsed = RuleTests::parse(tests).unwrap_or_else(|faults| panic!("{name}: {faults:?}"));
+        assert_eq!(parsed.policy, format!("../{name}.yaml"));
+        for outcome in parsed.run(tests, &policy) {
+            let told: Vec<String> = outcome
+                .faults
+                .iter()
+                .map(|fault| fault.in_file(name))
+                .collect();
+            assert!(told.is_empty(), "{}:\n{}", outcome.name, told.join("\n"));
+        }
+        let untested: Vec<&str> = parsed
+            .untested(&policy)
+            .iter()
+            .map(|one| one.name.as_str())
+            .collect();
+        assert!(
+            untested.is_empty(),
+            "{name}: no test sees {untested:?} fail"
+        );
+    }
+}
+
+#[test]
+fn the_shipped_schema_is_that_of_the_types_and_every_shipped_policy_fits_it() {
+    let schema = policy_schema();
+    let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/../policies/schema.json");
+    if std::env::var_os("UPDATE").is_some() {
+        let text = serde_json::to_string_pretty(&schema).unwrap();
+        std::fs::write(shipped, text + "\n").unwrap();
+        return;
+    }
+    let read: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(shipped).unwrap()).unwrap();
+    assert!(
+        read == schema,
+        "run this test with UPDATE=1 to write policies/schema.json anew"
+    );
+    let fits = jsonschema::validator_for(&schema).unwrap();
+    for (name, text) in SHIPPED {
+        let policy: serde_json::Value = serde_yaml::from_str(text).unwrap();
+        let wrong: Vec<String> = fits
+            .iter_errors(&policy)
+            .map(|e| format!("{e} at {}", e.instance_path()))
+            .collect();
+        assert!(wrong.is_empty(), "{name}: {wrong:?}");
+        let broken: serde_json::Value =
+            serde_yaml::from_str(&text.replacen("metric: ", "metric: x", 1)).unwrap();
+        assert!(!fits.is_valid(&broken), "{name} with an unknown metric");
+        let broken: serde_json::Value =
+            serde_yaml::from_str(&text.replacen("for:", "fro:", 1)).unwrap();
+        assert!(!fits.is_valid(&broken), "{name} with an unknown field");
+        assert!(
+            text.starts_with("# yaml-language-server: $schema=schema.json\n"),
+            "{name}"
+        );
     }
 }
 

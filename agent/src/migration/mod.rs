@@ -12,6 +12,7 @@ mod faults;
 pub mod journal;
 mod moving;
 pub mod paired;
+pub mod pause;
 mod places;
 pub mod planner;
 mod rehearsal;

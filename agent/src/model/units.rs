@@ -75,9 +75,45 @@ pub fn human_duration(span: std::time::Duration) -> String {
     }
 }
 
+/// A point in time as `2026-11-22 02:20:05 UTC`.
+#[must_use]
+pub fn utc(at: UnixMillis) -> String {
+    // Days to a date of the Gregorian calendar: Howard Hinnant, "chrono-Compatible Low-Level Date
+    // Algorithms", civil_from_days.
+    let (days, second) = (at.0 / 86_400_000 + 719_468, at.0 / 1000 % 86_400);
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let shifted = (5 * day + 2) / 153;
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
+    format!(
+        "{:04}-{month:02}-{:02} {:02}:{:02}:{:02} UTC",
+        year + era * 400 + u64::from(month <= 2),
+        day - (153 * shifted + 2) / 5 + 1,
+        second / 3600,
+        second / 60 % 60,
+        second % 60
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_told_as_dates() {
+        assert_eq!(utc(UnixMillis(0)), "1970-01-01 00:00:00 UTC");
+        assert_eq!(utc(UnixMillis(951_782_399_999)), "2000-02-28 23:59:59 UTC");
+        assert_eq!(utc(UnixMillis(951_782_400_000)), "2000-02-29 00:00:00 UTC");
+        assert_eq!(
+            utc(UnixMillis(1_893_456_000_000)),
+            "2030-01-01 00:00:00 UTC"
+        );
+    }
 
     #[test]
     fn bytes_are_printed_in_binary_units() {
