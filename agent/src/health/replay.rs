@@ -126,3 +126,134 @@ fn metrics(policy: &Policy) -> BTreeSet<&'static str> {
     };
     policy.thresholds.iter().flat_map(of).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Encoder, MAGIC};
+    use super::*;
+    use crate::model::metric::{METRICS, Sample, Subject};
+    use std::time::Instant;
+
+    const START: u64 = 1_893_456_000_000;
+
+    fn policy() -> Policy {
+        Policy::parse(include_str!("../../../policies/default.yaml"), "default").unwrap()
+    }
+
+    /// A host whose every device metric has a value each second; it is starved now and then.
+    fn samples(second: u64) -> Vec<Sample> {
+        let starved = second / 200 % 2 == 1;
+        let sample = |(place, metric): (usize, &crate::model::metric::Metric)| Sample {
+            metric: metric.name.to_owned(),
+            subject: Subject::device(),
+            value: match metric.name {
+                "block.errors" => 0.0,
+                "sched.run_queue_latency_p99" | "block.latency_p99" if starved => 90e6,
+                // Some change with each sweep and some never.
+                _ => {
+                    1.0 + if place % 2 == 0 {
+                        (second % 97) as f64 / 7.0
+                    } else {
+                        0.0
+                    }
+                }
+            },
+            at: UnixMillis(START + second * 1000),
+        };
+        METRICS.iter().enumerate().map(sample).collect()
+    }
+
+    fn recording(seconds: u64) -> Vec<u8> {
+        let header = RecordingHeader {
+            device: "box1".into(),
+            version: "0".into(),
+            at: UnixMillis(START),
+        };
+        let (mut encoder, start) = Encoder::start(&header).unwrap();
+        let mut bytes = [MAGIC, &start].concat();
+        for second in 0..seconds {
+            bytes.extend(encoder.sweep(UnixMillis(START + second * 1000), &samples(second)));
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_replay_tells_what_the_judge_told_live_and_the_same_again() {
+        let mut live = Vec::new();
+        let mut judge = Judge::new(policy(), None);
+        for second in 0..1500 {
+            let now = UnixMillis(START + second * 1000);
+            judge.observe(&samples(second), now);
+            let verdict = judge.verdict(now);
+            let is = (verdict.kind, verdict.stage);
+            if live
+                .last()
+                .is_none_or(|before: &Verdict| (before.kind, before.stage) != is)
+            {
+                live.push(verdict);
+            }
+        }
+        let bytes = recording(1500);
+        let told = || {
+            let mut told = Vec::new();
+            let summary = replay(&bytes, policy(), |event| told.push(event)).unwrap();
+            (told, summary)
+        };
+        let (events, summary) = told();
+        let verdicts: Vec<Verdict> = events
+            .iter()
+            .filter_map(|event| match event {
+                Replayed::Verdict { verdict, .. } => Some((**verdict).clone()),
+                _ => None,
+            })
+            .collect();
+        assert!(live.len() > 3, "{live:?}");
+        assert_eq!(verdicts, live);
+        assert_eq!(
+            (summary.sweeps, summary.changes),
+            (1500, live.len() as u64 - 1)
+        );
+        assert_eq!(told(), (events, summary));
+    }
+
+    #[test]
+    fn a_gap_is_told_and_a_limit_passed_before_and_after_it_is_not_taken_as_passed_within() {
+        let header = RecordingHeader {
+            device: "box1".into(),
+            version: "0".into(),
+            at: UnixMillis(START),
+        };
+        let (mut encoder, start) = Encoder::start(&header).unwrap();
+        let mut bytes = [MAGIC, &start].concat();
+        for second in (380..400).chain(590..600) {
+            bytes.extend(encoder.sweep(UnixMillis(START + second * 1000), &samples(second)));
+        }
+        let mut gaps = Vec::new();
+        let mut kinds = Vec::new();
+        replay(&bytes, policy(), |event| match event {
+            Replayed::Gap { lasted, .. } => gaps.push(lasted),
+            Replayed::Verdict { verdict, .. } => kinds.push(verdict.kind),
+            Replayed::Started { .. } => {}
+        })
+        .unwrap();
+        assert_eq!(gaps, [Duration::from_secs(191)]);
+        assert_eq!(kinds, [VerdictKind::Healthy]);
+    }
+
+    /// A build without optimisation gets four times as long.
+    #[test]
+    fn an_hour_of_recording_replays_in_less_than_a_24th_of_10_seconds_once_optimised() {
+        let bytes = recording(3600);
+        let begin = Instant::now();
+        let summary = replay(&bytes, policy(), |_| {}).unwrap();
+        let took = begin.elapsed();
+        println!(
+            "{} bytes a sweep of {} samples; an hour replayed in {took:?}",
+            bytes.len() / 3600,
+            METRICS.len()
+        );
+        assert_eq!(summary.sweeps, 3600);
+        let slower = if cfg!(debug_assertions) { 4 } else { 1 };
+        assert!(took < Duration::from_secs(10) / 24 * slower, "{took:?}");
+    }
+}

@@ -150,7 +150,7 @@ impl RuleTests {
                 let field = field.at("expect").at(place).at("at");
                 match span(&expected.at) {
                     Ok(at) if expect.last().is_none_or(|(before, _)| *before <= at) => {
-                        expect.push((at, expected))
+                        expect.push((at, expected));
                     }
                     Ok(_) => wrong(
                         &field,
