@@ -242,7 +242,11 @@ fn as_root(program: &str) -> Command {
     command
 }
 
-fn install(packages: &[(&str, &str)]) -> Result<()> {
+/// Installs packages, each with why, and starts none of their services.
+///
+/// # Errors
+/// apt failed.
+pub(crate) fn install(packages: &[(&str, &str)]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }

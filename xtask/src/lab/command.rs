@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::kernels;
 use super::{Fault, HostSpec, Lab, LabSpec, remove};
 use crate::demo_app;
 use crate::process::become_root;
@@ -34,6 +35,11 @@ enum Action {
     },
     /// Ends the lab; nothing is left
     Down,
+    /// Runs the agent and the tests of its senses on other kernels, in QEMU guests
+    Kernels {
+        /// Their versions: 5.10, 6.1, 6.12, newest; all when none is given
+        versions: Vec<String>,
+    },
     /// Shows the hosts, their addresses and processes
     Status,
     /// Runs a command in a host
@@ -154,6 +160,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             lab.leave_running()
         }
         Action::Down => remove(name),
+        Action::Kernels { versions } => kernels::kernels(versions),
         Action::Status => {
             status(&Lab::open(name)?);
             Ok(())
