@@ -193,7 +193,7 @@ fn a_pause_is_told_and_survives_kill_9_and_a_recording_is_judged_as_the_agent_di
     ensure!(!run(&["status"])?.contains("paused"), "still paused");
 
     // Two recorders after each other: the second continues the file.
-    let file = "/root/day.rec";
+    let file = "/etc/lifeboat/day.rec";
     run(&["record", "-o", file, "--for", "4s"])?;
     run(&["record", "-o", file, "--for", "3s"])?;
     let replayed = run(&["policy", "replay", file, "--policy", POLICY, "--json"])?;
