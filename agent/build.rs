@@ -38,6 +38,9 @@ const OUTER_PREFIXES: [&str; 5] = [
     "CARGO_PROFILE_",
 ];
 
+/// Programs of the senses, and those that run on demand.
+const OBJECTS: [&str; 2] = ["lifeboat-ebpf", "lifeboat-watch"];
+
 fn main() {
     let manifest_dir = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
@@ -55,14 +58,17 @@ fn main() {
         .nth(4)
         .expect("OUT_DIR lies four levels below the target directory")
         .join("ebpf");
-    let object = build(workspace, &target_dir).unwrap_or_else(|reason| {
+    let objects = build(workspace, &target_dir).unwrap_or_else(|reason| {
         eprintln!("cannot build the kernel programs: {reason}");
         exit(1);
     });
-    fs::copy(&object, out_dir.join("lifeboat-ebpf.o")).unwrap_or_else(|error| {
-        eprintln!("cannot copy {}: {error}", object.display());
-        exit(1);
-    });
+    for name in OBJECTS {
+        let object = objects.join(name);
+        fs::copy(&object, out_dir.join(format!("{name}.o"))).unwrap_or_else(|error| {
+            eprintln!("cannot copy {}: {error}", object.display());
+            exit(1);
+        });
+    }
 }
 
 fn build(workspace: &Path, target_dir: &Path) -> Result<PathBuf, String> {
@@ -86,7 +92,7 @@ fn build(workspace: &Path, target_dir: &Path) -> Result<PathBuf, String> {
     cargo
         .current_dir(workspace)
         .args(["build", "--release", "--package", "lifeboat-ebpf"])
-        .args(["--bin", "lifeboat-ebpf", "--features", "kernel"])
+        .args(["--bins", "--features", "kernel"])
         .args(["--target", "bpfel-unknown-none", "-Zbuild-std=core"])
         .arg("--target-dir")
         .arg(target_dir)
@@ -102,7 +108,7 @@ fn build(workspace: &Path, target_dir: &Path) -> Result<PathBuf, String> {
             String::from_utf8_lossy(&output.stderr)
         ));
     }
-    Ok(target_dir.join("bpfel-unknown-none/release/lifeboat-ebpf"))
+    Ok(target_dir.join("bpfel-unknown-none/release"))
 }
 
 fn clean(program: impl Into<OsString>) -> Command {

@@ -21,23 +21,37 @@ pub static LAYOUT: Layout = Layout {
     task_state: 0,
     task_on_cpu: 0,
     task_cgroups: 0,
+    task_flags: 0,
     css_set_dfl_cgrp: 0,
     cgroup_kn: 0,
     cgroup_level: 0,
     cgroup_ancestors: 0,
-    cgroup_root: 0,
     kernfs_node_id: 0,
-    cgroup_root_hierarchy_id: 0,
     request_cmd_flags: 0,
     request_data_len: 0,
     request_bio: 0,
     request_queue_or_disk: 0,
+    request_sector: 0,
     queue_disk: 0,
     disk_major: 0,
     disk_first_minor: 0,
     bio_blkg: 0,
     blkg_blkcg: 0,
     blkcg_cgroup: 0,
+    write_back_uncharged: 0,
+    bio_io_vec: 0,
+    bio_vec_page: 0,
+    page_compound_head: 0,
+    page_mapping: 0,
+    bio_device: 0,
+    bio_next: 0,
+    bio_opf: 0,
+    bio_sector: 0,
+    bio_size: 0,
+    bio_private: 0,
+    device_disk: 0,
+    mapping_host: 0,
+    inode_mode: 0,
     sock_cgroup: 0,
     sock_family: 0,
     sock_num: 0,
@@ -139,6 +153,20 @@ pub fn exchange(counter: *mut u64, value: u64) -> u64 {
     before
 }
 
+/// Sets bits of a word in a map; a full memory barrier (Linux 5.12).
+#[inline(always)]
+pub fn fetch_or(word: *mut u64, bits: u64) {
+    // SAFETY: as for `add`.
+    unsafe {
+        asm!(
+            "{bits} = atomic_fetch_or((u64 *)({word} + 0), {bits})",
+            word = in(reg) word,
+            bits = inout(reg) bits => _,
+            options(nostack),
+        );
+    }
+}
+
 /// Counts a latency in its slot.
 #[inline(always)]
 pub fn record(latency: *mut Latency, nanoseconds: u64) {
@@ -154,7 +182,7 @@ pub fn record(latency: *mut Latency, nanoseconds: u64) {
 /// Index of the highest set bit; 0 for 0. The BPF instruction set has no count-leading-zeros, and
 /// branches on a latency would be mispredicted: the bits below the highest one are set and counted.
 #[inline(always)]
-fn log2(mut value: u64) -> usize {
+pub fn log2(mut value: u64) -> usize {
     value |= value >> 1;
     value |= value >> 2;
     value |= value >> 4;

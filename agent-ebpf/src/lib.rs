@@ -92,6 +92,12 @@ pub mod op {
     pub const FLUSH: u32 = 2;
     /// REQ_OP_DISCARD.
     pub const DISCARD: u32 = 3;
+    /// REQ_OP_SECURE_ERASE.
+    pub const SECURE_ERASE: u32 = 5;
+    /// REQ_OP_WRITE_ZEROES.
+    pub const WRITE_ZEROES: u32 = 9;
+    /// From here on, commands that the block layer only passes through (`blk_op_is_passthrough`).
+    pub const PASSTHROUGH: u32 = 32;
 }
 
 /// Whose block I/O, of which kind, on which disk.
@@ -106,27 +112,66 @@ pub struct BlockKey {
     pub op: u32,
 }
 
+/// Slots of a size histogram: slot n counts sizes in [512 · 2^n, 512 · 2^(n+1)) bytes, the last one
+/// everything from 16 MiB up.
+pub const SIZE_SLOTS: usize = 16;
+
+/// log2 of the smallest size counted, a sector.
+pub const SECTOR_SHIFT: u32 = 9;
+
+/// Classes of failed requests: what the block layer calls the reason (`blk_errors` of block/blk-core.c).
+pub mod error {
+    /// The medium lost the data (BLK_STS_MEDIUM).
+    pub const MEDIA: usize = 0;
+    /// No answer in time (BLK_STS_TIMEOUT).
+    pub const TIMEOUT: usize = 1;
+    /// The path to the device failed, or the device is gone (BLK_STS_TRANSPORT, BLK_STS_OFFLINE).
+    pub const TRANSPORT: usize = 2;
+    /// Integrity data do not match (BLK_STS_PROTECTION).
+    pub const PROTECTION: usize = 3;
+    /// The device refused the command (BLK_STS_TARGET).
+    pub const TARGET: usize = 4;
+    /// No space left, on thin devices (BLK_STS_NOSPC).
+    pub const NO_SPACE: usize = 5;
+    /// Any other I/O error.
+    pub const OTHER: usize = 6;
+    /// How many there are.
+    pub const COUNT: usize = 7;
+}
+
 /// Block I/O since the programs were loaded.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct BlockStats {
     /// Time from issue to completion.
     pub latency: Latency,
+    /// Requests issued, by size; those without data are not counted.
+    pub sizes: [u64; SIZE_SLOTS],
+    /// Requests that failed, by [`error`].
+    pub errors: [u64; error::COUNT],
+    /// Sum of all latencies, ns.
+    pub busy_ns: u64,
     /// Bytes completed.
     pub bytes: u64,
     /// Requests completed.
     pub requests: u64,
-    /// Requests that completed with an error.
-    pub errors: u64,
+    /// Requests issued that begin where the one before them ended.
+    pub sequential: u64,
+    /// First sector after the last request issued.
+    pub next_sector: u64,
 }
 
 impl BlockStats {
     /// Nothing counted.
     pub const EMPTY: Self = Self {
         latency: Latency::EMPTY,
+        sizes: [0; SIZE_SLOTS],
+        errors: [0; error::COUNT],
+        busy_ns: 0,
         bytes: 0,
         requests: 0,
-        errors: 0,
+        sequential: 0,
+        next_sector: 0,
     };
 }
 
@@ -136,8 +181,46 @@ impl BlockStats {
 pub struct InFlight {
     /// Where its completion is counted.
     pub key: BlockKey,
-    /// When it was issued, ns of the monotonic clock.
+    /// When it was issued, ns of the monotonic clock; 0 while it waits in the kernel's I/O scheduler.
     pub since_ns: u64,
+}
+
+/// What the watch of a block device watches. A global of the programs.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Watched {
+    /// First sector on the disk; not 0 for a partition.
+    pub first_sector: u64,
+    /// Sectors.
+    pub sectors: u64,
+    /// Disk as the kernel's dev_t: major << 20 | minor.
+    pub device: u32,
+    /// log2 of the granule that a bit stands for, in bytes; at least 16.
+    pub granule_shift: u32,
+    /// 64-bit words of an epoch's bitmap.
+    pub words: u32,
+    /// 1 when the disk takes requests, of which the kernel traces the end; 0 when it takes bios themselves.
+    pub takes_requests: u32,
+}
+
+/// A write to a watched device between its beginning and its end.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Writing {
+    /// First sector on the disk.
+    pub sector: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// Words of the `STATE` of a watch.
+pub mod watch_state {
+    /// The current epoch; its lowest bit chooses the bitmap.
+    pub const EPOCH: u32 = 0;
+    /// Not 0 when everything is dirty in the epochs of the first bitmap; the next word, of the second.
+    pub const EVERYTHING: u32 = 1;
+    /// How many there are.
+    pub const COUNT: u32 = 3;
 }
 
 /// Side of a connection.
@@ -290,8 +373,12 @@ pub mod loss {
     pub const FIRST_SEEN: u32 = 7;
     /// `HALVES`: a connection was not matched with its other end.
     pub const HALVES: u32 = 8;
+    /// `DIRTIERS`: whoever dirtied a file was not noted.
+    pub const DIRTIERS: u32 = 9;
+    /// `WRITING`: a write to a watched device was not noted; its end marks everything.
+    pub const WRITING: u32 = 10;
     /// How many there are.
-    pub const COUNT: u32 = 9;
+    pub const COUNT: u32 = 11;
 }
 
 /// Offsets of kernel fields, in bytes, from the running kernel's BTF; and the scope.
@@ -318,6 +405,8 @@ pub struct Layout {
     pub task_on_cpu: u32,
     /// task_struct.cgroups
     pub task_cgroups: u32,
+    /// task_struct.flags
+    pub task_flags: u32,
     /// css_set.dfl_cgrp
     pub css_set_dfl_cgrp: u32,
     /// cgroup.kn
@@ -326,12 +415,8 @@ pub struct Layout {
     pub cgroup_level: u32,
     /// cgroup.ancestors, or .ancestor_ids
     pub cgroup_ancestors: u32,
-    /// cgroup.root
-    pub cgroup_root: u32,
     /// kernfs_node.id
     pub kernfs_node_id: u32,
-    /// cgroup_root.hierarchy_id
-    pub cgroup_root_hierarchy_id: u32,
     /// request.cmd_flags
     pub request_cmd_flags: u32,
     /// request.__data_len
@@ -340,6 +425,8 @@ pub struct Layout {
     pub request_bio: u32,
     /// request.q, or .rq_disk
     pub request_queue_or_disk: u32,
+    /// request.__sector
+    pub request_sector: u32,
     /// request_queue.disk
     pub queue_disk: u32,
     /// gendisk.major
@@ -352,6 +439,35 @@ pub struct Layout {
     pub blkg_blkcg: u32,
     /// blkcg.css.cgroup
     pub blkcg_cgroup: u32,
+    /// 1 when the kernel cannot charge write-back to a cgroup2: the block or memory controller is in a
+    /// cgroup v1 hierarchy, or there is none.
+    pub write_back_uncharged: u32,
+    /// bio.bi_io_vec
+    pub bio_io_vec: u32,
+    /// bio_vec.bv_page
+    pub bio_vec_page: u32,
+    /// page.compound_head
+    pub page_compound_head: u32,
+    /// page.mapping
+    pub page_mapping: u32,
+    /// bio.bi_bdev
+    pub bio_device: u32,
+    /// bio.bi_next
+    pub bio_next: u32,
+    /// bio.bi_opf
+    pub bio_opf: u32,
+    /// bio.bi_iter.bi_sector
+    pub bio_sector: u32,
+    /// bio.bi_iter.bi_size
+    pub bio_size: u32,
+    /// bio.bi_private
+    pub bio_private: u32,
+    /// block_device.bd_disk
+    pub device_disk: u32,
+    /// address_space.host
+    pub mapping_host: u32,
+    /// inode.i_mode
+    pub inode_mode: u32,
     /// sock.sk_cgrp_data.cgroup
     pub sock_cgroup: u32,
     /// sock.__sk_common.skc_family
@@ -413,6 +529,8 @@ mod pod {
     unsafe impl Pod for ListenKey {}
     // SAFETY: as above.
     unsafe impl Pod for Ancestors {}
+    // SAFETY: as above.
+    unsafe impl Pod for Watched {}
     // SAFETY: as above.
     unsafe impl Pod for Layout {}
 }

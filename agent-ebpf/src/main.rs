@@ -8,6 +8,7 @@
 // For the atomic instructions; the BPF linker's toolchain is unstable Rust anyway.
 #![feature(asm_experimental_arch)]
 
+mod attribution;
 mod block;
 mod datagrams;
 mod kernel;

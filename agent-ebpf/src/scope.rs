@@ -97,9 +97,11 @@ unsafe fn is_within(cgroup: Object) -> bool {
     own_level >= level as i32 && ancestor_id(cgroup, level) == Some(layout!(scope_id))
 }
 
+/// The id of a cgroup's ancestor at a level, which must not be below its own.
+///
 /// The array is a flexible one, for which the verifier has no typed load.
 #[inline(always)]
-fn ancestor_id(cgroup: Object, level: u32) -> Option<u64> {
+pub fn ancestor_id(cgroup: Object, level: u32) -> Option<u64> {
     let slot = layout!(cgroup_ancestors) + level * 8;
     if layout!(ancestors_are_ids) != 0 {
         return probe(cgroup, slot);

@@ -5,6 +5,7 @@
 
 mod agent;
 mod daemon;
+mod dirty;
 mod duplicator;
 mod evacuate;
 mod explain;
@@ -52,12 +53,12 @@ enum Command {
     /// Check, test, replay and pause degradation policies.
     Policy(policy::Args),
     Observe(observe::Arguments),
+    Record(record::Arguments),
     Metrics(metrics::Arguments),
     Plan(plan::Arguments),
     Evacuate(evacuate::Arguments),
     Status(status::Arguments),
     Explain(explain::Arguments),
-    Record(record::Arguments),
     /// Stops a plan that is not released yet and rolls it back.
     Abort(plans::Arguments),
     /// Tells what a plan did, with figures.

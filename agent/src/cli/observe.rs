@@ -107,7 +107,7 @@ fn latency_row(
     block: Option<&BlockIo>,
 ) -> [String; 9] {
     let run_queue_at = |percent| latency(run_queue.map(|stats| &stats.latency), percent);
-    let block_at = |percent| latency(block.map(|io| &io.latency), percent);
+    let block_at = |percent| latency(block.map(BlockIo::latency).as_ref(), percent);
     let rate = |rate: fn(&BlockIo) -> f64| {
         block.map_or_else(
             || NOTHING.to_owned(),
@@ -121,9 +121,9 @@ fn latency_row(
         run_queue.map_or_else(|| NOTHING.to_owned(), |stats| stats.waiting.to_string()),
         block_at(50.0),
         block_at(99.0),
-        block.map_or_else(|| NOTHING.to_owned(), |io| format!("{:.0}", io.iops)),
-        rate(|io| io.read_bytes_per_second),
-        rate(|io| io.write_bytes_per_second),
+        block.map_or_else(|| NOTHING.to_owned(), |io| format!("{:.0}", io.iops())),
+        rate(|io| io.reads.bytes_per_second),
+        rate(|io| io.writes.bytes_per_second),
     ]
 }
 
@@ -159,25 +159,47 @@ fn containers(snapshot: &Snapshot) -> String {
 }
 
 fn disks(snapshot: &Snapshot) -> Option<String> {
-    let rows: Vec<[String; 7]> = snapshot
+    let rows: Vec<[String; 11]> = snapshot
         .devices
         .iter()
         .map(|disk| {
+            let io = &disk.block;
             let [name, _, _, _, p50, p99, iops, read, write] =
-                latency_row(&disk.name, None, Some(&disk.block));
+                latency_row(&disk.name, None, Some(io));
+            let mut sizes = io.reads.sizes.clone();
+            sizes.merge(&io.writes.sizes);
+            let or_nothing = |value: Option<String>| value.unwrap_or_else(|| NOTHING.to_owned());
             [
                 name,
                 p50,
                 p99,
+                format!("{:.1}", io.queue_depth),
                 iops,
                 read,
                 write,
-                disk.block.errors.to_string(),
+                Bytes(io.discards.bytes_per_second as u64).to_string(),
+                or_nothing(
+                    sizes
+                        .percentile(50.0)
+                        .map(|size| Bytes(size as u64).to_string()),
+                ),
+                or_nothing(io.sequential_percent().map(|share| format!("{share:.0} %"))),
+                io.errors.to_string(),
             ]
         })
         .collect();
     let heading = [
-        "DISK", "I/O P50", "I/O P99", "IOPS", "READ/s", "WRITE/s", "ERRORS",
+        "DISK",
+        "I/O P50",
+        "I/O P99",
+        "QUEUE",
+        "IOPS",
+        "READ/s",
+        "WRITE/s",
+        "DISCARD/s",
+        "SIZE",
+        "SEQUENTIAL",
+        "ERRORS",
     ];
     (!rows.is_empty()).then(|| table(heading, &rows))
 }

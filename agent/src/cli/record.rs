@@ -17,11 +17,18 @@ use tokio::signal::unix::{SignalKind, signal};
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Records the device's samples, sweep by sweep, until Ctrl-C. A file that is there already is continued.
+/// Or prints what changed on a block device, epoch by epoch.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The recording.
-    #[arg(short, long, value_name = "FILE")]
-    output: PathBuf,
+    #[arg(short, long, value_name = "FILE", required_unless_present = "dirty")]
+    output: Option<PathBuf>,
+    /// Print which extents of this block device were written, zeroed or discarded; needs root and no agent.
+    #[arg(long, value_name = "DEVICE", conflicts_with = "output")]
+    dirty: Option<PathBuf>,
+    /// Length of an epoch of `--dirty`.
+    #[arg(long, value_name = "SPAN", value_parser = span, default_value = "1s", requires = "dirty")]
+    every: Duration,
     /// End after this time, such as 10m or 1d.
     #[arg(long = "for", value_name = "SPAN", value_parser = span)]
     lasting: Option<Duration>,
@@ -29,10 +36,14 @@ pub struct Arguments {
 
 /// Records until the time is over, Ctrl-C or SIGTERM.
 pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
+    if let Some(device) = &arguments.dirty {
+        return super::dirty::run(device, arguments.every, arguments.lasting, context);
+    }
+    let output = arguments.output.as_deref().context("no file is named")?;
     let done = ask(&context.socket, async |agent| {
         let mut terminate = signal(SignalKind::terminate())?;
         let lasting = arguments.lasting.unwrap_or(Duration::MAX);
-        let mut recorder = Recorder::start(&arguments.output, agent).await?;
+        let mut recorder = Recorder::start(output, agent).await?;
         let ended = tokio::select! {
             ended = recorder.run(agent) => ended,
             _ = tokio::time::sleep(lasting) => Ok(()),
@@ -42,7 +53,7 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
         recorder
             .file
             .sync_all()
-            .with_context(|| format!("cannot sync {}", arguments.output.display()))?;
+            .with_context(|| format!("cannot sync {}", output.display()))?;
         ended.map(|()| recorder)
     })?;
     if context.json {
@@ -54,7 +65,7 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
     }
     println!(
         "{}: {} sweeps in {}, {} ({} bytes a sweep)",
-        arguments.output.display(),
+        output.display(),
         done.sweeps,
         human_duration(done.started.elapsed()),
         Bytes(done.bytes),

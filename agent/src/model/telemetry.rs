@@ -9,9 +9,10 @@ use super::metric::Sample;
 use super::units::{Bytes, UnixMillis};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-/// A log2 histogram of nanoseconds: slot n counts values in [2^n, 2^(n+1)), slot 0 also zero.
+/// A log2 histogram of whole numbers, nanoseconds if not said otherwise: slot n counts values in [2^n, 2^(n+1)), slot 0 also zero.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Histogram {
@@ -109,19 +110,118 @@ pub struct RunQueueStats {
     pub waiting: u64,
 }
 
+/// Block requests of one kind over the interval.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BlockOps {
+    /// Time from issue to completion, ns.
+    pub latency: Histogram,
+    /// Requests issued, by size in bytes.
+    pub sizes: Histogram,
+    /// Requests issued that begin where the one before them, of the same cgroup on the same disk, ended.
+    pub sequential: u64,
+    /// Completed requests a second.
+    pub iops: f64,
+    /// Completed bytes a second.
+    pub bytes_per_second: f64,
+}
+
+/// Requests that completed with an error, by what the block layer calls the reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockErrors {
+    /// The medium lost the data.
+    pub media: u64,
+    /// No answer in time.
+    pub timeout: u64,
+    /// The path to the device failed, or the device is gone.
+    pub transport: u64,
+    /// Integrity data do not match.
+    pub protection: u64,
+    /// The device refused the command.
+    pub target: u64,
+    /// No space left, on thin devices.
+    pub no_space: u64,
+    /// Any other.
+    pub other: u64,
+}
+
+impl BlockErrors {
+    /// All of them.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.media
+            + self.timeout
+            + self.transport
+            + self.protection
+            + self.target
+            + self.no_space
+            + self.other
+    }
+}
+
+impl fmt::Display for BlockErrors {
+    /// The total, and the classes that occurred.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let classes = [
+            ("media", self.media),
+            ("timeout", self.timeout),
+            ("transport", self.transport),
+            ("protection", self.protection),
+            ("target", self.target),
+            ("no space", self.no_space),
+            ("other", self.other),
+        ];
+        let occurred: Vec<String> = classes
+            .iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(class, count)| format!("{class} {count}"))
+            .collect();
+        write!(f, "{}", self.total())?;
+        if !occurred.is_empty() {
+            write!(f, " ({})", occurred.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
 /// Block I/O over the interval.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BlockIo {
-    /// Time from issue to completion, reads and writes.
-    pub latency: Histogram,
-    /// Completed requests a second.
-    pub iops: f64,
-    /// Completed bytes a second, read.
-    pub read_bytes_per_second: f64,
-    /// Completed bytes a second, written.
-    pub write_bytes_per_second: f64,
-    /// Requests that completed with an error.
-    pub errors: u64,
+    /// Reads.
+    pub reads: BlockOps,
+    /// Writes.
+    pub writes: BlockOps,
+    /// Discards, secure erasures and zeroing: bytes that are not transferred.
+    pub discards: BlockOps,
+    /// Flushes completed a second. A flush is a barrier and slow by nature: it has no latency here.
+    pub flushes_per_second: f64,
+    /// Requests at the device at a time, on average.
+    pub queue_depth: f64,
+    /// What failed.
+    pub errors: BlockErrors,
+}
+
+impl BlockIo {
+    /// Time from issue to completion of reads and writes.
+    #[must_use]
+    pub fn latency(&self) -> Histogram {
+        let mut latency = self.reads.latency.clone();
+        latency.merge(&self.writes.latency);
+        latency
+    }
+
+    /// Completed requests a second, of any kind.
+    #[must_use]
+    pub fn iops(&self) -> f64 {
+        self.reads.iops + self.writes.iops + self.discards.iops + self.flushes_per_second
+    }
+
+    /// Share of the reads and writes issued that were sequential, 0–100; none when none was issued.
+    #[must_use]
+    pub fn sequential_percent(&self) -> Option<f64> {
+        let issued = self.reads.sizes.count() + self.writes.sizes.count();
+        let sequential = self.reads.sequential + self.writes.sequential;
+        (issued > 0).then(|| sequential as f64 * 100.0 / issued as f64)
+    }
 }
 
 /// What the kernel showed of one container.

@@ -4,7 +4,7 @@
 //! agent; what the maps could not hold is counted. Non-goals: meaning, which is given by the sweep.
 
 mod block;
-mod mapped;
+pub mod mapped;
 mod ports;
 mod sched;
 
@@ -31,7 +31,7 @@ use std::path::Path;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lifeboat-ebpf.o"));
 
 /// Where the running kernel describes its types.
-const BTF_PATH: &str = "sys/kernel/btf/vmlinux";
+pub const BTF_PATH: &str = "sys/kernel/btf/vmlinux";
 
 /// How a program comes to run.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,8 @@ const PROGRAMS: &[(Family, Hook, &str)] = &[
     (Family::Sched, Hook::Tracepoint, "sched_switch"),
     (Family::Block, Hook::Tracepoint, "block_rq_issue"),
     (Family::Block, Hook::Tracepoint, "block_rq_complete"),
+    (Family::WriteBack, Hook::Tracepoint, "block_rq_insert"),
+    (Family::WriteBack, Hook::Tracepoint, "writeback_dirty_folio"),
     (Family::Ports, Hook::OnDemand, "ports_refresh"),
     (Family::Ports, Hook::Tracepoint, "inet_sock_set_state"),
     (Family::Datagrams, Hook::SocketEnd, "udp_release"),
@@ -75,7 +77,12 @@ const LOSSES: [&str; lifeboat_ebpf::loss::COUNT as usize] = [
     "listening",
     "first-seen",
     "halves",
+    "dirtiers",
+    "writing",
 ];
+
+/// Tracepoints with their name on older kernels.
+const FORMERLY: [(&str, &str); 1] = [("writeback_dirty_folio", "writeback_dirty_page")];
 
 /// The programs that run, and those that do not.
 pub struct Kernel {
@@ -127,6 +134,10 @@ impl Kernel {
         };
         let (mut layout, missing) = layout::find(&types);
         drop(types);
+        let own_cgroups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+        if layout::has_v1_write_back(&own_cgroups) {
+            layout.write_back_uncharged = 1;
+        }
         match scope(root, cgroup) {
             Ok((scope, own_cgroup)) => {
                 layout.scope_id = scope.id;
@@ -140,7 +151,12 @@ impl Kernel {
                             run_queues: None,
                             measuring: None,
                         };
-                        kernel.attach(&btf, cgroup, &missing, disabled);
+                        let needed = |family| match family {
+                            Family::WriteBack => layout.write_back_uncharged != 0,
+                            Family::Watch => false,
+                            _ => true,
+                        };
+                        kernel.attach(&btf, cgroup, needed, &missing, disabled);
                         drop(btf);
                         give_back_memory();
                         kernel
@@ -172,10 +188,11 @@ impl Kernel {
         &mut self,
         btf: &Btf,
         cgroup: &Path,
+        needed: impl Fn(Family) -> bool,
         missing: &[(Family, Disabled)],
         disabled: &mut Vec<Disabled>,
     ) {
-        for family in Family::ALL {
+        for family in Family::ALL.into_iter().filter(|&family| needed(family)) {
             if let Some((_, reason)) = missing.iter().find(|(missed, _)| *missed == family) {
                 disabled.push(reason.clone());
                 continue;
@@ -334,10 +351,22 @@ fn attach_family(
     Ok(())
 }
 
-fn attach(ebpf: &mut Ebpf, btf: &Btf, name: &str, tracepoint: &str) -> Result<(), String> {
+/// Loads a program and attaches it to a tracepoint.
+///
+/// # Errors
+/// What the kernel refuses.
+pub fn attach(ebpf: &mut Ebpf, btf: &Btf, name: &str, tracepoint: &str) -> Result<(), String> {
     let program: &mut BtfTracePoint = program(ebpf, name)?;
     program
         .load(tracepoint, btf)
+        .or_else(
+            |error| match FORMERLY.iter().find(|(now, _)| *now == name) {
+                Some((_, formerly)) if matches!(error, ProgramError::Btf(_)) => {
+                    program.load(formerly, btf)
+                }
+                _ => Err(error),
+            },
+        )
         .map_err(|error| refused("load", &error))?;
     program
         .attach()
@@ -449,7 +478,8 @@ fn give_back_memory() {
 
 /// An error with its causes, on one line. Of the verifier's log, which is long, the last line before its
 /// totals: it says what was refused.
-fn chain(error: &dyn std::error::Error) -> String {
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = String::new();
     let mut next = Some(error);
     while let Some(error) = next {

@@ -11,6 +11,10 @@ pub enum Family {
     Sched,
     /// Block I/O.
     Block,
+    /// Who dirtied what kernel threads write back, where the kernel does not charge it to a cgroup2.
+    WriteBack,
+    /// Dirty extents of a watched device; in an object of their own.
+    Watch,
     /// TCP connections.
     Ports,
     /// UDP.
@@ -19,7 +23,14 @@ pub enum Family {
 
 impl Family {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Sched, Self::Block, Self::Ports, Self::Datagrams];
+    pub const ALL: [Self; 6] = [
+        Self::Sched,
+        Self::Block,
+        Self::WriteBack,
+        Self::Watch,
+        Self::Ports,
+        Self::Datagrams,
+    ];
 
     /// Name in messages.
     #[must_use]
@@ -27,6 +38,8 @@ impl Family {
         match self {
             Self::Sched => "sched",
             Self::Block => "block",
+            Self::WriteBack => "write-back",
+            Self::Watch => "watch",
             Self::Ports => "ports",
             Self::Datagrams => "datagrams",
         }
@@ -51,7 +64,7 @@ const FIELDS: &[Field] = fields! {
         "cgroup.level" => cgroup_level,
         "kernfs_node.id" => kernfs_node_id,
     }
-    &[Family::Sched, Family::Block] => {
+    &[Family::Sched, Family::Block, Family::WriteBack] => {
         "task_struct.cgroups" => task_cgroups,
         "css_set.dfl_cgrp" => css_set_dfl_cgrp,
     }
@@ -60,9 +73,30 @@ const FIELDS: &[Field] = fields! {
         "task_struct.on_cpu" => task_on_cpu,
     }
     &[Family::Block] => {
-        "request.cmd_flags" => request_cmd_flags,
+        "task_struct.flags" => task_flags,
         "request.__data_len" => request_data_len,
+    }
+    &[Family::WriteBack] => {
+        "bio.bi_io_vec" => bio_io_vec,
+        "bio_vec.bv_page" => bio_vec_page,
+        "page.compound_head" => page_compound_head,
+        "page.mapping" => page_mapping,
+        "address_space.host" => mapping_host,
+        "inode.i_mode" => inode_mode,
+    }
+    &[Family::Watch] => {
+        "bio.bi_bdev" => bio_device,
+        "bio.bi_next" => bio_next,
+        "bio.bi_opf" => bio_opf,
+        "bio.bi_iter.bi_sector" => bio_sector,
+        "bio.bi_iter.bi_size" => bio_size,
+        "bio.bi_private" => bio_private,
+        "block_device.bd_disk" => device_disk,
+    }
+    &[Family::Block, Family::Watch] => {
+        "request.__sector" => request_sector,
         "request.bio" => request_bio,
+        "request.cmd_flags" => request_cmd_flags,
         "gendisk.major" => disk_major,
         "gendisk.first_minor" => disk_first_minor,
     }
@@ -133,7 +167,11 @@ pub fn find(types: &KernelTypes) -> (Layout, Vec<(Family, Disabled)>) {
             Err(_) => Family::ALL.iter().for_each(|&family| miss(family, &error)),
         },
     }
-    if let Err(error) = find_disk(types, &mut layout).and_then(|()| find_blkg(types, &mut layout)) {
+    if let Err(error) = find_disk(types, &mut layout) {
+        miss(Family::Block, &error);
+        miss(Family::Watch, &error);
+    }
+    if let Err(error) = find_blkg(types, &mut layout) {
         miss(Family::Block, &error);
     }
     // Before Linux 5.11 the queue came first.
@@ -154,21 +192,39 @@ fn find_disk(types: &KernelTypes, layout: &mut Layout) -> Result<(), BtfError> {
 }
 
 fn find_blkg(types: &KernelTypes, layout: &mut Layout) -> Result<(), BtfError> {
-    // A kernel without block cgroups charges nobody: the issuing task is all there is.
+    // A kernel without block cgroups, or without their write-back, charges nobody.
     let Ok(bio_blkg) = types.offset("bio.bi_blkg") else {
+        layout.write_back_uncharged = 1;
         return Ok(());
     };
+    layout.write_back_uncharged = u32::from(types.offset("inode.i_wb").is_err());
     layout.blkg_blkcg = types.offset("blkcg_gq.blkcg")?;
     layout.blkcg_cgroup = types.offset("blkcg.css.cgroup")?;
-    layout.cgroup_root = types.offset("cgroup.root")?;
-    layout.cgroup_root_hierarchy_id = types.offset("cgroup_root.hierarchy_id")?;
     layout.bio_blkg = bio_blkg;
     Ok(())
+}
+
+/// Whether the block or the memory controller is in a cgroup v1 hierarchy, by `/proc/self/cgroup`: the
+/// kernel then charges write-back to no cgroup2 (`inode_cgwb_enabled` of include/linux/backing-dev.h).
+#[must_use]
+pub fn has_v1_write_back(proc_self_cgroup: &str) -> bool {
+    proc_self_cgroup.lines().any(|line| {
+        let mut fields = line.split(':').skip(1);
+        let mut controllers = fields.next().unwrap_or_default().split(',');
+        controllers.any(|name| matches!(name, "blkio" | "memory"))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_v1_block_or_memory_controller_is_seen() {
+        assert!(has_v1_write_back("9:name=systemd:/\n7:blkio:/a\n0::/\n"));
+        assert!(has_v1_write_back("3:cpu,memory:/\n"));
+        assert!(!has_v1_write_back("3:cpu:/memory\n0::/blkio\n"));
+    }
 
     #[test]
     fn this_kernel_has_every_field() {

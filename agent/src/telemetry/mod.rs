@@ -3,9 +3,11 @@
 //! Invariants: starting never fails for a missing kernel feature: it is disabled with a named reason;
 //! nothing on the host is changed to observe it; nothing outside the scope is reported.
 
+mod block;
 mod book;
 mod btf;
 mod cgroups;
+pub mod dirty;
 mod edges;
 mod host;
 mod interval;
@@ -28,7 +30,7 @@ use crate::model::telemetry::{
 use crate::model::units::UnixMillis;
 use cgroups::Cgroups;
 use host::{Host, Value};
-use interval::{Counters, add_block, add_in_flight, add_waiting, block_values, run_queue_values};
+use interval::{Counters, add_waiting, run_queue_values};
 use kernel::Kernel;
 use layout::Family;
 use ports::{Clock, Ports};
@@ -61,6 +63,7 @@ pub struct Telemetry {
     disabled: Vec<Disabled>,
     cgroups: Cgroups,
     counters: Counters,
+    block: block::Counters,
     ports: Ports,
     host: Host,
     last_sweep: Instant,
@@ -97,6 +100,7 @@ impl Telemetry {
             disabled,
             cgroups: Cgroups::new(config.cgroup.clone()),
             counters: Counters::default(),
+            block: block::Counters::default(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
             host,
             last_sweep: Instant::now(),
@@ -290,28 +294,31 @@ impl Telemetry {
         }
         let mut host = BlockIo::default();
         let mut disks: BTreeMap<u32, BlockIo> = BTreeMap::new();
-        for (key, more) in self.counters.block(now) {
+        let in_flight = self.kernel.in_flight();
+        for (key, more) in self.block.interval(now, &in_flight, sweep.now_ns) {
             let disk = disks.entry(key.device).or_default();
             let of = sweep.stats_of(key.cgroup, stats);
             let of = of.and_then(|(_, block)| block.as_mut());
             for io in [Some(&mut host), Some(disk), of].into_iter().flatten() {
-                add_block(io, &key, &more, sweep.interval);
+                block::add(io, &key, &more, sweep.interval);
             }
         }
-        for request in self.kernel.in_flight() {
+        for request in &in_flight {
             let disk = disks.entry(request.key.device).or_default();
             let of = sweep.stats_of(request.key.cgroup, stats);
             let of = of.and_then(|(_, block)| block.as_mut());
             for io in [Some(&mut host), Some(disk), of].into_iter().flatten() {
-                add_in_flight(io, &request, sweep.now_ns, sweep.interval);
+                block::add_in_flight(io, request, sweep.now_ns, sweep.interval);
             }
         }
         for (name, (_, block)) in stats {
             let subject = interval::subject(Per::Container, name.as_str());
-            let values = block.iter().flat_map(|io| block_values(&subject, io));
+            let values = block.iter().flat_map(|io| block::values(&subject, io));
             sweep.values.extend(values);
         }
-        sweep.values.extend(block_values(&Subject::device(), &host));
+        sweep
+            .values
+            .extend(block::values(&Subject::device(), &host));
         let devices: Vec<DiskStats> = disks
             .into_iter()
             .map(|(device, block)| DiskStats {
@@ -321,7 +328,7 @@ impl Telemetry {
             .collect();
         for disk in &devices {
             let subject = interval::subject(Per::Disk, &disk.name);
-            sweep.values.extend(block_values(&subject, &disk.block));
+            sweep.values.extend(block::values(&subject, &disk.block));
         }
         (Some(host), devices)
     }

@@ -79,6 +79,15 @@ catalogue! {
         "completed bytes a second" from "kernel programs: block_rq_complete";
     "block.errors" Events [Device Disk Container]
         "requests that completed with an error" from "kernel programs: block_rq_complete";
+    "block.read_latency_p99" Nanoseconds [Device Disk Container] "99th percentile of the time from issue to completion, reads alone" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.write_latency_p99" Nanoseconds [Device Disk Container] "99th percentile of the time from issue to completion, writes alone" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.sequential" Percent [Device Disk Container] "share of reads and writes that begin where the one before them ended" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.media_errors" Events [Device Disk Container] "requests that failed because the medium lost the data" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.timeout_errors" Events [Device Disk Container] "requests without an answer in time" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.transport_errors" Events [Device Disk Container] "requests that failed because the path to the device failed or the device is gone" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.protection_errors" Events [Device Disk Container] "requests that failed because integrity data did not match" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.target_errors" Events [Device Disk Container] "requests that the device refused" from "kernel programs: block_rq_issue, block_rq_complete";
+    "block.no_space_errors" Events [Device Disk Container] "requests that failed because a thin device is full" from "kernel programs: block_rq_issue, block_rq_complete";
     "block.queue_depth" Count [Device Disk] "requests under way on the deepest, or on each, disk; mean of the interval" from "/proc/diskstats, weighted time in queue";
     "block.busy" Percent [Disk] "share of the interval with a request under way" from "/proc/diskstats, time doing I/O";
 

@@ -1,0 +1,361 @@
+//! Dirty extents of a watched block device: which granules were written, zeroed or discarded since when.
+//!
+//! Invariants: a change is in the set of the epoch in which it began or in a later one, and always in one
+//! that is still to be read when it ends; what the kernel programs cannot tell makes everything dirty. The
+//! set may be too large, never too small. Memory in the kernel is there only while a device is watched.
+//! Non-goals: writes past the block layer (DAX), and to the file below a loop device.
+
+use super::btf::KernelTypes;
+use super::kernel::mapped::Mapped;
+use super::kernel::{BTF_PATH, attach, chain};
+use super::layout::{self, Family};
+use crate::model::units::Bytes;
+use aya::{Btf, Ebpf, EbpfLoader};
+use lifeboat_ebpf::{SECTOR_SHIFT, Watched, watch_state};
+use std::fs;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lifeboat-watch.o"));
+
+/// Program and its tracepoint.
+const PROGRAMS: [(&str, &str); 5] = [
+    ("block_bio_complete", "block_bio_complete"),
+    ("watched_rq_complete", "block_rq_complete"),
+    ("block_bio_queue", "block_bio_queue"),
+    ("block_bio_remap", "block_bio_remap"),
+    ("watched_rq_issue", "block_rq_issue"),
+];
+
+/// Smallest granule. The kernel programs rely on it.
+const SMALLEST_GRANULE: u64 = 64 << 10;
+
+/// Most bits of an epoch's bitmap: 1 MiB, so that a watched device takes some 3 MiB in the kernel.
+const MOST_GRANULES: u64 = 8 << 20;
+
+/// Longest wait for writes that are older than the watch.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// Why a device cannot be watched.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    /// It is no block device, or sysfs does not know it.
+    #[error("{device} cannot be watched: {why}; name a block device such as /dev/sda or /dev/sda1")]
+    NoDevice {
+        /// As named.
+        device: PathBuf,
+        /// What was missing.
+        why: String,
+    },
+    /// Its writes cannot be told from the block layer's events.
+    #[error("{device} cannot be watched: {why}; copy it while nothing writes to it")]
+    Unseen {
+        /// As named.
+        device: PathBuf,
+        /// Reason.
+        why: &'static str,
+    },
+    /// The kernel cannot run the programs.
+    #[error("dirty extents cannot be had here: {0}")]
+    Kernel(String),
+}
+
+/// A device that is watched; dropping it ends the watch.
+pub struct Watch {
+    /// Keeps the programs attached.
+    ebpf: Ebpf,
+    state: Mapped,
+    bitmaps: Mapped,
+    size: u64,
+    granule: u64,
+    /// Runs of the programs that the kernel left out, up to the last swap.
+    left_out: u64,
+}
+
+/// What changed in one epoch.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Changes {
+    /// The epoch, from 1.
+    pub epoch: u64,
+    /// Granule: every range begins and, but for the device's end, ends at a multiple of it.
+    pub granule: Bytes,
+    /// Something happened that could not be located: the one range is the whole device.
+    pub everything: bool,
+    /// Byte ranges, ascending, with gaps between them.
+    pub ranges: Vec<Range<u64>>,
+}
+
+impl Changes {
+    /// Bytes in all ranges.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        Bytes(
+            self.ranges
+                .iter()
+                .map(|range| range.end - range.start)
+                .sum(),
+        )
+    }
+}
+
+impl Watch {
+    /// Watches a disk or partition from now on; `root` is the root of procfs and sysfs. What is read from
+    /// the device after this returns, and the changes of every later [`Watch::swap`] read anew, make a
+    /// true copy once nothing writes any more. Blocking, up to 2 s.
+    ///
+    /// # Errors
+    /// Any [`WatchError`].
+    pub fn start(root: &Path, device: &Path) -> Result<Self, WatchError> {
+        let place = Place::find(root, device)?;
+        let size = place.sectors << SECTOR_SHIFT;
+        let granule = granule(size);
+        let words = u32::try_from(size.div_ceil(granule).div_ceil(64))
+            .map_err(|_| WatchError::Kernel("the device is too large".to_owned()))?;
+        let watched = Watched {
+            first_sector: place.first_sector,
+            sectors: place.sectors,
+            device: place.disk,
+            granule_shift: granule.trailing_zeros(),
+            words,
+            takes_requests: u32::from(place.takes_requests),
+        };
+        let ebpf = load(root, &watched).map_err(WatchError::Kernel)?;
+        let mapped = |name| {
+            let map = ebpf.map(name).ok_or("it is not in the embedded object")?;
+            Mapped::writable(map)
+        };
+        let state = mapped("STATE").map_err(WatchError::Kernel)?;
+        let bitmaps = mapped("DIRTY").map_err(WatchError::Kernel)?;
+        let mut watch = Self {
+            ebpf,
+            state,
+            bitmaps,
+            size,
+            granule,
+            left_out: 0,
+        };
+        // A write that began before the programs did may be anywhere; it is over when none is under way.
+        let end = Instant::now() + SETTLE;
+        while place.writes_under_way() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        watch.swap();
+        Ok(watch)
+    }
+
+    /// Begins the next epoch and tells what changed in the one before. No write is lost: one under way is
+    /// in the new epoch, or in both.
+    pub fn swap(&mut self) -> Changes {
+        let state = self.state.words();
+        let epoch = state[watch_state::EPOCH as usize].fetch_add(1, Ordering::SeqCst);
+        let half = (epoch & 1) as usize;
+        let everything = &state[watch_state::EVERYTHING as usize + half];
+        let mut everything = everything.swap(0, Ordering::SeqCst) != 0;
+        let words = self.bitmaps.words();
+        let words = &words[half * (words.len() / 2)..][..words.len() / 2];
+        let ranges = ranges(words, self.granule, self.size);
+        let left_out = self.left_out();
+        everything |= left_out != self.left_out;
+        self.left_out = left_out;
+        Changes {
+            epoch,
+            granule: Bytes(self.granule),
+            everything,
+            ranges: if everything {
+                std::iter::once(0..self.size).collect()
+            } else {
+                ranges
+            },
+        }
+    }
+
+    /// How often the kernel left a program out because it was running already on that CPU.
+    fn left_out(&self) -> u64 {
+        let programs = PROGRAMS.iter().filter_map(|(name, _)| {
+            let program = self.ebpf.program(name)?;
+            let fd = program.fd().ok()?.as_fd().as_raw_fd();
+            let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+            let misses = info
+                .lines()
+                .find_map(|line| line.strip_prefix("recursion_misses:"))?;
+            misses.trim().parse::<u64>().ok()
+        });
+        programs.sum()
+    }
+}
+
+/// Where a device lies.
+struct Place {
+    sysfs: PathBuf,
+    /// Its disk, as the kernel's dev_t.
+    disk: u32,
+    first_sector: u64,
+    sectors: u64,
+    takes_requests: bool,
+}
+
+impl Place {
+    fn find(root: &Path, device: &Path) -> Result<Self, WatchError> {
+        let missing = |why: String| WatchError::NoDevice {
+            device: device.to_owned(),
+            why,
+        };
+        let metadata = fs::metadata(device).map_err(|error| missing(error.to_string()))?;
+        if !metadata.file_type().is_block_device() {
+            return Err(missing("it is no block device".to_owned()));
+        }
+        let number = metadata.rdev();
+        let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+        let sysfs = root.join(format!("sys/dev/block/{major}:{minor}"));
+        let read = |path: &str| {
+            let path = sysfs.join(path);
+            fs::read_to_string(&path)
+                .map(|text| text.trim().to_owned())
+                .map_err(|error| missing(format!("{}: {error}", path.display())))
+        };
+        let is_part = sysfs.join("partition").exists();
+        let disk = read(if is_part { "../dev" } else { "dev" })?;
+        let (major, minor) = disk
+            .split_once(':')
+            .and_then(|(major, minor)| {
+                Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
+            })
+            .ok_or_else(|| missing(format!("its disk is {disk}")))?;
+        let sectors = |path: &str| {
+            let text = read(path)?;
+            text.parse::<u64>()
+                .map_err(|_| missing(format!("its {path} is {text}")))
+        };
+        let queue = |name: &str| {
+            let path = format!("{}queue/{name}", if is_part { "../" } else { "" });
+            read(&path).unwrap_or_default()
+        };
+        let unseen = |why| WatchError::Unseen {
+            device: device.to_owned(),
+            why,
+        };
+        if !matches!(queue("zoned").as_str(), "" | "none") {
+            return Err(unseen(
+                "it is zoned, and where an append lands is only known to it",
+            ));
+        }
+        if queue("dax") == "1" {
+            return Err(unseen(
+                "memory mapped from it (DAX) is written past the block layer",
+            ));
+        }
+        let place = Self {
+            disk: major << 20 | minor,
+            first_sector: if is_part { sectors("start")? } else { 0 },
+            sectors: sectors("size")?,
+            takes_requests: sysfs.join(if is_part { "../mq" } else { "mq" }).exists(),
+            sysfs,
+        };
+        if place.sectors == 0 {
+            return Err(missing("it is empty".to_owned()));
+        }
+        Ok(place)
+    }
+
+    fn writes_under_way(&self) -> bool {
+        let text = fs::read_to_string(self.sysfs.join("inflight")).unwrap_or_default();
+        text.split_whitespace()
+            .nth(1)
+            .is_some_and(|writes| writes != "0")
+    }
+}
+
+/// The smallest granule with which the device fits the bitmap.
+fn granule(size: u64) -> u64 {
+    size.div_ceil(MOST_GRANULES)
+        .next_power_of_two()
+        .max(SMALLEST_GRANULE)
+}
+
+fn load(root: &Path, watched: &Watched) -> Result<Ebpf, String> {
+    let path = root.join(BTF_PATH);
+    let data = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let types = KernelTypes::parse(data).map_err(|error| error.to_string())?;
+    let (layout, missing) = layout::find(&types);
+    if let Some((_, reason)) = missing.iter().find(|(family, _)| *family == Family::Watch) {
+        return Err(reason.why.clone());
+    }
+    let btf = Btf::parse_file(&path, aya::Endianness::default()).map_err(|error| chain(&error))?;
+    let mut ebpf = EbpfLoader::new()
+        .btf(Some(&btf))
+        .override_global("LAYOUT", &layout, true)
+        .override_global("WATCHED", watched, true)
+        .map_max_entries("DIRTY", watched.words * 2)
+        .load(OBJECT)
+        .map_err(|error| chain(&error))?;
+    // Ends first: of a write that began before, they mark everything.
+    for (program, tracepoint) in PROGRAMS {
+        attach(&mut ebpf, &btf, program, tracepoint).map_err(|why| format!("{program}: {why}"))?;
+    }
+    Ok(ebpf)
+}
+
+/// Takes the bits of a bitmap as byte ranges of a device.
+fn ranges(words: &[AtomicU64], granule: u64, size: u64) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for (index, word) in words.iter().enumerate() {
+        if word.load(Ordering::Relaxed) == 0 {
+            continue;
+        }
+        let mut bits = word.swap(0, Ordering::SeqCst);
+        while bits != 0 {
+            let first = u64::from(bits.trailing_zeros());
+            let run = u64::from((!(bits >> first)).trailing_zeros());
+            let start = (index as u64 * 64 + first) * granule;
+            let end = (start + run * granule).min(size);
+            match ranges.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => ranges.push(start..end),
+            }
+            if first + run >= 64 {
+                break;
+            }
+            bits &= u64::MAX << (first + run);
+        }
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_granule_is_a_power_of_two_of_64_kib_or_more_and_fits_the_bitmap() {
+        assert_eq!(granule(1 << 30), 64 << 10);
+        assert_eq!(granule(512 << 30), 64 << 10);
+        assert_eq!(granule((512 << 30) + 512), 128 << 10);
+        assert_eq!(granule(8 << 40), 1 << 20);
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_are_the_bits_merged_and_clipped(
+            bits in prop::collection::vec(any::<u64>(), 1..5), cut in 0u64..100,
+        ) {
+            let words: Vec<AtomicU64> = bits.iter().copied().map(AtomicU64::new).collect();
+            let size = bits.len() as u64 * 64 * 4096 - cut;
+            let found = ranges(&words, 4096, size);
+            for pair in found.windows(2) {
+                prop_assert!(pair[0].end < pair[1].start);
+            }
+            for granule in 0..bits.len() as u64 * 64 {
+                let set = bits[granule as usize / 64] >> (granule % 64) & 1 == 1;
+                let at = granule * 4096;
+                prop_assert_eq!(set, found.iter().any(|range| range.contains(&at)));
+            }
+            prop_assert!(found.iter().all(|range| range.end <= size));
+            prop_assert!(words.iter().all(|word| word.load(Ordering::Relaxed) == 0));
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Dirty extents of block devices on this kernel: whoever copies a device once, and then only what each
+//! epoch says, has its true copy. Needs root.
+
+use lifeboat::telemetry::dirty::{Changes, Watch};
+use std::fs;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+
+/// A loop device over a file, and perhaps a file system on it; taken apart when dropped.
+struct Disk {
+    directory: PathBuf,
+    device: PathBuf,
+}
+
+impl Disk {
+    fn new(name: &str, mib: u64) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("not run: loop devices need root");
+            return None;
+        }
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join(format!("dirty-{name}-{}", std::process::id()));
+        fs::create_dir(&directory).expect("a directory");
+        let backing = File::create(directory.join("disk")).expect("a file");
+        backing.set_len(mib * MIB).expect("sparse");
+        let path = directory.join("disk");
+        // Through the page cache, so that whoever reads the file reads what the device holds.
+        let path = path.to_str().expect("plain");
+        let device = output("losetup", &["--direct-io=off", "--find", "--show", path]);
+        let device = PathBuf::from(device.trim());
+        Some(Self { directory, device })
+    }
+
+    fn device(&self) -> &str {
+        self.device.to_str().expect("plain")
+    }
+
+    fn mount(&self) -> String {
+        let at = self.directory.join("mount");
+        fs::create_dir_all(&at).expect("a directory");
+        let at = at.to_str().expect("plain").to_owned();
+        output("mount", &["-o", "discard", self.device(), &at]);
+        at
+    }
+
+    fn unmount(&self) {
+        let at = self.directory.join("mount");
+        output("umount", &[at.to_str().expect("plain")]);
+    }
+
+    /// What the device holds, as the file below it has it.
+    fn below(&self) -> File {
+        File::open(self.directory.join("disk")).expect("the file")
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let quiet = |program: &str, argument: &Path| {
+            let _ = Command::new(program)
+                .arg(argument)
+                .stderr(Stdio::null())
+                .status();
+        };
+        quiet("umount", &self.directory.join("mount"));
+        let _ = Command::new("losetup").arg("-d").arg(&self.device).status();
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn output(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn storm(target: &[&str]) -> Child {
+    Command::new("fio")
+        .args([
+            "--name=storm",
+            "--bsrange=4k-2m",
+            "--ioengine=psync",
+            "--numjobs=2",
+        ])
+        .args(["--size=128m", "--time_based", "--runtime=3", "--rate=150m"])
+        .args(target)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("fio")
+}
+
+/// A copy of a device that follows it by its dirty extents.
+struct Copy {
+    bytes: Vec<u8>,
+    /// Epochs of which the changes could be located.
+    located: u32,
+}
+
+impl Copy {
+    fn of(disk: &Disk) -> Self {
+        let below = disk.below();
+        let length = below.metadata().expect("a file").len();
+        let mut copy = Self {
+            bytes: vec![0; length as usize],
+            located: 0,
+        };
+        copy.read(&below, 0..length);
+        copy
+    }
+
+    fn read(&mut self, below: &File, range: Range<u64>) {
+        let into = &mut self.bytes[range.start as usize..range.end as usize];
+        below.read_exact_at(into, range.start).expect("read");
+    }
+
+    fn follow(&mut self, disk: &Disk, changes: &Changes) {
+        let below = disk.below();
+        for range in &changes.ranges {
+            self.read(&below, range.clone());
+        }
+        self.located += u32::from(!changes.everything && !changes.ranges.is_empty());
+    }
+
+    /// Granules that differ from the device.
+    fn differing(&self, disk: &Disk) -> Vec<usize> {
+        let truth = fs::read(disk.directory.join("disk")).expect("read");
+        let granules = self.bytes.chunks(65_536).zip(truth.chunks(65_536));
+        granules
+            .enumerate()
+            .filter(|(_, (mine, theirs))| mine != theirs)
+            .map(|(granule, _)| granule)
+            .collect()
+    }
+}
+
+/// Follows a device through a storm, and holds the copy against the truth.
+fn follow(disk: &Disk, watch: &mut Watch, mut storm: Child, settle: impl FnOnce()) {
+    let mut copy = Copy::of(disk);
+    let before = blake3_of(&copy.bytes);
+    while storm.try_wait().expect("fio").is_none() {
+        sleep(Duration::from_millis(100));
+        copy.follow(disk, &watch.swap());
+    }
+    settle();
+    let last = watch.swap();
+    copy.follow(disk, &last);
+    let differing = copy.differing(disk);
+    assert!(differing.is_empty(), "granules not told of: {differing:?}");
+    assert_ne!(before, blake3_of(&copy.bytes), "the storm changed it");
+    assert!(copy.located > 5, "{} epochs were precise", copy.located);
+    assert_eq!(watch.swap().ranges, [], "nothing writes any more");
+}
+
+fn blake3_of(bytes: &[u8]) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
+}
+
+#[test]
+fn a_copy_by_dirty_extents_is_true_after_a_storm_on_the_raw_device() {
+    let Some(disk) = Disk::new("raw", 256) else {
+        return;
+    };
+    let mut watch = Watch::start(Path::new("/"), &disk.device).expect("watched");
+    let storm = storm(&["--rw=randwrite", "--direct=1", "--filename", disk.device()]);
+    follow(&disk, &mut watch, storm, || {
+        output("blkdiscard", &["-o", "200M", "-l", "3M", disk.device()]);
+        output(
+            "blkdiscard",
+            &["-z", "-o", "210M", "-l", "1M", disk.device()],
+        );
+    });
+    drop(watch);
+
+    // One small write makes one granule dirty, and no more.
+    let mut watch = Watch::start(Path::new("/"), &disk.device).expect("watched again");
+    output(
+        "dd",
+        &[
+            "if=/dev/urandom",
+            &format!("of={}", disk.device()),
+            "bs=4k",
+            "count=1",
+            "seek=16",
+            "oflag=direct",
+        ],
+    );
+    let changes = watch.swap();
+    let first = std::slice::from_ref(&(65_536..131_072));
+    assert_eq!(changes.ranges, first, "{changes:?}");
+    assert!(!changes.everything);
+}
+
+fn on_a_file_system(name: &str, make: &[&str]) {
+    let Some(disk) = Disk::new(name, 400) else {
+        return;
+    };
+    output(make[0], &[&make[1..], &[disk.device()]].concat());
+    let at = disk.mount();
+    let mut watch = Watch::start(Path::new("/"), &disk.device).expect("watched");
+    let storm = storm(&["--rw=randwrite", "--fsync=64", "--directory", &at]);
+    follow(&disk, &mut watch, storm, || {
+        // Files that go, and what the file system then discards.
+        let first = fs::read_dir(&at)
+            .expect("files")
+            .flatten()
+            .find(|entry| entry.path().is_file());
+        fs::remove_file(first.expect("fio left one").path()).expect("removed");
+        output("sync", &["--file-system", &at]);
+        disk.unmount();
+    });
+}
+
+#[test]
+fn a_copy_by_dirty_extents_is_true_after_a_storm_on_ext4() {
+    on_a_file_system("ext4", &["mkfs.ext4", "-q"]);
+}
+
+#[test]
+fn a_copy_by_dirty_extents_is_true_after_a_storm_on_xfs() {
+    on_a_file_system("xfs", &["mkfs.xfs", "-q"]);
+}
+
+#[test]
+fn what_is_no_block_device_is_refused_by_name() {
+    let Err(error) = Watch::start(Path::new("/"), Path::new("/dev/null")) else {
+        panic!("/dev/null is no block device");
+    };
+    assert!(error.to_string().contains("/dev/null"), "{error}");
+}
