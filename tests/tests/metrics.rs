@@ -174,6 +174,8 @@ struct Confined {
 
 impl Drop for Confined {
     fn drop(&mut self) {
+        // The whole cgroup: the shell's children would keep it.
+        let _ = fs::write(self.cgroups[0].join("cgroup.kill"), "1");
         let _ = self.process.kill();
         let _ = self.process.wait();
         sleep(Duration::from_millis(200));
