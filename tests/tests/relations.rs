@@ -16,6 +16,25 @@ fn all_exact(outcomes: &[Outcome]) -> Result<()> {
 }
 
 #[test]
+fn every_kind_of_connection_between_podman_containers_is_found() -> Result<()> {
+    if !is_root() {
+        eprintln!("skipped: lab hosts need root");
+        return Ok(());
+    }
+    all_exact(&topology::podman()?)
+}
+
+#[test]
+fn every_kind_of_connection_between_docker_containers_is_found() -> Result<()> {
+    if !is_root() || !topology::has("dockerd") {
+        eprintln!("skipped: lab hosts need root and dockerd (Debian: docker.io)");
+        return Ok(());
+    }
+    all_exact(&topology::docker(true)?)?;
+    all_exact(&topology::docker(false)?)
+}
+
+#[test]
 fn every_kind_of_connection_between_plain_cgroups_is_found() -> Result<()> {
     if !is_root() {
         eprintln!("skipped: lab hosts need root");

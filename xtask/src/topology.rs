@@ -4,7 +4,6 @@
 //! wrong belongs to exactly one kind. The answer comes from the built agent through its command line.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
@@ -439,16 +438,7 @@ pub fn podman() -> Result<Vec<Outcome>> {
         program: &["podman", "--log-level", "error"],
         image: TALKER,
     };
-    let mut cases = cases(&host.address().to_string());
-    host.podman(words(&format!(
-        "pod create --name pod --infra-image {TALKER} --infra-command serve"
-    )))?;
-    cases.push(Case {
-        server: words("--pod pod"),
-        client: words("--pod pod"),
-        calls: Call::To("tcp=127.0.0.1:7001".into()),
-        ..case("two containers in one pod", "tcp", 7001)
-    });
+    let cases = cases(&host.address().to_string());
     run_cases(&runtime, &cases, PODMAN_SOCKET)
 }
 
@@ -475,15 +465,16 @@ pub fn docker(proxy: bool) -> Result<Vec<Outcome>> {
         "nproc": {{"Name": "nproc", "Hard": 16384, "Soft": 16384}}}}}}"#
     );
     host.write("/etc/docker/lab.json", config)?;
+    // Docker's containers are in the cgroup `docker`, which is not its daemon's.
     host.spawn_logged(
-        "docker",
+        "dockerd",
         ["dockerd", "--config-file", "/etc/docker/lab.json"],
     )?;
     let url = format!("unix://{DOCKER_SOCKET}");
     wait_for("dockerd", Duration::from_secs(30), || {
         Ok(host.run(["docker", "--host", &url, "version"]).ok())
     })
-    .with_context(|| log_tail(&host.log("docker"), 2000))?;
+    .with_context(|| log_tail(&host.log("dockerd"), 2000))?;
     let (archive, changes) = images::build("talker")?;
     let mut import = words("docker --host unix:///run/docker.sock import");
     for change in changes {
@@ -661,19 +652,4 @@ pub fn table(outcomes: &[Outcome]) -> String {
         ));
     }
     text
-}
-
-/// Writes the accuracy page.
-///
-/// # Errors
-/// The file cannot be written.
-pub fn write(outcomes: &[Outcome]) -> Result<()> {
-    let path = workspace::root().join("docs/relations-accuracy.md");
-    let text = format!(
-        "{}{}{}",
-        include_str!("topology-head.md"),
-        table(outcomes),
-        include_str!("topology-foot.md")
-    );
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }

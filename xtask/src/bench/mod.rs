@@ -9,6 +9,7 @@ mod machine;
 mod overhead;
 mod pause;
 mod programs;
+mod relations;
 mod tools;
 mod transfer;
 mod verdict;
@@ -55,6 +56,8 @@ pub enum Subject {
     Crowd,
     /// From a fault to the verdict.
     Verdict,
+    /// Relations found among containers whose relations are known; writes docs/relations-accuracy.md.
+    Relations,
 }
 
 const ALL: [Subject; 7] = [
@@ -108,6 +111,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
             Subject::Overhead => overhead::measure(arguments.short)?,
             Subject::Crowd => crowd::measure(arguments.short)?,
             Subject::Verdict => verdict::measure(arguments.short)?,
+            Subject::Relations => relations::measure()?,
         });
     }
     eprintln!("bench: {} s", start.elapsed().as_secs());
