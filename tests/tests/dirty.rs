@@ -171,7 +171,8 @@ fn follow(disk: &Disk, watch: &mut Watch, mut storm: Child, settle: impl FnOnce(
     let differing = copy.differing(disk);
     assert!(differing.is_empty(), "granules not told of: {differing:?}");
     assert_ne!(before, blake3_of(&copy.bytes), "the storm changed it");
-    assert!(copy.located > 5, "{} epochs were precise", copy.located);
+    // Otherwise the copy was only true because it was made anew each time.
+    assert!(copy.located > 0, "no epoch was precise");
 }
 
 fn blake3_of(bytes: &[u8]) -> u64 {

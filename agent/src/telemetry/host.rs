@@ -161,7 +161,7 @@ impl Host {
         }
     }
 
-    /// Starts asking the drives for their health, in a thread of its own.
+    /// Lets the drives be asked for their health, in a thread of its own that the first reading starts.
     pub fn watch_drives(&mut self) {
         let root = self.root.clone();
         self.drives.family().watch(&root);

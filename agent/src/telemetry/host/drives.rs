@@ -61,15 +61,22 @@ struct Known {
 /// The drives of the host.
 #[derive(Default)]
 pub struct Drives {
+    /// Where they are to be asked; none when they are not, or are already.
+    root: Option<PathBuf>,
     /// None until the thread was started.
     known: Option<Arc<Mutex<Known>>>,
 }
 
 impl Drives {
-    /// Starts asking the drives below `root`. The thread ends when this value is dropped.
+    /// Lets the drives below `root` be asked from the first reading on.
     pub fn watch(&mut self, root: &Path) {
+        self.root = Some(root.to_owned());
+    }
+
+    /// Starts asking. The thread ends when this value is dropped.
+    fn start(&mut self, root: PathBuf) {
         let known = Arc::new(Mutex::new(Known::default()));
-        let (weak, root) = (Arc::downgrade(&known), root.to_owned());
+        let weak = Arc::downgrade(&known);
         let ask = move || {
             while let Some(known) = weak.upgrade() {
                 ask_all(&root, &known);
@@ -82,6 +89,10 @@ impl Drives {
     }
 
     pub fn read(&mut self, look: Look, reading: &mut HostReading) {
+        // Not sooner: the agent drops capabilities before its first reading, and only of the one thread it has.
+        if let Some(root) = self.root.take() {
+            self.start(root);
+        }
         sensors::drives(look, reading);
         emmc(look, reading);
         let why = match &self.known {
@@ -249,6 +260,7 @@ mod tests {
             asked: true,
         };
         let mut drives = Drives {
+            root: None,
             known: Some(Arc::new(Mutex::new(known))),
         };
         let root = tempfile::tempdir().expect("a directory");
