@@ -52,6 +52,9 @@ pub unsafe fn causer(bio: Object, operation: u32) -> Option<u64> {
 }
 
 /// The cgroup2 cgroup that the kernel charges; null when there is none.
+///
+/// # Safety
+/// `bio` must be null or a pointer to a bio whose type the verifier knows.
 #[inline(always)]
 unsafe fn charged_to(bio: Object) -> Object {
     // SAFETY: `bio` is typed; the kernel turns a fault into 0.
@@ -62,6 +65,8 @@ unsafe fn charged_to(bio: Object) -> Object {
     }
 }
 
+/// # Safety
+/// Both must be null or pointers to cgroups whose type the verifier knows.
 #[inline(always)]
 unsafe fn is_at_or_below(cgroup: Object, above: Object) -> bool {
     if cgroup == above {
@@ -78,6 +83,9 @@ unsafe fn is_at_or_below(cgroup: Object, above: Object) -> bool {
 }
 
 /// The cgroup that dirtied the first page of a bio.
+///
+/// # Safety
+/// `bio` must be null or a pointer to a bio whose type the verifier knows.
 #[inline(always)]
 unsafe fn dirtier(bio: Object) -> Option<u64> {
     // SAFETY: `bio` is typed. These words of a page are unions, which only the checking helper reads.

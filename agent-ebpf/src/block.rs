@@ -88,6 +88,9 @@ fn note(request: Object, entry: &InFlight) {
 }
 
 /// Where a request is counted; nowhere when it is out of scope, has no disk or is only passed through.
+///
+/// # Safety
+/// `request` must be a request of a tracepoint.
 #[inline(always)]
 unsafe fn key(request: Object) -> Option<BlockKey> {
     // SAFETY: `request` is the tracepoint's request.

@@ -60,6 +60,8 @@ pub fn block_bio_remap(ctx: BtfTracePointContext) -> i32 {
     unsafe { begin(ctx.arg(0)) }
 }
 
+/// # Safety
+/// `bio` must be a bio of a tracepoint.
 #[inline(always)]
 unsafe fn begin(bio: Object) -> i32 {
     // SAFETY: `bio` is the tracepoint's bio.
@@ -154,6 +156,9 @@ pub fn watched_rq_issue(ctx: BtfTracePointContext) -> i32 {
 }
 
 /// Whether a bio is neither a read nor a mere flush.
+///
+/// # Safety
+/// `bio` must be a bio of a tracepoint.
 #[inline(always)]
 unsafe fn changes(bio: Object) -> bool {
     // SAFETY: `bio` is a tracepoint's bio.
@@ -161,6 +166,8 @@ unsafe fn changes(bio: Object) -> bool {
     !matches!(flags & OP_MASK, op::READ | op::FLUSH)
 }
 
+/// # Safety
+/// `bio` must be a bio of a tracepoint.
 #[inline(always)]
 unsafe fn is_watched(bio: Object) -> bool {
     // SAFETY: `bio` is a tracepoint's bio.
@@ -170,6 +177,8 @@ unsafe fn is_watched(bio: Object) -> bool {
     }
 }
 
+/// # Safety
+/// `request` must be a request of a tracepoint.
 #[inline(always)]
 unsafe fn disk_of(request: Object) -> Object {
     // SAFETY: `request` is a tracepoint's request.
@@ -182,6 +191,8 @@ unsafe fn disk_of(request: Object) -> Object {
     }
 }
 
+/// # Safety
+/// `disk` must be null or a pointer to a disk whose type the verifier knows.
 #[inline(always)]
 unsafe fn is_watched_disk(disk: Object) -> bool {
     // SAFETY: `disk` is a typed load; the kernel turns a fault into 0.

@@ -30,7 +30,7 @@ const fn need(package: &'static str, shown_by: &'static str, why: &'static str) 
 }
 
 /// Names without a slash are programs, looked for on PATH and where root's programs are.
-const NEEDS: [Need; 23] = [
+const NEEDS: [Need; 26] = [
     need("gcc", "gcc", "C parts of crates (SQLite, AWS-LC)"),
     need("libc6-dev", "/usr/include/stdlib.h", "C parts of crates"),
     need("podman", "podman", "containers of lab hosts"),
@@ -52,6 +52,9 @@ const NEEDS: [Need; 23] = [
     need("util-linux", "nsenter", "namespaces of lab hosts"),
     need("procps", "ps", "the lab's own tests"),
     need("fio", "fio", "disk fault of the lab"),
+    need("e2fsprogs", "mkfs.ext4", "disks of the tests"),
+    need("xfsprogs", "mkfs.xfs", "disks of the tests"),
+    need("attr", "setfattr", "attributes of the tests' files"),
     need("curl", "curl", "health of the demo application"),
     need("busybox-static", "busybox", "shell of the demo's images"),
     need("nginx", "nginx", "image of the demo's front"),
