@@ -7,6 +7,7 @@
 use super::identity::{DUPLICATOR, Fingerprint, Identity, device_of};
 use super::tls;
 use crate::model::ids::DeviceId;
+use crate::model::places::Places;
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -14,8 +15,8 @@ use axum::{Extension, Json, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::fmt;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -33,7 +34,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a client without certificate, all in all.
 const STRANGER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Handshakes and strangers at a time.
+/// Handshakes and strangers at a time; whoever comes when they are taken takes the place of the oldest.
 const HANDSHAKES: usize = 64;
 /// Connections of fleet members at a time.
 const CONNECTIONS: usize = 512;
@@ -189,7 +190,7 @@ impl ControlServer {
             connections: Semaphore::new(CONNECTIONS),
             stop: stop.clone(),
         });
-        let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+        let handshakes = Arc::new(Mutex::new(Places::new(HANDSHAKES)));
         let tasks = TaskTracker::new();
         loop {
             let accepted = tokio::select! {
@@ -205,10 +206,7 @@ impl ControlServer {
                     continue;
                 }
             };
-            let Ok(place) = handshakes.clone().try_acquire_owned() else {
-                tracing::warn!(%address, "control channel: refused, {HANDSHAKES} handshakes are under way");
-                continue;
-            };
+            let place = Place::take(&handshakes, address.ip());
             let shared = shared.clone();
             tasks.spawn(async move {
                 if let Err(reason) = shared.connection(stream, place).await {
@@ -225,6 +223,59 @@ impl ControlServer {
     }
 }
 
+/// Peers under way to a certificate, and how to send one away.
+type Handshakes = Arc<Mutex<Places<CancellationToken>>>;
+
+/// One of the places of those; given back when it is dropped.
+struct Place {
+    all: Handshakes,
+    number: u64,
+    sent_away: CancellationToken,
+}
+
+impl Place {
+    fn take(all: &Handshakes, from: IpAddr) -> Self {
+        let sent_away = CancellationToken::new();
+        let (number, oldest) = lock(all).take(from, sent_away.clone());
+        if let Some(oldest) = oldest {
+            oldest.cancel();
+        }
+        Self {
+            all: all.clone(),
+            number,
+            sent_away,
+        }
+    }
+
+    /// What comes of `work`, unless it takes longer than `limit` or the place is needed.
+    async fn within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = T>,
+        what: &str,
+    ) -> Result<T, String> {
+        tokio::select! {
+            done = tokio::time::timeout(limit, work) => {
+                done.map_err(|_| format!("no {what} within {limit:?}"))
+            }
+            () = self.sent_away.cancelled() => {
+                Err(format!("no {what} yet, and its place was needed for another"))
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.all).leave(self.number);
+    }
+}
+
+fn lock(all: &Handshakes) -> std::sync::MutexGuard<'_, Places<CancellationToken>> {
+    // Whole after every statement; a panic elsewhere spoils nothing.
+    all.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 struct Shared {
     acceptor: TlsAcceptor,
     members: Router,
@@ -234,15 +285,12 @@ struct Shared {
 }
 
 impl Shared {
-    async fn connection(
-        &self,
-        stream: TcpStream,
-        place: tokio::sync::OwnedSemaphorePermit,
-    ) -> Result<(), String> {
+    async fn connection(&self, stream: TcpStream, place: Place) -> Result<(), String> {
         let _ = stream.set_nodelay(true);
-        let stream = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.acceptor.accept(stream))
-            .await
-            .map_err(|_| format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"))?
+        let handshake = self.acceptor.accept(stream);
+        let stream = place
+            .within(HANDSHAKE_TIMEOUT, handshake, "TLS handshake")
+            .await?
             .map_err(|error| format!("TLS handshake failed: {error}"))?;
         let certificate = stream
             .get_ref()
@@ -271,10 +319,8 @@ impl Shared {
             (None, Some(strangers)) => {
                 // Keeps its handshake place: strangers compete among themselves only.
                 let served = self.http(stream, strangers.clone());
-                let served = tokio::time::timeout(STRANGER_TIMEOUT, served).await;
-                drop(place);
-                served
-                    .map_err(|_| format!("no certificate, and not done in {STRANGER_TIMEOUT:?}"))?
+                let what = "certificate, and no end";
+                place.within(STRANGER_TIMEOUT, served, what).await?
             }
             (None, None) => Err("no certificate presented".to_owned()),
         }

@@ -11,6 +11,7 @@ pub mod ids;
 pub mod locate;
 pub mod metric;
 pub mod nearest;
+pub mod places;
 pub mod plan;
 pub mod telemetry;
 pub mod units;

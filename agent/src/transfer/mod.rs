@@ -52,7 +52,7 @@ pub struct Options {
     pub retries: u32,
     /// Pause before the first reconnection; doubled each time, at most 5 s.
     pub backoff: Duration,
-    /// Most data connections served at a time.
+    /// Most data connections of admitted peers served at a time.
     pub connections_cap: usize,
 }
 

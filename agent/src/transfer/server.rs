@@ -1,7 +1,8 @@
 //! The listening side of the data plane: one door for targets and paired devices.
 //!
 //! Invariants: a peer is served only for a plan that is admitted and whose link key it proves; slow
-//! or hostile peers are cut off and never hold up others; the number of connections is capped.
+//! or hostile peers are cut off and never hold up others, nor take their places; the number of connections
+//! is capped.
 
 use super::Options;
 use super::connection;
@@ -12,9 +13,10 @@ use super::receive::{ReceivePlan, ReceiveProgress, Reception};
 use super::relay::{Relay, RelayPlan};
 use super::seal::LinkKey;
 use crate::model::ids::PlanId;
+use crate::model::places::Places;
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -59,9 +61,15 @@ impl Admission {
 struct Shared {
     options: Options,
     plans: Mutex<HashMap<PlanId, Admission>>,
+    /// Connections whose peer knows the key of its plan.
     open: AtomicUsize,
+    /// Connections that have not greeted yet.
+    strangers: Mutex<Places<Arc<TcpStream>>>,
     over: AtomicBool,
 }
+
+/// Connections that have not greeted yet, at a time. One greets within a round trip.
+const STRANGERS_CAP: usize = 64;
 
 /// Listens for data connections until it is dropped.
 pub struct DataServer {
@@ -84,6 +92,7 @@ impl DataServer {
             options,
             plans: Mutex::default(),
             open: AtomicUsize::new(0),
+            strangers: Mutex::new(Places::new(STRANGERS_CAP)),
             over: AtomicBool::new(false),
         });
         let for_thread = Arc::clone(&shared);
@@ -181,23 +190,25 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 }
 
 fn welcome(shared: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
-    let cap = shared.options.connections_cap;
-    if shared.open.fetch_add(1, Ordering::AcqRel) >= cap {
-        shared.open.fetch_sub(1, Ordering::AcqRel);
-        tracing::warn!(%peer, "data connection refused: {cap} are open already");
-        return;
+    let socket = Arc::new(socket);
+    let (place, sent_away) = lock(&shared.strangers).take(peer.ip(), Arc::clone(&socket));
+    if let Some(oldest) = sent_away {
+        tracing::warn!(
+            "data connection: {STRANGERS_CAP} have not greeted; the oldest is closed for {peer}"
+        );
+        // It may be closed already.
+        let _ = oldest.shutdown(Shutdown::Both);
     }
     let for_thread = Arc::clone(shared);
     let spawned = std::thread::Builder::new()
         .name("lifeboat-peer".to_owned())
         .spawn(move || {
-            if let Err(error) = serve(&for_thread, socket) {
+            if let Err(error) = serve(&for_thread, &socket, place) {
                 tracing::warn!(%peer, "data connection: {error}");
             }
-            for_thread.open.fetch_sub(1, Ordering::AcqRel);
         });
     if let Err(error) = spawned {
-        shared.open.fetch_sub(1, Ordering::AcqRel);
+        lock(&shared.strangers).leave(place);
         tracing::error!(%peer, "cannot start a thread for a data connection: {error}");
     }
 }
@@ -211,25 +222,54 @@ enum ServeError {
     Socket(#[from] io::Error),
     #[error(transparent)]
     Engine(#[from] super::engine::NoEngine),
+    #[error("refused: {0} are open already")]
+    Full(usize),
 }
 
-fn serve(shared: &Arc<Shared>, socket: TcpStream) -> Result<(), ServeError> {
+fn serve(shared: &Arc<Shared>, socket: &Arc<TcpStream>, place: u64) -> Result<(), ServeError> {
+    let options = &shared.options;
+    let greeted = greet(shared, socket);
+    lock(&shared.strangers).leave(place);
+    let (admission, key) = greeted?;
+    let _open = Open::one_of(shared)?;
+    let (receiver, transmitter) =
+        connection::split(socket, &key, false, options.engine, options.patience)?;
+    match admission {
+        Admission::Receive(reception) => reception.serve(receiver, transmitter, socket),
+        Admission::Relay(relay) => relay.serve(receiver, transmitter, socket),
+    }
+    Ok(())
+}
+
+fn greet(shared: &Shared, socket: &TcpStream) -> Result<(Admission, [u8; 32]), ServeError> {
     let options = &shared.options;
     socket.set_nonblocking(false)?;
-    connection::tune(&socket, options.patience)?;
-    let socket = Arc::new(socket);
+    connection::tune(socket, options.patience)?;
     let mut greeter = engine(options.engine)?;
     let find = |plan: &PlanId| {
         let admission = lock(&shared.plans).get(plan).cloned()?;
         Some((admission.link_key(), admission))
     };
-    let (admission, key) = hello::answer(greeter.as_mut(), socket.as_fd(), find, options.patience)?;
-    drop(greeter);
-    let (receiver, transmitter) =
-        connection::split(&socket, &key, false, options.engine, options.patience)?;
-    match admission {
-        Admission::Receive(reception) => reception.serve(receiver, transmitter, &socket),
-        Admission::Relay(relay) => relay.serve(receiver, transmitter, &socket),
+    let agreed = hello::answer(greeter.as_mut(), socket.as_fd(), find, options.patience)?;
+    Ok(agreed)
+}
+
+/// One of the places for connections that greeted.
+struct Open<'a>(&'a Shared);
+
+impl<'a> Open<'a> {
+    fn one_of(shared: &'a Shared) -> Result<Self, ServeError> {
+        let open = Self(shared);
+        let cap = shared.options.connections_cap;
+        if shared.open.fetch_add(1, Ordering::AcqRel) >= cap {
+            return Err(ServeError::Full(cap));
+        }
+        Ok(open)
     }
-    Ok(())
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::AcqRel);
+    }
 }

@@ -40,6 +40,8 @@ pub struct ApplyError {
     pub needed: Bytes,
     /// Bytes that were free on the target's file system.
     pub free: Option<Bytes>,
+    /// The target's file system has no inode left.
+    pub no_inodes: bool,
 }
 
 impl ApplyError {
@@ -71,6 +73,9 @@ impl ApplyError {
             .free
             .map_or_else(|| "unknown".to_owned(), |bytes| bytes.to_string());
         match self.errno() {
+            Some(Errno::ENOSPC) if self.no_inodes => {
+                "no inodes left on the target; remove files there or choose another target".to_owned()
+            }
             Some(Errno::ENOSPC) => format!(
                 "no space left on the target ({} needed, {free} free); free space there or choose another target",
                 self.needed
@@ -86,6 +91,9 @@ impl ApplyError {
                 "{}; the target's agent must run as root on a file system that allows it",
                 self.source
             ),
+            Some(Errno::ENAMETOOLONG) => {
+                "the target's file system does not take a name or path this long; choose a target whose file system does".to_owned()
+            }
             Some(Errno::EOPNOTSUPP) => format!(
                 "{}; the target's file system lacks a feature that the source uses",
                 self.source
@@ -140,6 +148,7 @@ impl Destination {
             source,
             needed: Bytes(0),
             free: None,
+            no_inodes: false,
         };
         std::fs::create_dir_all(path).map_err(|e| failed("make the directory", e))?;
         let root = Confined::open(path).map_err(|e| failed("open the directory", e.into()))?;
@@ -179,16 +188,16 @@ impl Destination {
         needed: u64,
         source: impl Into<io::Error>,
     ) -> ApplyError {
-        let free = nix::sys::statvfs::fstatvfs(self.root.fd())
-            .ok()
-            .map(|fs| Bytes(fs.blocks_available() * fs.fragment_size()));
+        let fs = nix::sys::statvfs::fstatvfs(self.root.fd()).ok();
         ApplyError {
             volume: self.volume.clone(),
             path: shown(path).into_owned(),
             action: action.to_owned(),
             source: source.into(),
             needed: Bytes(needed),
-            free,
+            free: fs.map(|fs| Bytes(fs.blocks_available() * fs.fragment_size())),
+            // A file system that counts no inodes (btrfs) reports none at all.
+            no_inodes: fs.is_some_and(|fs| fs.files() > 0 && fs.files_available() == 0),
         }
     }
 

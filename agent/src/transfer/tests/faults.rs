@@ -246,6 +246,26 @@ fn hostile_and_silent_peers_do_not_hold_up_an_honest_one() {
 }
 
 #[test]
+fn silent_strangers_make_room_for_an_admitted_peer() {
+    let bench = Bench::new(EngineChoice::Auto);
+    some_tree(&bench.source);
+    // Several times as many as there are places; each could stay for the whole patience.
+    let silent: Vec<TcpStream> = (0..200)
+        .map(|_| TcpStream::connect(bench.server.addr()).unwrap())
+        .collect();
+    // Without a second attempt: it must get in while all of them are there.
+    let options = Options {
+        retries: 0,
+        ..options(EngineChoice::Auto)
+    };
+    let path = bench.path(Way::Direct);
+    let mut sender = Sender::new(bench.plan.clone(), path, FleetKey(FLEET), options);
+    bench.send(&mut sender, 1, None).unwrap();
+    bench.assert_equal();
+    drop(silent);
+}
+
+#[test]
 fn a_peer_that_drips_its_greeting_is_cut_off() {
     let bench = Bench::new(EngineChoice::Auto);
     let mut socket = TcpStream::connect(bench.server.addr()).unwrap();
@@ -264,14 +284,17 @@ struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     fn new(dir: &Path, bytes: u64) -> Option<Self> {
+        Self::with(dir, &format!("size={bytes}"))
+    }
+
+    fn with(dir: &Path, size: &str) -> Option<Self> {
         fs::create_dir(dir).unwrap();
-        let size = format!("size={bytes}");
         let mounted = nix::mount::mount(
             Some("none"),
             dir,
             Some("tmpfs"),
             nix::mount::MsFlags::empty(),
-            Some(size.as_str()),
+            Some(size),
         );
         match mounted {
             Ok(()) => Some(Self(dir.to_owned())),
@@ -326,6 +349,22 @@ fn a_full_target_is_named_with_what_is_needed_and_free_and_a_roomier_one_works()
     let mut sender = bench.sender(bench.path(Way::Direct));
     bench.send(&mut sender, 1, None).unwrap();
     bench.assert_equal();
+}
+
+#[test]
+fn a_target_without_inodes_says_inodes_and_not_bytes() {
+    let bench = Bench::new(EngineChoice::Auto);
+    some_tree(&bench.source);
+    let dir = bench.source.parent().unwrap().join("small");
+    let Some(_disk) = SmallDisk::with(&dir, "size=64m,nr_inodes=100") else {
+        return;
+    };
+    bench.admit_target(&dir.join("data"));
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let error = bench.send(&mut sender, 1, None).unwrap_err().to_string();
+    assert!(error.contains("no inodes left on the target"), "{error}");
+    assert!(error.contains("remove files there"), "{error}");
+    assert!(!error.contains("needed"), "{error}");
 }
 
 #[test]
