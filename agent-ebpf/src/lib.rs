@@ -36,6 +36,12 @@ pub const RUN_QUEUE_SHARDS: u32 = 4;
 /// Places for tasks that wait for a CPU; two of which the thread ids are equal modulo this share one.
 pub const WAITING_PLACES: u32 = 65_536;
 
+/// Places in which the switches of CPUs are counted.
+pub const SWITCHES_PLACES: u32 = 256;
+
+/// 64-bit words of each of them: a line of the processor's cache.
+pub const SWITCHES_WORDS: usize = 8;
+
 /// A runnable task that waits for a CPU.
 #[derive(Clone, Copy)]
 #[repr(C)]

@@ -7,7 +7,10 @@ use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap, Queue};
 use aya_ebpf::programs::BtfTracePointContext;
-use lifeboat_ebpf::{Latency, RUN_QUEUE_ROWS, RUN_QUEUE_SHARDS, WAITING_PLACES, Waiting, loss};
+use lifeboat_ebpf::{
+    Latency, RUN_QUEUE_ROWS, RUN_QUEUE_SHARDS, SWITCHES_PLACES, SWITCHES_WORDS, WAITING_PLACES,
+    Waiting, loss,
+};
 
 // These run at every wake-up and switch of the host, so the common path looks up arrays only: that is a
 // few instructions in line and takes no lock, where a hash map costs a call of some 50 ns each time.
@@ -33,6 +36,12 @@ static FREE_ROWS: Queue<u32> = Queue::with_max_entries(RUN_QUEUE_ROWS, 0);
 /// one word. An id's highest bits are a generation that never gets there.
 #[map]
 static KNOWN_ROWS: Array<u64> = Array::with_max_entries(1 << KNOWN_BITS, 0);
+
+/// Switches since the start, whosoever, in the place of the CPU modulo the length; of a place only the first word
+/// counts, so that no two CPUs write to the same line of memory.
+#[map]
+static SWITCHES: Array<[u64; SWITCHES_WORDS]> =
+    Array::with_max_entries(SWITCHES_PLACES, BPF_F_MMAPABLE);
 
 const KNOWN_BITS: u32 = 11;
 const ROW_BITS: u32 = 10;
@@ -150,6 +159,10 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         let preempted: u64 = ctx.arg(0);
         let previous: Object = ctx.arg(1);
         let next: Object = ctx.arg(2);
+        let cpu = bpf_get_smp_processor_id();
+        if let Some(count) = SWITCHES.get_ptr_mut(cpu % SWITCHES_PLACES) {
+            (*count)[0] += 1;
+        }
         let mut now = 0;
         let pid: u32 = load(previous, layout!(task_pid));
         if pid != 0 {
@@ -175,7 +188,7 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         if now == 0 {
             now = bpf_ktime_get_ns();
         }
-        let shard = bpf_get_smp_processor_id() % RUN_QUEUE_SHARDS;
+        let shard = cpu % RUN_QUEUE_SHARDS;
         if let Some(latency) = RUN_QUEUE.get_ptr_mut((*place).row * RUN_QUEUE_SHARDS + shard) {
             record(latency, Waiting::age(waiting, now));
         }

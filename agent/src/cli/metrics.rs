@@ -25,6 +25,9 @@ struct Row {
     available: bool,
     /// Its values now.
     values: Vec<Value>,
+    /// Share of the time in which it was watched, when not always.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sampled_percent: Option<f64>,
     /// Why it has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     why_not: Option<String>,
@@ -70,6 +73,9 @@ fn rows(snapshot: &Snapshot, names: &[String]) -> Vec<Row> {
             Row {
                 metric,
                 available: !values.is_empty(),
+                sampled_percent: snapshot
+                    .watched_percent
+                    .filter(|_| metric.name.starts_with("sched.")),
                 why_not: why_not.map(|one| one.why.clone()),
                 values,
             }
@@ -88,7 +94,10 @@ fn render(rows: &[Row]) -> String {
                 row.metric.unit.word().to_owned(),
                 per.join(", "),
                 here(row),
-                row.metric.source.to_owned(),
+                match row.sampled_percent {
+                    Some(percent) => format!("{}, sampled {percent:.0} %", row.metric.source),
+                    None => row.metric.source.to_owned(),
+                },
             ]
         })
         .collect();
@@ -150,6 +159,7 @@ mod tests {
                 sample(Subject::new(Per::Sensor, "coretemp/Core 1"), 53.0),
                 sample(Subject::device(), 53.0),
             ],
+            watched_percent: Some(4.0),
             absent: vec![Disabled {
                 what: "cpu.temperature_limit".to_owned(),
                 why: "the sensors here publish no limit".to_owned(),
@@ -163,6 +173,8 @@ mod tests {
         let text = render(&rows);
         assert!(text.contains("1 of 3 metrics"), "{text}");
         assert!(text.contains("cpu.temperature_limit: the sensors here publish no limit"));
+        let sampled = super::rows(&snapshot, &["sched.waiting".to_owned()]);
+        assert!(render(&sampled).contains("sched_switch, sampled 4 %"));
         let json = serde_json::to_value(&rows).expect("JSON");
         assert_eq!(json[0]["name"], "cpu.temperature");
         assert_eq!(json[0]["per"], serde_json::json!(["device", "sensor"]));

@@ -108,6 +108,11 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
             .filter(|loss| loss.lost > 0)
             .map(|loss| format!("lost: {} insert(s) into {}", loss.lost, loss.map)),
     );
+    if let Some(percent) = snapshot.watched_percent {
+        lines.push(format!(
+            "sampled {percent:.0} %: the host switches tasks so often that run-queue latency is watched in windows"
+        ));
+    }
     for program in snapshot.programs.iter().filter(|program| program.runs > 0) {
         lines.push(format!(
             "kernel program {}: {} runs, {} ns each",

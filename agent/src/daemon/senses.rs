@@ -1,4 +1,4 @@
-//! The sweep: discover containers, read the kernel, judge, publish one view a second.
+//! The sweep: discover containers, read the kernel, judge, publish a view, about once a second.
 //!
 //! Invariants: a broken policy never replaces a good one that is loaded; the verdict's state is on disk
 //! within seconds, so that a restart does not forget a degradation. Non-goals: acting on a verdict.
@@ -16,8 +16,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
-/// Between two sweeps.
-const INTERVAL: Duration = Duration::from_secs(1);
+/// Between two sweeps: less than the second in which a verdict must follow a fault, for the sweep takes time too.
+const INTERVAL: Duration = Duration::from_millis(900);
+
+/// Least time between two sweeps, one of which is on the instant at which a threshold has been passed for its time.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Between two writes of an unchanged verdict's state.
 const SAVE_EVERY: Duration = Duration::from_secs(10);
@@ -62,12 +65,16 @@ impl Senses {
             loop {
                 let started = Instant::now();
                 let discovery = handle.block_on(runtimes.follow());
-                let now = crate::fleet::now();
+                let (now, sampled) = (crate::fleet::now(), Instant::now());
                 let snapshot = telemetry.sweep(&discovery.containers, now);
+                let mut next = started + INTERVAL;
                 let verdict = locked(&shared).as_mut().map(|judge| {
                     judge.observe(&snapshot.samples, now);
                     let verdict = judge.verdict(now);
                     save(judge, &verdict, &mut saved, &saved_at);
+                    if let Some(due) = judge.due() {
+                        next = next.min(sampled + due.max(SHORTEST_INTERVAL));
+                    }
                     verdict
                 });
                 save_edges(&snapshot.edges, &mut edges_saved, &edges_at);
@@ -80,7 +87,7 @@ impl Senses {
                 if publish.send(Arc::new(view)).is_err() {
                     return;
                 }
-                std::thread::sleep(INTERVAL.saturating_sub(started.elapsed()));
+                telemetry.rest(next);
             }
         };
         std::thread::Builder::new()

@@ -3,6 +3,7 @@
 use super::*;
 use crate::model::metric::{Per, Sample, Subject};
 use crate::model::units::UnixMillis;
+use std::time::Duration;
 
 const START: u64 = 1_750_000_000_000;
 
@@ -417,4 +418,19 @@ guards: { hold: 60s }
     assert_eq!(at(30, 95.0, 5.0), (degraded, Some(Stage::Evacuate)));
     assert_eq!(at(63, 95.0, 5.0), (degraded, Some(Stage::Watch)));
     assert_eq!(at(64, 50.0, 5.0), (healthy, None));
+}
+
+#[test]
+fn it_is_known_when_the_next_threshold_will_have_been_passed_for_its_time() {
+    let mut judge = judge("metric: cpu.used\nabove: 50%\nfor: 90s");
+    device(&mut judge, 0, "cpu.used", 10.0);
+    assert_eq!(judge.due(), None, "nothing is passed");
+    device(&mut judge, 1, "cpu.used", 60.0);
+    assert_eq!(judge.due(), Some(Duration::from_secs(90)));
+    device(&mut judge, 8, "cpu.used", 60.0);
+    assert_eq!(judge.due(), Some(Duration::from_secs(83)));
+    for second in (16..=91).step_by(5) {
+        device(&mut judge, second, "cpu.used", 60.0);
+    }
+    assert_eq!(judge.due(), None, "it failed");
 }

@@ -146,6 +146,27 @@ impl Judge {
         }
     }
 
+    /// How long after the last samples the next threshold that is passed now has been passed for its time;
+    /// none when none waits for that.
+    #[must_use]
+    pub fn due(&self) -> Option<Duration> {
+        let waits = |threshold: &Threshold, series: &Series| {
+            let since = series.beyond_since.filter(|_| !series.failed)?;
+            let passed = Duration::from_millis(series.last_at.saturating_sub(since));
+            let rest = threshold.lasting.checked_sub(passed)?;
+            (!rest.is_zero()).then_some(rest)
+        };
+        self.policy
+            .thresholds
+            .iter()
+            .filter_map(|threshold| Some((threshold, self.state.thresholds.get(&threshold.name)?)))
+            .flat_map(|(threshold, state)| {
+                let series = state.series.values();
+                series.filter_map(move |series| waits(threshold, series))
+            })
+            .min()
+    }
+
     /// Applies `guards.hold`: the verdict does not turn from degraded to another, nor back, within
     /// the hold after such a turn. Losing sight in between is no turn. Also gives the milliseconds
     /// that are left, when the hold is what decided.

@@ -341,6 +341,9 @@ pub struct Snapshot {
     /// Metrics that have no value now, and why.
     #[serde(default)]
     pub absent: Vec<Disabled>,
+    /// Share of the time in which run-queue latency was watched, 0–100; none when always.
+    #[serde(default)]
+    pub watched_percent: Option<f64>,
 }
 
 #[cfg(test)]

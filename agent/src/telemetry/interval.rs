@@ -3,7 +3,7 @@
 use super::host::Value;
 use crate::model::metric::{Per, Subject};
 use crate::model::telemetry::{Histogram, RunQueueStats};
-use lifeboat_ebpf::{Latency, Waiting};
+use lifeboat_ebpf::Latency;
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -35,13 +35,12 @@ impl Counters {
     }
 }
 
-/// Adds a waiting task to its run queue. One that has waited longer than the interval counts as a
-/// latency of that age: a task that never gets a CPU must not look like one that never waits.
-pub fn add_waiting(stats: &mut RunQueueStats, waiting: &Waiting, now_ns: u64, interval: Duration) {
+/// Adds a task to its run queue that has waited for `age_ns`. One that has waited longer than the interval
+/// counts as a latency of that age: a task that never gets a CPU must not look like one that never waits.
+pub fn add_waiting(stats: &mut RunQueueStats, age_ns: u64, interval: Duration) {
     stats.waiting += 1;
-    let age = Waiting::age(waiting.task, now_ns);
-    if u128::from(age) > interval.as_nanos() {
-        stats.latency.record(age);
+    if u128::from(age_ns) > interval.as_nanos() {
+        stats.latency.record(age_ns);
     }
 }
 
@@ -75,6 +74,7 @@ pub fn subject(per: Per, name: &str) -> Subject {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lifeboat_ebpf::Waiting;
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -101,9 +101,10 @@ mod tests {
             padding: 0,
         };
         let mut stats = RunQueueStats::default();
-        add_waiting(&mut stats, &waiting(at + 3_000_000), at, SECOND);
+        let age = |since| Waiting::age(waiting(since).task, at);
+        add_waiting(&mut stats, age(at + 3_000_000), SECOND);
         assert_eq!((stats.waiting, stats.latency.count()), (1, 0));
-        add_waiting(&mut stats, &waiting(at - 3_000_000_000), at, SECOND);
+        add_waiting(&mut stats, age(at - 3_000_000_000), SECOND);
         assert_eq!((stats.waiting, stats.latency.count()), (2, 1));
         let age = Waiting::age(waiting(at - 3_000_000_000).task, at);
         assert!((2_999_999_000..=3_000_001_000).contains(&age), "{age}");

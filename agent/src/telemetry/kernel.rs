@@ -38,6 +38,8 @@ pub const BTF_PATH: &str = "sys/kernel/btf/vmlinux";
 enum Hook {
     /// At the kernel's tracepoint of the same name, with typed arguments.
     Tracepoint,
+    /// The same, but detached most of the time while it comes too often.
+    Sampled,
     /// When the agent asks (`BPF_PROG_TEST_RUN`).
     OnDemand,
     /// When a socket of the scope's cgroups names a peer.
@@ -48,9 +50,9 @@ enum Hook {
 
 /// A family runs when all of its programs do.
 const PROGRAMS: &[(Family, Hook, &str)] = &[
-    (Family::Sched, Hook::Tracepoint, "sched_wakeup"),
-    (Family::Sched, Hook::Tracepoint, "sched_wakeup_new"),
-    (Family::Sched, Hook::Tracepoint, "sched_switch"),
+    (Family::Sched, Hook::Sampled, sched::PROGRAMS[0]),
+    (Family::Sched, Hook::Sampled, sched::PROGRAMS[1]),
+    (Family::Sched, Hook::Sampled, sched::PROGRAMS[2]),
     (Family::Block, Hook::Tracepoint, "block_rq_issue"),
     (Family::Block, Hook::Tracepoint, "block_rq_complete"),
     (Family::WriteBack, Hook::Tracepoint, "block_rq_insert"),
@@ -214,10 +216,14 @@ impl Kernel {
             self.prepare_sched()
                 .map_err(|why| (family.name().to_owned(), why))?;
         }
-        match &mut self.ebpf {
-            Some(ebpf) => attach_family(ebpf, btf, cgroup, family),
-            None => Ok(()),
+        if let Some(ebpf) = &mut self.ebpf {
+            attach_family(ebpf, btf, cgroup, family)?;
         }
+        if family == Family::Sched {
+            self.attach_sched()
+                .map_err(|why| (family.name().to_owned(), why))?;
+        }
+        Ok(())
     }
 
     /// Whether a family's programs run.
@@ -341,6 +347,7 @@ fn attach_family(
     for &(_, hook, name) in PROGRAMS.iter().filter(|(of, ..)| *of == family) {
         let attached = match hook {
             Hook::Tracepoint => attach(ebpf, btf, name, name),
+            Hook::Sampled => load(ebpf, btf, name, name).map(drop),
             Hook::OnDemand => program::<RawTracePoint>(ebpf, name)
                 .and_then(|program| program.load().map_err(|error| refused("load", &error))),
             Hook::SocketAddress => attach_to_cgroup::<CgroupSockAddr>(ebpf, cgroup, name),
@@ -356,6 +363,18 @@ fn attach_family(
 /// # Errors
 /// What the kernel refuses.
 pub fn attach(ebpf: &mut Ebpf, btf: &Btf, name: &str, tracepoint: &str) -> Result<(), String> {
+    load(ebpf, btf, name, tracepoint)?
+        .attach()
+        .map_err(|error| refused("attach", &error))?;
+    Ok(())
+}
+
+fn load<'e>(
+    ebpf: &'e mut Ebpf,
+    btf: &Btf,
+    name: &str,
+    tracepoint: &str,
+) -> Result<&'e mut BtfTracePoint, String> {
     let program: &mut BtfTracePoint = program(ebpf, name)?;
     program
         .load(tracepoint, btf)
@@ -368,10 +387,7 @@ pub fn attach(ebpf: &mut Ebpf, btf: &Btf, name: &str, tracepoint: &str) -> Resul
             },
         )
         .map_err(|error| refused("load", &error))?;
-    program
-        .attach()
-        .map_err(|error| refused("attach", &error))?;
-    Ok(())
+    Ok(program)
 }
 
 /// A program that runs for the tasks of a cgroup and of all below it.
@@ -619,6 +635,48 @@ mod tests {
         drop(load);
         println!("ns: sched_switch {switch}, sched_wakeup {wakeup}, an empty program {nothing}");
         assert!(switch.saturating_sub(nothing) <= 150, "{switch} ns");
+    }
+
+    #[test]
+    fn detached_programs_see_nothing_and_nobody_who_waited_before_a_window_counts_in_it() {
+        let Some(mut kernel) = kernel(&[]) else {
+            return;
+        };
+        // More than there are CPUs, so that at any time some wait.
+        let busy = Arc::new(AtomicBool::new(true));
+        let crowd: Vec<_> = (0..12)
+            .map(|_| {
+                let busy = busy.clone();
+                std::thread::spawn(move || while busy.load(Ordering::Relaxed) {})
+            })
+            .collect();
+        let now = crate::telemetry::ports::monotonic_ns;
+        until("some wait", || kernel.waiting(now()).len() > 4);
+        let (mut attaching, mut detaching) = (Duration::ZERO, Duration::ZERO);
+        for _ in 0..5 {
+            let start = Instant::now();
+            kernel.detach_sched(now());
+            detaching = detaching.max(start.elapsed());
+            let (switches, left) = (kernel.switches(), kernel.waiting(now()));
+            std::thread::sleep(Duration::from_millis(100));
+            assert_eq!(kernel.switches(), switches, "detached");
+            assert_eq!(kernel.waiting(now()), left, "who waited at the end stays");
+            let begun = now();
+            kernel.attach_sched().expect("this kernel attaches them");
+            attaching = attaching.max(Duration::from_nanos(now() - begun));
+            until("switches are seen again", || kernel.switches() > switches);
+            until("some wait", || kernel.waiting(now()).len() > 4);
+            let end = now();
+            for (_, age_ns) in kernel.waiting(end) {
+                // The words have a resolution of 256 ns.
+                assert!(age_ns <= end - begun + 512, "{age_ns} ns");
+            }
+        }
+        busy.store(false, Ordering::Relaxed);
+        for thread in crowd {
+            thread.join().expect("it ends");
+        }
+        println!("at most: attaching {attaching:?}, detaching {detaching:?}");
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod layout;
 pub mod links;
 mod listeners;
 mod ports;
+mod sampling;
 mod scope;
 mod sockets;
 mod unix;
@@ -25,7 +26,7 @@ use crate::model::edge::Edge;
 use crate::model::ids::ContainerName;
 use crate::model::metric::{METRICS, Metric, Per, Sample, Subject};
 use crate::model::telemetry::{
-    BlockIo, ContainerStats, Disabled, DiskStats, HostFacts, RunQueueStats, Snapshot,
+    BlockIo, ContainerStats, Disabled, DiskStats, Histogram, HostFacts, RunQueueStats, Snapshot,
 };
 use crate::model::units::UnixMillis;
 use cgroups::Cgroups;
@@ -34,6 +35,7 @@ use interval::{Counters, add_waiting, run_queue_values};
 use kernel::Kernel;
 use layout::Family;
 use ports::{Clock, Ports};
+use sampling::{LOOK_EVERY, Next, Sampling};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,12 +65,27 @@ pub struct Telemetry {
     disabled: Vec<Disabled>,
     cgroups: Cgroups,
     counters: Counters,
+    sampling: Sampling,
+    /// Switches, and when, at the last [`Self::judge_switches`] and the last [`Self::account`].
+    judged: (u64, Instant),
+    accounted: Instant,
+    queued: Queued,
     block: block::Counters,
     ports: Ports,
     host: Host,
     last_sweep: Instant,
     sweeps: u64,
     always_measured: bool,
+}
+
+/// What the scheduler programs saw when they were last attached.
+#[derive(Default)]
+struct Queued {
+    latency: HashMap<u64, Histogram>,
+    /// Who waits, and for how long, ns.
+    waiting: Vec<(u64, u64)>,
+    /// Waits longer than this are counted while they last.
+    interval: Duration,
 }
 
 /// What is read at once, and what is common to all of a sweep.
@@ -100,6 +117,10 @@ impl Telemetry {
             disabled,
             cgroups: Cgroups::new(config.cgroup.clone()),
             counters: Counters::default(),
+            sampling: Sampling::default(),
+            judged: (0, Instant::now()),
+            accounted: Instant::now(),
+            queued: Queued::default(),
             block: block::Counters::default(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
             host,
@@ -120,6 +141,57 @@ impl Telemetry {
     pub fn measure_programs(&mut self, always: bool) {
         self.always_measured = always;
         self.measure();
+    }
+
+    /// Waits until `end`, when the next sweep is due. On a host that switches tasks too often the scheduler
+    /// programs are attached only now and then, for the last part of this; elsewhere they always are.
+    pub fn rest(&mut self, end: Instant) {
+        let left = || end.saturating_duration_since(Instant::now());
+        if self.kernel.runs(Family::Sched) {
+            match self.sampling.next(left()) {
+                Next::Rest => {}
+                Next::Always => {
+                    while self.kernel.sched_attached() && left() > LOOK_EVERY {
+                        std::thread::sleep(LOOK_EVERY);
+                        self.judge_switches();
+                    }
+                }
+                Next::Window(window) => {
+                    std::thread::sleep(left().saturating_sub(window));
+                    self.attach_sched();
+                    std::thread::sleep(left());
+                    self.judge_switches();
+                }
+            }
+        }
+        std::thread::sleep(left());
+    }
+
+    fn attach_sched(&mut self) {
+        self.account();
+        if let Err(why) = self.kernel.attach_sched() {
+            let what = Family::Sched.name().to_owned();
+            tracing::warn!("telemetry: {what} is disabled: {why}");
+            self.disabled.push(Disabled { what, why });
+        }
+        self.judged = (self.kernel.switches(), Instant::now());
+    }
+
+    /// Detaches the scheduler programs if they have seen too much since this was last asked.
+    fn judge_switches(&mut self) {
+        let now = (self.kernel.switches(), Instant::now());
+        let (before, at) = std::mem::replace(&mut self.judged, now);
+        if !self.sampling.look(now.0 - before, now.1 - at) {
+            self.account();
+            self.kernel.detach_sched(ports::monotonic_ns());
+        }
+    }
+
+    /// Notes for how long the scheduler programs were attached, or not.
+    fn account(&mut self) {
+        let now = Instant::now();
+        let time = now - std::mem::replace(&mut self.accounted, now);
+        self.sampling.passed(self.kernel.sched_attached(), time);
     }
 
     /// Reads everything. Blocking (files and system calls, milliseconds); meant for about once a second.
@@ -214,6 +286,7 @@ impl Telemetry {
             programs: self.kernel.costs(),
             disabled: self.disabled.clone(),
             absent,
+            watched_percent: self.sampling.percent(),
         }
     }
 
@@ -254,17 +327,31 @@ impl Telemetry {
         for (run_queue, _) in stats.values_mut() {
             *run_queue = Some(RunQueueStats::default());
         }
+        self.account();
+        if self.sampling.sweep() {
+            self.queued = Queued {
+                latency: self.counters.run_queue(now),
+                waiting: self.kernel.waiting(sweep.now_ns),
+                // Whoever waits at the end of a window is not seen to run.
+                interval: if self.kernel.sched_attached() {
+                    sweep.interval
+                } else {
+                    Duration::ZERO
+                },
+            };
+        }
+        let queued = &self.queued;
         let mut host = RunQueueStats::default();
-        for (cgroup, latency) in self.counters.run_queue(now) {
-            host.latency.merge(&latency);
+        for (&cgroup, latency) in &queued.latency {
+            host.latency.merge(latency);
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
-                run_queue.latency.merge(&latency);
+                run_queue.latency.merge(latency);
             }
         }
-        for (cgroup, waiting) in self.kernel.waiting() {
-            add_waiting(&mut host, &waiting, sweep.now_ns, sweep.interval);
+        for &(cgroup, age_ns) in &queued.waiting {
+            add_waiting(&mut host, age_ns, queued.interval);
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
-                add_waiting(run_queue, &waiting, sweep.now_ns, sweep.interval);
+                add_waiting(run_queue, age_ns, queued.interval);
             }
         }
         for (name, (run_queue, _)) in stats {

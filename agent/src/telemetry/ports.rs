@@ -36,14 +36,8 @@ impl Clock {
     /// The monotonic clock at wall time `now`.
     #[must_use]
     pub fn new(now: UnixMillis) -> Self {
-        let mut time = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        // SAFETY: `time` is a timespec that lives for the call; CLOCK_MONOTONIC always exists.
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
         Self {
-            monotonic_ns: time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64,
+            monotonic_ns: monotonic_ns(),
             now,
         }
     }
@@ -52,6 +46,18 @@ impl Clock {
         let ago = self.monotonic_ns.saturating_sub(monotonic_ns) / 1_000_000;
         UnixMillis(self.now.0.saturating_sub(ago))
     }
+}
+
+/// Now, ns of the monotonic clock, as the kernel programs read it.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a timespec that lives for the call; CLOCK_MONOTONIC always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// What one sweep saw.

@@ -32,7 +32,7 @@ guards:
 const FAULT: &str = "for n in $(seq 24); do busybox yes >/dev/null & done; wait";
 
 pub(super) fn measure(short: bool) -> Result<String> {
-    let runs = if short { 1 } else { 7 };
+    let runs = if short { 1 } else { 15 };
     let lab = Lab::up(&LabSpec {
         name: format!("verdict-{}", std::process::id()),
         hosts: vec![machine::bare("duplicator"), machine::bare(DEVICE)],
@@ -65,8 +65,8 @@ pub(super) fn measure(short: bool) -> Result<String> {
         "## From fault to verdict\n\nA threshold on waiting tasks with `for: 2s`; from the start of the fault until `lifeboat status` \
          says degraded, without those 2 s; {runs} runs.\n\n\
          | what | | goal |\n|---|---|---|\n\
-         | median | {:.2} s | {} |\n| worst | {worst:.2} s | |\n",
+         | median | {:.2} s | |\n| worst | {worst:.2} s | {} |\n",
         median(&beyond),
-        goal("at most 1 s", median(&beyond) <= 1.0),
+        goal("at most 1 s", worst <= 1.0),
     ))
 }

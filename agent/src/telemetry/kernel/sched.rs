@@ -1,24 +1,37 @@
-//! Reading the scheduler programs' maps.
+//! The scheduler programs: attaching them for a while, and reading their maps.
 
-use super::{Kernel, Mapped};
+use super::{Family, Kernel, Mapped, program, refused};
 use aya::maps::{Array, MapData, Queue};
-use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SLOTS, Waiting};
+use aya::programs::BtfTracePoint;
+use aya::programs::tp_btf::BtfTracePointLinkId;
+use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SLOTS, SWITCHES_WORDS, Waiting};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
+
+/// In the order in which they are attached. What is noted as waiting must be taken out again when it runs, so
+/// the program that does so is attached first and detached last.
+pub(super) const PROGRAMS: [&str; 3] = ["sched_switch", "sched_wakeup", "sched_wakeup_new"];
 
 /// The scheduler's maps in memory.
 pub struct RunQueues {
     waiting: Mapped,
     latency: Mapped,
+    switches: Mapped,
+    links: Vec<(&'static str, BtfTracePointLinkId)>,
+    /// While nothing is attached: who waited when that began.
+    left: Option<Vec<(u64, u64)>>,
 }
 
 impl Kernel {
     /// Makes the maps ready for the programs, which take a row for each new cgroup.
     pub(super) fn prepare_sched(&mut self) -> Result<(), String> {
-        let mapped = |name| Mapped::new(self.map(name).ok_or("it is not in the embedded object")?);
+        let map = |name| self.map(name).ok_or("it is not in the embedded object");
         self.run_queues = Some(RunQueues {
-            waiting: mapped("WAITING")?,
-            latency: mapped("RUN_QUEUE")?,
+            waiting: Mapped::writable(map("WAITING")?)?,
+            latency: Mapped::new(map("RUN_QUEUE")?)?,
+            switches: Mapped::new(map("SWITCHES")?)?,
+            links: Vec::new(),
+            left: None,
         });
         let mut free = self
             .free_rows()
@@ -49,12 +62,87 @@ impl Kernel {
         .collect()
     }
 
-    /// Tasks that wait for a CPU now, with their cgroup2 id.
+    /// Attaches the programs, which then know of nobody who waits.
+    ///
+    /// # Errors
+    /// What the kernel refuses; then none of them is attached.
+    pub fn attach_sched(&mut self) -> Result<(), String> {
+        let (Some(maps), Some(ebpf)) = (&mut self.run_queues, &mut self.ebpf) else {
+            return Ok(());
+        };
+        // Noted when they were attached before: who of them waits still, and since when, is not known.
+        let (places, _) = maps.waiting.words().as_chunks::<2>();
+        for [task, _] in places {
+            if task.load(Ordering::Relaxed) != 0 {
+                task.store(0, Ordering::Relaxed);
+            }
+        }
+        maps.left = None;
+        for name in PROGRAMS {
+            let attached = program::<BtfTracePoint>(ebpf, name)
+                .and_then(|program| program.attach().map_err(|error| refused("attach", &error)));
+            match attached {
+                Ok(link) => maps.links.push((name, link)),
+                Err(why) => {
+                    self.detach_sched(0);
+                    self.running.retain(|&family| family != Family::Sched);
+                    return Err(why);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the programs are attached.
     #[must_use]
-    pub fn waiting(&self) -> Vec<(u64, Waiting)> {
+    pub fn sched_attached(&self) -> bool {
+        let maps = self.run_queues.as_ref();
+        maps.is_some_and(|maps| !maps.links.is_empty())
+    }
+
+    /// Detaches the programs. Who waits at that moment is kept with his time so far at `now_ns` of the
+    /// monotonic clock.
+    pub fn detach_sched(&mut self, now_ns: u64) {
+        loop {
+            let Some(maps) = &mut self.run_queues else {
+                return;
+            };
+            let Some((name, link)) = maps.links.pop() else {
+                return;
+            };
+            if maps.links.is_empty() {
+                let left = self.waiting(now_ns);
+                if let Some(maps) = &mut self.run_queues {
+                    maps.left = Some(left);
+                }
+            }
+            if let Some(ebpf) = &mut self.ebpf
+                && let Ok(program) = program::<BtfTracePoint>(ebpf, name)
+            {
+                // It was attached by this link, which nobody else takes.
+                let _ = program.detach(link);
+            }
+        }
+    }
+
+    /// Switches of all CPUs while the programs were attached, since the start.
+    #[must_use]
+    pub fn switches(&self) -> u64 {
+        let counts = self.run_queues.as_ref().map(|maps| maps.switches.words());
+        let counts = counts.unwrap_or_default().chunks_exact(SWITCHES_WORDS);
+        counts.map(|count| count[0].load(Ordering::Relaxed)).sum()
+    }
+
+    /// Tasks that wait for a CPU at `now_ns` of the monotonic clock, or waited when the programs were detached:
+    /// their cgroup2 ids and for how long, ns.
+    #[must_use]
+    pub fn waiting(&self, now_ns: u64) -> Vec<(u64, u64)> {
         let Some(maps) = &self.run_queues else {
             return Vec::new();
         };
+        if let Some(left) = &maps.left {
+            return left.clone();
+        }
         let cgroups: HashMap<u32, u64> = self
             .entries::<u64, u32>("ROWS")
             .into_iter()
@@ -66,12 +154,7 @@ impl Kernel {
             .filter_map(|[task, row]| {
                 let task = task.load(Ordering::Relaxed);
                 let row = row.load(Ordering::Relaxed) as u32;
-                let waiting = Waiting {
-                    task,
-                    row,
-                    padding: 0,
-                };
-                (task != 0).then_some((*cgroups.get(&row)?, waiting))
+                (task != 0).then_some((*cgroups.get(&row)?, Waiting::age(task, now_ns)))
             })
             .collect()
     }
