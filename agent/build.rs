@@ -38,8 +38,8 @@ const OUTER_PREFIXES: [&str; 5] = [
     "CARGO_PROFILE_",
 ];
 
-/// Programs of the senses, and those that run on demand.
-const OBJECTS: [&str; 2] = ["lifeboat-ebpf", "lifeboat-watch"];
+/// Programs of the senses, the same for old kernels, and those that run on demand.
+const OBJECTS: [&str; 3] = ["lifeboat-ebpf", "lifeboat-plain", "lifeboat-watch"];
 
 fn main() {
     let manifest_dir = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));

@@ -1,8 +1,8 @@
 //! Whose block I/O it is: the cgroup that caused it, not the thread that happens to issue it.
 
 use crate::kernel::{Object, layout, load, lost, probe};
-use crate::scope::{ancestor_id, scoped_id, task_cgroup};
-use aya_ebpf::helpers::bpf_get_current_task_btf;
+use crate::scope::{ancestor_id, cgroup_id, own_cgroup, own_scoped_id, running, scoped_id};
+use aya_ebpf::helpers::bpf_get_current_cgroup_id;
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::BtfTracePointContext;
@@ -29,26 +29,49 @@ const S_IFBLK: u16 = 0o060_000;
 /// `bio` must be null or a pointer whose type the verifier knows.
 #[inline(always)]
 pub unsafe fn causer(bio: Object, operation: u32) -> Option<u64> {
-    // SAFETY: the caller's contract; the helper returns the running task.
+    // SAFETY: the caller's contract.
     unsafe {
-        let task = bpf_get_current_task_btf() as Object;
-        let flags: u32 = load(task, layout!(task_flags));
-        let own = task_cgroup(task);
         if !bio.is_null() {
             if layout!(write_back_uncharged) == 0 {
                 let charged = charged_to(bio);
-                if !charged.is_null() && (flags & PF_KTHREAD != 0 || !is_at_or_below(own, charged))
-                {
+                if !charged.is_null() && !is_of_running(charged) {
                     return scoped_id(charged);
                 }
-            } else if flags & PF_KTHREAD != 0 && operation == op::WRITE {
+            } else if operation == op::WRITE && runs_kernel_thread() {
                 if let Some(dirtier) = dirtier(bio) {
                     return (dirtier != 0).then_some(dirtier);
                 }
             }
         }
-        scoped_id(own)
     }
+    own_scoped_id()
+}
+
+#[inline(always)]
+fn runs_kernel_thread() -> bool {
+    let flags: Option<u32> = probe(running(), layout!(task_flags));
+    flags.is_none_or(|flags| flags & PF_KTHREAD != 0)
+}
+
+/// Whether the running task's cgroup is this one or lies below it, and the task is no kernel thread.
+///
+/// # Safety
+/// `cgroup` must be a pointer to a cgroup whose type the verifier knows.
+#[inline(always)]
+unsafe fn is_of_running(cgroup: Object) -> bool {
+    // SAFETY: the caller's contract; the helper takes nothing.
+    let (id, own, level): (u64, u64, u32) = unsafe {
+        (
+            cgroup_id(cgroup),
+            bpf_get_current_cgroup_id(),
+            load(cgroup, layout!(cgroup_level)),
+        )
+    };
+    if id == own {
+        // A kernel thread in it is nobody else.
+        return true;
+    }
+    !runs_kernel_thread() && own_cgroup().is_some_and(|own| ancestor_id(own, level) == id)
 }
 
 /// The cgroup2 cgroup that the kernel charges; null when there is none.
@@ -62,23 +85,6 @@ unsafe fn charged_to(bio: Object) -> Object {
         let blkg: Object = load(bio, layout!(bio_blkg));
         let blkcg: Object = load(blkg, layout!(blkg_blkcg));
         load(blkcg, layout!(blkcg_cgroup))
-    }
-}
-
-/// # Safety
-/// Both must be null or pointers to cgroups whose type the verifier knows.
-#[inline(always)]
-unsafe fn is_at_or_below(cgroup: Object, above: Object) -> bool {
-    if cgroup == above {
-        return true;
-    }
-    // SAFETY: both are typed cgroups.
-    unsafe {
-        let level: u32 = load(above, layout!(cgroup_level));
-        let own_level: u32 = load(cgroup, layout!(cgroup_level));
-        let kn: Object = load(above, layout!(cgroup_kn));
-        let id: u64 = load(kn, layout!(kernfs_node_id));
-        own_level > level && ancestor_id(cgroup, level) == Some(id)
     }
 }
 
@@ -111,10 +117,7 @@ pub fn writeback_dirty_folio(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the tracepoint's arguments are (folio or page, address_space); map values live for the
     // program run and an id is one aligned word.
     unsafe {
-        let task = bpf_get_current_task_btf() as Object;
-        let flags: u32 = load(task, layout!(task_flags));
-        // A kernel thread that marks a page dirty again did not change it.
-        if mapping.is_null() || flags & PF_KTHREAD != 0 {
+        if mapping.is_null() {
             return 0;
         }
         let inode: Object = load(mapping, layout!(mapping_host));
@@ -123,10 +126,12 @@ pub fn writeback_dirty_folio(ctx: BtfTracePointContext) -> i32 {
         if mode & S_IFMT == S_IFBLK {
             return 0;
         }
-        let cgroup = scoped_id(task_cgroup(task)).unwrap_or(0);
+        let cgroup = own_scoped_id().unwrap_or(0);
         let key = mapping as u64;
         match DIRTIERS.get_ptr_mut(&key) {
             Some(known) if *known == cgroup => {}
+            // A kernel thread that marks a page dirty again did not change it.
+            _ if runs_kernel_thread() => {}
             Some(known) => *known = cgroup,
             None => {
                 if DIRTIERS.insert(&key, &cgroup, 0).is_err() {

@@ -53,6 +53,7 @@ pub static LAYOUT: Layout = Layout {
     mapping_host: 0,
     inode_mode: 0,
     sock_cgroup: 0,
+    sock_cgroup_is_marked: 0,
     sock_family: 0,
     sock_num: 0,
     sock_dport: 0,
@@ -137,9 +138,22 @@ pub fn add(counter: *mut u64, value: u64) {
     }
 }
 
-/// Puts `value` into a counter in a map and returns what was there (Linux 5.12).
+/// Whether this object may have the atomic instructions of Linux 5.12, which return what was there. Older
+/// kernels refuse them also in code that is never reached.
+const EXCHANGES: bool = !matches!(env!("CARGO_BIN_NAME").as_bytes(), b"lifeboat-plain");
+
+/// Puts `value` into a counter in a map and returns what was there. Where the kernel cannot do that at once,
+/// two CPUs that do it to the same counter within nanoseconds may both get what was there.
 #[inline(always)]
 pub fn exchange(counter: *mut u64, value: u64) -> u64 {
+    if !EXCHANGES {
+        // SAFETY: as for `add`; volatile, so that each is one load or store.
+        unsafe {
+            let before = core::ptr::read_volatile(counter);
+            core::ptr::write_volatile(counter, value);
+            return before;
+        }
+    }
     let before;
     // SAFETY: as for `add`.
     unsafe {

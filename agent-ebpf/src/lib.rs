@@ -476,6 +476,8 @@ pub struct Layout {
     pub inode_mode: u32,
     /// sock.sk_cgrp_data.cgroup
     pub sock_cgroup: u32,
+    /// 1 when that word is no pointer if one of its two lowest bits is set (before Linux 5.16).
+    pub sock_cgroup_is_marked: u32,
     /// sock.__sk_common.skc_family
     pub sock_family: u32,
     /// sock.__sk_common.skc_num

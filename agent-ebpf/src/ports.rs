@@ -5,7 +5,7 @@
 //! translation changes; so the kind then names the cgroups of both.
 
 use crate::kernel::{Object, add, exchange, layout, load, lost, now_ns, probe};
-use crate::scope::scoped_id;
+use crate::scope::{probed_scoped_id, scoped_id};
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::macros::{btf_tracepoint, map, raw_tracepoint};
 use aya_ebpf::maps::{HashMap, RingBuf};
@@ -70,7 +70,7 @@ unsafe fn opened(sock: Object, role: u8) {
         if number as u8 != protocol::TCP {
             return;
         }
-        let Some(cgroup) = scoped_id(load(sock, layout!(sock_cgroup))) else {
+        let Some(cgroup) = sock_cgroup(sock) else {
             return;
         };
         let mut key = PortKey {
@@ -331,7 +331,7 @@ fn advance(counted: *mut u64, total: *mut u64, value: u64) {
 unsafe fn listens(sock: Object, begins: bool) {
     // SAFETY: `sock` is the tracepoint's socket; the map value lives for the whole program run.
     unsafe {
-        let Some(cgroup) = scoped_id(load(sock, layout!(sock_cgroup))) else {
+        let Some(cgroup) = sock_cgroup(sock) else {
             return;
         };
         let key = ListenKey {
@@ -354,6 +354,25 @@ unsafe fn listens(sock: Object, begins: bool) {
             None => {}
         }
     }
+}
+
+/// The id of a socket's cgroup within the scope; none outside of it.
+///
+/// # Safety
+/// `sock` must be a tracepoint's socket.
+#[inline(always)]
+unsafe fn sock_cgroup(sock: Object) -> Option<u64> {
+    if layout!(sock_cgroup_is_marked) != 0 {
+        // Marked: a v1 controller keeps a number there, and the kernel knows no cgroup2 of this socket.
+        let word: u64 = probe(sock, layout!(sock_cgroup))?;
+        return if word & 3 == 0 {
+            probed_scoped_id(word as Object)
+        } else {
+            None
+        };
+    }
+    // SAFETY: the caller's contract.
+    unsafe { scoped_id(load(sock, layout!(sock_cgroup))) }
 }
 
 #[inline(always)]

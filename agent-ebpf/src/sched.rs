@@ -68,7 +68,8 @@ unsafe fn woken(task: Object) -> i32 {
     // SAFETY: `task` is the tracepoint's task.
     unsafe {
         // A task woken before it left its CPU never waits.
-        let on_cpu: i32 = load(task, layout!(task_on_cpu));
+        // An int, or one byte of it since Linux 7.2.
+        let on_cpu: u8 = load(task, layout!(task_on_cpu));
         let pid: u32 = load(task, layout!(task_pid));
         if on_cpu == 0 && pid != 0 {
             enqueue(task, pid, bpf_ktime_get_ns());

@@ -30,6 +30,9 @@ use std::path::Path;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lifeboat-ebpf.o"));
 
+/// The same programs for kernels before Linux 5.12.
+static PLAIN: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lifeboat-plain.o"));
+
 /// Where the running kernel describes its types.
 pub const BTF_PATH: &str = "sys/kernel/btf/vmlinux";
 
@@ -136,15 +139,21 @@ impl Kernel {
         };
         let (mut layout, missing) = layout::find(&types);
         drop(types);
+        if let [(_, of_all), others @ ..] = &missing[..]
+            && others.len() + 1 == Family::ALL.len()
+        {
+            return nothing(disabled, of_all.why.clone());
+        }
+        allow_locked_memory();
         let own_cgroups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
         if layout::has_v1_write_back(&own_cgroups) {
             layout.write_back_uncharged = 1;
         }
-        match scope(root, cgroup) {
-            Ok((scope, own_cgroup)) => {
+        match find_scope(root, cgroup, &layout) {
+            Ok((object, scope, own_cgroup)) => {
                 layout.scope_id = scope.id;
                 layout.scope_level = scope.level;
-                match Self::load(root, &layout, sizes) {
+                match Self::load(root, object, &layout, sizes) {
                     Ok((ebpf, btf)) => {
                         let mut kernel = Self {
                             ebpf: Some(ebpf),
@@ -170,7 +179,12 @@ impl Kernel {
         }
     }
 
-    fn load(root: &Path, layout: &Layout, sizes: &[(&str, u32)]) -> Result<(Ebpf, Btf), String> {
+    fn load(
+        root: &Path,
+        object: &[u8],
+        layout: &Layout,
+        sizes: &[(&str, u32)],
+    ) -> Result<(Ebpf, Btf), String> {
         let btf = Btf::parse_file(root.join(BTF_PATH), aya::Endianness::default())
             .map_err(|error| format!("the kernel's BTF cannot be used: {error}"))?;
         let mut loader = EbpfLoader::new();
@@ -181,7 +195,7 @@ impl Kernel {
             loader.map_max_entries(map, size);
         }
         let ebpf = loader
-            .load(OBJECT)
+            .load(object)
             .map_err(|error| format!("the kernel programs cannot be loaded: {}", chain(&error)))?;
         Ok((ebpf, btf))
     }
@@ -459,28 +473,52 @@ where
         .ok_or_else(|| "it is not in the embedded object; build the agent anew".to_owned())
 }
 
-/// Asks the kernel where this process lies, and places the scope by it. Also the process's own cgroup.
-fn scope(root: &Path, cgroup: &Path) -> Result<(Scope, Option<u64>), String> {
-    let probe = || -> Result<Vec<u64>, String> {
-        let mut ebpf = EbpfLoader::new()
-            .btf(None)
-            .load(OBJECT)
-            .map_err(|error| format!("the scope probe cannot be loaded: {}", chain(&error)))?;
-        let program: &mut RawTracePoint = program(&mut ebpf, "scope_probe")?;
-        program
-            .load()
-            .and_then(|()| program.test_run(RawTracePointRunOptions::default()))
-            .map_err(|error| format!("the scope probe cannot run: {}", chain(&error)))?;
-        let map = ebpf.map("ANCESTORS").ok_or("the scope probe has no map")?;
-        let ancestors = Array::<&MapData, Ancestors>::try_from(map)
-            .and_then(|array| array.get(&0, 0))
-            .map_err(|error| format!("the scope probe's answer cannot be read: {error}"))?;
-        let known = ancestors.ids.iter().take_while(|&&id| id != 0);
-        Ok(known.copied().collect())
+/// Asks the kernel where this process lies, and places the scope by it. Also the object that this kernel can
+/// run, and the process's own cgroup.
+fn find_scope(
+    root: &Path,
+    cgroup: &Path,
+    layout: &Layout,
+) -> Result<(&'static [u8], Scope, Option<u64>), String> {
+    let (object, ancestors) = match own_ancestors(OBJECT, layout) {
+        Ok(ancestors) => (OBJECT, ancestors),
+        Err(why) => (PLAIN, own_ancestors(PLAIN, layout).map_err(|_| why)?),
     };
-    let ancestors = probe()?;
     let scope = scope::place(root, cgroup, &ancestors).map_err(|error| error.to_string())?;
-    Ok((scope, ancestors.last().copied()))
+    Ok((object, scope, ancestors.last().copied()))
+}
+
+/// The ids of this process's cgroup and those above it, root first.
+fn own_ancestors(object: &[u8], layout: &Layout) -> Result<Vec<u64>, String> {
+    let mut ebpf = EbpfLoader::new()
+        .btf(None)
+        .override_global("LAYOUT", layout, true)
+        .load(object)
+        .map_err(|error| format!("the scope probe cannot be loaded: {}", chain(&error)))?;
+    let program: &mut RawTracePoint = program(&mut ebpf, "scope_probe")?;
+    program
+        .load()
+        .and_then(|()| program.test_run(RawTracePointRunOptions::default()))
+        .map_err(|error| format!("the scope probe cannot run: {}", chain(&error)))?;
+    let map = ebpf.map("ANCESTORS").ok_or("the scope probe has no map")?;
+    let ancestors = Array::<&MapData, Ancestors>::try_from(map)
+        .and_then(|array| array.get(&0, 0))
+        .map_err(|error| format!("the scope probe's answer cannot be read: {error}"))?;
+    let known = ancestors.ids.iter().take_while(|&&id| id != 0);
+    Ok(known.copied().collect())
+}
+
+/// Before Linux 5.11 maps count as locked memory, and the usual limit is less than they take.
+fn allow_locked_memory() {
+    let all = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // Without CAP_SYS_RESOURCE the limit stays; where it matters the kernel then refuses the maps.
+    // SAFETY: `all` lives for the call, which reads it.
+    unsafe {
+        libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const all);
+    }
 }
 
 /// Returns what parsing the kernel's types took: some 20 MiB of small pieces that the allocator would keep.
@@ -492,6 +530,14 @@ fn give_back_memory() {
     }
 }
 
+/// What the verifier's log ends with: totals, which say nothing about why a program was refused.
+const TOTALS: [&str; 4] = [
+    "processed ",
+    "verification time ",
+    "stack depth ",
+    "subprog ",
+];
+
 /// An error with its causes, on one line. Of the verifier's log, which is long, the last line before its
 /// totals: it says what was refused.
 #[must_use]
@@ -502,7 +548,8 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         let message = error.to_string();
         let mut lines = message.lines();
         let mut line = lines.next().unwrap_or_default().to_owned();
-        let refused = |line: &&str| !line.is_empty() && !line.starts_with("processed ");
+        let total = |line: &str| TOTALS.iter().any(|start| line.starts_with(start));
+        let refused = |line: &&str| !line.is_empty() && !total(line);
         if let Some(why) = lines.rfind(refused) {
             line = format!("{line} … {why}");
         }

@@ -63,8 +63,6 @@ const FIELDS: &[Field] = fields! {
         "cgroup.kn" => cgroup_kn,
         "cgroup.level" => cgroup_level,
         "kernfs_node.id" => kernfs_node_id,
-    }
-    &[Family::Sched, Family::Block, Family::WriteBack] => {
         "task_struct.cgroups" => task_cgroups,
         "css_set.dfl_cgrp" => css_set_dfl_cgrp,
     }
@@ -72,8 +70,10 @@ const FIELDS: &[Field] = fields! {
         "task_struct.pid" => task_pid,
         "task_struct.on_cpu" => task_on_cpu,
     }
-    &[Family::Block] => {
+    &[Family::Block, Family::WriteBack] => {
         "task_struct.flags" => task_flags,
+    }
+    &[Family::Block] => {
         "request.__data_len" => request_data_len,
     }
     &[Family::WriteBack] => {
@@ -109,7 +109,6 @@ const FIELDS: &[Field] = fields! {
         "sock.__sk_common.skc_incoming_cpu" => sock_incoming_cpu,
     }
     &[Family::Ports] => {
-        "sock.sk_cgrp_data.cgroup" => sock_cgroup,
         "sock.__sk_common.skc_family" => sock_family,
         "sock.__sk_common.skc_dport" => sock_dport,
         "sock.__sk_common.skc_daddr" => sock_daddr,
@@ -147,6 +146,17 @@ pub fn find(types: &KernelTypes) -> (Layout, Vec<(Family, Disabled)>) {
                 .iter()
                 .for_each(|&family| miss(family, &error)),
         }
+    }
+    // A pointer since Linux 5.16.
+    match types.offset("sock.sk_cgrp_data.cgroup") {
+        Ok(offset) => layout.sock_cgroup = offset,
+        Err(error) => match types.offset("sock.sk_cgrp_data.val") {
+            Ok(offset) => {
+                layout.sock_cgroup = offset;
+                layout.sock_cgroup_is_marked = 1;
+            }
+            Err(_) => miss(Family::Ports, &error),
+        },
     }
     // Renamed in Linux 5.14.
     match types
