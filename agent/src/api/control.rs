@@ -26,6 +26,7 @@ pub struct Roles {
 pub fn router(roles: Roles) -> Router {
     Router::new()
         .route("/v1/plans/{plan}/offer", post(offer))
+        .route("/v1/plans/{plan}/revise", post(revise))
         .route("/v1/plans/{plan}/rehearse", post(rehearse))
         .route("/v1/plans/{plan}/release", post(release))
         .route("/v1/plans/{plan}/dismiss", post(dismiss))
@@ -79,6 +80,14 @@ async fn offer(
     Json(offer): Json<Offer>,
 ) -> Answer<OfferAccepted> {
     whole(async move { target.offer(&peer.device, offer.plan).await }).await
+}
+
+async fn revise(
+    State(Roles { target, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Json(offer): Json<Offer>,
+) -> Answer<()> {
+    whole(async move { target.revise(&peer.device, offer.plan).await }).await
 }
 
 async fn rehearse(

@@ -3,6 +3,7 @@
 use crate::health::{Policy, Stage};
 use crate::migration::PlanStatus;
 use crate::migration::delegator::{Delegator, DelegatorError};
+use crate::migration::events::Approval;
 use crate::migration::pause::{Pause, Pauses};
 use crate::migration::planner::Request;
 use crate::migration::report::Report;
@@ -12,11 +13,13 @@ use crate::model::ids::PlanId;
 use crate::model::metric::Sample;
 use crate::model::plan::Plan;
 use crate::model::units::UnixMillis;
+use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::serve::IncomingStream;
+use axum::{Extension, Json, Router};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -92,6 +95,24 @@ struct After {
     after: UnixMillis,
 }
 
+/// An operator's request to evacuate.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EvacuateRequest {
+    /// What.
+    #[serde(flatten)]
+    pub request: Request,
+    /// Go on also when too many devices of the fleet evacuate already.
+    #[serde(default)]
+    pub ignore_storm_guard: bool,
+}
+
+/// A role's approval of a plan.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ApproveRequest {
+    /// Role.
+    pub role: String,
+}
+
 /// A request to let nothing move by itself for a while.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PauseRequest {
@@ -141,6 +162,7 @@ impl From<DelegatorError> for Refused {
             | DelegatorError::NoFleet
             | DelegatorError::Released(_)
             | DelegatorError::NotReleased(_)
+            | DelegatorError::NotAwaited { .. }
             | DelegatorError::Over(..) => (StatusCode::CONFLICT, Because::Plan),
             DelegatorError::Peer(_) => (StatusCode::BAD_GATEWAY, Because::Device),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, Because::Other),
@@ -170,7 +192,8 @@ pub async fn serve(socket: PathBuf, context: Context) -> std::io::Result<()> {
     }
     let listener = UnixListener::bind(&socket)?;
     std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))?;
-    axum::serve(listener, router(context)).await
+    let service = router(context).into_make_service_with_connect_info::<Caller>();
+    axum::serve(listener, service).await
 }
 
 fn router(context: Context) -> Router {
@@ -179,6 +202,7 @@ fn router(context: Context) -> Router {
         .route("/v1/plan", post(plan))
         .route("/v1/evacuate", post(evacuate))
         .route("/v1/plans/{plan}/abort", post(abort))
+        .route("/v1/plans/{plan}/approve", post(approve))
         .route("/v1/plans/{plan}/report", get(report))
         .route("/v1/plans/{plan}/verify", post(verify))
         .route("/v1/samples", get(samples))
@@ -272,9 +296,58 @@ async fn plan(
 
 async fn evacuate(
     State(context): State<Context>,
-    Json(request): Json<Request>,
+    Json(ask): Json<EvacuateRequest>,
 ) -> Result<Json<PlanId>, Refused> {
+    let mut request = ask.request;
+    request.guards.max_evacuating = (context.policy)()
+        .and_then(|policy| policy.guards.fleet_max_evacuating)
+        .filter(|_| !ask.ignore_storm_guard);
     Ok(Json(context.delegator.evacuate(&request).await?))
+}
+
+async fn approve(
+    State(context): State<Context>,
+    Extension(ConnectInfo(caller)): Extension<ConnectInfo<Caller>>,
+    Path(plan): Path<PlanId>,
+    Json(request): Json<ApproveRequest>,
+) -> Result<Json<Approval>, Refused> {
+    let approval = Approval {
+        role: request.role,
+        by: caller.0,
+    };
+    context.delegator.approve(&plan, approval.clone())?;
+    Ok(Json(approval))
+}
+
+/// Who is at the other end of the socket, by the kernel's word.
+#[derive(Clone, Debug)]
+struct Caller(String);
+
+impl Connected<IncomingStream<'_, UnixListener>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        let Ok(peer) = stream.io().peer_cred() else {
+            return Self("an unknown user".into());
+        };
+        // The user who logged in, which `sudo` does not change; set once by the log-in (pam_loginuid).
+        let login = peer.pid().and_then(|pid| {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/loginuid")).ok()?;
+            text.trim()
+                .parse::<u32>()
+                .ok()
+                .filter(|uid| *uid != u32::MAX)
+        });
+        Self(match login {
+            Some(login) => format!("user {} (logged in as {})", named(peer.uid()), named(login)),
+            None => format!("user {}", named(peer.uid())),
+        })
+    }
+}
+
+fn named(uid: u32) -> String {
+    match nix::unistd::User::from_uid(uid.into()) {
+        Ok(Some(user)) => user.name,
+        _ => uid.to_string(),
+    }
 }
 
 async fn abort(

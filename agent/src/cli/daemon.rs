@@ -5,7 +5,7 @@ use crate::api::client::{Client, ClientError};
 use crate::migration::planner::Request;
 use crate::model::action::{Action, Actions};
 use crate::model::ids::ContainerName;
-use crate::model::plan::MigrationEvent;
+use crate::model::plan::{MigrationEvent, PlanGuards};
 use std::path::Path;
 
 impl Failure {
@@ -58,6 +58,7 @@ impl Selection {
                 .collect(),
             delegate: self.delegate.iter().copied().collect::<Actions>(),
             event: MigrationEvent::Operator,
+            guards: PlanGuards::default(),
         }
     }
 }

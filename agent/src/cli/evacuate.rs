@@ -4,7 +4,7 @@ use super::daemon::{Selection, ask};
 use super::meter::Meter;
 use super::{Context, Failure, Outcome};
 use crate::api::client::Client;
-use crate::api::local::Status;
+use crate::api::local::{EvacuateRequest, Status};
 use crate::migration::report::{Report, State};
 use crate::model::ids::PlanId;
 use crate::model::plan::Plan;
@@ -16,6 +16,9 @@ use std::time::Duration;
 pub struct Arguments {
     #[command(flatten)]
     selection: Selection,
+    /// Go on also when `fleet_max_evacuating` of the policy forbids one more evacuation now.
+    #[arg(long)]
+    ignore_storm_guard: bool,
     /// Do not ask.
     #[arg(long)]
     yes: bool,
@@ -36,8 +39,12 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
                 )));
             }
         }
+        let ask = EvacuateRequest {
+            request,
+            ignore_storm_guard: arguments.ignore_storm_guard,
+        };
         let id: PlanId = agent
-            .post("/v1/evacuate", &request)
+            .post("/v1/evacuate", &ask)
             .await
             .map_err(Failure::of)?;
         follow(agent, &id, context).await

@@ -124,15 +124,34 @@ fn next(status: &Status) -> Vec<String> {
             "Plan {} is under way ({}); `lifeboat status --watch` shows it.",
             plan.plan, plan.phase
         ));
+        if plan.held {
+            lines.push(format!(
+                "  Its data is kept up to date on {}; the containers run on here.",
+                plan.target
+                    .as_ref()
+                    .map_or("a target".to_owned(), ToString::to_string)
+            ));
+        }
+        for role in &plan.awaits {
+            lines.push(format!(
+                "  It waits for `lifeboat approve {} --as {role}`.",
+                plan.plan
+            ));
+        }
+        lines.extend(plan.trouble.iter().map(|text| format!("  {text}.")));
     }
     match (verdict.kind, verdict.stage) {
         (VerdictKind::Degraded, Some(Stage::Watch)) => {
             lines.push("Stage `watch`: it is shown, and nothing moves.".to_owned());
-            lines.extend(ladder(judgement, Stage::Evacuate, "It would evacuate when"));
+            lines.extend(ladder(judgement, Stage::Prepare, "It would act when"));
         }
         (VerdictKind::Degraded, _) if !judgement.automatic => lines.push(
             "Nothing moves by itself, as `migration.automatic` is false or the device is in no fleet; `lifeboat evacuate --all` moves the containers.".to_owned(),
         ),
+        (VerdictKind::Degraded, Some(Stage::Prepare)) => {
+            lines.push("Stage `prepare`: the data of running containers is copied to a target in advance, again and again; they run on here.".to_owned());
+            lines.extend(ladder(judgement, Stage::Evacuate, "It would evacuate when"));
+        }
         (VerdictKind::Degraded, _) if judgement.paused.is_none() && status.plans.iter().all(|plan| plan.over) => {
             let delegated = if verdict.delegate.is_empty() {
                 "doing all of the work itself".to_owned()

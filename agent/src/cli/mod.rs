@@ -61,6 +61,8 @@ enum Command {
     Explain(explain::Arguments),
     /// Stops a plan that is not released yet and rolls it back.
     Abort(plans::Arguments),
+    /// Approves a plan as one of the roles that the policy names.
+    Approve(plans::Approval),
     /// Tells what a plan did, with figures.
     Report(plans::Arguments),
     /// Proves a plan anew: kept data, release, the target's word, the fence.
@@ -118,6 +120,7 @@ pub fn main() -> ExitCode {
         Command::Explain(arguments) => explain::run(&arguments, &context),
         Command::Record(arguments) => record::run(&arguments, &context),
         Command::Abort(arguments) => plans::abort(&arguments, &context),
+        Command::Approve(arguments) => plans::approve(&arguments, &context),
         Command::Report(arguments) => plans::report(&arguments, &context),
         Command::Verify(arguments) => plans::verify(&arguments, &context),
     };

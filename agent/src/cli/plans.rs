@@ -1,7 +1,9 @@
-//! `lifeboat abort`, `report` and `verify`: a plan that exists.
+//! `lifeboat abort`, `approve`, `report` and `verify`: a plan that exists.
 
 use super::daemon::ask;
 use super::{Context, Failure, Outcome};
+use crate::api::local::ApproveRequest;
+use crate::migration::events;
 use crate::migration::report::Report;
 use crate::migration::verify::Verification;
 use crate::model::ids::PlanId;
@@ -40,6 +42,34 @@ pub fn abort(arguments: &Arguments, context: &Context) -> Outcome {
             "plan {} is being rolled back; `lifeboat report {}` tells when it is",
             arguments.plan, arguments.plan
         );
+    }
+    Ok(())
+}
+
+/// A plan and a role.
+#[derive(clap::Args)]
+pub struct Approval {
+    #[command(flatten)]
+    plan: Arguments,
+    /// Role, as `guards.approvals` of the policy names it.
+    #[arg(long = "as", value_name = "ROLE")]
+    role: String,
+}
+
+/// Approves a plan.
+pub fn approve(arguments: &Approval, context: &Context) -> Outcome {
+    let path = arguments.plan.path("approve")?;
+    let request = ApproveRequest {
+        role: arguments.role.clone(),
+    };
+    let approval: events::Approval = ask(&context.socket, async |agent| {
+        agent.post(&path, &request).await.map_err(Failure::of)
+    })?;
+    if context.json {
+        println!("{}", serde_json::to_string(&approval)?);
+    } else {
+        let events::Approval { role, by } = approval;
+        println!("plan {} is approved as {role} by {by}", arguments.plan.plan);
     }
     Ok(())
 }

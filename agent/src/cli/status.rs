@@ -53,10 +53,10 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
         )),
         Some(verdict) => {
             let age = human_duration(snapshot.at.since(verdict.since));
-            let watched = if verdict.stage == Some(Stage::Watch) {
-                ", to be watched"
-            } else {
-                ""
+            let watched = match verdict.stage {
+                Some(Stage::Watch) => ", to be watched",
+                Some(Stage::Prepare) => ", to be prepared",
+                Some(Stage::Evacuate) | None => "",
             };
             lines.push(format!(
                 "{}: {}{watched} for {age}",
@@ -83,6 +83,12 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
     for plan in &status.plans {
         let meter = meters.entry(plan.plan.clone()).or_default();
         lines.push(meter.line(plan));
+        for role in &plan.awaits {
+            lines.push(format!(
+                "  waits for `lifeboat approve {} --as {role}`",
+                plan.plan
+            ));
+        }
         let devices = [("target", &plan.target), ("paired device", &plan.paired)];
         for (role, device) in devices {
             lines.extend(device.iter().map(|device| format!("  {role} {device}")));

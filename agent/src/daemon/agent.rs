@@ -1,11 +1,11 @@
 //! The agent: senses, judgement, the three roles of a migration, and the interfaces to them.
 
+use super::automatic::Automatic;
 use super::config::{AgentConfig, FleetConfig};
 use super::host;
 use super::privileges;
 use super::senses::Senses;
 use crate::api::control::Roles;
-use crate::api::local::OPERATOR_ABORT;
 use crate::api::{control, local};
 use crate::containers::{Runtimes, Scope};
 use crate::fleet;
@@ -14,16 +14,11 @@ use crate::fleet::client::ControlClient;
 use crate::fleet::identity::Identity;
 use crate::fleet::registry::Heartbeat;
 use crate::fleet::server::ControlServer;
-use crate::health::Stage;
 use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
 use crate::migration::pause::Pauses;
-use crate::migration::planner::Request;
 use crate::migration::target::Target;
-use crate::migration::view::HostView;
-use crate::model::container::State;
 use crate::model::ids::DeviceId;
-use crate::model::plan::MigrationEvent;
 use crate::telemetry::{Telemetry, TelemetryConfig};
 use crate::transfer::{self, DataServer, EngineChoice};
 use std::net::SocketAddr;
@@ -32,7 +27,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// Why the agent cannot run.
@@ -166,11 +160,8 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     let pauses = Arc::new(Pauses::load(&config.state));
     let automatic = config.migration.automatic && config.fleet.is_some();
     if automatic {
-        tokio::spawn(evacuate_when_degraded(
-            delegator.clone(),
-            view.clone(),
-            pauses.clone(),
-        ));
+        let automatic = Automatic::new(delegator.clone(), pauses.clone(), senses.policy());
+        tokio::spawn(automatic.run(view.clone()));
     }
     let driver = delegator.clone();
     let context = local::Context {
@@ -326,80 +317,3 @@ fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbea
 
 /// Longest wait for plans to roll back before the agent ends; systemd waits 90 s.
 const STOP_TIME: Duration = Duration::from_secs(45);
-
-/// Between two tries of an automatic migration that could not start.
-const AUTOMATIC_RETRY: Duration = Duration::from_secs(15);
-/// The longest of them.
-const AUTOMATIC_RETRY_MAX: Duration = Duration::from_secs(3600);
-
-/// Starts a migration of everything when the verdict is degraded and its stage is to evacuate.
-async fn evacuate_when_degraded(
-    delegator: Arc<Delegator>,
-    mut view: watch::Receiver<Arc<HostView>>,
-    pauses: Arc<Pauses>,
-) {
-    let mut told = String::new();
-    let mut pause = AUTOMATIC_RETRY;
-    while view.changed().await.is_ok() {
-        let now = view.borrow_and_update().clone();
-        let Some(verdict) = now
-            .verdict
-            .as_ref()
-            .filter(|v| v.stage == Some(Stage::Evacuate))
-        else {
-            continue;
-        };
-        // Containers that a release took from us are dead here; only what still lives can leave.
-        let alive = now
-            .containers
-            .iter()
-            .any(|container| container.runtime.is_some() && container.state == State::Running);
-        if pauses.now(delegator.now()).is_some() {
-            continue;
-        }
-        if !alive || delegator.status().iter().any(|plan| !plan.over) {
-            continue;
-        }
-        let request = Request {
-            containers: Vec::new(),
-            delegate: verdict.delegate.clone(),
-            event: MigrationEvent::Degraded {
-                evidence: verdict
-                    .evidence
-                    .iter()
-                    .map(|evidence| evidence.text.clone())
-                    .collect(),
-            },
-        };
-        let error = match delegator.evacuate(&request).await {
-            Ok(plan) => {
-                tracing::warn!(%plan, "degraded: evacuating");
-                delegator.ended(&plan).await
-            }
-            Err(error) => Some(error.to_string()),
-        };
-        let Some(error) = error else {
-            pause = AUTOMATIC_RETRY;
-            continue;
-        };
-        if error.contains(OPERATOR_ABORT) {
-            tracing::warn!("aborted by an operator: no automatic plan before the verdict changes");
-            let degraded = |view: &Arc<HostView>| {
-                view.verdict
-                    .as_ref()
-                    .is_some_and(|v| v.stage == Some(Stage::Evacuate))
-            };
-            if view.wait_for(|view| !degraded(view)).await.is_err() {
-                return;
-            }
-            continue;
-        }
-        if error != told {
-            tracing::error!("degraded, but not evacuated: {error}");
-            told = error;
-        }
-        // A plan that fails late has frozen the workload: each failure waits twice as long.
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(AUTOMATIC_RETRY_MAX);
-    }
-}

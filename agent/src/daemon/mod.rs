@@ -1,6 +1,7 @@
 //! Wires the rooms into the two roles: agent and duplicator.
 
 pub mod agent;
+mod automatic;
 pub mod config;
 pub mod duplicator;
 mod host;

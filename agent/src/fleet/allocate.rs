@@ -11,8 +11,10 @@ use crate::model::fleet::{
 };
 use crate::model::ids::DeviceId;
 use crate::model::units::{Bytes, UnixMillis};
+use serde::{Deserialize, Serialize};
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 /// What a device is needed for.
@@ -72,6 +74,58 @@ pub struct Candidate {
     pub taken: Demand,
     /// What each action has cost on it, over all completed duties.
     pub history: BTreeMap<Action, Cost>,
+}
+
+/// The storm guard's answer to a device that wants to evacuate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "answer")]
+pub enum Admission {
+    /// It may.
+    Admitted,
+    /// It may not now.
+    Full {
+        /// Devices that evacuate.
+        evacuating: Vec<DeviceId>,
+        /// How many may.
+        most: usize,
+        /// How many devices are live.
+        live: usize,
+    },
+}
+
+impl fmt::Display for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Admitted => f.write_str("admitted"),
+            Self::Full {
+                evacuating,
+                most,
+                live,
+            } => {
+                let names: Vec<&str> = evacuating.iter().map(DeviceId::as_str).collect();
+                write!(
+                    f,
+                    "storm guard: {most} of {live} live devices may evacuate at a time, and {} does",
+                    names.join(", ")
+                )
+            }
+        }
+    }
+}
+
+/// The storm guard: whether one more device may evacuate beside `evacuating`, when at most `max_percent` of
+/// `live` devices may. One always may, or no small fleet could help itself.
+#[must_use]
+pub fn admit(max_percent: f64, live: usize, evacuating: Vec<DeviceId>) -> Admission {
+    let most = ((live as f64 * max_percent / 100.0).floor() as usize).max(1);
+    if evacuating.len() < most {
+        return Admission::Admitted;
+    }
+    Admission::Full {
+        evacuating,
+        most,
+        live,
+    }
 }
 
 /// The outcome.

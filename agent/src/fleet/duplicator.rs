@@ -4,6 +4,7 @@
 //! a pairing is answered to the source only after the lent device took notice of it.
 //! Non-goals: judging devices (they send their verdict), storing (`registry`), choosing (`allocate`).
 
+pub use super::allocate::Admission;
 use super::allocate::{Need, Rules};
 use super::ca::Ca;
 use super::client::ControlClient;
@@ -15,7 +16,7 @@ use super::registry::{Ask, Enrolment, Heartbeat, Lending, Registry, RegistryErro
 use super::secret::Secret;
 use super::server::{ErrorAnswer, PeerIdentity};
 use crate::model::fleet::{Device, DutyOutcome, PairingRecord, PeerAddress};
-use crate::model::ids::{DeviceId, PairingId};
+use crate::model::ids::{DeviceId, PairingId, PlanId};
 use crate::model::units::UnixMillis;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
@@ -61,6 +62,15 @@ impl Default for Settings {
 pub struct HeartbeatAnswer {
     /// When the next one is due, in milliseconds.
     pub interval_ms: u64,
+}
+
+/// A device's question whether it may evacuate now.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EvacuationAsk {
+    /// Plan.
+    pub plan: PlanId,
+    /// Share of the live devices, in percent, that may evacuate at a time; none: it only tells.
+    pub max_percent: Option<f64>,
 }
 
 /// A device and whether it is live.
@@ -109,6 +119,7 @@ impl<R: Registry> Duplicator<R> {
         Router::new()
             .route("/v1/heartbeat", post(heartbeat::<R>))
             .route("/v1/devices", get(list::<R>))
+            .route("/v1/evacuations", post(admit::<R>))
             .route("/v1/pairings/request", post(pair::<R>))
             .route("/v1/pairings/consider", post(consider::<R>))
             .route("/v1/pairings/release", post(release::<R>))
@@ -277,6 +288,20 @@ async fn heartbeat<R: Registry>(
     Ok(Json(HeartbeatAnswer {
         interval_ms: u64::try_from(interval).unwrap_or(u64::MAX),
     }))
+}
+
+async fn admit<R: Registry>(
+    State(duplicator): Shared<R>,
+    Extension(peer): Extension<PeerIdentity>,
+    Json(ask): Json<EvacuationAsk>,
+) -> Answer<Admission> {
+    let (source, plan, rules) = (peer.device, ask.plan, duplicator.rules());
+    let admission = duplicator
+        .registry
+        .admit(source.clone(), plan.clone(), ask.max_percent, rules, now())
+        .await?;
+    tracing::info!(%source, %plan, %admission, "wants to evacuate");
+    Ok(Json(admission))
 }
 
 async fn list<R: Registry>(State(duplicator): Shared<R>) -> Answer<Vec<DeviceStatus>> {

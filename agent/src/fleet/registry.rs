@@ -4,7 +4,7 @@
 //! device is never lent beyond its capacity, also when several duplicators use one registry.
 //! Non-goals: deciding (`allocate` does, purely), telling anybody (`duplicator` does).
 
-use super::allocate::{Choice, Need, Rules};
+use super::allocate::{Admission, Choice, Need, Rules};
 use super::identity::Fingerprint;
 use super::secret::Secret;
 use crate::model::action::Action;
@@ -195,6 +195,17 @@ pub trait Registry: Clone + Send + Sync + 'static {
         rules: Rules,
         now: UnixMillis,
     ) -> impl Future<Output = Result<Choice, RegistryError>> + Send;
+
+    /// Lets `source` evacuate with `plan`, unless more than `max_percent` of the live devices would then
+    /// evacuate; one always may. It counts until the source's heartbeats do not name the plan any more.
+    fn admit(
+        &self,
+        source: DeviceId,
+        plan: PlanId,
+        max_percent: Option<f64>,
+        rules: Rules,
+        now: UnixMillis,
+    ) -> impl Future<Output = Result<Admission, RegistryError>> + Send;
 
     /// A pairing, open or not.
     fn pairing(

@@ -6,7 +6,7 @@
 
 mod rows;
 
-use super::allocate::{Candidate, Choice, Cost, Demand, Need, Rules, choose};
+use super::allocate::{Admission, Candidate, Choice, Cost, Demand, Need, Rules, admit, choose};
 use super::identity::Fingerprint;
 use super::registry::{
     ActionCost, Allocation, Ask, Enrolment, Heartbeat, Invitation, Registry, RegistryError,
@@ -14,7 +14,7 @@ use super::registry::{
 use super::secret::Secret;
 use crate::model::action::Action;
 use crate::model::fleet::{Device, DutyOutcome, PairingRecord};
-use crate::model::ids::{DeviceId, PairingId};
+use crate::model::ids::{DeviceId, PairingId, PlanId};
 use crate::model::units::UnixMillis;
 use rows::{
     devices, end, fingerprint, integer, json, lending, natural, open_pairings, pairing, parsed,
@@ -41,6 +41,8 @@ CREATE TABLE IF NOT EXISTS pairings (
   outcome TEXT) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS one_open_pairing_per_role
   ON pairings (source, plan, role) WHERE outcome IS NULL;
+CREATE TABLE IF NOT EXISTS evacuations (
+  source TEXT PRIMARY KEY, plan TEXT NOT NULL, since_ms INTEGER NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS duties (
   pairing TEXT NOT NULL, device TEXT NOT NULL, action TEXT NOT NULL, bytes INTEGER NOT NULL,
   core_nanos INTEGER NOT NULL) STRICT;
@@ -257,6 +259,12 @@ impl Registry for SqliteRegistry {
             if known == 0 {
                 return Err(RegistryError::DeviceUnknown(device).into());
             }
+            let plans: Vec<&str> = heartbeat.plans.iter().map(PlanId::as_str).collect();
+            db.execute(
+                "DELETE FROM evacuations WHERE source = ? AND since_ms < ?
+                 AND plan NOT IN (SELECT value FROM json_each(?))",
+                params![device.as_str(), integer(abandoned_before.0), json(&plans)?],
+            )?;
             let mut ended = Vec::new();
             for pairing in open_pairings(db)? {
                 if pairing.source == device
@@ -295,6 +303,48 @@ impl Registry for SqliteRegistry {
         self.transaction(move |db| {
             end_expired(db, now)?;
             Ok(choose(&need, &candidates(db)?, &rules, now))
+        })
+        .await
+    }
+
+    async fn admit(
+        &self,
+        source: DeviceId,
+        plan: PlanId,
+        max_percent: Option<f64>,
+        rules: Rules,
+        now: UnixMillis,
+    ) -> Result<Admission, RegistryError> {
+        self.transaction(move |db| {
+            let live_since = now.0.saturating_sub(rules.live_within.as_millis() as u64);
+            let live = "last_seen_ms >= ?1";
+            let count: i64 = db.query_row(
+                &format!("SELECT COUNT(*) FROM devices WHERE {live}"),
+                [integer(live_since)],
+                |row| row.get(0),
+            )?;
+            // A device that is not live any more loads nobody.
+            let mut statement = db.prepare(&format!(
+                "SELECT source FROM evacuations JOIN devices ON devices.id = source
+                 WHERE {live} AND source != ?2 ORDER BY source"
+            ))?;
+            let others = statement
+                .query_map(params![integer(live_since), source.as_str()], |row| {
+                    Ok(DeviceId(row.get(0)?))
+                })?
+                .collect::<rusqlite::Result<Vec<_>>>()?;
+            let admission = match max_percent {
+                Some(most) => admit(most, usize::try_from(count).unwrap_or(0), others),
+                None => Admission::Admitted,
+            };
+            if admission == Admission::Admitted {
+                db.execute(
+                    "INSERT INTO evacuations (source, plan, since_ms) VALUES (?1, ?2, ?3)
+                     ON CONFLICT (source) DO UPDATE SET plan = ?2, since_ms = ?3",
+                    params![source.as_str(), plan.as_str(), integer(now.0)],
+                )?;
+            }
+            Ok(admission)
         })
         .await
     }

@@ -1,9 +1,7 @@
 //! The meaning of the policy file, each mistake with its place.
 
-use super::form::{
-    self, FileCondition, FileDegraded, FileGuards, FilePolicy, FileStage, FileTerm, Scalar,
-};
-use super::policy::{Condition, Degraded, Delegation, Guards, Policy, Stage};
+use super::form::{self, FileCondition, FileDegraded, FileGuards, FilePolicy, FileTerm, Scalar};
+use super::policy::{Condition, Degraded, Delegation, Guards, Policy};
 use super::quantity::{quantity, span};
 use crate::model::action::Actions;
 use crate::model::locate::{Fault, Field};
@@ -139,17 +137,6 @@ impl Check<'_> {
         entry: FileDegraded,
         names: &[String],
     ) -> Option<Degraded> {
-        let stage = match entry.stage {
-            FileStage::Watch => Stage::Watch,
-            FileStage::Evacuate => Stage::Evacuate,
-            FileStage::Prepare => {
-                self.value(
-                    &field.at("stage"),
-                    "`prepare` is not supported in this version, as no replication starts in advance: write watch (shown, nothing moves) or evacuate",
-                );
-                Stage::Watch
-            }
-        };
         let condition = FileCondition {
             failures: entry.failures,
             any: entry.any,
@@ -164,7 +151,10 @@ impl Check<'_> {
                 "holds while no threshold fails, so every good device would be degraded: write `all` with a threshold beside `not`",
             );
         }
-        Some(Degraded { when, stage })
+        Some(Degraded {
+            when,
+            stage: entry.stage,
+        })
     }
 
     fn condition(

@@ -209,10 +209,10 @@ pub(super) struct FileDegraded {
     /// This is known not to fail or hold.
     #[serde(default)]
     pub not: Option<Box<FileTerm>>,
-    /// `watch` shows the device as degraded and moves nothing; `evacuate` moves its containers.
+    /// `watch` shows the device as degraded; `prepare` also copies the data in advance; `evacuate` moves
+    /// the containers.
     #[serde(default)]
-    #[schemars(with = "Stage")]
-    pub stage: FileStage,
+    pub stage: Stage,
 }
 
 /// The name of a threshold, which holds when it fails, or a condition.
@@ -247,16 +247,6 @@ impl<'de> Visitor<'de> for Term {
         let map = de::value::MapAccessDeserializer::new(map);
         FileCondition::deserialize(map).map(FileTerm::Holds)
     }
-}
-
-/// A stage as written; `prepare` is refused by its meaning, with a word about why.
-#[derive(Clone, Copy, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum FileStage {
-    Watch,
-    Prepare,
-    #[default]
-    Evacuate,
 }
 
 /// Which actions the paired device does.

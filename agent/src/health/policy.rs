@@ -220,6 +220,8 @@ impl Threshold {
 pub enum Stage {
     /// It is shown; nothing moves.
     Watch,
+    /// The data of its containers is copied to a target in advance; they run on where they are.
+    Prepare,
     /// Its containers and their data leave it.
     #[default]
     Evacuate,
@@ -229,6 +231,7 @@ impl fmt::Display for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Watch => "watch",
+            Self::Prepare => "prepare",
             Self::Evacuate => "evacuate",
         })
     }

@@ -265,21 +265,17 @@ fn not_and_stages_are_checked_at_their_place() {
     );
     wrong(
         "- failures: 2",
-        "- { failures: 2, stage: prepare }",
-        "f:19:27: degraded[0].stage: `prepare` is not supported in this version",
-    );
-    wrong(
-        "- failures: 2",
         "- { failures: 2, stage: later }",
         "f:19:27: degraded[0].stage: unknown variant `later`",
     );
     let text = GOOD.replace(
         "- failures: 2",
-        "- { all: [disk-slow, { not: disk-errors }], stage: watch }",
+        "- { all: [disk-slow, { not: disk-errors }], stage: watch }\n  - { failures: 1, stage: prepare }",
     );
     let policy = Policy::parse(&text, "f").unwrap();
     assert_eq!(policy.degraded[0].stage, Stage::Watch);
-    assert_eq!(policy.degraded[1].stage, Stage::Evacuate);
+    assert_eq!(policy.degraded[1].stage, Stage::Prepare);
+    assert_eq!(policy.degraded[2].stage, Stage::Evacuate);
     assert_eq!(
         policy.degraded[0].when.to_string(),
         "all: [disk-slow, { not: disk-errors }]"

@@ -2,14 +2,17 @@
 //!
 //! Invariant: once committed, it cannot be cancelled; once cancelled, it cannot be committed.
 
+use super::events::Approval;
 use super::moving::MoveError;
 use crate::model::ids::{DeviceId, PlanId};
-use crate::model::plan::{Plan, TwinState};
+use crate::model::plan::{Plan, PlanGuards, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::transfer::Progress;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 /// A plan under way, as `status` shows it.
@@ -37,6 +40,12 @@ pub struct PlanStatus {
     pub since: UnixMillis,
     /// Twins as far as known.
     pub twins: Vec<TwinState>,
+    /// Whether the data is copied in advance and the plan waits for the word to evacuate.
+    #[serde(default)]
+    pub held: bool,
+    /// Roles that have not approved it yet.
+    #[serde(default)]
+    pub awaits: Vec<String>,
     /// The last thing that went wrong and is being retried.
     pub trouble: Option<String>,
 }
@@ -48,7 +57,24 @@ pub struct Active {
     exported: Arc<AtomicU64>,
     cancel: Mutex<Cancel>,
     stop: CancellationToken,
+    word: Mutex<Word>,
+    /// Told when `word` changed.
+    told: Notify,
     pub(super) ended: AtomicBool,
+}
+
+/// What a plan that waits was told.
+struct Word {
+    /// It must not evacuate yet.
+    held: bool,
+    /// It may: nothing that can be taken back is under way any more.
+    cleared: bool,
+    /// The plan, as of when it was told to evacuate or else as it was made.
+    plan: Plan,
+    /// Whether it was told so after it was made.
+    renewed: bool,
+    /// Approvals that are not journalled yet.
+    approvals: Vec<Approval>,
 }
 
 #[derive(Default)]
@@ -63,7 +89,7 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Active {
-    pub(super) fn new(plan: &Plan) -> Self {
+    pub(super) fn new(plan: &Plan, held: bool) -> Self {
         Self {
             status: Mutex::new(PlanStatus {
                 plan: plan.id.clone(),
@@ -77,12 +103,22 @@ impl Active {
                 images: (Bytes(0), Bytes(0)),
                 since: plan.created,
                 twins: Vec::new(),
+                held,
+                awaits: Vec::new(),
                 trouble: None,
             }),
             progress: Arc::new(Progress::default()),
             exported: Arc::default(),
             cancel: Mutex::default(),
             stop: CancellationToken::new(),
+            word: Mutex::new(Word {
+                held,
+                cleared: false,
+                plan: plan.clone(),
+                renewed: false,
+                approvals: Vec::new(),
+            }),
+            told: Notify::new(),
             ended: AtomicBool::new(false),
         }
     }
@@ -101,6 +137,74 @@ impl Active {
         let mut status = locked(&self.status);
         status.target = plan.target.as_ref().map(|chosen| chosen.device.clone());
         status.paired = plan.paired.as_ref().map(|chosen| chosen.device.clone());
+    }
+
+    pub(super) fn phase(&self) -> String {
+        locked(&self.status).phase.clone()
+    }
+
+    /// Whether it must not evacuate yet.
+    pub(super) fn held(&self) -> bool {
+        locked(&self.word).held
+    }
+
+    /// The plan, while it waits for the word to evacuate, for approvals or for the storm guard.
+    pub(super) fn waiting(&self) -> Option<Plan> {
+        let word = locked(&self.word);
+        let waits = !word.cleared && !self.ended.load(Ordering::Acquire);
+        waits.then(|| word.plan.clone())
+    }
+
+    pub(super) fn guards(&self) -> PlanGuards {
+        locked(&self.word).plan.guards.clone()
+    }
+
+    /// Tells a plan that waits to evacuate as `plan` says; false when it is too late to tell it.
+    pub(super) fn evacuate(&self, plan: Plan) -> bool {
+        let mut word = locked(&self.word);
+        if word.cleared || self.ended.load(Ordering::Acquire) {
+            return false;
+        }
+        (word.held, word.renewed, word.plan) = (false, true, plan);
+        self.progress.set_pace(0);
+        self.told.notify_one();
+        true
+    }
+
+    /// Tells a plan that was told to evacuate, and does not yet, to wait again.
+    pub(super) fn hold(&self) {
+        let mut word = locked(&self.word);
+        word.held = !word.cleared;
+        self.told.notify_one();
+    }
+
+    /// From here it evacuates; the plan as of when it was told so, if it was held before. None when it was
+    /// held again.
+    pub(super) fn clear(&self) -> Option<Option<Plan>> {
+        let mut word = locked(&self.word);
+        if word.held {
+            return None;
+        }
+        word.cleared = true;
+        Some(word.renewed.then(|| word.plan.clone()))
+    }
+
+    pub(super) fn approve(&self, approval: Approval) {
+        locked(&self.word).approvals.push(approval);
+        self.told.notify_one();
+    }
+
+    pub(super) fn approvals(&self) -> Vec<Approval> {
+        std::mem::take(&mut locked(&self.word).approvals)
+    }
+
+    pub(super) fn awaits(&self, roles: &[String]) {
+        locked(&self.status).awaits = roles.to_vec();
+    }
+
+    /// Waits until it was told something, at most `longest`.
+    pub(super) async fn heard(&self, longest: Duration) {
+        let _ = tokio::time::timeout(longest, self.told.notified()).await;
     }
 
     pub(super) fn trouble(&self, text: &str) {
@@ -159,11 +263,13 @@ impl Active {
         cancel.reason.get_or_insert_with(|| reason.to_owned());
         self.progress.cancel();
         self.stop.cancel();
+        self.told.notify_one();
         true
     }
 
     pub(super) fn status(&self) -> PlanStatus {
         let mut status = locked(&self.status).clone();
+        status.held = self.held();
         status.bytes_read = Bytes(self.progress.bytes_read.load(Ordering::Relaxed));
         status.images.0 = Bytes(self.exported.load(Ordering::Relaxed));
         status.bytes_sent = Bytes(self.progress.bytes_sent.load(Ordering::Relaxed));

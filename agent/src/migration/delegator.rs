@@ -4,7 +4,8 @@
 //! plans that are under way. One plan runs at a time on a source.
 
 use super::active::{Active, PlanStatus, locked};
-use super::events::{Forwarding, SourceEvent};
+use super::clearance::Clearance;
+use super::events::{Approval, Forwarding, SourceEvent};
 use super::journal::{Journal, JournalError, plan_directory};
 use super::moving::{Done, Move};
 use super::planner::{self, Directory, Gathered, PlanError, Request};
@@ -103,6 +104,16 @@ pub enum DelegatorError {
         "plan {0} was released: its containers belong to the target now; move them back with `lifeboat evacuate` there"
     )]
     Released(PlanId),
+    /// Nobody asked for that approval.
+    #[error("plan {plan} does not wait for an approval by `{role}`; it waits for: {awaits}")]
+    NotAwaited {
+        /// Plan.
+        plan: PlanId,
+        /// Role.
+        role: String,
+        /// Roles it waits for.
+        awaits: String,
+    },
     /// Too early.
     #[error("plan {0} was not released: there is nothing to verify yet; see `lifeboat report {0}`")]
     NotReleased(PlanId),
@@ -160,15 +171,19 @@ impl Delegator {
     /// # Errors
     /// A container is unknown, a runtime does not answer, or a volume cannot be read.
     pub async fn plan(&self, request: &Request) -> Result<Plan, DelegatorError> {
-        let mut plan = self.draft(request).await?;
+        let mut plan = self.draft(request, None).await?;
         self.consider(&mut plan).await;
         Ok(plan)
     }
 
-    async fn draft(&self, request: &Request) -> Result<Plan, DelegatorError> {
+    /// The plan for `request`; one that `waiting` copies already keeps its id and volumes.
+    async fn draft(
+        &self,
+        request: &Request,
+        waiting: Option<&Plan>,
+    ) -> Result<Plan, DelegatorError> {
         let view = self.parts.view.borrow().clone();
         let now = self.now();
-        let id = new_plan_id(now, rand::random());
         let correlated = view.correlated();
         let edges = view.snapshot.edges.clone();
         let (chosen, notes) = planner::select(
@@ -189,14 +204,25 @@ impl Delegator {
         for container in chosen {
             containers.push(self.describe(container, &view).await?);
         }
-        let mut volumes = measure(directories).await?;
-        let epochs = super::places::owned_epochs(&self.parts.state, &volumes);
-        let images = self.image_directory(&id);
-        volumes.extend(planner::image_volumes(
-            &containers,
-            volumes.len() as u32,
-            &images,
-        ));
+        let known = waiting.and_then(|plan| {
+            let volumes = planner::volumes_as_prepared(plan, &containers, &directories)?;
+            Some((plan.id.clone(), volumes, plan.epochs.clone()))
+        });
+        let (id, volumes, epochs) = match known {
+            Some(known) => known,
+            None => {
+                let id = new_plan_id(now, rand::random());
+                let mut volumes = measure(directories).await?;
+                let epochs = super::places::owned_epochs(&self.parts.state, &volumes);
+                let images = self.image_directory(&id);
+                volumes.extend(planner::image_volumes(
+                    &containers,
+                    volumes.len() as u32,
+                    &images,
+                ));
+                (id, volumes, epochs)
+            }
+        };
         let measured_rate = locked(&self.measured_rate).clone();
         Ok(planner::compose(
             request,
@@ -259,21 +285,90 @@ impl Delegator {
         released
     }
 
-    /// Makes a plan and runs it; returns as soon as it is journalled.
+    /// Makes a plan and runs it; returns as soon as it is journalled. A plan that waits with the same data
+    /// copied in advance is told to go on; another one that waits is given up for it.
     ///
     /// # Errors
     /// As [`Self::plan`], or the plan is blocked, or another one runs.
     pub async fn evacuate(self: &Arc<Self>, request: &Request) -> Result<PlanId, DelegatorError> {
-        let plan = self.draft(request).await?;
-        if !plan.blockers.is_empty() {
-            let lines: Vec<String> = plan
-                .blockers
-                .iter()
-                .map(|blocker| format!("{}: {}", blocker.what, blocker.why))
-                .collect();
-            return Err(DelegatorError::Blocked(lines.join("; ")));
+        let plans: Vec<Arc<Active>> = locked(&self.plans).values().cloned().collect();
+        let waiting = plans
+            .iter()
+            .find_map(|active| Some((active, active.waiting()?)));
+        let plan = self
+            .draft(request, waiting.as_ref().map(|(_, plan)| plan))
+            .await?;
+        refuse_blocked(&plan)?;
+        if let Some((active, waiting)) = waiting {
+            let id = waiting.id;
+            if plan.id == id {
+                return if active.evacuate(plan) {
+                    Ok(id)
+                } else {
+                    Err(DelegatorError::Busy(id))
+                };
+            }
+            self.abort(&id, "another selection of containers is evacuated")?;
+            self.ended(&id).await;
         }
-        let active = Arc::new(Active::new(&plan));
+        self.begin(plan, false)
+    }
+
+    /// Copies the data of a plan in advance, again and again, and runs it no further before
+    /// [`Self::evacuate`] asks for it; returns as soon as it is journalled.
+    ///
+    /// # Errors
+    /// As [`Self::evacuate`].
+    pub async fn prepare(self: &Arc<Self>, request: &Request) -> Result<PlanId, DelegatorError> {
+        let plan = self.draft(request, None).await?;
+        refuse_blocked(&plan)?;
+        self.begin(plan, true)
+    }
+
+    /// Lets a plan that was prepared, told to evacuate, and still waits for that, be only prepared again.
+    pub fn hold(&self, plan: &PlanId) {
+        if let Some(active) = locked(&self.plans).get(plan) {
+            active.hold();
+        }
+    }
+
+    /// Whether a plan waits: for the word to evacuate, for approvals or for the storm guard.
+    #[must_use]
+    pub fn waits(&self, plan: &PlanId) -> bool {
+        let plans = locked(&self.plans);
+        plans
+            .get(plan)
+            .is_some_and(|active| active.waiting().is_some())
+    }
+
+    /// Takes note that `approval` lets a plan evacuate.
+    ///
+    /// # Errors
+    /// The plan is unknown or over, or does not wait for that role.
+    pub fn approve(&self, plan: &PlanId, approval: Approval) -> Result<(), DelegatorError> {
+        let active = locked(&self.plans).get(plan).cloned();
+        let active = active.ok_or_else(|| DelegatorError::UnknownPlan(plan.clone()))?;
+        let status = active.status();
+        if status.over {
+            return Err(DelegatorError::Over(plan.clone(), status.phase));
+        }
+        if !status.awaits.contains(&approval.role) {
+            return Err(DelegatorError::NotAwaited {
+                plan: plan.clone(),
+                role: approval.role,
+                awaits: if status.awaits.is_empty() {
+                    "nobody".to_owned()
+                } else {
+                    status.awaits.join(", ")
+                },
+            });
+        }
+        active.approve(approval);
+        Ok(())
+    }
+
+    fn begin(self: &Arc<Self>, plan: Plan, held: bool) -> Result<PlanId, DelegatorError> {
+        let active = Arc::new(Active::new(&plan, held));
         {
             let mut plans = locked(&self.plans);
             if let Some((id, _)) = plans
@@ -310,6 +405,7 @@ impl Delegator {
             journal,
             active,
             done: Done::default(),
+            clearance: Clearance::default(),
         }));
         Ok(())
     }
@@ -354,13 +450,32 @@ impl Delegator {
         }
     }
 
-    /// Waits until a plan of this life has ended; returns why when it was rolled back.
-    pub async fn ended(&self, plan: &PlanId) -> Option<String> {
-        let active = locked(&self.plans).get(plan).cloned()?;
-        while !active.ended.load(Ordering::Acquire) {
+    /// Waits until a plan of this life has ended.
+    async fn ended(&self, plan: &PlanId) {
+        let active = locked(&self.plans).get(plan).cloned();
+        while active
+            .as_ref()
+            .is_some_and(|active| !active.ended.load(Ordering::Acquire))
+        {
             tokio::time::sleep(ENDED_POLL).await;
         }
-        self.report(plan).ok()?.reason
+    }
+
+    /// How a plan of this life ended: with the reason when it was rolled back; none while it has not.
+    #[must_use]
+    pub fn outcome(&self, plan: &PlanId) -> Option<Result<(), String>> {
+        let active = locked(&self.plans).get(plan).cloned();
+        if active.is_some_and(|active| !active.ended.load(Ordering::Acquire)) {
+            return None;
+        }
+        Some(match self.report(plan) {
+            Ok(Report { reason: None, .. }) => Ok(()),
+            Ok(Report {
+                reason: Some(reason),
+                ..
+            }) => Err(reason),
+            Err(error) => Err(error.to_string()),
+        })
     }
 
     /// Rolls back what is not released, because the agent ends; waits at most `patience`.
@@ -473,6 +588,18 @@ impl Delegator {
     }
 }
 
+fn refuse_blocked(plan: &Plan) -> Result<(), DelegatorError> {
+    if plan.blockers.is_empty() {
+        return Ok(());
+    }
+    let lines: Vec<String> = plan
+        .blockers
+        .iter()
+        .map(|blocker| format!("{}: {}", blocker.what, blocker.why))
+        .collect();
+    Err(DelegatorError::Blocked(lines.join("; ")))
+}
+
 /// Between two looks whether a plan has ended.
 const ENDED_POLL: Duration = Duration::from_millis(100);
 
@@ -493,6 +620,7 @@ pub(super) fn plan_of(entries: &[super::journal::Entry<SourceEvent>]) -> Option<
                 plan.delegated = delegated.clone();
             }
             SourceEvent::NotPaired { .. } => plan.delegated = Actions::default(),
+            SourceEvent::GoesOn { plan: renewed } => plan = (**renewed).clone(),
             _ => {}
         }
     }

@@ -4,7 +4,7 @@ use crate::model::action::Actions;
 use crate::model::control::Owns;
 use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState};
-use crate::model::units::Bytes;
+use crate::model::units::{Bytes, UnixMillis};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -42,6 +42,15 @@ pub struct ContainerFence {
     pub container: ContainerName,
     /// The runtime room's fence, as it wants to have it back to lift it.
     pub fence: crate::containers::Fence,
+}
+
+/// A role's word that a plan may evacuate.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Approval {
+    /// Role.
+    pub role: String,
+    /// Who said so, as the kernel knows the caller of the local API.
+    pub by: String,
 }
 
 /// The source's journal.
@@ -83,6 +92,33 @@ pub enum SourceEvent {
         volumes: Vec<VolumeRound>,
         /// Time the round took.
         duration: Duration,
+    },
+    /// The plan may evacuate only when these roles have approved it.
+    ApprovalAwaited {
+        /// Roles.
+        roles: Vec<String>,
+        /// Until when.
+        until: UnixMillis,
+    },
+    /// A role approved it.
+    Approved {
+        /// By whom, as what.
+        approval: Approval,
+    },
+    /// Roles that did not approve in time; the policy says to proceed.
+    NotApproved {
+        /// Roles.
+        roles: Vec<String>,
+    },
+    /// Too many devices of the fleet evacuate already.
+    StormGuard {
+        /// What the duplicator said.
+        reason: String,
+    },
+    /// A plan that was prepared in advance evacuates from here on.
+    GoesOn {
+        /// The plan as of now: containers and order may have changed, volumes have not.
+        plan: Box<Plan>,
     },
     /// Restart policies are about to be switched off.
     Fencing,

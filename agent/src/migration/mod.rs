@@ -6,6 +6,7 @@
 
 mod active;
 mod allocation;
+mod clearance;
 pub mod delegator;
 pub mod events;
 mod faults;
@@ -31,4 +32,5 @@ pub mod verify;
 pub mod view;
 
 pub use active::PlanStatus;
+pub use moving::NOT_APPROVED;
 pub use settings::Settings;

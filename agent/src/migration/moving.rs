@@ -1,6 +1,7 @@
 //! What all phases of a plan on its source share: the plan, its journal, what went wrong.
 
 use super::active::Active;
+use super::clearance::Clearance;
 use super::delegator::{Delegator, FleetContext};
 use super::events::{ContainerFence, SourceEvent};
 use super::journal::{Journal, JournalError};
@@ -9,9 +10,15 @@ use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::pairing::PairError;
 use crate::model::fleet::Role;
 use crate::model::plan::Plan;
-use crate::model::units::UnixMillis;
+use crate::model::units::{UnixMillis, human_duration};
 use crate::transfer::SendError;
 use std::sync::Arc;
+
+/// How the reason of a plan begins that was given up because roles did not approve it.
+pub const NOT_APPROVED: &str = "not approved by";
+
+/// A plan that is prepared for longer is given up: its pairings last a day.
+pub(super) const PREPARED_MAX: std::time::Duration = std::time::Duration::from_hours(20);
 
 /// Why a plan stopped before its release. The source's containers run on.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +65,20 @@ pub enum MoveError {
     /// Somebody let a container run again during the pause.
     #[error("{0} was let run again during the pause; find who did it and ask again")]
     Thawed(crate::model::ids::ContainerName),
+    /// Nobody approved it.
+    #[error("{NOT_APPROVED} {roles} within {}; `lifeboat evacuate` moves the containers by hand", human_duration(*timeout))]
+    NotApproved {
+        /// Roles that did not.
+        roles: String,
+        /// How long they were waited for.
+        timeout: std::time::Duration,
+    },
+    /// It was prepared for so long that its pairings end.
+    #[error(
+        "prepared for {}, and pairings end after a day; it is prepared anew",
+        human_duration(PREPARED_MAX)
+    )]
+    PreparedTooLong,
     /// The target's own word differs.
     #[error(
         "{target} does not confirm the last epoch and root of volume {volume}; nothing was released; ask again"
@@ -102,6 +123,7 @@ pub(super) struct Move {
     pub(super) journal: Journal<SourceEvent>,
     pub(super) active: Arc<Active>,
     pub(super) done: Done,
+    pub(super) clearance: Clearance,
 }
 
 /// What a roll-back would have to undo.
@@ -144,6 +166,18 @@ impl Move {
         self.active.enter(phase);
         super::faults::die_at(phase);
         tracing::info!(plan = %self.plan.id, phase, "phase");
+        self.go_on_unless_cancelled()
+    }
+
+    /// Enters a phase in which the plan waits, or stays in it.
+    pub(super) fn stay(&self, phase: &'static str) -> Result<(), MoveError> {
+        if self.active.phase() == phase {
+            return self.go_on_unless_cancelled();
+        }
+        self.enter(phase)
+    }
+
+    fn go_on_unless_cancelled(&self) -> Result<(), MoveError> {
         match self.active.cancelled() {
             Some(reason) => Err(MoveError::Cancelled(reason)),
             None => Ok(()),

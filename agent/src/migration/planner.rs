@@ -6,7 +6,9 @@ use crate::model::action::{Action, Actions};
 use crate::model::container::{Container, Mount, State};
 use crate::model::edge::{Correlated, Edge};
 use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
-use crate::model::plan::{Blocker, Estimate, MigrationEvent, Plan, PlannedContainer, PlannedStep};
+use crate::model::plan::{
+    Blocker, Estimate, MigrationEvent, Plan, PlanGuards, PlannedContainer, PlannedStep,
+};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::relations::Graph;
@@ -16,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// What an operator or the policy asks for.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Request {
     /// Containers by name; empty means all.
     pub containers: Vec<ContainerName>,
@@ -24,6 +26,9 @@ pub struct Request {
     pub delegate: Actions,
     /// Why.
     pub event: MigrationEvent,
+    /// What the plan must have before it may evacuate.
+    #[serde(default)]
+    pub guards: PlanGuards,
 }
 
 /// A request that cannot become a plan at all.
@@ -359,6 +364,7 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         id,
         created: now,
         event: request.event.clone(),
+        guards: request.guards.clone(),
         source,
         containers,
         order,
@@ -378,6 +384,38 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         target: None,
         paired: None,
     }
+}
+
+/// The volumes of `prepared`, when they are those of `containers` over `directories` as they are now.
+#[must_use]
+pub fn volumes_as_prepared(
+    prepared: &Plan,
+    containers: &[PlannedContainer],
+    directories: &[Directory],
+) -> Option<Vec<VolumeSpec>> {
+    let trees: Vec<&VolumeSpec> = prepared
+        .volumes
+        .iter()
+        .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)))
+        .collect();
+    let known = |directory: &Directory| {
+        trees.iter().any(|volume| {
+            volume.source_path == directory.path
+                && volume.kind == directory.kind
+                && volume.containers == directory.containers
+        })
+    };
+    let same = ids(containers) == ids(&prepared.containers)
+        && trees.len() == directories.len()
+        && directories.iter().all(known);
+    same.then(|| prepared.volumes.clone())
+}
+
+fn ids(containers: &[PlannedContainer]) -> BTreeSet<&str> {
+    containers
+        .iter()
+        .map(|planned| planned.container.id.as_str())
+        .collect()
 }
 
 /// A volume for each image, exported below `directory`.
@@ -463,6 +501,7 @@ mod tests {
             containers: names.iter().map(|name| (*name).into()).collect(),
             delegate: Actions::default(),
             event: MigrationEvent::Operator,
+            guards: PlanGuards::default(),
         }
     }
 

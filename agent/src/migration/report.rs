@@ -4,7 +4,7 @@ use super::events::{ContainerFence, SourceEvent, VolumeRound};
 use super::journal::Entry;
 use crate::model::ids::PlanId;
 use crate::model::plan::{MigrationEvent, Plan, VolumeRelease};
-use crate::model::units::{Bytes, UnixMillis, human_duration};
+use crate::model::units::{Bytes, UnixMillis, human_duration, utc};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -183,6 +183,24 @@ fn tell(event: &SourceEvent) -> Vec<String> {
                 tell_volumes(volumes, *duration)
             )];
             lines.extend(volumes.iter().map(tell_volume));
+            lines
+        }
+        SourceEvent::ApprovalAwaited { roles, until } => vec![format!(
+            "waits until {} for approval by: {}",
+            utc(*until),
+            roles.join(", ")
+        )],
+        SourceEvent::Approved { approval } => {
+            vec![format!("approved as {} by {}", approval.role, approval.by)]
+        }
+        SourceEvent::NotApproved { roles } => vec![format!(
+            "not approved in time by {}: the policy says to proceed",
+            roles.join(", ")
+        )],
+        SourceEvent::StormGuard { reason } => vec![format!("waits: {reason}")],
+        SourceEvent::GoesOn { plan } => {
+            let mut lines = vec!["prepared in advance, and evacuates from here".into()];
+            lines.extend(tell_plan(plan));
             lines
         }
         SourceEvent::Fencing => vec!["restart policies off".into()],

@@ -1,6 +1,7 @@
 //! After a restart of the agent: what an earlier life left is continued or rolled back.
 
 use super::active::{Active, locked};
+use super::clearance::Clearance;
 use super::delegator::{Delegator, plan_ids, plan_of, target_peer};
 use super::events::SourceEvent;
 use super::journal::{Entry, Journal, plan_directory};
@@ -68,7 +69,7 @@ impl Delegator {
         journal: Journal<SourceEvent>,
         entries: &[Entry<SourceEvent>],
     ) {
-        let active = Arc::new(Active::new(&plan));
+        let active = Arc::new(Active::new(&plan, false));
         active.set_plan(&plan);
         locked(&self.plans).insert(plan.id.clone(), active.clone());
         let release = entries.iter().find_map(|entry| match &entry.event {
@@ -85,6 +86,7 @@ impl Delegator {
             journal,
             active,
             done,
+            clearance: Clearance::default(),
         };
         tokio::spawn(async move {
             match (release, target_peer(&core.plan)) {

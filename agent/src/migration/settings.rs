@@ -12,6 +12,10 @@ pub struct Settings {
     pub changeset_threshold_bytes: u64,
     /// Rounds of replication at most before the pause.
     pub rounds_max: u32,
+    /// At stage `prepare`: at most so many bytes a second are read for the copy in advance.
+    pub prepare_rate_bytes: u64,
+    /// At stage `prepare`: least time between two rounds of the copy; nine times the last round's at least.
+    pub prepare_pause_seconds: u64,
     /// A container without health check and service ports is ready after this many seconds.
     pub settle_seconds: u64,
     /// A twin that is not ready after this many seconds is reported as failed.
@@ -30,6 +34,9 @@ impl Default for Settings {
             // One second of pause at 16 MiB/s, the slowest link (~130 Mbit/s) we plan for.
             changeset_threshold_bytes: 16 << 20,
             rounds_max: 8,
+            // What the slowest link we plan for carries: the copy in advance must not hurt a sick disk.
+            prepare_rate_bytes: 16 << 20,
+            prepare_pause_seconds: 60,
             settle_seconds: 30,
             ready_timeout_seconds: 120,
             disable_io_uring: false,
@@ -65,6 +72,13 @@ impl Settings {
         self.bind_roots
             .iter()
             .any(|root| real.starts_with(root) && real != *root)
+    }
+
+    /// Time from a round of the copy in advance, which took `round`, to the next one: a tenth of the time
+    /// at most is spent on copying.
+    #[must_use]
+    pub fn prepare_pause(&self, round: Duration) -> Duration {
+        Duration::from_secs(self.prepare_pause_seconds).max(round * 9)
     }
 
     /// Longest wait for a twin.

@@ -4,9 +4,10 @@
 //! changeset → release. Up to the release an error comes back to the caller, who rolls back; after it
 //! ([`Released`]) there is no way back, and every step is retried until it succeeds.
 
+use super::clearance::LOOK;
 use super::delegator::FleetContext;
 use super::events::{ContainerFence, SourceEvent};
-use super::moving::{Move, MoveError};
+use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
 use super::switch::Released;
 use crate::fleet::identity;
@@ -34,6 +35,9 @@ pub(super) async fn run(mut core: Move) {
 }
 
 async fn up_to_release(core: &mut Move) -> Result<Released<'_>, MoveError> {
+    if !core.active.held() {
+        core.await_clearance().await?;
+    }
     let allocated = Planned { core }.allocate().await?;
     let prepared = allocated.prepare().await?;
     let replicated = prepared.replicate().await?;
@@ -282,25 +286,19 @@ impl<'a> Prepared<'a> {
             sender: Some(sender),
             sent: BTreeMap::new(),
         };
+        let in_advance = !core.clearance.given;
+        let mut first = 1;
+        if in_advance {
+            first += prepare_in_advance(core, &mut replica, &volumes).await?;
+            revise(core, &target).await?;
+            rehearse(core, &target).await?;
+        }
         let mut before = None;
-        for round in 1..=settings.rounds_max {
+        for round in first..first + settings.rounds_max {
             core.enter("replicate")?;
-            let started = Instant::now();
-            let mut rounds = Vec::new();
-            for volume in &volumes {
-                let is_image = matches!(volume.kind, VolumeKind::Image(_));
-                if round > 1 && is_image {
-                    continue;
-                }
-                rounds.push(replica.send(core, volume, false).await?);
-            }
-            let changeset: u64 = rounds.iter().map(|volume| volume.changeset.0).sum();
-            core.append(SourceEvent::Round {
-                round,
-                volumes: rounds,
-                duration: started.elapsed(),
-            })?;
+            let (changeset, _) = replicate_round(core, &mut replica, &volumes, round).await?;
             if round == 1 {
+                drop_exports(core).await;
                 rehearse(core, &target).await?;
             }
             let shrinks = before.is_none_or(|before| changeset * 10 <= before * 8);
@@ -320,23 +318,98 @@ impl<'a> Prepared<'a> {
     }
 }
 
+/// Copies while the plan must not evacuate, at a bounded rate and with pauses; how many rounds it was.
+async fn prepare_in_advance(
+    core: &mut Move,
+    replica: &mut Replica,
+    volumes: &[VolumeSpec],
+) -> Result<u32, MoveError> {
+    let settings = core.delegator.settings().clone();
+    let progress = core.active.progress();
+    let mut round = 0;
+    loop {
+        round += 1;
+        if core.active.held() {
+            progress.set_pace(settings.prepare_rate_bytes);
+            // The word to evacuate, which lifts the pace, may have come in between.
+            if !core.active.held() {
+                progress.set_pace(0);
+            }
+        }
+        core.enter("replicate in advance")?;
+        let (_, took) = replicate_round(core, replica, volumes, round).await?;
+        if round == 1 {
+            drop_exports(core).await;
+        }
+        let next = Instant::now() + settings.prepare_pause(took);
+        while Instant::now() < next {
+            if core.active.held() {
+                core.wait_anew();
+                core.stay("prepared")?;
+                if core.delegator.now().since(core.plan.created) > PREPARED_MAX {
+                    return Err(MoveError::PreparedTooLong);
+                }
+            } else if core.cleared().await? {
+                progress.set_pace(0);
+                return Ok(round);
+            }
+            core.active.heard(LOOK).await;
+        }
+    }
+}
+
+/// Sends the next epoch of each volume, an image's only in the first round; the changeset's bytes and the
+/// time it took.
+async fn replicate_round(
+    core: &mut Move,
+    replica: &mut Replica,
+    volumes: &[VolumeSpec],
+    round: u32,
+) -> Result<(u64, Duration), MoveError> {
+    let started = Instant::now();
+    let mut rounds = Vec::new();
+    for volume in volumes {
+        let is_image = matches!(volume.kind, VolumeKind::Image(_));
+        if round > 1 && is_image {
+            continue;
+        }
+        rounds.push(replica.send(core, volume, false).await?);
+    }
+    let changeset = rounds.iter().map(|volume| volume.changeset.0).sum();
+    let duration = started.elapsed();
+    core.append(SourceEvent::Round {
+        round,
+        volumes: rounds,
+        duration,
+    })?;
+    Ok((changeset, duration))
+}
+
+/// Tells the target how the containers of a plan that was prepared in advance are now.
+async fn revise(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
+    let path = format!("/v1/plans/{}/revise", core.plan.id);
+    let offer = Offer {
+        plan: core.plan.clone(),
+    };
+    let revised = core.client()?.post(target, &path, &offer);
+    core.active.unless_cancelled(revised).await
+}
+
+/// Removes the exports of images, which were only made for the journey; a sick disk wants its space back.
+async fn drop_exports(core: &Move) {
+    let images = core.delegator.image_directory(&core.plan.id);
+    let _ = tokio::fs::remove_dir_all(images).await;
+}
+
 /// Lets the target load the images and make every twin once, without starting it, so that what it cannot
 /// make is found while the source still owns everything.
 async fn rehearse(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
     core.enter("rehearse twins")?;
     let path = format!("/v1/plans/{}/rehearse", core.plan.id);
     let client = core.client()?.clone().with_timeout(REHEARSAL_TIME);
-    let () = core
-        .active
+    core.active
         .unless_cancelled(client.post(target, &path, &()))
-        .await?;
-    for volume in &core.plan.volumes {
-        if matches!(volume.kind, VolumeKind::Image(_)) {
-            // The export was only made for the journey; a sick disk wants its space back.
-            let _ = tokio::fs::remove_dir_all(&volume.source_path).await;
-        }
-    }
-    Ok(())
+        .await
 }
 
 /// A slow disk unpacks a large image for minutes.

@@ -18,7 +18,7 @@ use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::VolumeKind;
 use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveProgress, ReceiveVolume};
 use crate::volume::FleetKey;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::path::PathBuf;
@@ -410,6 +410,43 @@ impl Target {
             .iter()
             .filter_map(complete)
             .collect()
+    }
+
+    /// Takes a plan as its source has it now: containers, order and relations may have changed since it was
+    /// offered, volumes and places have not.
+    ///
+    /// # Errors
+    /// The plan is not known, not for us, taken over, or about other volumes or containers.
+    pub async fn revise(&self, peer: &DeviceId, plan: Plan) -> Result<(), TargetError> {
+        let _turn = self.turn(peer).await;
+        let (known, places) = self.known(peer, &plan.id)?;
+        self.check_ours(peer, &plan)?;
+        let names = |plan: &Plan| {
+            let names = plan.containers.iter();
+            names
+                .map(|planned| planned.container.name.clone())
+                .collect::<BTreeSet<_>>()
+        };
+        if known.volumes != plan.volumes || names(&known) != names(&plan) {
+            return Err(TargetError::NotOurs {
+                plan: plan.id,
+                why: "its volumes or containers are not those that were offered".into(),
+            });
+        }
+        let mut plans = self.plans();
+        let Some(receiving) = plans.get_mut(&plan.id) else {
+            return Err(TargetError::Unknown(plan.id));
+        };
+        if receiving.owns.is_some() {
+            return Err(TargetError::Owned(plan.id));
+        }
+        let event = TargetEvent::Accepted {
+            plan: Box::new(plan.clone()),
+            places,
+        };
+        receiving.journal.append(crate::fleet::now(), event)?;
+        receiving.plan = plan;
+        Ok(())
     }
 
     /// Ends a plan that was not taken over and removes what it made here.

@@ -84,6 +84,20 @@ pub struct Estimate {
     pub duration: Duration,
 }
 
+/// What a plan must have before it may evacuate; nothing by default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PlanGuards {
+    /// Roles of which each must approve it.
+    pub approvals: Vec<String>,
+    /// How long they are waited for.
+    pub approval_timeout: Duration,
+    /// Whether it goes on then all the same.
+    pub proceed_on_timeout: bool,
+    /// Share of the fleet's live devices, in percent, that may evacuate at a time; none: no limit.
+    pub max_evacuating: Option<f64>,
+}
+
 /// The whole plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -93,6 +107,9 @@ pub struct Plan {
     pub created: UnixMillis,
     /// Why.
     pub event: MigrationEvent,
+    /// What it must have before it may evacuate.
+    #[serde(default)]
+    pub guards: PlanGuards,
     /// The device that is left.
     pub source: DeviceId,
     /// Containers that leave, by name.

@@ -27,6 +27,7 @@ mod spool;
 pub mod uring;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 pub use engine::EngineChoice;
@@ -80,12 +81,46 @@ pub struct Progress {
     /// Entries looked at.
     pub entries: AtomicU64,
     cancelled: AtomicBool,
+    /// Most bytes read a second; 0: no limit.
+    pace: AtomicU64,
+    /// When the next bytes may be read, while there is a limit.
+    due: Mutex<Option<std::time::Instant>>,
 }
+
+/// How soon a reader that waits for its turn hears that the limit is lifted.
+const PACE_STEP: Duration = Duration::from_millis(100);
 
 impl Progress {
     /// Asks the epoch to stop; it ends with an error soon.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Limits reading to so many bytes a second; 0 lifts the limit, also for readers that wait.
+    pub fn set_pace(&self, bytes_a_second: u64) {
+        self.pace.store(bytes_a_second, Ordering::Relaxed);
+    }
+
+    /// Counts bytes that were read, and waits as long as the pace asks for.
+    fn read(&self, bytes: u64) {
+        self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
+        let pace = self.pace.load(Ordering::Relaxed);
+        if pace == 0 {
+            return;
+        }
+        let now = std::time::Instant::now;
+        let due = {
+            let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+            let from = due.unwrap_or_else(now).max(now());
+            *due.insert(from + Duration::from_secs_f64(bytes as f64 / pace as f64))
+        };
+        while self.pace.load(Ordering::Relaxed) > 0 && !self.is_cancelled() {
+            let left = due.saturating_duration_since(now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(PACE_STEP));
+        }
     }
 
     /// Whether someone asked to stop.

@@ -262,7 +262,7 @@ impl<'s> Reading<'_, 's> {
                 .map_err(|e| WalkError::new(self.root, "read", &found.path, e))?;
             lengths.push(length);
         }
-        add(&self.source.progress.bytes_read, total as u64);
+        self.source.progress.read(total as u64);
         add(&self.tally.bytes_read, total as u64);
         let mut record = payload::start(self.source.outlet.buffer(), PayloadKind::Files);
         let empty = record.len();
@@ -420,7 +420,7 @@ impl<'s> Reading<'_, 's> {
             })?;
             // The file shrank: the rest reads as zeros now and again in the next epoch.
             record[data + done..].fill(0);
-            add(&self.source.progress.bytes_read, done as u64);
+            self.source.progress.read(done as u64);
             add(&self.tally.bytes_read, done as u64);
         }
 

@@ -1,0 +1,237 @@
+//! What the verdict leads to: data copied in advance at stage `prepare`, plans at stage `evacuate`.
+//!
+//! Invariants: one plan at a time; nothing is started while an operator paused the policy; what an operator
+//! aborted or a role did not approve is not tried again before the stage changes. Non-goals: judging.
+
+use crate::api::local::OPERATOR_ABORT;
+use crate::health::{OnTimeout, Policy, Stage, Verdict, VerdictKind};
+use crate::migration::NOT_APPROVED;
+use crate::migration::delegator::Delegator;
+use crate::migration::pause::Pauses;
+use crate::migration::planner::Request;
+use crate::migration::view::HostView;
+use crate::model::container::State;
+use crate::model::ids::PlanId;
+use crate::model::plan::{MigrationEvent, PlanGuards};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// Between two tries of a plan that could not start or was rolled back.
+const RETRY: Duration = Duration::from_secs(15);
+/// The longest of them.
+const RETRY_MAX: Duration = Duration::from_secs(3600);
+
+/// How the reason begins of a plan that was given up because the device is well again.
+const RECOVERED: &str = "the verdict does not ask for it any more";
+
+/// Drives the delegator by the verdict.
+pub struct Automatic {
+    delegator: Arc<Delegator>,
+    pauses: Arc<Pauses>,
+    policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
+    /// The plan that this driver started and has not seen end.
+    own: Option<Own>,
+    /// The stage at which a person said no.
+    refused: Option<Stage>,
+    not_before: Option<Instant>,
+    pause: Duration,
+    told: String,
+}
+
+struct Own {
+    plan: PlanId,
+    /// Whether it began by copying in advance.
+    prepared: bool,
+    /// What it was told to do last.
+    stage: Stage,
+    /// Since when the verdict asks for nothing.
+    recovered: Option<Instant>,
+}
+
+impl Automatic {
+    /// A driver that has started nothing yet.
+    #[must_use]
+    pub fn new(
+        delegator: Arc<Delegator>,
+        pauses: Arc<Pauses>,
+        policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
+    ) -> Self {
+        Self {
+            delegator,
+            pauses,
+            policy,
+            own: None,
+            refused: None,
+            not_before: None,
+            pause: RETRY,
+            told: String::new(),
+        }
+    }
+
+    /// Drives until the views end.
+    pub async fn run(mut self, mut view: watch::Receiver<Arc<HostView>>) {
+        while view.changed().await.is_ok() {
+            let now = view.borrow_and_update().clone();
+            if let Some(verdict) = &now.verdict {
+                self.follow(verdict, &now).await;
+            }
+        }
+    }
+
+    async fn follow(&mut self, verdict: &Verdict, view: &HostView) {
+        let wanted = verdict.stage.filter(|stage| *stage >= Stage::Prepare);
+        if let Some(own) = self.own.take() {
+            self.own = match self.delegator.outcome(&own.plan) {
+                None => self.steer(own, wanted, verdict).await,
+                Some(Ok(())) => {
+                    self.pause = RETRY;
+                    None
+                }
+                Some(Err(reason)) => {
+                    self.rolled_back(&own, reason);
+                    None
+                }
+            };
+            return;
+        }
+        if self.refused != wanted {
+            self.refused = None;
+        }
+        // Containers that a release took from us are dead here; only what still lives can leave.
+        let alive = view
+            .containers
+            .iter()
+            .any(|container| container.runtime.is_some() && container.state == State::Running);
+        let busy = || self.delegator.status().iter().any(|plan| !plan.over);
+        let Some(stage) = wanted.filter(|_| self.refused.is_none()) else {
+            return;
+        };
+        if !alive || self.too_early() || self.paused() || busy() {
+            return;
+        }
+        self.own = self.act(stage, verdict).await.map(|plan| Own {
+            plan,
+            prepared: stage == Stage::Prepare,
+            stage,
+            recovered: None,
+        });
+    }
+
+    /// Tells a plan under way what the verdict wants now.
+    async fn steer(
+        &mut self,
+        mut own: Own,
+        wanted: Option<Stage>,
+        verdict: &Verdict,
+    ) -> Option<Own> {
+        if !self.delegator.waits(&own.plan) {
+            return Some(own);
+        }
+        match wanted {
+            Some(Stage::Evacuate) if own.stage == Stage::Prepare => {
+                own.recovered = None;
+                if !self.too_early()
+                    && !self.paused()
+                    && let Some(plan) = self.act(Stage::Evacuate, verdict).await
+                {
+                    own.prepared &= plan == own.plan;
+                    (own.plan, own.stage) = (plan, Stage::Evacuate);
+                }
+            }
+            Some(stage) => {
+                own.recovered = None;
+                if stage < own.stage && own.prepared {
+                    self.delegator.hold(&own.plan);
+                    own.stage = stage;
+                } else if stage < own.stage {
+                    self.give_up(&own);
+                }
+            }
+            // What cannot be seen is not well.
+            None if verdict.kind == VerdictKind::Unknown => {}
+            None => {
+                let since = *own.recovered.get_or_insert_with(Instant::now);
+                let hold = (self.policy)().map_or(Duration::ZERO, |policy| policy.guards.hold);
+                if own.prepared && own.stage == Stage::Evacuate {
+                    self.delegator.hold(&own.plan);
+                    own.stage = Stage::Prepare;
+                }
+                if !own.prepared || since.elapsed() >= hold {
+                    self.give_up(&own);
+                }
+            }
+        }
+        Some(own)
+    }
+
+    fn give_up(&self, own: &Own) {
+        if let Err(error) = self.delegator.abort(&own.plan, RECOVERED) {
+            tracing::warn!("not given up: {error}");
+        }
+    }
+
+    /// Prepares or evacuates everything; the plan, or none, and told, when that cannot be.
+    async fn act(&mut self, stage: Stage, verdict: &Verdict) -> Option<PlanId> {
+        let request = self.request(verdict);
+        let started = match stage {
+            Stage::Evacuate => self.delegator.evacuate(&request).await,
+            Stage::Prepare | Stage::Watch => self.delegator.prepare(&request).await,
+        };
+        match started {
+            Ok(plan) => {
+                tracing::warn!(%plan, %stage, "degraded: the policy acts");
+                Some(plan)
+            }
+            Err(error) => {
+                self.failed(stage, error.to_string());
+                None
+            }
+        }
+    }
+
+    fn request(&self, verdict: &Verdict) -> Request {
+        let guards = (self.policy)().map_or_else(PlanGuards::default, |policy| PlanGuards {
+            approvals: policy.guards.approvals,
+            approval_timeout: policy.guards.approval_timeout,
+            proceed_on_timeout: policy.guards.on_timeout == OnTimeout::Proceed,
+            max_evacuating: policy.guards.fleet_max_evacuating,
+        });
+        let evidence = verdict.evidence.iter();
+        Request {
+            containers: Vec::new(),
+            delegate: verdict.delegate.clone(),
+            event: MigrationEvent::Degraded {
+                evidence: evidence.map(|evidence| evidence.text.clone()).collect(),
+            },
+            guards,
+        }
+    }
+
+    fn rolled_back(&mut self, own: &Own, reason: String) {
+        if reason.contains(OPERATOR_ABORT) || reason.contains(NOT_APPROVED) {
+            tracing::warn!("{reason}: no automatic plan before the stage of the verdict changes");
+            self.refused = Some(own.stage);
+        } else if !reason.contains(RECOVERED) {
+            self.failed(own.stage, reason);
+        }
+    }
+
+    fn failed(&mut self, stage: Stage, why: String) {
+        if why != self.told {
+            tracing::error!(%stage, "degraded, and the policy could not act: {why}");
+            self.told = why;
+        }
+        // A plan that fails late has frozen the workload: each failure waits twice as long.
+        self.not_before = Some(Instant::now() + self.pause);
+        self.pause = (self.pause * 2).min(RETRY_MAX);
+    }
+
+    fn too_early(&self) -> bool {
+        self.not_before.is_some_and(|at| Instant::now() < at)
+    }
+
+    fn paused(&self) -> bool {
+        self.pauses.now(self.delegator.now()).is_some()
+    }
+}

@@ -1,0 +1,158 @@
+//! What stands between a plan and its evacuation: the policy's approvals and the fleet's storm guard.
+//!
+//! Invariants: an approval is in the journal before it counts; while a plan waits here, giving it up costs
+//! nothing but what was copied in advance. Non-goals: who may approve (whoever may use the local API).
+
+use super::events::SourceEvent;
+use super::moving::{Move, MoveError};
+use crate::fleet::duplicator::{Admission, EvacuationAsk};
+use crate::model::plan::PlanGuards;
+use crate::model::units::UnixMillis;
+use std::time::{Duration, Instant};
+
+/// How far a plan is cleared.
+#[derive(Default)]
+pub(super) struct Clearance {
+    /// It may evacuate.
+    pub(super) given: bool,
+    /// Since when approvals are waited for.
+    asked: Option<Instant>,
+    approved: Vec<String>,
+    /// Nobody is waited for any longer.
+    proceeds: bool,
+    /// When the storm guard was asked last, and for what.
+    tried: Option<(Instant, PlanGuards)>,
+    told: String,
+}
+
+/// Between two questions to the storm guard.
+const TRY_AGAIN: Duration = Duration::from_secs(15);
+
+/// Between two looks at the time.
+pub(super) const LOOK: Duration = Duration::from_secs(1);
+
+impl Move {
+    /// Waits until the plan may evacuate.
+    pub(super) async fn await_clearance(&mut self) -> Result<(), MoveError> {
+        while !self.cleared().await? {
+            self.active.heard(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Whether the plan may evacuate now. Asks for what is missing.
+    pub(super) async fn cleared(&mut self) -> Result<bool, MoveError> {
+        let guards = self.active.guards();
+        if !self.approved(&guards)? || !self.admitted(&guards).await? {
+            return Ok(false);
+        }
+        let Some(renewed) = self.active.clear() else {
+            return Ok(false);
+        };
+        if let Some(plan) = renewed {
+            // Target, paired device and what they do stay as they were allocated.
+            self.plan.event = plan.event;
+            self.plan.guards = plan.guards;
+            self.plan.containers = plan.containers;
+            self.plan.order = plan.order;
+            self.plan.groups = plan.groups;
+            self.plan.edges = plan.edges;
+            self.plan.notes = plan.notes;
+            self.append(SourceEvent::GoesOn {
+                plan: Box::new(self.plan.clone()),
+            })?;
+        }
+        self.clearance.given = true;
+        Ok(true)
+    }
+
+    /// Forgets since when approvals are waited for.
+    pub(super) fn wait_anew(&mut self) {
+        self.clearance.asked = None;
+        self.clearance.tried = None;
+        self.active.awaits(&[]);
+    }
+
+    fn approved(&mut self, guards: &PlanGuards) -> Result<bool, MoveError> {
+        let missing = self.take_approvals(guards)?;
+        if missing.is_empty() || self.clearance.proceeds {
+            self.active.awaits(&[]);
+            return Ok(true);
+        }
+        self.stay("await approval")?;
+        self.active.awaits(&missing);
+        let Some(asked) = self.clearance.asked else {
+            self.clearance.asked = Some(Instant::now());
+            let timeout = u64::try_from(guards.approval_timeout.as_millis()).unwrap_or(u64::MAX);
+            self.append(SourceEvent::ApprovalAwaited {
+                roles: missing,
+                until: UnixMillis(self.delegator.now().0.saturating_add(timeout)),
+            })?;
+            return Ok(false);
+        };
+        if asked.elapsed() < guards.approval_timeout {
+            return Ok(false);
+        }
+        if !guards.proceed_on_timeout {
+            return Err(MoveError::NotApproved {
+                roles: missing.join(", "),
+                timeout: guards.approval_timeout,
+            });
+        }
+        self.append(SourceEvent::NotApproved { roles: missing })?;
+        self.active.awaits(&[]);
+        self.clearance.proceeds = true;
+        Ok(true)
+    }
+
+    /// Journals the approvals that came; the roles that are missing.
+    fn take_approvals(&mut self, guards: &PlanGuards) -> Result<Vec<String>, MoveError> {
+        for approval in self.active.approvals() {
+            self.append(SourceEvent::Approved {
+                approval: approval.clone(),
+            })?;
+            self.clearance.approved.push(approval.role);
+        }
+        let missing = |role: &&String| !self.clearance.approved.contains(role);
+        Ok(guards.approvals.iter().filter(missing).cloned().collect())
+    }
+
+    async fn admitted(&mut self, guards: &PlanGuards) -> Result<bool, MoveError> {
+        if let Some((at, asked)) = &self.clearance.tried
+            && at.elapsed() < TRY_AGAIN
+            && asked == guards
+        {
+            return Ok(false);
+        }
+        let fleet = self.fleet()?;
+        let ask = EvacuationAsk {
+            plan: self.plan.id.clone(),
+            max_percent: guards.max_evacuating,
+        };
+        let asked = fleet
+            .client
+            .post(fleet.identity.duplicator(), "/v1/evacuations", &ask);
+        let reason = match self.active.unless_cancelled(asked).await {
+            Ok(Admission::Admitted) => return Ok(true),
+            Ok(full @ Admission::Full { .. }) => full.to_string(),
+            Err(MoveError::Peer(error)) if guards.max_evacuating.is_none() => {
+                tracing::warn!("the fleet is not told of this evacuation: {error}");
+                return Ok(true);
+            }
+            Err(MoveError::Peer(error)) => format!("the storm guard cannot be asked: {error}"),
+            Err(error) => return Err(error),
+        };
+        let reason =
+            format!("{reason}; `lifeboat evacuate --ignore-storm-guard` goes on all the same");
+        self.clearance.tried = Some((Instant::now(), guards.clone()));
+        self.stay("await the storm guard")?;
+        if self.clearance.told != reason {
+            self.append(SourceEvent::StormGuard {
+                reason: reason.clone(),
+            })?;
+        }
+        self.active.trouble(&reason);
+        self.clearance.told = reason;
+        Ok(false)
+    }
+}

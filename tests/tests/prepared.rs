@@ -1,0 +1,196 @@
+//! Stage `prepare`: the data is on the target in advance, the containers run on untouched; at `evacuate` only
+//! the changeset is left to move; at recovery, and after a death, nothing stays behind.
+
+use anyhow::{Context as _, Result, ensure};
+use lifeboat_tests::shop::says;
+use lifeboat_tests::stage::{PATIENCE, SOURCE, Service, Stage, TARGET, device, runs};
+use serde_json::Value;
+use std::fs;
+use std::time::Duration;
+use xtask::crew::{Device, wait_for_end};
+use xtask::lab::{Fault, Host};
+use xtask::process::wait_for;
+
+const CACHE: Service = Service {
+    name: "cache",
+    port: 6379,
+};
+
+/// More than every changeset of this test together.
+const BULK: u64 = 24 << 20;
+
+/// Prepares when six busy loops, evacuates when fourteen compete for the machine's few CPUs.
+const POLICY: &str = "version: 1
+name: ladder
+thresholds:
+  busy:
+    metric: sched.waiting
+    above: 2
+    for: 2s
+  starved:
+    metric: sched.waiting
+    above: 8
+    for: 2s
+degraded:
+  - any: [starved]
+  - any: [busy]
+    stage: prepare
+guards:
+  hold: 4s
+";
+const BUSY: Fault = Fault::Cpu { workers: 6 };
+const STARVED: Fault = Fault::Cpu { workers: 14 };
+
+#[test]
+fn what_was_prepared_is_freed_at_recovery_and_saves_the_evacuation_the_copy() -> Result<()> {
+    let source = Device {
+        policy: Some(POLICY.into()),
+        migration: vec![
+            "prepare_pause_seconds: 1".into(),
+            // Slower than the link, so that the limit shows.
+            "prepare_rate_bytes: 16777216".into(),
+        ],
+        ..Device::new(SOURCE)
+    };
+    let Some(mut stage) = Stage::up("prepared", &[source, device(TARGET, None)], &[CACHE])? else {
+        return Ok(());
+    };
+    let (source, target) = (stage.source()?.clone(), stage.target()?.clone());
+    let big = format!("{}/big", CACHE.notes());
+    source.run(["sh", "-c", &format!("head -c {BULK} /dev/urandom >{big}")])?;
+    let untouched = state(&source)?;
+    let id = source.podman(["inspect", "--format", "{{.Id}}", CACHE.name])?;
+
+    overload(&stage, BUSY)?;
+    let plan = prepared(&stage, "")?;
+    says(
+        &stage.crew.tell(SOURCE, &["explain"])?,
+        &["stage prepare", "kept up to date on target"],
+    )?;
+    ensure!(
+        fs::read(source.path(&big))? == fs::read(target.path(&big))?,
+        "the target does not hold the data"
+    );
+    let rounds = |plan: &str| -> Result<Vec<(Value, u64)>> { Ok(moved(&source, plan)?.0) };
+    wait_for("a second round", PATIENCE, || {
+        Ok((rounds(&plan)?.len() >= 2).then_some(()))
+    })?;
+    let copied = rounds(&plan)?;
+    ensure!(copied[0].1 >= BULK && copied[1].1 < BULK / 4, "{copied:?}");
+    let took = copied[0].0["secs"].as_u64();
+    ensure!(took >= Some(1), "24 MiB at 16 MiB/s took {took:?} s");
+    ensure!(
+        state(&source)? == untouched && runs(&source, &id)?,
+        "the container was touched"
+    );
+    stage.writes_go_on(&CACHE)?;
+    let twins = target.podman(["ps", "--all", "--quiet"])?;
+    ensure!(twins.is_empty(), "the target has containers: {twins}");
+
+    stage.lab.clear_fault(&source, BUSY)?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE)?;
+    says(
+        report["reason"].as_str().unwrap_or_default(),
+        &["the verdict does not ask for it any more"],
+    )?;
+    freed(&stage)?;
+    ensure!(state(&source)? == untouched, "the container was touched");
+
+    overload(&stage, BUSY)?;
+    let plan = prepared(&stage, &plan)?;
+    stage.crew.kill_agent(SOURCE)?;
+    stage.crew.start_agent(SOURCE)?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE)?;
+    says(
+        report["reason"].as_str().unwrap_or_default(),
+        &["restarted before the release"],
+    )?;
+    let plan = prepared(&stage, &plan)?;
+    ensure!(state(&source)? == untouched, "the container was touched");
+
+    overload(&stage, STARVED)?;
+    wait_for("the word to evacuate", PATIENCE, || {
+        Ok(moved(&source, &plan)?.1.map(drop))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    // What the fault was for has happened; the twins need the machine.
+    stage.lab.clear_fault(&source, STARVED)?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE)?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    let (rounds, after) = moved(&source, &plan)?;
+    println!("in advance and then: {rounds:?}; after the word: {after:?} bytes");
+    ensure!(
+        after.is_some_and(|bytes| bytes < BULK / 4) && rounds[0].1 >= BULK,
+        "after the word to evacuate {after:?} bytes moved: {rounds:?}"
+    );
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    println!("{}", stage.crew.tell(SOURCE, &["verify", &plan])?);
+    Ok(())
+}
+
+fn overload(stage: &Stage, fault: Fault) -> Result<()> {
+    let source = stage.source()?;
+    stage.lab.clear_fault(source, fault)?;
+    stage.lab.fault(source, fault, Duration::from_secs(300))
+}
+
+/// Waits until another plan than `but` is prepared.
+fn prepared(stage: &Stage, but: &str) -> Result<String> {
+    wait_for("a prepared plan", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let plans = status["plans"].as_array().cloned().unwrap_or_default();
+        let held = plans.iter().find(|plan| {
+            plan["held"] == true && plan["phase"] == "prepared" && plan["plan"] != but
+        });
+        Ok(held.and_then(|plan| plan["plan"].as_str().map(str::to_owned)))
+    })
+    .with_context(|| stage.crew.log(SOURCE))
+}
+
+/// How the container is as its runtime tells: touched, it would have another process or another policy.
+fn state(host: &Host) -> Result<String> {
+    let format = "{{.Id}} {{.State.Status}} {{.State.Pid}} {{.State.StartedAt}} {{.HostConfig.RestartPolicy.Name}}";
+    host.podman(["inspect", "--format", format, CACHE.name])
+}
+
+/// Nothing of a plan is left on the target, which nobody has been lent.
+fn freed(stage: &Stage) -> Result<()> {
+    let target = stage.target()?;
+    let notes = target.path(&CACHE.notes());
+    wait_for("the target to be freed", PATIENCE, || {
+        let volumes = target.podman(["volume", "ls", "--quiet"])?;
+        Ok((!notes.exists() && volumes.is_empty()).then_some(()))
+    })
+    .with_context(|| stage.crew.log(TARGET))?;
+    wait_for("the target to be given back", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let over = |plan: &Value| plan["over"] == true;
+        let plans = status["plans"].as_array().cloned().unwrap_or_default();
+        Ok(plans.iter().all(over).then_some(()))
+    })
+}
+
+/// Time and bytes on the wire of each round, and the bytes since the plan was told to evacuate.
+type Moved = (Vec<(Value, u64)>, Option<u64>);
+
+fn moved(source: &Host, plan: &str) -> Result<Moved> {
+    let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
+    let text = fs::read_to_string(source.path(&journal)).context(journal)?;
+    let (mut rounds, mut after) = (Vec::new(), None);
+    for line in text.lines() {
+        let entry: Value = serde_json::from_str(line)?;
+        let event = &entry["event"];
+        match event["event"].as_str() {
+            Some("round" | "final") => {
+                let volumes = event["volumes"].as_array().into_iter().flatten();
+                let wire = volumes.filter_map(|volume| volume["wire"].as_u64()).sum();
+                rounds.push((event["duration"].clone(), wire));
+                after = after.map(|bytes: u64| bytes + wire);
+            }
+            Some("goes-on") => after = Some(0),
+            _ => {}
+        }
+    }
+    Ok((rounds, after))
+}
