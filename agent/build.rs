@@ -39,7 +39,12 @@ const OUTER_PREFIXES: [&str; 5] = [
 ];
 
 /// Programs of the senses, the same for old kernels, and those that run on demand.
-const OBJECTS: [&str; 3] = ["lifeboat-ebpf", "lifeboat-plain", "lifeboat-watch"];
+const OBJECTS: [&str; 4] = [
+    "lifeboat-ebpf",
+    "lifeboat-plain",
+    "lifeboat-watch",
+    "lifeboat-trace",
+];
 
 fn main() {
     let manifest_dir = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));

@@ -219,6 +219,52 @@ pub struct Writing {
     pub bytes: u64,
 }
 
+/// What an access trace is of. A global of the programs.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Traced {
+    /// First sector on the disk; not 0 for a partition.
+    pub first_sector: u64,
+    /// Sectors.
+    pub sectors: u64,
+    /// Disk as the kernel's dev_t: major << 20 | minor.
+    pub device: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+/// Accesses that an access trace counts together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct AccessKey {
+    /// cgroup2 id of the cause.
+    pub cgroup: u64,
+    /// First sector, from the beginning of what is traced.
+    pub sector: u64,
+    /// Sectors.
+    pub sectors: u32,
+    /// [`access`].
+    pub kind: u32,
+}
+
+/// Bits of [`AccessKey::kind`].
+pub mod access {
+    /// It writes.
+    pub const WRITE: u32 = 1;
+    /// It was counted in an epoch with an odd number.
+    pub const ODD: u32 = 2;
+}
+
+/// Accesses of one [`AccessKey`] in one epoch.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Access {
+    /// The first, ns of the monotonic clock.
+    pub first_ns: u64,
+    /// How many.
+    pub count: u64,
+}
+
 /// Words of the `STATE` of a watch.
 pub mod watch_state {
     /// The current epoch; its lowest bit chooses the bitmap.
@@ -383,8 +429,10 @@ pub mod loss {
     pub const DIRTIERS: u32 = 9;
     /// `WRITING`: a write to a watched device was not noted; its end marks everything.
     pub const WRITING: u32 = 10;
+    /// `ACCESSES`: an access is missing in a trace.
+    pub const ACCESSES: u32 = 11;
     /// How many there are.
-    pub const COUNT: u32 = 11;
+    pub const COUNT: u32 = 12;
 }
 
 /// Offsets of kernel fields, in bytes, from the running kernel's BTF; and the scope.
@@ -401,6 +449,10 @@ pub struct Layout {
     pub ancestors_are_ids: u32,
     /// 1 when block_rq_issue has the queue before the request (before Linux 5.11).
     pub issue_has_queue: u32,
+    /// 1 when block_bio_queue has the queue before the bio (before Linux 5.11).
+    pub queue_has_queue: u32,
+    /// 1 when a bio names its disk itself (before Linux 5.12), 0 when its device does.
+    pub bio_has_disk: u32,
     /// 1 when a request names its disk itself (before Linux 5.17), 0 when its queue does.
     pub request_has_disk: u32,
     /// task_struct.pid
@@ -456,7 +508,7 @@ pub struct Layout {
     pub page_compound_head: u32,
     /// page.mapping
     pub page_mapping: u32,
-    /// bio.bi_bdev
+    /// bio.bi_bdev, or .bi_disk
     pub bio_device: u32,
     /// bio.bi_next
     pub bio_next: u32,
@@ -539,6 +591,12 @@ mod pod {
     unsafe impl Pod for Ancestors {}
     // SAFETY: as above.
     unsafe impl Pod for Watched {}
+    // SAFETY: as above.
+    unsafe impl Pod for Traced {}
+    // SAFETY: as above.
+    unsafe impl Pod for AccessKey {}
+    // SAFETY: as above.
+    unsafe impl Pod for Access {}
     // SAFETY: as above.
     unsafe impl Pod for Layout {}
 }

@@ -1,6 +1,7 @@
 //! Helpers shared by the end-to-end tests.
 
 pub mod boxes;
+pub mod disk;
 pub mod scope;
 pub mod shop;
 pub mod stage;

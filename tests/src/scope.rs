@@ -28,6 +28,11 @@ impl Scope {
         Some(Self(path))
     }
 
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
     /// A cgroup below it.
     pub fn cgroup(&self, name: &str) -> PathBuf {
         let path = self.0.join(name);

@@ -2,88 +2,18 @@
 //! epoch says, has its true copy. Needs root.
 
 use lifeboat::telemetry::dirty::{Changes, Watch};
+use lifeboat_tests::disk::{Disk, output};
 use std::fs;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-const MIB: u64 = 1 << 20;
-
-/// A loop device over a file, and perhaps a file system on it; taken apart when dropped.
-struct Disk {
-    directory: PathBuf,
-    device: PathBuf,
-}
-
-impl Disk {
-    fn new(name: &str, mib: u64) -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() {
-            println!("not run: loop devices need root");
-            return None;
-        }
-        let directory = Path::new(env!("CARGO_TARGET_TMPDIR"))
-            .join(format!("dirty-{name}-{}", std::process::id()));
-        fs::create_dir(&directory).expect("a directory");
-        let backing = File::create(directory.join("disk")).expect("a file");
-        backing.set_len(mib * MIB).expect("sparse");
-        let path = directory.join("disk");
-        // Through the page cache, so that whoever reads the file reads what the device holds.
-        let path = path.to_str().expect("plain");
-        let device = output("losetup", &["--direct-io=off", "--find", "--show", path]);
-        let device = PathBuf::from(device.trim());
-        Some(Self { directory, device })
-    }
-
-    fn device(&self) -> &str {
-        self.device.to_str().expect("plain")
-    }
-
-    fn mount(&self) -> String {
-        let at = self.directory.join("mount");
-        fs::create_dir_all(&at).expect("a directory");
-        let at = at.to_str().expect("plain").to_owned();
-        output("mount", &["-o", "discard", self.device(), &at]);
-        at
-    }
-
-    fn unmount(&self) {
-        let at = self.directory.join("mount");
-        output("umount", &[at.to_str().expect("plain")]);
-    }
-
-    /// What the device holds, as the file below it has it.
-    fn below(&self) -> File {
-        File::open(self.directory.join("disk")).expect("the file")
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let quiet = |program: &str, argument: &Path| {
-            let _ = Command::new(program)
-                .arg(argument)
-                .stderr(Stdio::null())
-                .status();
-        };
-        quiet("umount", &self.directory.join("mount"));
-        let _ = Command::new("losetup").arg("-d").arg(&self.device).status();
-        let _ = fs::remove_dir_all(&self.directory);
-    }
-}
-
-fn output(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
+fn disk(name: &str, mib: u64) -> Option<Disk> {
+    Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), name, mib)
 }
 
 fn storm(target: &[&str]) -> Child {
@@ -184,7 +114,7 @@ fn blake3_of(bytes: &[u8]) -> u64 {
 
 #[test]
 fn a_copy_by_dirty_extents_is_true_after_a_storm_on_the_raw_device() {
-    let Some(disk) = Disk::new("raw", 256) else {
+    let Some(disk) = disk("raw", 256) else {
         return;
     };
     let mut watch = Watch::start(Path::new("/"), &disk.device).expect("watched");
@@ -218,7 +148,7 @@ fn a_copy_by_dirty_extents_is_true_after_a_storm_on_the_raw_device() {
 }
 
 fn on_a_file_system(name: &str, make: &[&str]) {
-    let Some(disk) = Disk::new(name, 400) else {
+    let Some(disk) = disk(name, 400) else {
         return;
     };
     output(make[0], &[&make[1..], &[disk.device()]].concat());

@@ -20,6 +20,7 @@ mod policy;
 mod record;
 mod relations;
 mod status;
+mod trace;
 
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -54,6 +55,7 @@ enum Command {
     Policy(policy::Args),
     Observe(observe::Arguments),
     Record(record::Arguments),
+    Trace(trace::Arguments),
     Metrics(metrics::Arguments),
     Plan(plan::Arguments),
     Evacuate(evacuate::Arguments),
@@ -119,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status::run(&arguments, &context),
         Command::Explain(arguments) => explain::run(&arguments, &context),
         Command::Record(arguments) => record::run(&arguments, &context),
+        Command::Trace(arguments) => trace::run(&arguments, &context),
         Command::Abort(arguments) => plans::abort(&arguments, &context),
         Command::Approve(arguments) => plans::approve(&arguments, &context),
         Command::Report(arguments) => plans::report(&arguments, &context),

@@ -6,6 +6,7 @@ use crate::api::client::{Client, ClientError};
 use crate::api::local::Sweep;
 use crate::health::{Encoder, MAGIC, RecordingHeader, recorded, span};
 use crate::model::units::{Bytes, UnixMillis, human_duration};
+use crate::telemetry::trace::What;
 use anyhow::Context as _;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
@@ -17,15 +18,31 @@ use tokio::signal::unix::{SignalKind, signal};
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Records the device's samples, sweep by sweep, until Ctrl-C. A file that is there already is continued.
-/// Or prints what changed on a block device, epoch by epoch.
+/// Or prints what changed on a block device, epoch by epoch. Or traces which parts of a device or directory
+/// are accessed first and how often.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// The recording.
-    #[arg(short, long, value_name = "FILE", required_unless_present = "dirty")]
+    #[arg(short, long, value_name = "FILE", required_unless_present_any = ["dirty", "trace"])]
     output: Option<PathBuf>,
     /// Print which extents of this block device were written, zeroed or discarded; needs root and no agent.
     #[arg(long, value_name = "DEVICE", conflicts_with = "output")]
     dirty: Option<PathBuf>,
+    /// Write an access trace to this file, of --device or --volume; needs root. The agent, when it runs, names
+    /// the containers.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "dirty"])]
+    trace: Option<PathBuf>,
+    /// The block device that is traced.
+    #[arg(long, requires = "trace", required_unless_present_any = ["volume", "output", "dirty"])]
+    device: Option<PathBuf>,
+    /// The directory whose files are traced.
+    #[arg(
+        long,
+        value_name = "DIRECTORY",
+        requires = "trace",
+        conflicts_with = "device"
+    )]
+    volume: Option<PathBuf>,
     /// Length of an epoch of `--dirty`.
     #[arg(long, value_name = "SPAN", value_parser = span, default_value = "1s", requires = "dirty")]
     every: Duration,
@@ -38,6 +55,14 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
     if let Some(device) = &arguments.dirty {
         return super::dirty::run(device, arguments.every, arguments.lasting, context);
+    }
+    if let Some(file) = &arguments.trace {
+        let device = arguments.device.clone().map(What::Device);
+        let volume = arguments.volume.clone().map(What::Directory);
+        let what = device
+            .or(volume)
+            .context("neither a device nor a directory is named")?;
+        return super::trace::record(file, what, arguments.lasting, context);
     }
     let output = arguments.output.as_deref().context("no file is named")?;
     let done = ask(&context.socket, async |agent| {

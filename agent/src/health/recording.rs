@@ -12,6 +12,7 @@
 
 use crate::model::metric::{Per, Sample, Subject};
 use crate::model::units::UnixMillis;
+use crate::model::varint::{get, get_signed, put, put_signed};
 use serde::de::IntoDeserializer;
 use serde::de::value::StrDeserializer;
 use serde::{Deserialize, Serialize};
@@ -149,18 +150,6 @@ fn check(payload: &[u8]) -> [u8; 4] {
     [bytes[0], bytes[1], bytes[2], bytes[3]]
 }
 
-fn put(out: &mut Vec<u8>, mut number: u64) {
-    while number >= 0x80 {
-        out.push(number as u8 | 0x80);
-        number >>= 7;
-    }
-    out.push(number as u8);
-}
-
-fn put_signed(out: &mut Vec<u8>, number: i64) {
-    put(out, ((number << 1) ^ (number >> 63)) as u64);
-}
-
 /// What [`sweeps`] tells of a recording.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecordingEnd {
@@ -281,24 +270,6 @@ impl Decoder {
 fn per(word: &str) -> Option<Per> {
     let word: StrDeserializer<'_, serde::de::value::Error> = word.into_deserializer();
     Per::deserialize(word).ok()
-}
-
-fn get(bytes: &mut &[u8]) -> Option<u64> {
-    let mut number = 0;
-    for shift in (0..64).step_by(7) {
-        let (byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        number |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(number);
-        }
-    }
-    None
-}
-
-fn get_signed(bytes: &mut &[u8]) -> Option<i64> {
-    let number = get(bytes)?;
-    Some((number >> 1) as i64 ^ -((number & 1) as i64))
 }
 
 fn text<'a>(bytes: &mut &'a [u8]) -> Option<&'a str> {

@@ -14,5 +14,7 @@ pub mod nearest;
 pub mod places;
 pub mod plan;
 pub mod telemetry;
+pub mod trace;
 pub mod units;
+pub(crate) mod varint;
 pub mod volume;

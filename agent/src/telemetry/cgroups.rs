@@ -57,6 +57,12 @@ impl Cgroups {
         self.paths.contains_key(&id)
     }
 
+    /// Path below the scope of a cgroup in the tree, as last read.
+    #[must_use]
+    pub fn path(&self, id: u64) -> Option<&str> {
+        self.paths.get(&id).map(String::as_str)
+    }
+
     /// The container of every cgroup.
     #[must_use]
     pub fn owners(&self, containers: &[Container]) -> HashMap<u64, ContainerName> {
@@ -68,7 +74,8 @@ impl Cgroups {
 }
 
 /// The container with the longest cgroup path that is `path` or above it.
-fn owner<'a>(path: &str, containers: &'a [Container]) -> Option<&'a ContainerName> {
+#[must_use]
+pub fn owner<'a>(path: &str, containers: &'a [Container]) -> Option<&'a ContainerName> {
     containers
         .iter()
         .filter(|container| is_below(path, &container.cgroup_path))

@@ -6,6 +6,7 @@
 //! Non-goals: writes past the block layer (DAX), and to the file below a loop device.
 
 use super::btf::KernelTypes;
+use super::device::{self, Place};
 use super::kernel::mapped::Mapped;
 use super::kernel::{BTF_PATH, attach, chain};
 use super::layout::{self, Family};
@@ -15,7 +16,6 @@ use lifeboat_ebpf::{SECTOR_SHIFT, Watched, watch_state};
 use std::fs;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -110,7 +110,7 @@ impl Watch {
     /// # Errors
     /// Any [`WatchError`].
     pub fn start(root: &Path, device: &Path) -> Result<Self, WatchError> {
-        let place = Place::find(root, device)?;
+        let place = place(root, device)?;
         let size = place.sectors << SECTOR_SHIFT;
         let granule = granule(size);
         let words = u32::try_from(size.div_ceil(granule).div_ceil(64))
@@ -188,85 +188,29 @@ impl Watch {
     }
 }
 
-/// Where a device lies.
-struct Place {
-    sysfs: PathBuf,
-    /// Its disk, as the kernel's dev_t.
-    disk: u32,
-    first_sector: u64,
-    sectors: u64,
-    takes_requests: bool,
-}
-
-impl Place {
-    fn find(root: &Path, device: &Path) -> Result<Self, WatchError> {
-        let missing = |why: String| WatchError::NoDevice {
+/// A device whose writes the block layer's events tell.
+fn place(root: &Path, device: &Path) -> Result<Place, WatchError> {
+    let place = device::number(device)
+        .and_then(|number| Place::find(root, number))
+        .map_err(|why| WatchError::NoDevice {
             device: device.to_owned(),
             why,
-        };
-        let metadata = fs::metadata(device).map_err(|error| missing(error.to_string()))?;
-        if !metadata.file_type().is_block_device() {
-            return Err(missing("it is no block device".to_owned()));
-        }
-        let number = metadata.rdev();
-        let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-        let sysfs = root.join(format!("sys/dev/block/{major}:{minor}"));
-        let read = |path: &str| {
-            let path = sysfs.join(path);
-            fs::read_to_string(&path)
-                .map(|text| text.trim().to_owned())
-                .map_err(|error| missing(format!("{}: {error}", path.display())))
-        };
-        let is_part = sysfs.join("partition").exists();
-        let disk = read(if is_part { "../dev" } else { "dev" })?;
-        let (major, minor) = disk
-            .split_once(':')
-            .and_then(|(major, minor)| {
-                Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
-            })
-            .ok_or_else(|| missing(format!("its disk is {disk}")))?;
-        let sectors = |path: &str| {
-            let text = read(path)?;
-            text.parse::<u64>()
-                .map_err(|_| missing(format!("its {path} is {text}")))
-        };
-        let queue = |name: &str| {
-            let path = format!("{}queue/{name}", if is_part { "../" } else { "" });
-            read(&path).unwrap_or_default()
-        };
-        let unseen = |why| WatchError::Unseen {
-            device: device.to_owned(),
-            why,
-        };
-        if !matches!(queue("zoned").as_str(), "" | "none") {
-            return Err(unseen(
-                "it is zoned, and where an append lands is only known to it",
-            ));
-        }
-        if queue("dax") == "1" {
-            return Err(unseen(
-                "memory mapped from it (DAX) is written past the block layer",
-            ));
-        }
-        let place = Self {
-            disk: major << 20 | minor,
-            first_sector: if is_part { sectors("start")? } else { 0 },
-            sectors: sectors("size")?,
-            takes_requests: sysfs.join(if is_part { "../mq" } else { "mq" }).exists(),
-            sysfs,
-        };
-        if place.sectors == 0 {
-            return Err(missing("it is empty".to_owned()));
-        }
-        Ok(place)
+        })?;
+    let unseen = |why| WatchError::Unseen {
+        device: device.to_owned(),
+        why,
+    };
+    if !matches!(place.queue("zoned").as_str(), "" | "none") {
+        return Err(unseen(
+            "it is zoned, and where an append lands is only known to it",
+        ));
     }
-
-    fn writes_under_way(&self) -> bool {
-        let text = fs::read_to_string(self.sysfs.join("inflight")).unwrap_or_default();
-        text.split_whitespace()
-            .nth(1)
-            .is_some_and(|writes| writes != "0")
+    if place.queue("dax") == "1" {
+        return Err(unseen(
+            "memory mapped from it (DAX) is written past the block layer",
+        ));
     }
+    Ok(place)
 }
 
 /// The smallest granule with which the device fits the bitmap.

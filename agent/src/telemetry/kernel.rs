@@ -84,6 +84,7 @@ const LOSSES: [&str; lifeboat_ebpf::loss::COUNT as usize] = [
     "halves",
     "dirtiers",
     "writing",
+    "accesses",
 ];
 
 /// Tracepoints with their name on older kernels.
@@ -164,7 +165,7 @@ impl Kernel {
                         };
                         let needed = |family| match family {
                             Family::WriteBack => layout.write_back_uncharged != 0,
-                            Family::Watch => false,
+                            Family::Watch | Family::Trace => false,
                             _ => true,
                         };
                         kernel.attach(&btf, cgroup, needed, &missing, disabled);
@@ -450,7 +451,8 @@ fn refused(what: &str, error: &ProgramError) -> String {
 
 /// Which capability is missing to load kernel programs; without it the kernel's own answer to each of many
 /// calls is only that it is not permitted.
-fn forbidden() -> Option<String> {
+#[must_use]
+pub fn forbidden() -> Option<String> {
     let has = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
     if has(Capability::CAP_SYS_ADMIN) {
         return None;
@@ -475,7 +477,10 @@ where
 
 /// Asks the kernel where this process lies, and places the scope by it. Also the object that this kernel can
 /// run, and the process's own cgroup.
-fn find_scope(
+///
+/// # Errors
+/// The kernel refuses, or the scope cannot be placed.
+pub fn find_scope(
     root: &Path,
     cgroup: &Path,
     layout: &Layout,
@@ -509,7 +514,7 @@ fn own_ancestors(object: &[u8], layout: &Layout) -> Result<Vec<u64>, String> {
 }
 
 /// Before Linux 5.11 maps count as locked memory, and the usual limit is less than they take.
-fn allow_locked_memory() {
+pub fn allow_locked_memory() {
     let all = libc::rlimit {
         rlim_cur: libc::RLIM_INFINITY,
         rlim_max: libc::RLIM_INFINITY,

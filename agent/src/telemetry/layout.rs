@@ -15,6 +15,8 @@ pub enum Family {
     WriteBack,
     /// Dirty extents of a watched device; in an object of their own.
     Watch,
+    /// Accesses to a traced device; in an object of their own.
+    Trace,
     /// TCP connections.
     Ports,
     /// UDP.
@@ -23,11 +25,12 @@ pub enum Family {
 
 impl Family {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Sched,
         Self::Block,
         Self::WriteBack,
         Self::Watch,
+        Self::Trace,
         Self::Ports,
         Self::Datagrams,
     ];
@@ -40,6 +43,7 @@ impl Family {
             Self::Block => "block",
             Self::WriteBack => "write-back",
             Self::Watch => "watch",
+            Self::Trace => "trace",
             Self::Ports => "ports",
             Self::Datagrams => "datagrams",
         }
@@ -70,7 +74,7 @@ const FIELDS: &[Field] = fields! {
         "task_struct.pid" => task_pid,
         "task_struct.on_cpu" => task_on_cpu,
     }
-    &[Family::Block, Family::WriteBack] => {
+    &[Family::Block, Family::WriteBack, Family::Trace] => {
         "task_struct.flags" => task_flags,
     }
     &[Family::Block] => {
@@ -85,18 +89,23 @@ const FIELDS: &[Field] = fields! {
         "inode.i_mode" => inode_mode,
     }
     &[Family::Watch] => {
+        // Since Linux 5.12, as are the atomic operations that these programs need.
         "bio.bi_bdev" => bio_device,
+        "block_device.bd_disk" => device_disk,
         "bio.bi_next" => bio_next,
+        "bio.bi_private" => bio_private,
+    }
+    &[Family::Watch, Family::Trace] => {
         "bio.bi_opf" => bio_opf,
         "bio.bi_iter.bi_sector" => bio_sector,
         "bio.bi_iter.bi_size" => bio_size,
-        "bio.bi_private" => bio_private,
-        "block_device.bd_disk" => device_disk,
     }
     &[Family::Block, Family::Watch] => {
         "request.__sector" => request_sector,
         "request.bio" => request_bio,
         "request.cmd_flags" => request_cmd_flags,
+    }
+    &[Family::Block, Family::Watch, Family::Trace] => {
         "gendisk.major" => disk_major,
         "gendisk.first_minor" => disk_first_minor,
     }
@@ -183,9 +192,19 @@ pub fn find(types: &KernelTypes) -> (Layout, Vec<(Family, Disabled)>) {
     }
     if let Err(error) = find_blkg(types, &mut layout) {
         miss(Family::Block, &error);
+        miss(Family::Trace, &error);
+    }
+    // A bio named its disk until Linux 5.11.
+    if layout.bio_device == 0 {
+        match types.offset("bio.bi_disk") {
+            Ok(offset) => (layout.bio_device, layout.bio_has_disk) = (offset, 1),
+            Err(error) => miss(Family::Trace, &error),
+        }
     }
     // Before Linux 5.11 the queue came first.
-    layout.issue_has_queue = u32::from(types.tracepoint_arguments("block_rq_issue") == Some(2));
+    let has_queue = |tracepoint| u32::from(types.tracepoint_arguments(tracepoint) == Some(2));
+    layout.issue_has_queue = has_queue("block_rq_issue");
+    layout.queue_has_queue = has_queue("block_bio_queue");
     (layout, disabled)
 }
 

@@ -7,8 +7,10 @@ mod block;
 mod book;
 mod btf;
 mod cgroups;
+mod device;
 pub mod dirty;
 mod edges;
+mod extents;
 mod host;
 mod interval;
 mod kernel;
@@ -19,6 +21,7 @@ mod ports;
 mod sampling;
 mod scope;
 mod sockets;
+pub mod trace;
 mod unix;
 
 use crate::model::container::{Container, State};
