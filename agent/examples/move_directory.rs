@@ -1,48 +1,50 @@
-//! Moves a directory between two addresses with the agent's own data plane, without a fleet: what
-//! `cargo xtask bench transfer` measures.
+//! Moves a directory between addresses with the agent's own data plane, without a fleet: what
+//! `cargo xtask bench transfer` measures and `cargo xtask soak transfer` kills.
 //!
 //! ```text
 //! MOVE_KEY=secret move_directory receive 10.0.0.2:7000 /into
-//! MOVE_KEY=secret move_directory send 10.0.0.2:7000 /from [io-uring|threads]
+//! MOVE_KEY=secret move_directory relay WAY 10.0.0.3:7000 /spool 10.0.0.2:7000
+//! MOVE_KEY=secret move_directory send [WAY] 10.0.0.2:7000 /from [10.0.0.3:7000]
 //! ```
-//! Both ends derive every key from `MOVE_KEY`. The receiver serves until it is killed; the sender
-//! prints its report as one line of JSON.
+//! `WAY` is `direct` (without it, too), `spool`, `seal-return` or `seal-forward`; all but the first need a relay. All ends derive
+//! every key from `MOVE_KEY`; `MOVE_ENGINE` chooses `io-uring` or `threads`. Receiver and relay serve until they
+//! are killed; the receiver prints how far it is as lines of JSON. The sender prints its report as one.
 
 use lifeboat::model::ids::{Epoch, PlanId, VolumeId};
 use lifeboat::model::units::Bytes;
 use lifeboat::model::volume::{VolumeKind, VolumeSpec};
 use lifeboat::transfer::{
     DataKey, DataPath, DataServer, EngineChoice, Hop, LinkKey, Options, ReceivePlan, ReceiveVolume,
-    Sender,
+    RelayPlan, Sender,
 };
 use lifeboat::volume::FleetKey;
 use std::error::Error;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 type Outcome = Result<(), Box<dyn Error>>;
 
 fn main() -> Outcome {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let secret =
-        std::env::var("MOVE_KEY").map_err(|_| "set MOVE_KEY to the same text at both ends")?;
-    let key = |purpose: &str| {
-        blake3::derive_key(
-            &format!("move_directory example {purpose}"),
-            secret.as_bytes(),
-        )
-    };
     match arguments[..] {
-        ["receive", addr, into] => receive(addr.parse()?, Path::new(into), key),
-        ["send", addr, from] => send(addr.parse()?, Path::new(from), EngineChoice::Auto, key),
-        ["send", addr, from, "threads"] => {
-            send(addr.parse()?, Path::new(from), EngineChoice::Threads, key)
+        ["receive", addr, into] => receive(addr.parse()?, Path::new(into)),
+        ["relay", way, addr, spool, target] => {
+            relay(way, addr.parse()?, Path::new(spool), target.parse()?)
         }
-        ["send", addr, from, "io-uring"] => {
-            send(addr.parse()?, Path::new(from), EngineChoice::IoUring, key)
+        ["send", target, from] => send("direct", target.parse()?, Path::new(from), None),
+        ["send", way, target, from] => send(way, target.parse()?, Path::new(from), None),
+        ["send", way, target, from, relay] => {
+            send(way, target.parse()?, Path::new(from), Some(relay.parse()?))
         }
-        _ => Err("use: receive ADDR DIRECTORY | send ADDR DIRECTORY [io-uring|threads]".into()),
+        _ => Err(
+            "use: receive ADDR DIRECTORY | relay WAY ADDR SPOOL TARGET | send [WAY] TARGET DIRECTORY [RELAY]"
+                .into(),
+        ),
     }
 }
 
@@ -50,20 +52,36 @@ fn plan() -> PlanId {
     PlanId::from("move-directory")
 }
 
-fn receive(addr: SocketAddr, into: &Path, key: impl Fn(&str) -> [u8; 32]) -> Outcome {
-    let options = Options {
+fn key(purpose: &str) -> Result<[u8; 32], &'static str> {
+    let secret =
+        std::env::var("MOVE_KEY").map_err(|_| "set MOVE_KEY to the same text at all ends")?;
+    let context = format!("move_directory example {purpose}");
+    Ok(blake3::derive_key(&context, secret.as_bytes()))
+}
+
+fn options() -> Options {
+    Options {
         engine: match std::env::var("MOVE_ENGINE").as_deref() {
             Ok("threads") => EngineChoice::Threads,
+            Ok("io-uring") => EngineChoice::IoUring,
             _ => EngineChoice::Auto,
         },
         ..Options::default()
-    };
-    let server = DataServer::bind(addr, options)?;
+    }
+}
+
+fn target_at(addr: SocketAddr) -> Result<Hop, &'static str> {
+    let link_key = LinkKey(key("link")?);
+    Ok(Hop { addr, link_key })
+}
+
+fn receive(addr: SocketAddr, into: &Path) -> Outcome {
+    let server = DataServer::bind(addr, options())?;
     server.admit_receive(ReceivePlan {
         plan: plan(),
-        link_key: LinkKey(key("link")),
-        data_key: DataKey(key("data")),
-        fleet_key: FleetKey(key("fleet")),
+        link_key: LinkKey(key("link")?),
+        data_key: DataKey(key("data")?),
+        fleet_key: FleetKey(key("fleet")?),
         volumes: vec![ReceiveVolume {
             id: VolumeId(0),
             name: "directory".to_owned(),
@@ -71,27 +89,48 @@ fn receive(addr: SocketAddr, into: &Path, key: impl Fn(&str) -> [u8; 32]) -> Out
         }],
     });
     println!("{}", server.addr());
+    let mut last = String::new();
+    loop {
+        let progress = server.progress(&plan()).unwrap_or_default();
+        let line = serde_json::to_string(&progress.first())?;
+        if line != last {
+            println!("{line}");
+            last = line;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn relay(way: &str, addr: SocketAddr, spool: &Path, target: SocketAddr) -> Outcome {
+    let server = DataServer::bind(addr, options())?;
+    let target = target_at(target)?;
+    server.admit_relay(RelayPlan {
+        plan: plan(),
+        link_key: LinkKey(key("relay")?),
+        seal_key: way
+            .starts_with("seal")
+            .then(|| key("data").map(DataKey))
+            .transpose()?,
+        forward: (way != "seal-return").then_some(target),
+        spool: spool.to_owned(),
+    });
+    println!("{}", server.addr());
     loop {
         std::thread::park();
     }
 }
 
-fn send(
-    addr: SocketAddr,
-    from: &Path,
-    engine: EngineChoice,
-    key: impl Fn(&str) -> [u8; 32],
-) -> Outcome {
-    let path = DataPath::Direct {
-        target: Hop {
-            addr,
-            link_key: LinkKey(key("link")),
-        },
-        data_key: DataKey(key("data")),
-    };
-    let options = Options {
-        engine,
-        ..Options::default()
+fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -> Outcome {
+    let target = target_at(target)?;
+    let data_key = DataKey(key("data")?);
+    let link_key = LinkKey(key("relay")?);
+    let relay = relay.map(|addr| Hop { addr, link_key });
+    let path = match (way, relay) {
+        ("direct", None) => DataPath::Direct { target, data_key },
+        ("spool", Some(relay)) => DataPath::ViaSpool { relay, data_key },
+        ("seal-return", Some(sealer)) => DataPath::SealReturn { sealer, target },
+        ("seal-forward", Some(relay)) => DataPath::SealForward { relay },
+        _ => return Err(format!("{way} is no way, or lacks or has a relay too many").into()),
     };
     let volume = VolumeSpec {
         id: VolumeId(0),
@@ -102,7 +141,7 @@ fn send(
         size: Bytes(0),
         entries: 0,
     };
-    let mut sender = Sender::new(plan(), path, FleetKey(key("fleet")), options);
+    let mut sender = Sender::new(plan(), path, FleetKey(key("fleet")?), options());
     let (_, report) =
         sender.send_epoch(&volume, Epoch(1), false, None, &std::sync::Arc::default())?;
     println!("{}", serde_json::to_string(&report)?);

@@ -12,6 +12,7 @@ pub mod ledger;
 pub mod load;
 pub mod process;
 pub mod setup;
+pub mod soak;
 pub mod test;
 pub mod topology;
 pub mod workspace;

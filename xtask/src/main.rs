@@ -24,6 +24,8 @@ enum Task {
     Bench(xtask::bench::Arguments),
     /// Lab hosts on this machine
     Lab(xtask::lab::command::Arguments),
+    /// Random failures over and over
+    Soak(xtask::soak::Arguments),
     /// Writes to the demo application and keeps a ledger
     Load(xtask::load::Arguments),
 }
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Task::Demo(arguments) => xtask::demo::demo(&arguments),
         Task::Bench(arguments) => xtask::bench::bench(&arguments),
         Task::Lab(arguments) => xtask::lab::command::run(&arguments),
+        Task::Soak(arguments) => xtask::soak::soak(&arguments),
         Task::Load(arguments) => xtask::load::run(&arguments),
     };
     match result {

@@ -21,13 +21,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Which record numbers have arrived.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Arrived {
     watermark: u64,
     above: BTreeSet<u64>,
 }
 
 impl Arrived {
+    /// Everything below `watermark`.
+    pub(super) fn below(watermark: u64) -> Self {
+        Self {
+            watermark,
+            above: BTreeSet::new(),
+        }
+    }
+
     pub(super) fn contains(&self, number: u64) -> bool {
         number < self.watermark || self.above.contains(&number)
     }
@@ -64,6 +72,8 @@ pub(super) enum ReceiveError {
         epoch: Epoch,
         what: &'static str,
     },
+    #[error("volume {volume}, epoch {epoch}: another attempt took the place of this one")]
+    Replaced { volume: String, epoch: Epoch },
     #[error(transparent)]
     Rebuild(#[from] RebuildError),
     #[error(transparent)]
@@ -83,6 +93,7 @@ impl ReceiveError {
             Self::Protocol { .. } | Self::Rebuild(RebuildError::Disagree { .. }) => {
                 FailureCode::Protocol
             }
+            Self::Replaced { .. } => FailureCode::Forgotten,
             Self::Apply(error) | Self::Rebuild(RebuildError::Apply(error)) if error.is_full() => {
                 FailureCode::NoSpace
             }

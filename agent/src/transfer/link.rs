@@ -67,6 +67,13 @@ pub enum LinkError {
     Local(String),
 }
 
+impl LinkError {
+    /// Whether a device on the path was started anew: the epoch can be begun again at once.
+    pub(super) fn is_forgotten(&self) -> bool {
+        matches!(self, Self::Failed(failure) if failure.code == FailureCode::Forgotten)
+    }
+}
+
 /// What the peer says while records flow.
 #[derive(Debug)]
 pub(super) enum Event {
@@ -83,6 +90,8 @@ pub(super) enum Event {
 /// The first answer of the peer.
 #[derive(Debug)]
 pub(super) struct Opened {
+    /// All records below this number have arrived.
+    pub(super) watermark: u64,
     pub(super) basis: Basis,
     pub(super) salt: Salt,
     pub(super) have: Vec<Have>,
@@ -96,6 +105,8 @@ pub(super) struct LinkSetup {
     pub(super) volume: VolumeId,
     pub(super) epoch: Epoch,
     pub(super) begin: Message,
+    /// The peer agreed to this plan before: should it refuse now, it was started anew and will know it soon.
+    pub(super) known: bool,
     pub(super) options: Options,
     pub(super) progress: Arc<Progress>,
 }
@@ -112,6 +123,10 @@ struct State {
     over: Option<Result<Done, LinkError>>,
     /// Something was acknowledged since the last connection began.
     moved: bool,
+    /// All records below this number were acknowledged.
+    acknowledged: u64,
+    /// What the peer's first answer said to build upon, and its salt.
+    agreed: Option<(Basis, Salt)>,
     spare: Vec<Vec<u8>>,
 }
 
@@ -144,6 +159,8 @@ impl Link {
                 broken: None,
                 over: None,
                 moved: false,
+                acknowledged: 0,
+                agreed: None,
                 spare: Vec::new(),
             }),
             changed: Condvar::new(),
@@ -192,6 +209,11 @@ impl Link {
         state.unsent.push_back(number);
         self.shared.changed.notify_all();
         Ok(())
+    }
+
+    /// Number below which everything was acknowledged.
+    pub(super) fn acknowledged(&self) -> u64 {
+        lock(&self.shared.state).acknowledged
     }
 
     /// A used buffer, or a new one.
@@ -288,7 +310,7 @@ impl Shared {
     fn run(&self, mut handler: Handler, opened: &SyncSender<Opened>) {
         let options = &self.setup.options;
         let mut attempts = 0;
-        let mut first = true;
+        let mut first = !self.setup.known;
         while !self.is_over() {
             let mut agreed = false;
             let ended = self.connection(&mut handler, opened, &mut agreed);
@@ -383,14 +405,15 @@ impl Shared {
             .map_err(broken)?;
         let answer = begun(&mut receiver)?;
         *agreed = true;
-        self.release(..answer.0);
+        self.remembered(&answer)?;
+        self.release(..answer.watermark);
         {
             let mut state = lock(&self.state);
             state.broken = None;
             state.unsent = state.window.keys().copied().collect();
         }
         // Only the first connection's answer is awaited.
-        let _ = opened.try_send(answer.1);
+        let _ = opened.try_send(answer);
 
         std::thread::scope(|scope| {
             let reader = scope.spawn(|| {
@@ -407,6 +430,23 @@ impl Shared {
             let _ = reader.join();
         });
         Ok(())
+    }
+
+    /// Fails when the peer does not go on with what was agreed: it was started anew, and records that it
+    /// had acknowledged are no longer here to be sent again.
+    fn remembered(&self, answer: &Opened) -> Result<(), Ended> {
+        let mut state = lock(&self.state);
+        let agreed = *state.agreed.get_or_insert((answer.basis, answer.salt));
+        if agreed == (answer.basis, answer.salt) && answer.watermark >= state.acknowledged {
+            state.acknowledged = answer.watermark;
+            return Ok(());
+        }
+        let text = format!(
+            "the device at {} was started anew during the epoch; send the epoch again",
+            self.setup.hop.addr
+        );
+        let code = FailureCode::Forgotten;
+        Err(Ended::Fatal(LinkError::Failed(Failure { code, text })))
     }
 
     /// Sends what waits until the connection or the link is over.
@@ -458,6 +498,9 @@ impl Shared {
             match receiver.next(std::mem::take(&mut buffer)) {
                 Ok(Incoming::Message(_, _, Message::Ack(watermark))) => {
                     self.release(..watermark);
+                    let mut state = lock(&self.state);
+                    state.acknowledged = state.acknowledged.max(watermark);
+                    drop(state);
                     let _ = handler(Event::Ack(watermark));
                 }
                 Ok(Incoming::Message(_, _, Message::Done(done))) => {
@@ -515,8 +558,8 @@ fn silent(error: ConnectionError) -> String {
 }
 
 /// Waits for the peer's answer to `Begin`. Acknowledgements before it are signs of life.
-fn begun(receiver: &mut connection::Receiver) -> Result<(u64, Opened), Ended> {
-    let mut answer: Option<(u64, Opened)> = None;
+fn begun(receiver: &mut connection::Receiver) -> Result<Opened, Ended> {
+    let mut answer: Option<Opened> = None;
     loop {
         let Incoming::Message(_, _, message) = receiver
             .next(Vec::new())
@@ -535,10 +578,14 @@ fn begun(receiver: &mut connection::Receiver) -> Result<(u64, Opened), Ended> {
                 },
                 None,
             ) => {
-                let have = Vec::new();
-                answer = Some((watermark, Opened { basis, salt, have }));
+                answer = Some(Opened {
+                    watermark,
+                    basis,
+                    salt,
+                    have: Vec::new(),
+                });
             }
-            (Message::Have(list), Some((_, opened))) => opened.have.extend(list),
+            (Message::Have(list), Some(opened)) => opened.have.extend(list),
             (Message::HaveEnd, Some(_)) => {
                 if let Some(answer) = answer {
                     return Ok(answer);

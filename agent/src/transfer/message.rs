@@ -25,6 +25,9 @@ pub enum FailureCode {
     Protocol,
     /// A device behind the relay could not be reached.
     Unreachable,
+    /// A device on the path was started anew and does not know the attempt; what it holds it says when the
+    /// epoch is begun again.
+    Forgotten,
 }
 
 /// A receiver's reason to stop.
@@ -166,6 +169,7 @@ impl Message {
                     FailureCode::Corrupt => 2,
                     FailureCode::Protocol => 3,
                     FailureCode::Unreachable => 4,
+                    FailureCode::Forgotten => 5,
                 });
                 put_short(out, failure.text.as_bytes());
             }
@@ -239,6 +243,7 @@ impl Message {
                     2 => FailureCode::Corrupt,
                     3 => FailureCode::Protocol,
                     4 => FailureCode::Unreachable,
+                    5 => FailureCode::Forgotten,
                     _ => return Err(Malformed("an unknown failure code")),
                 },
                 text: String::from_utf8_lossy(reader.short()?).into_owned(),

@@ -50,6 +50,8 @@ pub(super) struct Rebuild {
     key: FleetKey,
     state: Mutex<State>,
     pub(super) bytes_written: AtomicU64,
+    /// Of those, bytes that were here already.
+    pub(super) bytes_again: AtomicU64,
     refuses_direct: AtomicBool,
 }
 
@@ -129,6 +131,7 @@ impl Rebuild {
             key,
             state: Mutex::new(state),
             bytes_written: AtomicU64::new(0),
+            bytes_again: AtomicU64::new(0),
             refuses_direct: AtomicBool::new(false),
         }
     }
@@ -275,6 +278,10 @@ impl Rebuild {
             Block::Data(expected, bytes) => {
                 let signature = sign::signature(&self.key, bytes);
                 if signature == *expected {
+                    if held(at) == Some(signature) {
+                        let again = bytes.len() as u64;
+                        self.bytes_again.fetch_add(again, Ordering::Relaxed);
+                    }
                     return Ok(signature);
                 }
                 Err(RebuildError::WrongSignature {

@@ -7,7 +7,7 @@
 use super::Options;
 use super::connection::{Incoming, Receiver, Transmitter};
 use super::feed::{Arrived, Feed, ReceiveError, Voice};
-use super::message::{Basis, Done, Failure, Message, SessionId, have_messages};
+use super::message::{Basis, Done, Failure, FailureCode, Message, SessionId, have_messages};
 use super::queue::lock;
 use super::rebuild::{Rebuild, Tree};
 use super::seal::{DataKey, LinkKey, Salt, Sealer};
@@ -15,7 +15,7 @@ use super::sender::path_hash;
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::volume::apply::Destination;
 use crate::volume::{BlockSize, FleetKey, scan};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -56,6 +56,8 @@ pub struct ReceiveProgress {
     pub complete: Option<(Epoch, Signature)>,
     /// Plain bytes written so far, over all epochs.
     pub bytes_written: u64,
+    /// Of those, bytes that it had already, at the same place of the same file.
+    pub bytes_again: u64,
     /// Records applied so far, over all epochs.
     pub records: u64,
     /// Why the last epoch stopped, if it did.
@@ -75,6 +77,7 @@ pub(super) struct Volume {
     /// Held while a session is being made, which can take a scan.
     pub(super) beginning: Mutex<()>,
     pub(super) bytes_written: AtomicU64,
+    pub(super) bytes_again: AtomicU64,
     pub(super) records: AtomicU64,
 }
 
@@ -83,7 +86,12 @@ pub(super) struct VolumeState {
     pub(super) complete: Option<Complete>,
     pub(super) session: Option<Arc<Session>>,
     pub(super) failure: Option<String>,
+    /// Sessions that others took the place of, newest last: what is left of them must not come back.
+    replaced: VecDeque<(SessionId, Salt)>,
 }
+
+/// Most of them that are remembered.
+const REPLACED_CAP: usize = 64;
 
 /// The tree of the last complete epoch.
 pub(super) struct Complete {
@@ -97,6 +105,8 @@ pub(super) struct Complete {
 pub(super) struct Session {
     pub(super) id: SessionId,
     pub(super) epoch: Epoch,
+    /// A paired device that seals draws another one when it was started anew.
+    salt: Salt,
     pub(super) basis: Basis,
     pub(super) opener: Sealer,
     pub(super) rebuild: Rebuild,
@@ -127,6 +137,7 @@ impl Reception {
                     state: Mutex::default(),
                     beginning: Mutex::default(),
                     bytes_written: AtomicU64::new(0),
+                    bytes_again: AtomicU64::new(0),
                     records: AtomicU64::new(0),
                 };
                 (volume.spec.id, volume)
@@ -146,14 +157,16 @@ impl Reception {
     pub(super) fn progress(&self) -> Vec<ReceiveProgress> {
         let progress = |volume: &Volume| {
             let state = lock(&volume.state);
-            let running = state.session.as_ref();
+            let running = state.session.as_ref().map(|session| &session.rebuild);
+            let sum = |before: &AtomicU64, now: fn(&Rebuild) -> &AtomicU64| {
+                let now = running.map_or(0, |rebuild| now(rebuild).load(Ordering::Relaxed));
+                before.load(Ordering::Relaxed) + now
+            };
             ReceiveProgress {
                 volume: volume.spec.id,
                 complete: state.complete.as_ref().map(|last| (last.epoch, last.root)),
-                bytes_written: volume.bytes_written.load(Ordering::Relaxed)
-                    + running.map_or(0, |session| {
-                        session.rebuild.bytes_written.load(Ordering::Relaxed)
-                    }),
+                bytes_written: sum(&volume.bytes_written, |rebuild| &rebuild.bytes_written),
+                bytes_again: sum(&volume.bytes_again, |rebuild| &rebuild.bytes_again),
                 records: volume.records.load(Ordering::Relaxed),
                 failure: state.failure.clone(),
             }
@@ -199,8 +212,12 @@ impl Reception {
             scope.spawn(|| voice.heartbeat(self.options.patience / 4));
             if let Err(error) = self.session(volume, epoch, &begin, &mut receiver, &voice, socket) {
                 let failure = error.failure();
-                tracing::error!(%plan, "{}", failure.text);
-                lock(&volume.state).failure = Some(failure.text.clone());
+                if failure.code == FailureCode::Forgotten {
+                    tracing::warn!(%plan, "{}", failure.text);
+                } else {
+                    tracing::error!(%plan, "{}", failure.text);
+                    lock(&volume.state).failure = Some(failure.text.clone());
+                }
                 voice.say(&Message::Failed(failure));
                 receiver.discard();
             }
@@ -228,8 +245,15 @@ impl Reception {
             return Ok(());
         };
         let beginning = lock(&volume.beginning);
+        if lock(&volume.state).replaced.contains(&(*id, *salt)) {
+            return Err(ReceiveError::Replaced {
+                volume: volume.spec.name.clone(),
+                epoch,
+            });
+        }
         let current = lock(&volume.state).session.clone();
-        let resumed = current.filter(|session| session.id == *id && session.epoch == epoch);
+        let resumed = current
+            .filter(|session| (session.id, session.epoch, session.salt) == (*id, epoch, *salt));
         let is_new = resumed.is_none();
         let session = match resumed {
             Some(session) => {
@@ -293,11 +317,20 @@ impl Reception {
             (state.session.take(), state.complete.take())
         };
         if let Some(old) = old {
+            {
+                let replaced = &mut lock(&volume.state).replaced;
+                replaced.push_back((old.id, old.salt));
+                if replaced.len() > REPLACED_CAP {
+                    replaced.pop_front();
+                }
+            }
             old.take_over(None);
             // Its last records are applied, or not, before anything new is.
             drop(lock(&old.running));
             let written = old.rebuild.bytes_written.load(Ordering::Relaxed);
             volume.bytes_written.fetch_add(written, Ordering::Relaxed);
+            let again = old.rebuild.bytes_again.load(Ordering::Relaxed);
+            volume.bytes_again.fetch_add(again, Ordering::Relaxed);
         }
         let spec = &volume.spec;
         let destination = Destination::open(&spec.name, &spec.destination)?;
@@ -321,6 +354,7 @@ impl Reception {
         Ok(Arc::new(Session {
             id,
             epoch,
+            salt,
             basis,
             opener: Sealer::new(&self.plan.plan, &self.plan.data_key, &salt),
             rebuild: Rebuild::new(

@@ -122,6 +122,9 @@ impl Upstream {
                 None => self.acknowledge(watermark),
             },
             Event::Done(done) => {
+                if let Some(spool) = spool {
+                    spool.discard();
+                }
                 *lock(&self.outcome) = Some(Ok(done));
                 self.say(&Message::Done(done));
             }
@@ -220,12 +223,15 @@ impl Relay {
         let session = match resumed {
             Some(session) => session,
             None => {
-                let (session, held) = self.begin(id, epoch, begin)?;
-                have = held;
-                let old = lock(&self.sessions).insert(id, Arc::clone(&session));
+                // The old one must have left the target before a new one comes there.
+                let old = lock(&self.sessions).remove(&id);
                 if let Some(old) = old {
                     old.end();
+                    drop(lock(&old.running));
                 }
+                let (session, held) = self.begin(id, epoch, begin)?;
+                have = held;
+                lock(&self.sessions).insert(id, Arc::clone(&session));
                 session
             }
         };
@@ -282,9 +288,9 @@ impl Relay {
         let upstream: Arc<Upstream> = Arc::default();
         let spool = match (&plan.forward, seals) {
             (Some(_), false) => {
-                let name = format!("{}-{id}-{epoch}", hex::encode(session));
-                let spool = Spool::new(&plan.spool, &name).map_err(|e| full(&e, &e.source))?;
-                Some(Arc::new(spool))
+                let name = format!("{epoch}-{}", hex::encode(session));
+                let spool = Spool::open(&plan.spool.join(id.to_string()), &name);
+                Some(Arc::new(spool.map_err(|e| full(&e, &e.source))?))
             }
             (None, false) => {
                 return Err(protocol("neither encrypt nor transfer is delegated here"));
@@ -307,6 +313,7 @@ impl Relay {
                         basis,
                     },
                     options: self.options.clone(),
+                    known: true,
                     progress: Arc::new(Progress::default()),
                 };
                 let (events, kept) = (Arc::clone(&upstream), spool.clone());
@@ -319,7 +326,15 @@ impl Relay {
                 Some(Arc::new(link))
             }
         };
+        // What a target that remembers the session has, and what an earlier life of this device spooled.
+        let watermark = opened.as_ref().map_or(0, |opened| opened.watermark);
+        *lock(&upstream.arrived) = Arrived::below(watermark);
+        upstream.watermark.store(watermark, Ordering::Relaxed);
         if let (Some(spool), Some(link)) = (&spool, &link) {
+            let arrived = spool.go_on_at(watermark).map_err(|e| full(&e, &e.source))?;
+            let durable = arrived.watermark();
+            *lock(&upstream.arrived) = arrived;
+            upstream.watermark.store(durable, Ordering::Relaxed);
             carry_on(spool, link, &upstream)?;
         }
         let basis = opened

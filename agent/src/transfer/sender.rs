@@ -16,7 +16,7 @@ use crate::model::volume::VolumeSpec;
 use crate::volume::scan::ScanError;
 use crate::volume::{BlockSize, Exception, FleetKey, TreeState};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 /// The path of a block (who seals, who carries).
@@ -143,10 +143,21 @@ pub struct EpochReport {
     pub duration: Duration,
 }
 
+/// What came of an attempt, also of one that failed.
+#[derive(Default)]
+struct Attempt {
+    /// Bytes of records.
+    wire: Bytes,
+    /// The target took some of them.
+    moved: bool,
+}
+
 /// Sends volumes of one plan along one path.
 #[derive(Debug)]
 pub struct Sender {
     plan: PlanId,
+    /// The peers agreed to the plan before.
+    agreed: bool,
     path: DataPath,
     fleet_key: FleetKey,
     options: Options,
@@ -221,6 +232,7 @@ impl Sender {
     pub fn new(plan: PlanId, path: DataPath, fleet_key: FleetKey, options: Options) -> Self {
         Self {
             plan,
+            agreed: false,
             path,
             fleet_key,
             options,
@@ -245,6 +257,40 @@ impl Sender {
         progress: &Arc<Progress>,
     ) -> Result<(TreeState, EpochReport), SendError> {
         let started = Instant::now();
+        let (mut wire, mut fruitless) = (0, 0);
+        loop {
+            let mut attempt = Attempt::default();
+            let sent = self.attempt(volume, epoch, frozen, previous, progress, &mut attempt);
+            wire += attempt.wire.0;
+            match sent {
+                Err(SendError::Link { source, .. })
+                    if source.is_forgotten() && fruitless < self.options.retries =>
+                {
+                    // What the peer has of it by now it will say, and that is not sent again.
+                    fruitless = if attempt.moved { 0 } else { fruitless + 1 };
+                    tracing::warn!(volume = volume.name, %epoch, "{source}; it is begun again");
+                    self.agreed = true;
+                }
+                Ok((state, mut report)) => {
+                    report.bytes_on_wire = Bytes(wire);
+                    report.duration = started.elapsed();
+                    return Ok((state, report));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// One attempt, from its first connection to the target's word.
+    fn attempt(
+        &self,
+        volume: &VolumeSpec,
+        epoch: Epoch,
+        frozen: bool,
+        previous: Option<&TreeState>,
+        progress: &Arc<Progress>,
+        attempt: &mut Attempt,
+    ) -> Result<(TreeState, EpochReport), SendError> {
         let block_size = previous.map_or_else(
             || BlockSize::for_volume(volume.size.0),
             |state| state.block_size,
@@ -273,6 +319,24 @@ impl Sender {
             progress,
             outlet: &outlet,
             options: &self.options,
+        };
+        let sent = self.send(&source, epoch, &last);
+        attempt.wire = Bytes(outlet.bytes.into_inner());
+        attempt.moved = last.acknowledged() > 0;
+        sent
+    }
+
+    fn send(
+        &self,
+        source: &Source<'_>,
+        epoch: Epoch,
+        last: &Link,
+    ) -> Result<(TreeState, EpochReport), SendError> {
+        let (volume, outlet) = (source.volume, source.outlet);
+        let failed = |source: LinkError| SendError::Link {
+            volume: volume.name.clone(),
+            epoch,
+            source,
         };
         let (state, tally) = source.send().map_err(|error| error.at(volume, epoch))?;
         let mut end = payload::start(outlet.buffer(), PayloadKind::End);
@@ -304,9 +368,9 @@ impl Sender {
             unchanged_blocks: tally.unchanged_blocks.into_inner(),
             changeset: Bytes(tally.changeset.into_inner()),
             bytes_read: Bytes(tally.bytes_read.into_inner()),
-            bytes_on_wire: Bytes(outlet.bytes.into_inner()),
+            bytes_on_wire: Bytes(0),
             skipped: tally.skipped,
-            duration: started.elapsed(),
+            duration: Duration::ZERO,
         };
         Ok((state, report))
     }
@@ -332,6 +396,7 @@ impl Sender {
                 block_size,
                 basis: previous.map(|state| state.root),
             },
+            known: self.agreed,
             options: self.options.clone(),
             progress: Arc::clone(progress),
         };
@@ -377,8 +442,9 @@ impl Sender {
             }
             DataPath::SealReturn { sealer, target } => {
                 let onward: Arc<OnceLock<Arc<Link>>> = Arc::default();
+                let back: Arc<OnceLock<Weak<Link>>> = Arc::default();
                 let handler = {
-                    let onward = Arc::clone(&onward);
+                    let (onward, back) = (Arc::clone(&onward), Arc::clone(&back));
                     let tagger = Tagger::new(&sealer.link_key, &session);
                     Box::new(move |event| {
                         let Some(link) = onward.get() else {
@@ -387,8 +453,11 @@ impl Sender {
                         match event {
                             Event::Record(header, mut record) => {
                                 tagger.unwrap(&header, &mut record)?;
-                                // A failed push shows at the end of the onward link.
-                                let _ = link.push(header.number, record);
+                                if let Err(error) = link.push(header.number, record)
+                                    && let Some(back) = back.get().and_then(Weak::upgrade)
+                                {
+                                    back.fail(error);
+                                }
                             }
                             Event::Failed(error) => link.fail(error),
                             Event::Ack(_) | Event::Done(_) => {}
@@ -402,6 +471,7 @@ impl Sender {
                 let last = Arc::new(last);
                 // The handler can only have been called for records, and none was sent yet.
                 let _ = onward.set(Arc::clone(&last));
+                let _ = back.set(Arc::downgrade(&link));
                 let tagger = Tagger::new(&sealer.link_key, &session);
                 Ok(Route {
                     outlet: outlet(&link, Protection::Tag(tagger)),

@@ -2,11 +2,13 @@
 //! target that may be slow or away.
 //!
 //! Invariants: a record is reported durable only after a data sync that began after its write; the
-//! file is private, has no name any more once it is open, and gives its space back as the target
-//! acknowledges. Non-goal: surviving the paired device's own restart (the source then sends again).
+//! file is private, gives its space back as the target acknowledges, and is there again with every whole
+//! record after the paired device was started anew.
 
 use super::feed::Arrived;
+use super::frame::{HEADER_LEN, Header};
 use super::queue::lock;
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -22,6 +24,23 @@ pub(super) struct SpoolError {
     action: &'static str,
     dir: PathBuf,
     pub(super) source: io::Error,
+}
+
+/// Records begin at multiples of this, so that a hole punched for one touches no other.
+const SLOT: u64 = 4096;
+/// Length of the checksum behind each record.
+const SUM_LEN: usize = 32;
+
+/// Where the next data of a file is, if any.
+fn data_from(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    let start = i64::try_from(offset).unwrap_or(i64::MAX);
+    match nix::unistd::lseek(file, start, nix::unistd::Whence::SeekData) {
+        Ok(found) => Ok(u64::try_from(found).ok()),
+        Err(Errno::ENXIO) => Ok(None),
+        // A file system without the call has no holes.
+        Err(Errno::EINVAL) => Ok((offset < file.metadata()?.len()).then_some(offset)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -47,14 +66,16 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Spool {
     dir: PathBuf,
+    path: PathBuf,
     file: File,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 impl Spool {
-    /// An empty spool in `dir`, which is made if missing.
-    pub(super) fn new(dir: &Path, name: &str) -> Result<Self, SpoolError> {
+    /// The spool of that name in `dir`, which is made if missing: with what an earlier life left in it, and
+    /// instead of every other one there.
+    pub(super) fn open(dir: &Path, name: &str) -> Result<Self, SpoolError> {
         let failed = |action| {
             move |source| SpoolError {
                 action,
@@ -63,22 +84,89 @@ impl Spool {
             }
         };
         std::fs::create_dir_all(dir).map_err(failed("make"))?;
-        let path = dir.join(name);
+        for other in std::fs::read_dir(dir).map_err(failed("list"))? {
+            let other = other.map_err(failed("list"))?;
+            if other.file_name() != name {
+                std::fs::remove_file(other.path()).map_err(failed("empty"))?;
+            }
+        }
         let file = OpenOptions::new()
             .read(true)
             .write(true)
-            .create_new(true)
+            .create(true)
+            .truncate(false)
             .mode(0o600)
-            .open(&path)
+            .open(dir.join(name))
             .map_err(failed("open a file of"))?;
-        // Nothing is left behind, however this process ends.
-        std::fs::remove_file(&path).map_err(failed("unlink a file of"))?;
-        Ok(Self {
+        let spool = Self {
             dir: dir.to_owned(),
+            path: dir.join(name),
             file,
             state: Mutex::default(),
             changed: Condvar::new(),
-        })
+        };
+        spool.load().map_err(failed("read"))?;
+        Ok(spool)
+    }
+
+    /// Finds the whole records in the file.
+    fn load(&self) -> io::Result<()> {
+        let size = self.file.metadata()?.len();
+        let mut state = lock(&self.state);
+        let mut record = Vec::new();
+        while let Some(offset) = data_from(&self.file, state.end)? {
+            // Space is given back in whole slots; a file system that cannot do it keeps the records.
+            let offset = offset.next_multiple_of(SLOT);
+            let mut head = [0; HEADER_LEN];
+            if offset + HEADER_LEN as u64 > size {
+                break;
+            }
+            self.file.read_exact_at(&mut head, offset)?;
+            if head == [0; HEADER_LEN] {
+                state.end = offset + SLOT;
+                continue;
+            }
+            let Ok(header) = Header::decode(&head) else {
+                break;
+            };
+            let length = HEADER_LEN + header.length as usize;
+            if offset + (length + SUM_LEN) as u64 > size {
+                break;
+            }
+            record.resize(length + SUM_LEN, 0);
+            self.file.read_exact_at(&mut record, offset)?;
+            // The last one may be cut short by the death of the process, or never written by that of the host.
+            if *blake3::hash(&record[..length]).as_bytes() != record[length..] {
+                break;
+            }
+            state.waiting.push_back(Place {
+                number: header.number,
+                offset,
+                length,
+            });
+            state.end = (offset + record.len() as u64).next_multiple_of(SLOT);
+        }
+        self.file.set_len(state.end)
+    }
+
+    /// Starts with what the target has: all below `watermark`. Returns what is here beyond that, durably.
+    pub(super) fn go_on_at(&self, watermark: u64) -> Result<Arrived, SpoolError> {
+        self.file.sync_data().map_err(|e| self.failed("sync", e))?;
+        let mut state = lock(&self.state);
+        state.waiting.retain(|place| place.number >= watermark);
+        state.written = Arrived::below(watermark);
+        let numbers: Vec<u64> = state.waiting.iter().map(|place| place.number).collect();
+        for number in numbers {
+            state.written.add(number);
+        }
+        state.durable = state.written.watermark();
+        Ok(state.written.clone())
+    }
+
+    /// Removes the file: the target has everything.
+    pub(super) fn discard(&self) {
+        // The plan's end removes the directory anyway.
+        let _ = std::fs::remove_file(&self.path);
     }
 
     fn failed(&self, action: &'static str, source: io::Error) -> SpoolError {
@@ -92,11 +180,16 @@ impl Spool {
     /// Writes a record; it is not durable yet.
     pub(super) fn put(&self, number: u64, record: &[u8]) -> Result<(), SpoolError> {
         let offset = lock(&self.state).end;
+        let sum = blake3::hash(record);
         self.file
             .write_all_at(record, offset)
+            .and_then(|()| {
+                let end = offset + record.len() as u64;
+                self.file.write_all_at(sum.as_bytes(), end)
+            })
             .map_err(|e| self.failed("write", e))?;
         let mut state = lock(&self.state);
-        state.end = offset + record.len() as u64;
+        state.end = (offset + (record.len() + SUM_LEN) as u64).next_multiple_of(SLOT);
         state.waiting.push_back(Place {
             number,
             offset,
@@ -162,7 +255,7 @@ impl Spool {
                 break;
             }
             state.taken.pop_front();
-            let end = place.offset + place.length as u64;
+            let end = (place.offset + (place.length + SUM_LEN) as u64).next_multiple_of(SLOT);
             freed = Some((freed.map_or(place.offset, |(start, _)| start), end));
         }
         drop(state);
@@ -185,36 +278,89 @@ impl Spool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::frame::FrameKind;
     use super::*;
+    use crate::model::ids::{Epoch, VolumeId};
+
+    fn record(number: u64, length: u32) -> Vec<u8> {
+        let header = Header {
+            kind: FrameKind::Sealed,
+            barrier: false,
+            length,
+            volume: VolumeId(1),
+            epoch: Epoch(1),
+            number,
+            first_block: 0,
+        };
+        let mut record = header.encode().to_vec();
+        record.resize(HEADER_LEN + length as usize, number as u8);
+        record
+    }
 
     #[test]
     fn records_come_back_in_order_and_are_durable_before_they_are_reported() {
         let dir = tempfile::tempdir().unwrap();
-        let spool = Spool::new(dir.path(), "s").unwrap();
+        let spool = Spool::open(dir.path(), "s").unwrap();
         for number in 0..5_u64 {
-            spool.put(number, &[number as u8; 9000]).unwrap();
+            spool.put(number, &record(number, 9000)).unwrap();
         }
         assert_eq!(spool.flush().unwrap(), Some(5));
         for number in 0..5_u64 {
-            let (taken, record) = spool.take(Vec::new()).unwrap().unwrap();
-            assert_eq!(taken, number);
-            assert_eq!(record, [number as u8; 9000]);
+            let taken = spool.take(Vec::new()).unwrap().unwrap();
+            assert_eq!(taken, (number, record(number, 9000)));
         }
         spool.acknowledged(3);
         spool.close();
         assert!(spool.take(Vec::new()).unwrap().is_none());
         assert_eq!(spool.flush().unwrap(), None);
+        spool.discard();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn a_gap_is_not_reported_as_durable() {
         let dir = tempfile::tempdir().unwrap();
-        let spool = Spool::new(dir.path(), "s").unwrap();
-        spool.put(0, b"a").unwrap();
-        spool.put(2, b"c").unwrap();
+        let spool = Spool::open(dir.path(), "s").unwrap();
+        spool.put(0, &record(0, 1)).unwrap();
+        spool.put(2, &record(2, 1)).unwrap();
         assert_eq!(spool.flush().unwrap(), Some(1));
-        spool.put(1, b"b").unwrap();
+        spool.put(1, &record(1, 1)).unwrap();
         assert_eq!(spool.flush().unwrap(), Some(3));
+    }
+
+    #[test]
+    fn what_was_whole_is_there_after_a_restart_and_what_was_torn_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path(), "s").unwrap();
+        for number in [0, 1, 3, 2, 5, 6] {
+            spool.put(number, &record(number, 5000)).unwrap();
+        }
+        for _ in 0..2 {
+            spool.take(Vec::new()).unwrap();
+        }
+        spool.acknowledged(2);
+        let torn = spool.state.lock().unwrap().end - SLOT;
+        spool.file.write_all_at(b"torn", torn + 10).unwrap();
+        drop(spool);
+
+        let spool = Spool::open(dir.path(), "s").unwrap();
+        let arrived = spool.go_on_at(2).unwrap();
+        assert_eq!(arrived.watermark(), 4);
+        assert!(arrived.contains(5) && !arrived.contains(6));
+        for number in [3, 2, 5] {
+            let taken = spool.take(Vec::new()).unwrap().unwrap();
+            assert_eq!(taken, (number, record(number, 5000)));
+        }
+        // Goes on behind what is there.
+        spool.put(4, &record(4, 70_000)).unwrap();
+        assert_eq!(spool.flush().unwrap(), Some(6));
+        assert_eq!(
+            spool.take(Vec::new()).unwrap(),
+            Some((4, record(4, 70_000)))
+        );
+        // Another session of the volume has no use for it.
+        let other = Spool::open(dir.path(), "t").unwrap();
+        assert_eq!(other.go_on_at(0).unwrap().watermark(), 0);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -172,6 +172,20 @@ impl Host {
         &self.cgroup
     }
 
+    /// Bytes that its network interface has received.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn received(&self) -> Result<u64> {
+        let path = format!("/proc/{}/net/dev", self.pid);
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        text.lines()
+            .find_map(|line| line.trim().strip_prefix("eth0:"))
+            .and_then(|line| line.split_whitespace().next())
+            .and_then(|bytes| bytes.parse().ok())
+            .with_context(|| format!("{path} does not count the bytes of eth0"))
+    }
+
     /// Writes a file inside the host, with its parent directories.
     ///
     /// # Errors

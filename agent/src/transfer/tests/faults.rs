@@ -134,6 +134,50 @@ fn a_link_cut_again_and_again_resumes_where_it_was() {
 }
 
 #[test]
+fn a_device_started_anew_in_the_middle_is_sent_only_what_it_lacks() {
+    for (way, of_target) in [
+        (Way::Direct, true),
+        (Way::ViaSpool, true),
+        (Way::ViaSpool, false),
+        (Way::SealReturn, false),
+        (Way::SealForward, true),
+        (Way::SealForward, false),
+    ] {
+        let bench = Bench::new(EngineChoice::Auto);
+        some_tree(&bench.source);
+        fs::write(bench.source.join("larger"), noise(8, 60 << 20)).unwrap();
+        let path = bench.path(way);
+        let mut sender = bench.sender(path);
+        let (again, report) = std::thread::scope(|scope| {
+            let restart = scope.spawn(|| {
+                let progress = || bench.server.progress(&bench.plan).unwrap().remove(0);
+                while progress().bytes_written < 20 << 20 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let before = progress();
+                // As after a restart: admitted, with nothing remembered.
+                if of_target {
+                    bench.admit_target(&bench.target);
+                } else {
+                    bench.path(way);
+                }
+                assert_eq!(before.complete, None, "{way:?}: it was over already");
+                before.bytes_again
+            });
+            let (_, report) = bench.send(&mut sender, 1, None).unwrap();
+            (restart.join().unwrap(), report)
+        });
+        assert_eq!(report.root, report.target_root, "{way:?}");
+        bench.assert_equal();
+        let after = bench.server.progress(&bench.plan).unwrap().remove(0);
+        assert!(
+            again + after.bytes_again < (20 << 20) / 100,
+            "{way:?}: {after:?}"
+        );
+    }
+}
+
+#[test]
 fn a_wrong_link_key_is_refused_at_once_and_says_so() {
     let bench = Bench::new(EngineChoice::Auto);
     some_tree(&bench.source);

@@ -1,0 +1,24 @@
+//! Transfers whose sides are killed, and whose link is cut, at random instants: they go on from what had arrived.
+
+use anyhow::{Result, ensure};
+use xtask::process::is_root;
+use xtask::soak::{Transfer, transfer};
+
+#[test]
+fn two_hundred_random_kills_lose_nothing_and_hardly_anything_is_sent_again() -> Result<()> {
+    if !is_root() {
+        eprintln!("skipped: lab hosts need root");
+        return Ok(());
+    }
+    let tally = transfer(&Transfer {
+        kills: 200,
+        seed: None,
+        mib: 128,
+    })?;
+    ensure!(tally.kills.iter().sum::<u32>() >= 200, "{tally}");
+    ensure!(
+        tally.kills.iter().all(|&kills| kills > 0),
+        "a side was spared: {tally}"
+    );
+    Ok(())
+}

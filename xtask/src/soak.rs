@@ -1,0 +1,480 @@
+//! `cargo xtask soak transfer`: kills the sides of transfers again and again, and shows that they go on from what
+//! had arrived.
+//!
+//! Source, paired device and target are processes of the real data plane on lab hosts. Each kill strikes one of
+//! them (SIGKILL), or the link (a cable that is pulled, connections that are reset), after a random number of
+//! bytes or a random time, and the side is started again. What was sent again is counted twice: by the target's
+//! own counter of bytes that it had already, and by what its network interface received beyond an undisturbed
+//! transfer. Every copy is compared by rsync, both ways.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Subcommand};
+
+use crate::lab::{Host, HostSpec, Lab, LabSpec};
+use crate::process::{become_root, output, wait_for};
+use crate::workspace;
+
+/// Arguments of `cargo xtask soak`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Kills source, paired device, target and link of transfers at random instants
+    Transfer(Transfer),
+}
+
+/// What to do to transfers.
+#[derive(Debug, Args)]
+pub struct Transfer {
+    /// Kills and cuts
+    #[arg(long, default_value_t = 2000)]
+    pub kills: u32,
+    /// Repeats the choices of a run that printed this seed
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Data of each transfer, in MiB
+    #[arg(long, default_value_t = 512)]
+    pub mib: u64,
+}
+
+/// Runs `cargo xtask soak`.
+///
+/// # Errors
+/// A copy differs, a side gave up, or too much was sent again.
+pub fn soak(arguments: &Arguments) -> Result<()> {
+    become_root()?;
+    crate::test::build()?;
+    let What::Transfer(wanted) = &arguments.what;
+    transfer(wanted).map(drop)
+}
+
+/// The ways of a block, and whether they lead over a paired device.
+const WAYS: [(&str, bool); 4] = [
+    ("direct", false),
+    ("spool", true),
+    ("seal-forward", true),
+    ("seal-return", true),
+];
+const TARGET_PORT: u16 = 7000;
+const RELAY_PORT: u16 = 7001;
+const SOURCE_DATA: &str = "/srv/data";
+/// No step takes longer on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Most of what had arrived that may be sent again.
+const AGAIN_MAX: f64 = 0.01;
+
+/// The same by the interface, where records cut off in the middle and the lists of a new beginning count too:
+/// some MiB a kill, whatever the size of the data.
+const BEYOND_MAX: f64 = 0.05;
+
+/// What happened to the transfers.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Transfers that were carried to their end.
+    pub transfers: u32,
+    /// Kills of source, paired device and target, and cuts of the link.
+    pub kills: [u32; 4],
+    /// Bytes that the target's interface had received at the moments of the kills, summed.
+    pub arrived: u64,
+    /// Bytes that the target took although it had them, by its own count.
+    pub again: u64,
+    /// Bytes that the target's interface received beyond undisturbed transfers.
+    pub beyond: u64,
+}
+
+impl Tally {
+    fn struck(&self) -> u32 {
+        self.kills.iter().sum()
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "shares of byte counts")]
+    fn share(&self, bytes: u64) -> f64 {
+        bytes as f64 / self.arrived.max(1) as f64
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [source, paired, target, link] = self.kills;
+        write!(
+            f,
+            "{} transfers, {} kills (source {source}, paired device {paired}, target {target}, link {link}); \
+             sent again of what had arrived: {:.3} % by the target's count, {:.3} % by its interface, with all that \
+             was under way and the protocol's own",
+            self.transfers,
+            self.struck(),
+            100.0 * self.share(self.again),
+            100.0 * self.share(self.beyond),
+        )
+    }
+}
+
+/// Kills transfers until there were `wanted.kills` of them, and carries each to its end.
+///
+/// # Errors
+/// A copy differs, a side gave up, or too much was sent again.
+pub fn transfer(wanted: &Transfer) -> Result<Tally> {
+    let seed = wanted.seed.unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.map_or(0, |now| now.subsec_nanos().into())
+    });
+    println!("soak: seed {seed}: repeat these choices with --seed {seed}");
+    let bare = |name: &str| HostSpec {
+        containers: false,
+        ..name.into()
+    };
+    let lab = Lab::up(&LabSpec {
+        name: format!("soak-{}", std::process::id()),
+        hosts: vec![bare("source"), bare("paired"), bare("target")],
+    })?;
+    furnish(&lab.host("source")?.path(SOURCE_DATA), wanted.mib)?;
+    let mut soak = Soak {
+        lab: &lab,
+        chance: Chance(seed),
+        step: (wanted.mib << 20) / 6,
+        tally: Tally::default(),
+    };
+    let mut undisturbed = Vec::new();
+    for way in WAYS {
+        undisturbed.push(soak.run(way, 0)?.received);
+    }
+    for at in (0..WAYS.len()).cycle() {
+        let left = wanted.kills.saturating_sub(soak.tally.struck());
+        if left == 0 {
+            break;
+        }
+        let run = soak.run(WAYS[at], left)?;
+        let beyond = run.received.saturating_sub(undisturbed[at]);
+        soak.tally.again += run.again;
+        soak.tally.beyond += beyond;
+        soak.tally.arrived += run.arrived;
+        soak.tally.transfers += 1;
+        println!(
+            "soak: {:5} kills; {}: {} kills, {:.1} MiB again, {:.1} MiB beyond, {:.1} s",
+            soak.tally.struck(),
+            WAYS[at].0,
+            run.kills,
+            mib(run.again),
+            mib(beyond),
+            run.took.as_secs_f64(),
+        );
+    }
+    let tally = soak.tally;
+    lab.down()?;
+    println!("soak: {tally}");
+    ensure!(
+        tally.share(tally.again) < AGAIN_MAX,
+        "more than 1 % of what had arrived was sent again; seed {seed}"
+    );
+    ensure!(
+        tally.share(tally.beyond) < BEYOND_MAX,
+        "the interface of the target received far more than its own count tells; seed {seed}"
+    );
+    Ok(tally)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// A large file, small ones, and one of everything that has no bytes.
+fn furnish(root: &Path, mib: u64) -> Result<()> {
+    fs::create_dir_all(root.join("small"))?;
+    let mut random = File::open("/dev/urandom").context("cannot open /dev/urandom")?;
+    let small = 300;
+    let large = (mib << 20) - small * (32 << 10);
+    let mut file = File::create(root.join("large"))?;
+    std::io::copy(&mut (&mut random).take(large), &mut file).context("cannot write the data")?;
+    let mut bytes = vec![0; 32 << 10];
+    for number in 0..small {
+        random.read_exact(&mut bytes)?;
+        fs::write(root.join(format!("small/{number}")), &bytes)?;
+    }
+    std::os::unix::fs::symlink("large", root.join("symbolic"))?;
+    fs::hard_link(root.join("large"), root.join("small/hard"))?;
+    let sparse = File::create(root.join("sparse"))?;
+    sparse.set_len(64 << 20)?;
+    sparse.write_all_at(b"island", 20 << 20)?;
+    output(
+        Command::new("setfattr")
+            .args(["-n", "user.note", "-v", "kept"])
+            .arg(root.join("large")),
+    )?;
+    output(Command::new("mkfifo").arg(root.join("pipe")))?;
+    Ok(())
+}
+
+/// Choices that a seed repeats (SplitMix64).
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % limit.max(1)
+    }
+
+    fn millis_below(&mut self, limit: u64) -> Duration {
+        Duration::from_millis(self.below(limit))
+    }
+}
+
+/// One transfer.
+struct Run {
+    kills: u32,
+    arrived: u64,
+    again: u64,
+    received: u64,
+    took: Duration,
+}
+
+struct Soak<'l> {
+    lab: &'l Lab,
+    chance: Chance,
+    /// Most bytes between two kills.
+    step: u64,
+    tally: Tally,
+}
+
+/// A process on a lab host, with what it prints.
+struct Side {
+    child: Child,
+    printed: PathBuf,
+}
+
+impl Drop for Side {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Side {
+    fn start(host: &Host, words: &[&str]) -> Result<Self> {
+        let program = workspace::binary("examples/move_directory");
+        ensure!(
+            program.exists(),
+            "{} is missing: `cargo build --examples`",
+            program.display()
+        );
+        let printed = host.log("printed");
+        let errors = host.log("errors");
+        let errors = File::options().create(true).append(true).open(errors)?;
+        let mut argv = vec![program.as_os_str()];
+        argv.extend(words.iter().map(std::ffi::OsStr::new));
+        let child = host
+            .command(argv)
+            .env("MOVE_KEY", "soak")
+            .stdin(Stdio::null())
+            .stdout(File::create(&printed)?)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("cannot start a side on {}", host.name()))?;
+        Ok(Self { child, printed })
+    }
+
+    /// Started, and its first line was read.
+    fn serving(host: &Host, words: &[&str]) -> Result<Self> {
+        let side = Self::start(host, words)?;
+        wait_for("a side that serves", PATIENCE, || {
+            Ok(fs::read_to_string(&side.printed)?
+                .contains('\n')
+                .then_some(()))
+        })
+        .with_context(|| fs::read_to_string(host.log("errors")).unwrap_or_default())?;
+        Ok(side)
+    }
+
+    fn printed(&self) -> String {
+        fs::read_to_string(&self.printed).unwrap_or_default()
+    }
+
+    /// Bytes that this life of a target took although it had them.
+    fn again(&self) -> u64 {
+        let text = self.printed();
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let last = whole.lines().last().unwrap_or_default();
+        let progress: serde_json::Value = serde_json::from_str(last).unwrap_or_default();
+        progress["bytes_again"].as_u64().unwrap_or_default()
+    }
+}
+
+impl Soak<'_> {
+    /// One transfer along `way`, with at most `kills` kills.
+    fn run(&mut self, (way, relayed): (&str, bool), kills: u32) -> Result<Run> {
+        let lab = self.lab;
+        let (from, over, to) = (
+            lab.host("source")?,
+            lab.host("paired")?,
+            lab.host("target")?,
+        );
+        let start = Instant::now();
+        let target = format!("{}:{TARGET_PORT}", to.address());
+        let relay = format!("{}:{RELAY_PORT}", over.address());
+        let receiving = ["receive", &target, "/srv/copy"];
+        let relaying = ["relay", way, &relay, "/srv/spool", &target];
+        let mut sending = vec!["send", way, &target, SOURCE_DATA];
+        sending.extend(relayed.then_some(relay.as_str()));
+
+        let before = to.received()?;
+        let mut receiver = Side::serving(to, &receiving)?;
+        let mut carrier = relayed
+            .then(|| Side::serving(over, &relaying))
+            .transpose()?;
+        let mut sender = Side::start(from, &sending)?;
+        let mut run = Run {
+            kills: 0,
+            arrived: 0,
+            again: 0,
+            received: 0,
+            took: Duration::ZERO,
+        };
+        loop {
+            let ended = if run.kills < kills {
+                self.wait(&mut sender, to)?
+            } else {
+                sender_ended(&mut sender)?
+            };
+            if let Some(success) = ended {
+                ensure!(
+                    success,
+                    "{way}: the source gave up after {} kills:\n{}",
+                    run.kills,
+                    self.told()
+                );
+                break;
+            }
+            run.kills += 1;
+            run.arrived += to.received()? - before;
+            let victim = self.chance.below(if relayed { 4 } else { 3 });
+            match victim {
+                0 => {
+                    drop(sender);
+                    sender = Side::start(from, &sending)?;
+                    self.tally.kills[0] += 1;
+                }
+                1 => {
+                    run.again += receiver.again();
+                    drop(receiver);
+                    receiver = Side::serving(to, &receiving)?;
+                    self.tally.kills[2] += 1;
+                }
+                2 => {
+                    self.cut(to, TARGET_PORT)?;
+                    self.tally.kills[3] += 1;
+                }
+                _ => {
+                    drop(carrier.take());
+                    carrier = Some(Side::serving(over, &relaying)?);
+                    self.tally.kills[1] += 1;
+                }
+            }
+        }
+        run.received = to.received()? - before;
+        // Its last line is at most 20 ms behind.
+        sleep(Duration::from_millis(50));
+        run.again += receiver.again();
+        run.took = start.elapsed();
+        drop((receiver, carrier));
+        self.compare()
+            .with_context(|| format!("{way}, after {} kills:\n{}", run.kills, self.told()))?;
+        to.run(["rm", "-rf", "/srv/copy"])?;
+        over.run(["rm", "-rf", "/srv/spool"])?;
+        Ok(run)
+    }
+
+    /// Waits for the instant of the next kill; says instead whether the source succeeded, if it ended first.
+    fn wait(&mut self, sender: &mut Side, to: &Host) -> Result<Option<bool>> {
+        let begun = to.received()?;
+        let start = Instant::now();
+        // Mostly after so many bytes; every fifth after some time, which may be while nothing flows.
+        let (bytes, time) = if self.chance.below(5) == 0 {
+            (u64::MAX, self.chance.millis_below(400))
+        } else {
+            (self.chance.below(self.step), PATIENCE)
+        };
+        while to.received()? - begun < bytes && start.elapsed() < time {
+            if let Some(status) = sender.child.try_wait()? {
+                return Ok(Some(status.success()));
+            }
+            sleep(Duration::from_millis(1));
+        }
+        Ok(None)
+    }
+
+    /// Pulls the target's cable for a moment, or resets its connections.
+    fn cut(&mut self, host: &Host, port: u16) -> Result<()> {
+        let time = self.chance.millis_below(200);
+        if self.chance.below(2) == 0 {
+            self.lab.link(host, false)?;
+            sleep(time);
+            return self.lab.link(host, true);
+        }
+        let rules = format!(
+            "table inet soak {{\nchain cut {{\ntype filter hook input priority 0\n\
+             tcp dport {port} reject with tcp reset\n}}\n}}"
+        );
+        host.run(["nft", &rules])?;
+        sleep(time);
+        host.run(["nft", "delete table inet soak"]).map(drop)
+    }
+
+    fn told(&self) -> String {
+        let tell = |host: &Host| {
+            let errors = fs::read_to_string(host.log("errors")).unwrap_or_default();
+            let tail: Vec<&str> = errors.lines().rev().take(5).collect();
+            format!("{}: {}\n", host.name(), tail.join("\n"))
+        };
+        self.lab.hosts().iter().map(tell).collect()
+    }
+
+    /// Compares source and copy from outside.
+    fn compare(&self) -> Result<()> {
+        // Where the lab keeps /srv: rsync does not go through /proc/PID/root.
+        let source = self.lab.dir().join("source/srv/data/");
+        let copy = self.lab.dir().join("target/srv/copy/");
+        for (from, to) in [(&source, &copy), (&copy, &source)] {
+            let mut rsync = Command::new("rsync");
+            rsync
+                .args([
+                    "-aHAXS",
+                    "--checksum",
+                    "--dry-run",
+                    "--itemize-changes",
+                    "--delete",
+                ])
+                .arg(from)
+                .arg(to);
+            let differences = output(&mut rsync)?;
+            if !differences.is_empty() {
+                bail!("source and copy differ:\n{differences}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits for the source's end.
+fn sender_ended(sender: &mut Side) -> Result<Option<bool>> {
+    let ended = wait_for("the end of the transfer", 3 * PATIENCE, || {
+        Ok(sender.child.try_wait()?)
+    });
+    Ok(Some(ended?.success()))
+}
