@@ -4,13 +4,13 @@
 //! Of a socket and a peer, whoever sent first is the client: the other end has received before it sends.
 
 use crate::kernel::{Object, layout, lost, now_ns, probe};
-use crate::ports::{OPEN, alive, closed, count, mapped};
+use crate::ports::{alive, count, mapped, note, udp_closed};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_get_socket_cookie};
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use lifeboat_ebpf::{Flow, FlowKey, Open, PortKey, loss, protocol, role};
+use lifeboat_ebpf::{End, Flow, FlowKey, Open, PortKey, loss, protocol, role};
 
 /// Flows of sockets that are not connected.
 #[map]
@@ -68,7 +68,7 @@ pub fn udp_release(ctx: SockContext) -> i32 {
     if unsafe { (*ctx.sock).type_ } == SOCK_DGRAM
         && let Some(sock) = address_of(ctx.sock.cast())
     {
-        closed(sock as u64);
+        udp_closed(sock as u64);
     }
     ALLOW
 }
@@ -153,22 +153,24 @@ fn connected(ctx: &SockAddrContext, peer: [u8; 16]) {
         return;
     }
     // Connected anew: what it did with the peer before is counted first.
-    closed(sock as u64);
+    udp_closed(sock as u64);
     let Some(key) = key(sock, peer, port, role::CLIENT) else {
         return;
     };
     let open = Open {
-        key,
-        identity: 0,
+        client: End {
+            socket: sock as u64,
+            cgroup: key.cgroup,
+            peer,
+            netns: key.netns,
+            port,
+            ..End::UNSEEN
+        },
+        server: End::UNSEEN,
         opened_ns: now_ns(),
-        counted: 0,
-        sent: 0,
-        received: 0,
-        retransmits: 0,
+        protocol: u64::from(protocol::UDP),
     };
-    if OPEN.insert(&(sock as u64), &open, 0).is_err() {
-        lost(loss::OPEN);
-    }
+    note(sock as u64, &open, role::CLIENT);
 }
 
 #[inline(always)]

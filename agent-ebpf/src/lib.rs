@@ -316,7 +316,7 @@ pub struct PortKey {
 }
 
 /// What the connections of one kind did since the programs were loaded.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct PortStats {
     /// Connections made; for UDP pairs of a socket and a peer.
@@ -337,25 +337,86 @@ pub struct PortStats {
     pub padding: u32,
 }
 
-/// An open connection and what of it is already counted in its kind.
+/// A connection's socket, and what of it is already counted in its kind.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub struct Open {
-    /// Its kind; the other end's fields are filled in when that end is seen.
-    pub key: PortKey,
-    /// What its two ends have in common whatever translates their addresses: the sequence numbers
-    /// (client's, server's) after the handshake; 0 for UDP.
-    pub identity: u64,
-    /// When it was opened, ns of the monotonic clock.
-    pub opened_ns: u64,
-    /// 1 once it is counted as a connection.
-    pub counted: u64,
-    /// Counted of [`PortStats::sent`].
+pub struct End {
+    /// Its address; 0 when it was not seen or is closed.
+    pub socket: u64,
+    /// Its cgroup2 id; 0 when it was not seen.
+    pub cgroup: u64,
+    /// The peer's address, as in [`PortKey`].
+    pub peer: [u8; 16],
+    /// Network namespace, its inode number.
+    pub netns: u32,
+    /// The service's port as this socket has it.
+    pub port: u16,
+    /// Zero.
+    pub padding: u16,
+    /// Counted of [`PortStats::sent`]; [`End::UNCOUNTED`] before the connection is counted.
     pub sent: u64,
     /// Counted of [`PortStats::received`].
     pub received: u64,
     /// Counted of [`PortStats::retransmits`].
     pub retransmits: u64,
+}
+
+impl End {
+    /// In place of the bytes sent: the connection itself is not counted yet.
+    pub const UNCOUNTED: u64 = u64::MAX;
+
+    /// Not seen.
+    pub const UNSEEN: Self = Self {
+        socket: 0,
+        cgroup: 0,
+        peer: [0; 16],
+        netns: 0,
+        port: 0,
+        padding: 0,
+        sent: Self::UNCOUNTED,
+        received: 0,
+        retransmits: 0,
+    };
+}
+
+/// A connection of which an end is open.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Open {
+    /// Who connected.
+    pub client: End,
+    /// Who listened; not known for UDP.
+    pub server: End,
+    /// When the first end seen was opened, ns of the monotonic clock.
+    pub opened_ns: u64,
+    /// [`protocol`].
+    pub protocol: u64,
+}
+
+impl Open {
+    /// The kind of one end's connection.
+    #[inline(always)]
+    #[must_use]
+    pub const fn key(&self, role: u8) -> PortKey {
+        let (own, other) = if role == role::CLIENT {
+            (&self.client, &self.server)
+        } else {
+            (&self.server, &self.client)
+        };
+        let met = other.cgroup != 0;
+        let server = role == role::SERVER;
+        PortKey {
+            cgroup: own.cgroup,
+            peer_cgroup: other.cgroup,
+            peer: if met && server { [0; 16] } else { own.peer },
+            netns: own.netns,
+            port: own.port,
+            service_port: if met && !server { other.port } else { 0 },
+            role,
+            protocol: self.protocol as u8,
+            padding: [0; 6],
+        }
+    }
 }
 
 /// Datagrams between a socket that is not connected and one peer.
@@ -423,16 +484,14 @@ pub mod loss {
     pub const LISTENING: u32 = 6;
     /// `FIRST_SEEN`: the ring buffer was full.
     pub const FIRST_SEEN: u32 = 7;
-    /// `HALVES`: a connection was not matched with its other end.
-    pub const HALVES: u32 = 8;
     /// `DIRTIERS`: whoever dirtied a file was not noted.
-    pub const DIRTIERS: u32 = 9;
+    pub const DIRTIERS: u32 = 8;
     /// `WRITING`: a write to a watched device was not noted; its end marks everything.
-    pub const WRITING: u32 = 10;
+    pub const WRITING: u32 = 9;
     /// `ACCESSES`: an access is missing in a trace.
-    pub const ACCESSES: u32 = 11;
+    pub const ACCESSES: u32 = 10;
     /// How many there are.
-    pub const COUNT: u32 = 12;
+    pub const COUNT: u32 = 11;
 }
 
 /// Offsets of kernel fields, in bytes, from the running kernel's BTF; and the scope.
@@ -542,8 +601,6 @@ pub struct Layout {
     pub sock_v6_daddr: u32,
     /// sock.__sk_common.skc_net.net
     pub sock_net: u32,
-    /// sock.sk_protocol
-    pub sock_protocol: u32,
     /// net.ns.inum
     pub net_inum: u32,
     /// tcp_sock.bytes_sent
@@ -556,6 +613,10 @@ pub struct Layout {
     pub tcp_total_retrans: u32,
     /// tcp_sock.srtt_us
     pub tcp_srtt_us: u32,
+    /// tcp_sock.tcp_mstamp
+    pub tcp_mstamp: u32,
+    /// tcp_sock.bytes_acked
+    pub tcp_bytes_acked: u32,
     /// tcp_sock.snd_una
     pub tcp_snd_una: u32,
     /// tcp_sock.rcv_nxt

@@ -1,24 +1,24 @@
 //! TCP connections: who connected to whom, and what they moved. Nothing is done per packet: the
 //! kernel's own counters of a socket are read when it closes and when the agent asks.
 //!
-//! When both ends of a connection are seen they are matched by their sequence numbers, which no address
-//! translation changes; so the kind then names the cgroups of both.
+//! Both ends of a connection find the same place by its sequence numbers, which no address translation
+//! changes; so the kind then names the cgroups of both.
 
 use crate::kernel::{Object, add, exchange, layout, load, lost, now_ns, probe};
 use crate::scope::{probed_scoped_id, scoped_id};
 use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::{btf_tracepoint, map, raw_tracepoint};
 use aya_ebpf::maps::{HashMap, RingBuf};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use lifeboat_ebpf::{ListenKey, Open, PortKey, PortStats, REFRESH_BATCH, loss, protocol, role};
+use lifeboat_ebpf::{
+    End, ListenKey, Open, PortKey, PortStats, REFRESH_BATCH, loss, protocol, role,
+};
 
-/// Open connections, by the address of their socket.
+/// Open connections: TCP by [`Begin::identity`], UDP by the address of the socket. The agent sets its size,
+/// and that of the next.
 #[map]
-pub static OPEN: HashMap<u64, Open> = HashMap::with_max_entries(32_768, 0);
-
-/// Sockets of clients whose server was not seen (yet), by [`Open::identity`].
-#[map]
-static HALVES: HashMap<u64, u64> = HashMap::with_max_entries(16_384, 0);
+static OPEN: HashMap<u64, Open> = HashMap::with_max_entries(24_576, 0);
 
 /// Kinds of connections.
 #[map]
@@ -40,113 +40,163 @@ const LISTEN: i32 = 10;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 
-/// A connection younger than this is not looked at: its other end may be about to be seen.
+/// A connection younger than this is not looked at, and of one whose client closed at once the place is
+/// kept: the other end may be about to be seen.
 const YOUNG_NS: u64 = 50_000_000;
+
+/// Ports from here on are mostly those that the kernel gives to clients.
+const EPHEMERAL: u16 = 32_768;
 
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {
-    let sock: Object = ctx.arg(0);
     let old: i32 = ctx.arg(1);
     let new: i32 = ctx.arg(2);
     // SAFETY: the tracepoint's arguments are (sock, old state, new state).
     unsafe {
+        // Three of five changes in the life of an end say nothing and must cost nothing.
         match (old, new) {
-            (SYN_SENT, ESTABLISHED) => opened(sock, role::CLIENT),
-            (SYN_RECV, ESTABLISHED) => opened(sock, role::SERVER),
-            (_, LISTEN) => listens(sock, true),
-            (LISTEN, CLOSE) => listens(sock, false),
-            (_, CLOSE) => closed(sock as u64),
+            (SYN_SENT, ESTABLISHED) => opened(ctx.arg(0), role::CLIENT),
+            (SYN_RECV, ESTABLISHED) => opened(ctx.arg(0), role::SERVER),
+            (_, LISTEN) => listens(ctx.arg(0), true),
+            (LISTEN, CLOSE) => listens(ctx.arg(0), false),
+            (SYN_SENT | SYN_RECV | CLOSE, CLOSE) => {}
+            (_, CLOSE) => closed(ctx.arg(0)),
             _ => {}
         }
     }
     0
 }
 
-#[inline(always)]
-unsafe fn opened(sock: Object, role: u8) {
-    // SAFETY: `sock` is the tracepoint's socket; map values live for the whole program run.
-    unsafe {
-        let number: u16 = load(sock, layout!(sock_protocol));
-        if number as u8 != protocol::TCP {
-            return;
+/// Where the numbering of a TCP socket's bytes began on either side.
+#[derive(Clone, Copy)]
+struct Begin {
+    own: u32,
+    peer: u32,
+}
+
+impl Begin {
+    /// # Safety
+    /// As for [`load`], of a `tcp_sock`.
+    #[inline(always)]
+    unsafe fn of(tcp: Object) -> Self {
+        // SAFETY: the caller's contract. The kernel advances each of the numbers and its count by the same.
+        unsafe {
+            Self {
+                own: load::<u32>(tcp, layout!(tcp_snd_una))
+                    .wrapping_sub(load::<u64>(tcp, layout!(tcp_bytes_acked)) as u32),
+                peer: load::<u32>(tcp, layout!(tcp_rcv_nxt))
+                    .wrapping_sub(load::<u64>(tcp, layout!(tcp_bytes_received)) as u32),
+            }
         }
-        let Some(cgroup) = sock_cgroup(sock) else {
-            return;
-        };
-        let mut key = PortKey {
-            cgroup,
-            peer_cgroup: 0,
-            peer: [0; 16],
-            netns: netns(sock),
-            port: 0,
-            service_port: 0,
-            role,
-            protocol: protocol::TCP,
-            padding: [0; 6],
-        };
-        let family: u16 = load(sock, layout!(sock_family));
-        if family == AF_INET {
-            key.peer = mapped(load(sock, layout!(sock_daddr)));
-        } else if family == AF_INET6 {
-            key.peer = load(sock, layout!(sock_v6_daddr));
-        } else {
-            return;
-        }
-        let address = sock as u64;
-        let (Some(unacknowledged), Some(expected)) = (
-            probe::<u32>(sock, layout!(tcp_snd_una)),
-            probe::<u32>(sock, layout!(tcp_rcv_nxt)),
-        ) else {
-            return;
-        };
-        let identity;
+    }
+
+    /// What the two ends of a connection have in common: the sequence numbers (client's, server's) after
+    /// the handshake.
+    #[inline(always)]
+    fn identity(self, role: u8) -> u64 {
         if role == role::CLIENT {
-            key.port = u16::from_be(load(sock, layout!(sock_dport)));
-            identity = u64::from(unacknowledged) << 32 | u64::from(expected);
+            // Of a client the kernel counts the acknowledged SYN as a byte.
+            u64::from(self.own.wrapping_add(1)) << 32 | u64::from(self.peer)
         } else {
-            key.port = load(sock, layout!(sock_num));
-            identity = u64::from(expected) << 32 | u64::from(unacknowledged);
-            meet(&mut key, identity);
-        }
-        let open = Open {
-            key,
-            identity,
-            opened_ns: now_ns(),
-            counted: 0,
-            sent: 0,
-            received: 0,
-            retransmits: 0,
-        };
-        if OPEN.insert(&address, &open, 0).is_err() {
-            lost(loss::OPEN);
-            // Its bytes will be unknown; that it was is not.
-            count(&key, open.opened_ns);
-        } else if role == role::CLIENT && HALVES.insert(&identity, &address, 0).is_err() {
-            lost(loss::HALVES);
+            u64::from(self.peer) << 32 | u64::from(self.own)
         }
     }
 }
 
-/// Joins a server's end with its client's, which is always established first.
+/// The same socket with the type that has TCP's fields; none when it is not TCP.
 #[inline(always)]
-unsafe fn meet(server: &mut PortKey, identity: u64) {
-    // SAFETY: map values live for the whole program run; the fields written are aligned.
+fn tcp(sock: Object) -> Option<Object> {
+    // SAFETY: the helper takes any socket and checks it.
+    let tcp: Object = unsafe { bpf_skc_to_tcp_sock(sock.cast_mut().cast()) }.cast();
+    (!tcp.is_null()).then_some(tcp)
+}
+
+/// When a TCP socket last got or sent a packet: as good as the clock here, and costs nothing.
+///
+/// # Safety
+/// As for [`load`], of a `tcp_sock`.
+#[inline(always)]
+unsafe fn last_packet_ns(tcp: Object) -> u64 {
+    // SAFETY: the caller's contract. The kernel keeps µs of the monotonic clock.
+    unsafe { load::<u64>(tcp, layout!(tcp_mstamp)) * 1_000 }
+}
+
+#[inline(always)]
+unsafe fn opened(sock: Object, role: u8) {
+    // SAFETY: `sock` is the tracepoint's socket; map values live for the whole program run.
     unsafe {
-        let Some(&address) = HALVES.get(&identity) else {
+        let Some(cgroup) = sock_cgroup(sock) else {
             return;
         };
-        let _ = HALVES.remove(&identity);
-        let Some(client) = OPEN.get_ptr_mut(&address) else {
+        let Some(tcp) = tcp(sock) else {
             return;
         };
-        if (*client).identity != identity {
+        let family: u16 = load(sock, layout!(sock_family));
+        let peer = if family == AF_INET {
+            mapped(load(sock, layout!(sock_daddr)))
+        } else if family == AF_INET6 {
+            load(sock, layout!(sock_v6_daddr))
+        } else {
+            return;
+        };
+        let end = End {
+            socket: sock as u64,
+            cgroup,
+            peer,
+            netns: netns(sock),
+            port: if role == role::CLIENT {
+                u16::from_be(load(sock, layout!(sock_dport)))
+            } else {
+                load(sock, layout!(sock_num))
+            },
+            ..End::UNSEEN
+        };
+        let identity = Begin::of(tcp).identity(role);
+        // The client's end is always established first.
+        if role == role::SERVER
+            && let Some(open) = OPEN.get_ptr_mut(&identity)
+        {
+            join(&raw mut (*open).server, &end);
             return;
         }
+        let mut open = Open {
+            client: End::UNSEEN,
+            server: End::UNSEEN,
+            opened_ns: last_packet_ns(tcp),
+            protocol: u64::from(protocol::TCP),
+        };
+        if role == role::CLIENT {
+            open.client = end;
+        } else {
+            open.server = end;
+        }
+        note(identity, &open, role);
+    }
+}
+
+/// Fills in an end of a connection that others may be looking at.
+#[inline(always)]
+unsafe fn join(place: *mut End, end: &End) {
+    // SAFETY: the caller passes a map value, which lives for the whole program run; the fields are aligned.
+    unsafe {
+        (*place).peer = end.peer;
+        (*place).netns = end.netns;
         // In this order: whoever reads the cgroup of the other end finds its port too.
-        (&raw mut (*client).key.service_port).write_volatile(server.port);
-        (&raw mut (*client).key.peer_cgroup).write_volatile(server.cgroup);
-        server.peer_cgroup = (*client).key.cgroup;
-        server.peer = [0; 16];
+        (&raw mut (*place).port).write_volatile(end.port);
+        (&raw mut (*place).cgroup).write_volatile(end.cgroup);
+        (&raw mut (*place).socket).write_volatile(end.socket);
+    }
+}
+
+/// Puts a connection on the list.
+#[inline(always)]
+pub fn note(place: u64, open: &Open, role: u8) {
+    if OPEN.insert(&place, open, 0).is_err() {
+        lost(loss::OPEN);
+        // Its bytes will be unknown; that it was is not. A UDP socket may never get an answer.
+        if open.protocol as u8 == protocol::TCP {
+            count(&open.key(role), open.opened_ns);
+        }
     }
 }
 
@@ -204,21 +254,83 @@ fn kind(key: &PortKey, since_ns: u64) -> Option<*mut PortStats> {
     PORTS.get_ptr_mut(key)
 }
 
-/// Takes an open connection off the list.
+/// Takes an end of a connection off the list, and the connection with its last one.
+///
+/// # Safety
+/// `sock` must be the tracepoint's socket.
 #[inline(always)]
-pub fn closed(address: u64) {
-    if let Some(open) = OPEN.get_ptr_mut(&address) {
-        account(address, open);
-        // SAFETY: map values live for the whole program run.
-        let (identity, alone) = unsafe { ((*open).identity, (*open).key.peer_cgroup == 0) };
-        if identity != 0 && alone {
-            let _ = HALVES.remove(&identity);
+unsafe fn closed(sock: Object) {
+    // SAFETY: the caller's contract; map values live for the whole program run.
+    unsafe {
+        if sock_cgroup(sock).is_none() {
+            return;
         }
-        let _ = OPEN.remove(&address);
+        let Some(tcp) = tcp(sock) else {
+            return;
+        };
+        let begin = Begin::of(tcp);
+        // A guess, which saves a look-up.
+        let mut role = role::CLIENT;
+        if u16::from_be(load(sock, layout!(sock_dport))) >= EPHEMERAL {
+            role = role::SERVER;
+        }
+        let mut identity = begin.identity(role);
+        let mut found = OPEN.get_ptr_mut(&identity);
+        if found.is_none() {
+            role ^= role::CLIENT ^ role::SERVER;
+            identity = begin.identity(role);
+            found = OPEN.get_ptr_mut(&identity);
+        }
+        let Some(open) = found else {
+            return;
+        };
+        let (own, other) = ends(open, role);
+        if (*own).socket != sock as u64 {
+            return;
+        }
+        let now = last_packet_ns(tcp);
+        let counters = Counters {
+            sent: load::<u64>(tcp, layout!(tcp_bytes_sent))
+                .wrapping_sub(load(tcp, layout!(tcp_bytes_retrans))),
+            received: load(tcp, layout!(tcp_bytes_received)),
+            retransmits: load::<u32>(tcp, layout!(tcp_total_retrans)).into(),
+            srtt: load(tcp, layout!(tcp_srtt_us)),
+        };
+        account(open, role, &counters, now);
+        // Last, and with a barrier: of two ends that close at once, one sees that both are done.
+        exchange(&raw mut (*own).socket, 0);
+        let seen = (&raw const (*other).cgroup).read_volatile() != 0;
+        let done = (&raw const (*other).socket).read_volatile() == 0;
+        let may_come =
+            !seen && role == role::CLIENT && now.saturating_sub((*open).opened_ns) < YOUNG_NS;
+        if done && !may_come {
+            let _ = OPEN.remove(&identity);
+        }
     }
 }
 
-/// Run on demand by the agent, which passes the addresses of open sockets as the arguments.
+/// An end and the other one.
+#[inline(always)]
+fn ends(open: *mut Open, role: u8) -> (*mut End, *mut End) {
+    // SAFETY: every caller passes a map value.
+    let (client, server) = unsafe { (&raw mut (*open).client, &raw mut (*open).server) };
+    if role == role::CLIENT {
+        (client, server)
+    } else {
+        (server, client)
+    }
+}
+
+/// Takes a UDP socket with a peer off the list.
+#[inline(always)]
+pub fn udp_closed(socket: u64) {
+    if let Some(open) = OPEN.get_ptr_mut(&socket) {
+        refresh_udp(open);
+        let _ = OPEN.remove(&socket);
+    }
+}
+
+/// Run on demand by the agent, which passes the places of open connections as the arguments.
 #[raw_tracepoint]
 pub fn ports_refresh(ctx: RawTracePointContext) -> i32 {
     // Written out, because the verifier wants each argument at a constant place.
@@ -239,75 +351,145 @@ pub fn ports_refresh(ctx: RawTracePointContext) -> i32 {
 }
 
 #[inline(never)]
-fn refresh(address: u64) {
-    if let Some(open) = OPEN.get_ptr_mut(&address) {
-        // SAFETY: map values live for the whole program run.
-        let opened_ns = unsafe { (*open).opened_ns };
-        if now_ns().saturating_sub(opened_ns) > YOUNG_NS {
-            account(address, open);
+fn refresh(place: u64) {
+    let Some(open) = OPEN.get_ptr_mut(&place) else {
+        return;
+    };
+    // SAFETY: map values live for the whole program run.
+    unsafe {
+        let now = now_ns();
+        if now.saturating_sub((*open).opened_ns) < YOUNG_NS {
+            return;
+        }
+        if (*open).protocol as u8 == protocol::UDP {
+            refresh_udp(open);
+            return;
+        }
+        refresh_end(open, role::CLIENT, place as u32, now);
+        refresh_end(open, role::SERVER, (place >> 32) as u32, now);
+        if (*open).client.socket == 0 && (*open).server.socket == 0 {
+            let _ = OPEN.remove(&place);
         }
     }
 }
 
-/// Moves what the socket counted since the last look into its kind.
+/// Counts what an open end moved. `begin` is where the numbering of the bytes it receives began: a socket
+/// of which the close was not seen may be another one by now, whose counters are none of ours.
 ///
-/// The socket may close, and another CPU do the same, meanwhile: the exchange below makes the sum of
-/// all moves equal to the last counter read, whatever the order. Freed sockets are not unmapped
-/// (SLAB_TYPESAFE_BY_RCU), and a bad address reads as none.
-#[inline(always)]
-fn account(address: u64, open: *mut Open) {
-    let sock = address as Object;
-    // SAFETY: `open` and the kind are map values, which live for the whole program run.
-    unsafe {
-        let mut key = (*open).key;
-        if key.peer_cgroup == 0 {
-            key.service_port = 0;
-        }
-        let udp = key.protocol == protocol::UDP;
-        if udp && !answered(sock) {
-            return;
-        }
-        let stats = kind(&key, (*open).opened_ns);
-        if exchange(&raw mut (*open).counted, 1) == 0 {
-            match stats {
-                Some(stats) => add(&raw mut (*stats).connections, 1),
-                None => lost(loss::PORTS),
-            }
-        }
-        let Some(stats) = stats else {
-            return;
+/// Freed sockets are not unmapped (SLAB_TYPESAFE_BY_RCU), and a bad address reads as none.
+#[inline(never)]
+fn refresh_end(open: *mut Open, role: u8, begin: u32, now: u64) {
+    let (own, _) = ends(open, role);
+    // SAFETY: every caller passes a map value, which lives for the whole program run.
+    let sock = unsafe { (*own).socket } as Object;
+    if sock.is_null() {
+        return;
+    }
+    // The two numbers are not read at once: a segment may come between.
+    for _ in 0..3 {
+        let (Some(next), Some(received)) = (
+            probe::<u32>(sock, layout!(tcp_rcv_nxt)),
+            probe::<u64>(sock, layout!(tcp_bytes_received)),
+        ) else {
+            break;
         };
-        (*stats).last_ns = now_ns();
-        if udp {
-            return;
+        if next.wrapping_sub(received as u32) != begin {
+            continue;
         }
-        let (Some(sent), Some(again), Some(received), Some(retransmits), Some(srtt)) = (
+        let (Some(sent), Some(again), Some(retransmits), Some(srtt)) = (
             probe::<u64>(sock, layout!(tcp_bytes_sent)),
             probe::<u64>(sock, layout!(tcp_bytes_retrans)),
-            probe::<u64>(sock, layout!(tcp_bytes_received)),
             probe::<u32>(sock, layout!(tcp_total_retrans)),
             probe::<u32>(sock, layout!(tcp_srtt_us)),
         ) else {
+            break;
+        };
+        let counters = Counters {
+            sent: sent.wrapping_sub(again),
+            received,
+            retransmits: retransmits.into(),
+            srtt,
+        };
+        account(open, role, &counters, now);
+        return;
+    }
+    // SAFETY: as above.
+    unsafe {
+        if (*own).sent == End::UNCOUNTED {
+            account(open, role, &Counters::NONE, now);
+        }
+        exchange(&raw mut (*own).socket, 0);
+    }
+}
+
+#[inline(always)]
+fn refresh_udp(open: *mut Open) {
+    // SAFETY: every caller passes a map value, which lives for the whole program run.
+    let sock = unsafe { (*open).client.socket } as Object;
+    if answered(sock) {
+        account(open, role::CLIENT, &Counters::NONE, now_ns());
+    }
+}
+
+/// What a socket says that it did.
+struct Counters {
+    sent: u64,
+    received: u64,
+    retransmits: u64,
+    /// Eight times the smoothed round-trip time, µs, as the kernel keeps it.
+    srtt: u32,
+}
+
+impl Counters {
+    const NONE: Self = Self {
+        sent: 0,
+        received: 0,
+        retransmits: 0,
+        srtt: 0,
+    };
+}
+
+/// Moves what an end counted since the last look into its kind.
+///
+/// The socket may close, and another CPU do the same, meanwhile: the exchanges make the sum of all moves
+/// equal to the last counter read, whatever the order.
+#[inline(always)]
+fn account(open: *mut Open, role: u8, counters: &Counters, now: u64) {
+    let (own, _) = ends(open, role);
+    // SAFETY: `open` and the kind are map values, which live for the whole program run.
+    unsafe {
+        let key = (*open).key(role);
+        let stats = kind(&key, (*open).opened_ns);
+        let mut sent = exchange(&raw mut (*own).sent, counters.sent);
+        let new = sent == End::UNCOUNTED;
+        let Some(stats) = stats else {
+            if new {
+                lost(loss::PORTS);
+            }
             return;
         };
+        if (*stats).last_ns < now {
+            (*stats).last_ns = now;
+        }
+        if new {
+            sent = 0;
+            add(&raw mut (*stats).connections, 1);
+        }
+        if sent != counters.sent {
+            add(&raw mut (*stats).sent, counters.sent.wrapping_sub(sent));
+        }
         advance(
-            &raw mut (*open).sent,
-            &raw mut (*stats).sent,
-            sent.wrapping_sub(again),
-        );
-        advance(
-            &raw mut (*open).received,
+            &raw mut (*own).received,
             &raw mut (*stats).received,
-            received,
+            counters.received,
         );
         advance(
-            &raw mut (*open).retransmits,
+            &raw mut (*own).retransmits,
             &raw mut (*stats).retransmits,
-            u64::from(retransmits),
+            counters.retransmits,
         );
-        if srtt != 0 {
-            // The kernel keeps eight times the smoothed value.
-            (*stats).srtt_us = srtt >> 3;
+        if counters.srtt != 0 {
+            (*stats).srtt_us = counters.srtt >> 3;
         }
     }
 }

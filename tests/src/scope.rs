@@ -2,7 +2,7 @@
 
 use lifeboat::model::container::{Container, State};
 use lifeboat::model::units::UnixMillis;
-use lifeboat::telemetry::{Telemetry, TelemetryConfig};
+use lifeboat::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -42,11 +42,17 @@ impl Scope {
 
     /// Senses of this subtree, all of which work.
     pub fn senses(&self) -> Telemetry {
+        self.senses_within(ConnectionLimits::default())
+    }
+
+    /// The same with room for other numbers of connections.
+    pub fn senses_within(&self, limits: ConnectionLimits) -> Telemetry {
         let senses = Telemetry::start(TelemetryConfig {
             root: PathBuf::from("/"),
             cgroup: self.0.clone(),
             edge_age: Duration::from_secs(3600),
             remembered: Vec::new(),
+            limits,
         });
         assert_eq!(senses.disabled(), [], "this kernel can run everything");
         senses

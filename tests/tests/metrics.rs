@@ -18,6 +18,7 @@ fn senses(cgroup: &Path) -> Telemetry {
         cgroup: cgroup.to_owned(),
         edge_age: Duration::from_secs(3600),
         remembered: Vec::new(),
+        limits: Default::default(),
     })
 }
 

@@ -207,3 +207,15 @@ fn without_btf_the_kernel_option_is_named_and_the_rest_works() -> Result<()> {
     only_the_programs_are_lost(&snapshot, "kernel programs", "BTF")?;
     lab.down()
 }
+
+#[test]
+fn with_the_defaults_all_kernel_maps_take_at_most_16_mib() -> Result<()> {
+    let Some(lab) = bare("maps")? else {
+        return Ok(());
+    };
+    let snapshot = observed(&lab, &["env"])?;
+    let memory = snapshot["map_memory"].as_u64().context("absent")?;
+    println!("{memory} bytes");
+    ensure!((1 << 20..=16 << 20).contains(&memory), "{memory} bytes");
+    lab.down()
+}

@@ -119,6 +119,15 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
             "sampled {percent:.0} %: the host switches tasks so often that run-queue latency is watched in windows"
         ));
     }
+    let missed = snapshot.programs.iter();
+    lines.extend(
+        missed
+            .filter(|program| program.missed > 0)
+            .map(|program| format!("lost: {} run(s) of {}", program.missed, program.name)),
+    );
+    if let Some(memory) = snapshot.map_memory {
+        lines.push(format!("kernel memory of all maps: {memory}"));
+    }
     for program in snapshot.programs.iter().filter(|program| program.runs > 0) {
         lines.push(format!(
             "kernel program {}: {} runs, {} ns each",

@@ -19,7 +19,7 @@ use crate::migration::paired::Paired;
 use crate::migration::pause::Pauses;
 use crate::migration::target::Target;
 use crate::model::ids::DeviceId;
-use crate::telemetry::{Telemetry, TelemetryConfig};
+use crate::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
 use crate::transfer::{self, DataServer, EngineChoice};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -86,6 +86,10 @@ pub fn sense(config: &AgentConfig) -> Telemetry {
         cgroup: cgroup(config),
         edge_age: config.relations.age,
         remembered: super::senses::remembered(config),
+        limits: ConnectionLimits {
+            open: config.relations.max_connections,
+            kinds: config.relations.max_kinds,
+        },
     });
     if let Err(error) = privileges::drop_others() {
         tracing::warn!("{error}");

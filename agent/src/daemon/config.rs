@@ -1,6 +1,7 @@
 //! The agent's configuration file (YAML).
 
 use crate::migration::Settings;
+use crate::telemetry::ConnectionLimits;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -50,13 +51,20 @@ pub struct RelationsConfig {
     pub age: Duration,
     /// Environment variable of containers that holds a registration id.
     pub registration_env: Option<String>,
+    /// Connections open at once that the kernel programs can follow.
+    pub max_connections: u32,
+    /// Kinds of connections that they can count between two sweeps.
+    pub max_kinds: u32,
 }
 
 impl Default for RelationsConfig {
     fn default() -> Self {
+        let limits = ConnectionLimits::default();
         Self {
             age: Duration::from_secs(7 * 86_400),
             registration_env: None,
+            max_connections: limits.open,
+            max_kinds: limits.kinds,
         }
     }
 }

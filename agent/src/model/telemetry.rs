@@ -300,6 +300,10 @@ pub struct ProgramCost {
     pub runs: u64,
     /// Time of those runs, nanoseconds.
     pub run_time_ns: u64,
+    /// Events since the start for which it did not run, because it was interrupted on its CPU by the next
+    /// one (told since Linux 5.12).
+    #[serde(default)]
+    pub missed: u64,
 }
 
 /// A program or source that does not work here, and why.
@@ -336,6 +340,9 @@ pub struct Snapshot {
     pub losses: Vec<Loss>,
     /// What the kernel programs cost.
     pub programs: Vec<ProgramCost>,
+    /// Kernel memory of all their maps; none when there are none or the kernel does not say.
+    #[serde(default)]
+    pub map_memory: Option<Bytes>,
     /// What does not work here.
     pub disabled: Vec<Disabled>,
     /// Metrics that have no value now, and why.

@@ -4,6 +4,7 @@
 //! agent; what the maps could not hold is counted. Non-goals: meaning, which is given by the sweep.
 
 mod block;
+mod cost;
 pub mod mapped;
 mod ports;
 mod sched;
@@ -11,14 +12,13 @@ mod sched;
 use super::btf::KernelTypes;
 use super::layout::{self, Family};
 use super::scope::{self, Scope};
-use crate::model::telemetry::{Disabled, Loss, ProgramCost};
+use crate::model::telemetry::Disabled;
 use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{
     BtfTracePoint, CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError,
     RawTracePointRunOptions, TestRun,
 };
-use aya::sys::{Stats, enable_stats};
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
 use caps::{CapSet, Capability};
 use lifeboat_ebpf::{Ancestors, Layout};
@@ -69,22 +69,6 @@ const PROGRAMS: &[(Family, Hook, &str)] = &[
     (Family::Datagrams, Hook::SocketAddress, "udp_sendmsg6"),
     (Family::Datagrams, Hook::SocketAddress, "udp_recvmsg4"),
     (Family::Datagrams, Hook::SocketAddress, "udp_recvmsg6"),
-];
-
-/// Names of the maps of `LOSSES`, in the order of [`lifeboat_ebpf::loss`].
-const LOSSES: [&str; lifeboat_ebpf::loss::COUNT as usize] = [
-    "waiting",
-    "run-queue",
-    "in-flight",
-    "block",
-    "open",
-    "ports",
-    "listening",
-    "first-seen",
-    "halves",
-    "dirtiers",
-    "writing",
-    "accesses",
 ];
 
 /// Tracepoints with their name on older kernels.
@@ -260,65 +244,6 @@ impl Kernel {
             self.forget_block(gone);
             self.forget_ports_of(gone);
         }
-    }
-
-    /// What was lost, by map.
-    #[must_use]
-    pub fn losses(&self) -> Vec<Loss> {
-        let Some(array) = self
-            .map("LOSSES")
-            .and_then(|map| Array::<&MapData, u64>::try_from(map).ok())
-        else {
-            return Vec::new();
-        };
-        LOSSES
-            .iter()
-            .zip(array.iter())
-            .filter_map(|(map, lost)| {
-                Some(Loss {
-                    map: (*map).to_owned(),
-                    lost: lost.ok()?,
-                })
-            })
-            .collect()
-    }
-
-    /// Has the kernel measure its programs, or stop it. Measuring itself costs about as much as an
-    /// almost empty program.
-    ///
-    /// # Errors
-    /// The kernel refuses before Linux 5.8.
-    pub fn measure(&mut self, on: bool) -> Result<(), String> {
-        self.measuring = if on {
-            let measuring = enable_stats(Stats::RunTime).map_err(|error| {
-                format!(
-                    "the kernel does not measure its programs: {}",
-                    chain(&error)
-                )
-            })?;
-            Some(measuring)
-        } else {
-            None
-        };
-        Ok(())
-    }
-
-    /// What the programs cost while measured.
-    #[must_use]
-    pub fn costs(&self) -> Vec<ProgramCost> {
-        let programs = self.ebpf.iter().flat_map(Ebpf::programs);
-        let mut costs: Vec<ProgramCost> = programs
-            .filter_map(|(name, program)| {
-                let info = program.info().ok()?;
-                Some(ProgramCost {
-                    name: name.to_owned(),
-                    runs: info.run_count(),
-                    run_time_ns: u64::try_from(info.run_time().as_nanos()).unwrap_or(u64::MAX),
-                })
-            })
-            .collect();
-        costs.sort_by(|a, b| a.name.cmp(&b.name));
-        costs
     }
 
     fn map(&self, name: &str) -> Option<&Map> {

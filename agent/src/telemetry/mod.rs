@@ -31,7 +31,7 @@ use crate::model::metric::{METRICS, Metric, Per, Sample, Subject};
 use crate::model::telemetry::{
     BlockIo, ContainerStats, Disabled, DiskStats, Histogram, HostFacts, RunQueueStats, Snapshot,
 };
-use crate::model::units::UnixMillis;
+use crate::model::units::{Bytes, UnixMillis};
 use cgroups::Cgroups;
 use host::{Host, Value};
 use interval::{Counters, add_waiting, run_queue_values};
@@ -59,12 +59,33 @@ pub struct TelemetryConfig {
     pub edge_age: Duration,
     /// Edges of an earlier life of this agent.
     pub remembered: Vec<Edge>,
+    /// How much the kernel may hold of connections.
+    pub limits: ConnectionLimits,
+}
+
+/// Capacities of the kernel's maps of connections, whose memory is taken at the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionLimits {
+    /// Connections open at once; of more, the bytes are not known.
+    pub open: u32,
+    /// Kinds of connections, one for each client, service and side, between two sweeps; more are lost.
+    pub kinds: u32,
+}
+
+impl Default for ConnectionLimits {
+    fn default() -> Self {
+        Self {
+            open: 24_576,
+            kinds: 8_192,
+        }
+    }
 }
 
 /// The agent's senses.
 pub struct Telemetry {
     config: TelemetryConfig,
     kernel: Kernel,
+    map_memory: Option<Bytes>,
     disabled: Vec<Disabled>,
     cgroups: Cgroups,
     counters: Counters,
@@ -102,20 +123,18 @@ struct Sweep {
 impl Telemetry {
     /// Starts every sense that works here; the others are in [`Telemetry::disabled`].
     #[must_use]
-    pub fn start(config: TelemetryConfig) -> Self {
-        Self::start_sized(config, &[])
-    }
-
-    /// As [`Telemetry::start`], with other capacities for maps by name.
-    fn start_sized(mut config: TelemetryConfig, sizes: &[(&str, u32)]) -> Self {
+    pub fn start(mut config: TelemetryConfig) -> Self {
         let mut disabled = Vec::new();
-        let kernel = Kernel::start(&config.root, &config.cgroup, sizes, &mut disabled);
+        let ConnectionLimits { open, kinds } = config.limits;
+        let sizes = [("OPEN", open.max(1)), ("PORTS", kinds.max(1))];
+        let kernel = Kernel::start(&config.root, &config.cgroup, &sizes, &mut disabled);
         for Disabled { what, why } in &disabled {
             tracing::warn!("telemetry: {what} is disabled: {why}");
         }
         let mut host = Host::new(config.root.clone(), config.cgroup.clone());
         host.watch_drives();
         Self {
+            map_memory: kernel.map_memory(),
             kernel,
             disabled,
             cgroups: Cgroups::new(config.cgroup.clone()),
@@ -250,7 +269,8 @@ impl Telemetry {
             .filter(|&id| !self.cgroups.has(id))
             .collect();
         self.kernel.forget_cgroups(&gone);
-        self.ports.forget(&mut self.kernel, &gone, clock);
+        let crowded = self.config.limits.kinds as usize / 2;
+        self.ports.forget(&mut self.kernel, &gone, crowded, clock);
 
         let mut reading = self.host.read(containers, sweep.interval);
         links::read(&mut reading);
@@ -287,6 +307,7 @@ impl Telemetry {
             addresses: self.ports.host_addresses(),
             losses,
             programs: self.kernel.costs(),
+            map_memory: self.map_memory,
             disabled: self.disabled.clone(),
             absent,
             watched_percent: self.sampling.percent(),

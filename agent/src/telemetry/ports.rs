@@ -18,9 +18,6 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
 use std::time::Duration;
 
-/// Kinds above which idle ones are taken out of the kernel's map, half its capacity.
-const CROWDED: usize = 4_096;
-
 /// A kind without traffic for so long is idle.
 const IDLE_NS: u64 = 60_000_000_000;
 
@@ -176,16 +173,23 @@ impl Ports {
                 first_seen: seen.clock.wall(stats.first_ns),
                 last_seen: seen.clock.wall(stats.last_ns),
             };
-            if before.is_none_or(|before| before.last_ns != stats.last_ns) {
+            if before != Some(*stats) {
                 self.book.add(kind(owner, other, key), totals);
             }
         }
     }
 
-    /// Forgets what the kernel need not hold any more: it is in the book.
-    pub fn forget(&mut self, kernel: &mut Kernel, gone: &HashSet<u64>, clock: Clock) {
+    /// Forgets what the kernel need not hold any more, because it is in the book: kinds of cgroups that are
+    /// gone, and idle ones when there are more than `crowded`.
+    pub fn forget(
+        &mut self,
+        kernel: &mut Kernel,
+        gone: &HashSet<u64>,
+        crowded: usize,
+        clock: Clock,
+    ) {
         self.counted.retain(|key, _| !gone.contains(&key.cgroup));
-        if self.counted.len() <= CROWDED {
+        if self.counted.len() <= crowded {
             return;
         }
         let idle: HashSet<PortKey> = self

@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, sendto, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, listen,
+    sendto, setsockopt, socket, sockopt,
 };
 
-const USAGE: &str = "talker serve (tcp|udp|unix)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-connected|unix)=WHERE… | storm CONNECTIONS=WHERE";
+const USAGE: &str = "talker serve (tcp|udp|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-connected|unix)=WHERE… | storm CONNECTIONS=WHERE";
 const REQUEST: [u8; 1_000] = [1; 1_000];
 const RESPONSE: [u8; 5_000] = [2; 5_000];
 const FILE: u64 = 1 << 20;
@@ -54,6 +54,17 @@ fn serve(how: &str, place: &str) -> Result<()> {
             for connection in listener.incoming() {
                 let connection = connection?;
                 thread::spawn(move || answer(connection));
+            }
+        }
+        "sink" => {
+            let address: SocketAddr = place.parse()?;
+            let socket = tcp_socket(address)?;
+            nix::sys::socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+            // A full queue would cost a caller a second.
+            listen(&socket, Backlog::MAXALLOWABLE)?;
+            let listener = TcpListener::from(socket);
+            loop {
+                drop(listener.accept());
             }
         }
         "unix" => {

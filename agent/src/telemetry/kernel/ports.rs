@@ -4,7 +4,7 @@ use super::Kernel;
 use aya::maps::RingBuf;
 use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{RawTracePointRunOptions, TestRun};
-use lifeboat_ebpf::{ListenKey, Open, PortKey, PortStats, REFRESH_BATCH};
+use lifeboat_ebpf::{ListenKey, Open, PortKey, PortStats, REFRESH_BATCH, role};
 use std::collections::HashSet;
 
 impl Kernel {
@@ -49,7 +49,7 @@ impl Kernel {
         let open: HashSet<PortKey> = self
             .entries::<u64, Open>("OPEN")
             .into_iter()
-            .map(|(_, open)| open.key)
+            .flat_map(|(_, open)| [role::CLIENT, role::SERVER].map(|role| open.key(role)))
             .collect();
         let forgotten: HashSet<PortKey> = keys.difference(&open).copied().collect();
         self.remove_keys::<PortKey, PortStats>("PORTS", |key| forgotten.contains(key));

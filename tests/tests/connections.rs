@@ -1,0 +1,164 @@
+//! Many connections: none is lost, and what the kernel's maps could not hold is counted. Needs root.
+
+use lifeboat::model::container::Container;
+use lifeboat::model::telemetry::Snapshot;
+use lifeboat::model::units::Bytes;
+use lifeboat::telemetry::{ConnectionLimits, Telemetry};
+use lifeboat_tests::scope::{Scope, container, now};
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+/// The talker in a cgroup of its own, ended when dropped.
+struct Talker(Child);
+
+impl Talker {
+    fn start(cgroup: &Path, words: &[&str]) -> Self {
+        // The shell moves itself, and so what it becomes.
+        let child = Command::new("sh")
+            .args(["-c", r#"echo 0 > "$0/cgroup.procs"; exec "$@""#])
+            .arg(cgroup)
+            .arg(env!("CARGO_BIN_EXE_talker"))
+            .args(words)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a shell");
+        Self(child)
+    }
+
+    /// One that stays, once it is ready.
+    fn ready(cgroup: &Path, words: &[&str]) -> Self {
+        let mut talker = Self::start(cgroup, words);
+        let mut line = String::new();
+        BufReader::new(talker.0.stdout.as_mut().expect("piped"))
+            .read_line(&mut line)
+            .expect("it speaks");
+        assert_eq!(line.trim(), "ready");
+        talker
+    }
+
+    fn server(cgroup: &Path, what: &[&str]) -> Self {
+        Self::ready(cgroup, &[&["serve"], what].concat())
+    }
+
+    fn pid(&self) -> i32 {
+        self.0.id() as i32
+    }
+
+    /// What a storm made; waits for its end.
+    fn made(&mut self) -> u64 {
+        let mut text = String::new();
+        let mut output = self.0.stdout.take().expect("piped");
+        output.read_to_string(&mut text).expect("it speaks");
+        text.trim().parse().expect("a number of connections")
+    }
+}
+
+impl Drop for Talker {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn lost(snapshot: &Snapshot, map: &str) -> u64 {
+    let mut losses = snapshot.losses.iter();
+    losses.find(|loss| loss.map == map).expect("a map").lost
+}
+
+fn missed(snapshot: &Snapshot) -> u64 {
+    snapshot.programs.iter().map(|program| program.missed).sum()
+}
+
+fn connections(snapshot: &Snapshot) -> u64 {
+    snapshot.edges.iter().map(|edge| edge.connections).sum()
+}
+
+/// Sweeps until as many connections are seen, or 15 s long.
+fn sweep_until_seen(senses: &mut Telemetry, containers: &[Container], wanted: u64) -> Snapshot {
+    let end = Instant::now() + Duration::from_secs(15);
+    loop {
+        let snapshot = senses.sweep(containers, now());
+        if connections(&snapshot) >= wanted || Instant::now() > end {
+            return snapshot;
+        }
+        sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn no_connection_of_a_storm_is_lost() {
+    let Some(scope) = Scope::new("storm") else {
+        return;
+    };
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses();
+    let server = Talker::server(&db, &["sink=127.0.0.1:4501"]);
+    let containers = [container("web", 0), container("db", server.pid())];
+    senses.sweep(&containers, now());
+    let begin = Instant::now();
+    let made = Talker::start(&web, &["storm", "100000=127.0.0.1:4501"]).made();
+    let took = begin.elapsed().as_secs_f64();
+    println!("{:.0} connections a second", made as f64 / took);
+    let snapshot = sweep_until_seen(&mut senses, &containers, made);
+    assert_eq!(snapshot.edges.len(), 1, "{:?}", snapshot.edges);
+    assert_eq!((made, connections(&snapshot)), (100_000, made));
+    assert_eq!((lost(&snapshot, "open"), lost(&snapshot, "ports")), (0, 0));
+    assert_eq!(missed(&snapshot), 0);
+}
+
+#[test]
+fn kinds_that_do_not_fit_are_lost_and_counted_exactly() {
+    let Some(scope) = Scope::new("kinds") else {
+        return;
+    };
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    // A client's and a server's for each of two ports.
+    let mut senses = scope.senses_within(ConnectionLimits {
+        kinds: 4,
+        ..ConnectionLimits::default()
+    });
+    let ports = 4501..4506;
+    let places: Vec<String> = ports.map(|port| format!("127.0.0.1:{port}")).collect();
+    let sinks: Vec<String> = places.iter().map(|at| format!("sink={at}")).collect();
+    let sinks: Vec<&str> = sinks.iter().map(String::as_str).collect();
+    let server = Talker::server(&db, &sinks);
+    let containers = [container("web", 0), container("db", server.pid())];
+    senses.sweep(&containers, now());
+    let made: u64 = places
+        .iter()
+        .map(|at| Talker::start(&web, &["storm", &format!("1000={at}")]).made())
+        .sum();
+    assert_eq!(made, 5_000);
+    let snapshot = sweep_until_seen(&mut senses, &containers, 2_000);
+    let seen = connections(&snapshot);
+    assert_eq!((seen, snapshot.edges.len()), (2_000, 2));
+    // Each connection has two ends.
+    assert_eq!(lost(&snapshot, "ports"), 2 * (made - seen));
+}
+
+#[test]
+fn open_connections_beyond_the_limit_are_seen_without_their_bytes() {
+    let Some(scope) = Scope::new("open") else {
+        return;
+    };
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses_within(ConnectionLimits {
+        open: 1,
+        ..ConnectionLimits::default()
+    });
+    let server = Talker::server(&db, &["tcp=127.0.0.1:4501"]);
+    let containers = [container("web", 0), container("db", server.pid())];
+    senses.sweep(&containers, now());
+    let call = ["tcp=127.0.0.1:4501"; 3];
+    let _open = Talker::ready(&web, &[&["call"], &call[..]].concat());
+    let snapshot = sweep_until_seen(&mut senses, &containers, 3);
+    assert_eq!(snapshot.edges.len(), 1, "{:?}", snapshot.edges);
+    let edge = &snapshot.edges[0];
+    assert_eq!(edge.connections, 3);
+    assert_eq!(lost(&snapshot, "open"), 2 * (3 - 1));
+    let bytes = (edge.bytes_to_parent, edge.bytes_to_child);
+    assert_eq!(bytes, (Some(Bytes(1_000)), Some(Bytes(5_000))));
+}
