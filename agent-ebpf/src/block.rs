@@ -2,22 +2,44 @@
 
 use crate::attribution::causer;
 use crate::kernel::{Object, add, layout, load, log2, lost, record};
-use aya_ebpf::bindings::BPF_NOEXIST;
+use crate::scope::place_by_hash;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::{btf_tracepoint, map};
-use aya_ebpf::maps::HashMap;
+use aya_ebpf::maps::{Array, HashMap, Queue};
 use aya_ebpf::programs::BtfTracePointContext;
-use lifeboat_ebpf::{BlockKey, BlockStats, InFlight, SECTOR_SHIFT, SIZE_SLOTS, error, loss, op};
+use lifeboat_ebpf::{
+    BLOCK_ROWS, BlockKey, BlockRow, BlockStats, IN_FLIGHT_GROUP, IN_FLIGHT_PLACES, InFlight,
+    SECTOR_SHIFT, SIZE_SLOTS, error, loss, op,
+};
 
-/// Requests between issue and completion, by their address.
+// These run twice for every request, so the common path looks up arrays only: that is a few instructions in
+// line and takes no lock, where a hash map costs a call each time.
+
+/// Requests between issue and completion, each in a place of the group that its address's hash names. Two
+/// that take the same place at the same instant are one: the other is not counted.
 #[map]
-static IN_FLIGHT: HashMap<u64, InFlight> = HashMap::with_max_entries(10_240, 0);
+static IN_FLIGHT: Array<InFlight> = Array::with_max_entries(IN_FLIGHT_PLACES, BPF_F_MMAPABLE);
 
-/// Statistics by (cgroup, disk, op).
+/// Statistics by row.
 #[map]
-static BLOCK: HashMap<BlockKey, BlockStats> = HashMap::with_max_entries(4_096, 0);
+static BLOCK: Array<BlockRow> = Array::with_max_entries(BLOCK_ROWS, BPF_F_MMAPABLE);
 
-static EMPTY: BlockStats = BlockStats::EMPTY;
+/// Row by (cgroup, disk, op).
+#[map]
+static BLOCK_ROW: HashMap<BlockKey, u32> = HashMap::with_max_entries(BLOCK_ROWS, 0);
+
+/// Rows of nobody: filled by the agent, which also gives back those of cgroups that are gone.
+#[map]
+static FREE_BLOCK_ROWS: Queue<u32> = Queue::with_max_entries(BLOCK_ROWS, 0);
+
+/// The rows looked up last, each in the place of its key's hash. Whose a row is stands in the row itself.
+#[map]
+static KNOWN_BLOCK_ROWS: Array<u32> = Array::with_max_entries(1 << KNOWN_BITS, 0);
+
+const KNOWN_BITS: u32 = 9;
+
+const GROUP_BITS: u32 = (IN_FLIGHT_PLACES / IN_FLIGHT_GROUP).trailing_zeros();
 
 /// REQ_OP_MASK
 const OP_MASK: u32 = 0xff;
@@ -29,8 +51,8 @@ pub fn block_rq_insert(ctx: BtfTracePointContext) -> i32 {
     let request = request_of(&ctx);
     // SAFETY: `request` is the tracepoint's request.
     unsafe {
-        if let Some(key) = key(request) {
-            note(request, &InFlight { key, since_ns: 0 });
+        if let Some(row) = key(request).and_then(|key| row(&key)) {
+            note(request, row, 0);
         }
     }
     0
@@ -43,12 +65,12 @@ pub fn block_rq_issue(ctx: BtfTracePointContext) -> i32 {
     unsafe {
         let mut inserted = None;
         if layout!(write_back_uncharged) != 0 {
-            inserted = IN_FLIGHT.get(&(request as u64)).map(|entry| entry.key);
+            inserted = in_flight(request).map(|entry| (*entry).row);
         }
-        let Some(key) = inserted.or_else(|| key(request)) else {
+        let Some(row) = inserted.or_else(|| key(request).and_then(|key| row(&key))) else {
             return 0;
         };
-        let Some(stats) = stats(&key) else {
+        let Some(stats) = stats(row) else {
             return 0;
         };
         let sector: u64 = load(request, layout!(request_sector));
@@ -64,8 +86,7 @@ pub fn block_rq_issue(ctx: BtfTracePointContext) -> i32 {
             }
             add((&raw mut (*stats).sizes).cast::<u64>().add(slot), 1);
         }
-        let since_ns = bpf_ktime_get_ns();
-        note(request, &InFlight { key, since_ns });
+        note(request, row, bpf_ktime_get_ns());
     }
     0
 }
@@ -80,10 +101,66 @@ fn request_of(ctx: &BtfTracePointContext) -> Object {
     }
 }
 
+/// What stands for a request as a number: how far it is from a place in memory that never moves. The verifier
+/// allows no other arithmetic on its address.
 #[inline(always)]
-fn note(request: Object, entry: &InFlight) {
-    if IN_FLIGHT.insert(&(request as u64), entry, 0).is_err() {
+fn number(request: Object) -> Option<u64> {
+    let fixed = IN_FLIGHT.get_ptr_mut(0)?;
+    Some((request as u64).wrapping_sub(fixed as u64))
+}
+
+/// The first place of a request's group.
+#[inline(always)]
+fn group(number: u64) -> u32 {
+    place_by_hash(number, GROUP_BITS) * IN_FLIGHT_GROUP
+}
+
+/// The place that has a request.
+#[inline(always)]
+fn in_flight(request: Object) -> Option<*mut InFlight> {
+    let number = number(request)?;
+    let group = group(number);
+    for offset in 0..IN_FLIGHT_GROUP {
+        let place = IN_FLIGHT.get_ptr_mut(group + offset)?;
+        // SAFETY: a place is a map value, which lives for the program run.
+        if unsafe { (*place).request } == number {
+            return Some(place);
+        }
+    }
+    None
+}
+
+/// Notes a request in its own place, or in the first free one.
+#[inline(always)]
+fn note(request: Object, row: u32, since_ns: u64) {
+    let Some(number) = number(request) else {
+        return;
+    };
+    let group = group(number);
+    let mut found = None;
+    for offset in 0..IN_FLIGHT_GROUP {
+        let Some(place) = IN_FLIGHT.get_ptr_mut(group + offset) else {
+            return;
+        };
+        // SAFETY: a place is a map value, which lives for the program run.
+        let taken = unsafe { (*place).request };
+        if taken == number {
+            found = Some(place);
+            break;
+        }
+        if taken == 0 && found.is_none() {
+            found = Some(place);
+        }
+    }
+    let Some(place) = found else {
         lost(loss::IN_FLIGHT);
+        return;
+    };
+    // SAFETY: as above.
+    unsafe {
+        (*place).row = row;
+        (*place).since_ns = since_ns;
+        (*place).request = number;
     }
 }
 
@@ -119,17 +196,59 @@ unsafe fn key(request: Object) -> Option<BlockKey> {
 }
 
 #[inline(always)]
-fn stats(key: &BlockKey) -> Option<*mut BlockStats> {
-    if let Some(stats) = BLOCK.get_ptr_mut(key) {
-        return Some(stats);
+fn stats(row: u32) -> Option<*mut BlockStats> {
+    // SAFETY: the pointer is to a map value, of which this is a field.
+    BLOCK
+        .get_ptr_mut(row)
+        .map(|row| unsafe { &raw mut (*row).stats })
+}
+
+/// The row of a key, a new one when it has none.
+#[inline(always)]
+fn row(key: &BlockKey) -> Option<u32> {
+    let mixed = key.cgroup << 32 ^ u64::from(key.device) << 8 ^ u64::from(key.op);
+    let known = KNOWN_BLOCK_ROWS.get_ptr_mut(place_by_hash(mixed, KNOWN_BITS))?;
+    // SAFETY: map values live for the program run; a known row is one aligned word.
+    unsafe {
+        let row = *known;
+        let whose = &raw const (*BLOCK.get_ptr_mut(row)?).key;
+        if (*whose).cgroup == key.cgroup && (*whose).device == key.device && (*whose).op == key.op {
+            return Some(row);
+        }
+        let row = row_of(key);
+        if row >= BLOCK_ROWS {
+            lost(loss::BLOCK);
+            return None;
+        }
+        *known = row;
+        Some(row)
     }
-    // Another CPU may insert it first; what counts is that it is there.
-    let _ = BLOCK.insert(key, &EMPTY, u64::from(BPF_NOEXIST));
-    let stats = BLOCK.get_ptr_mut(key);
-    if stats.is_none() {
-        lost(loss::BLOCK);
+}
+
+/// The row of a key, by the hash map; [`BLOCK_ROWS`] when there is none left.
+#[inline(never)]
+fn row_of(key: &BlockKey) -> u32 {
+    // SAFETY: the value is one word, which is written once.
+    if let Some(row) = unsafe { BLOCK_ROW.get(key) } {
+        return *row;
     }
-    stats
+    let Ok(Some(row)) = FREE_BLOCK_ROWS.pop() else {
+        return BLOCK_ROWS;
+    };
+    let Some(new) = BLOCK.get_ptr_mut(row) else {
+        return BLOCK_ROWS;
+    };
+    // SAFETY: the pointer is to a map value, which nobody else has: the row was free.
+    unsafe { (*new).key = *key };
+    if BLOCK_ROW.insert(key, &row, u64::from(BPF_NOEXIST)).is_ok() {
+        return row;
+    }
+    // Another CPU was faster.
+    // SAFETY: as above.
+    unsafe { (*new).key.device = 0 };
+    let _ = FREE_BLOCK_ROWS.push(row, 0);
+    // SAFETY: as for the first look.
+    unsafe { BLOCK_ROW.get(key).copied().unwrap_or(BLOCK_ROWS) }
 }
 
 #[btf_tracepoint(function = "block_rq_complete")]
@@ -137,15 +256,13 @@ pub fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
     let request: Object = ctx.arg(0);
     let status: i32 = ctx.arg(1);
     let bytes: u32 = ctx.arg(2);
-    // SAFETY: the tracepoint's arguments are (request, error, bytes); values are read before removal.
+    // SAFETY: the tracepoint's arguments are (request, error, bytes); map values live for the program run.
     unsafe {
-        let address = request as u64;
-        let Some(entry) = IN_FLIGHT.get(&address) else {
+        let Some(entry) = in_flight(request) else {
             return 0;
         };
-        let InFlight { key, since_ns } = *entry;
-        let Some(stats) = stats(&key) else {
-            let _ = IN_FLIGHT.remove(&address);
+        let since_ns = (*entry).since_ns;
+        let Some(stats) = stats((*entry).row) else {
             return 0;
         };
         add(&raw mut (*stats).bytes, u64::from(bytes));
@@ -154,40 +271,51 @@ pub fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
         if status == 0 && bytes < left {
             return 0;
         }
-        let _ = IN_FLIGHT.remove(&address);
-        add(&raw mut (*stats).requests, 1);
-        if let Some(class) = class(status) {
-            add((&raw mut (*stats).errors).cast::<u64>().add(class), 1);
+        (*entry).request = 0;
+        if status != 0 {
+            if let Some(class) = class(status) {
+                add((&raw mut (*stats).errors).cast::<u64>().add(class), 1);
+            }
         }
         // One that fails before it was issued never was at the device.
-        if since_ns != 0 {
-            let latency = bpf_ktime_get_ns().saturating_sub(since_ns);
-            add(&raw mut (*stats).busy_ns, latency);
-            record(&raw mut (*stats).latency, latency);
+        if since_ns == 0 {
+            add(&raw mut (*stats).unissued, 1);
+            return 0;
         }
+        let latency = bpf_ktime_get_ns().saturating_sub(since_ns);
+        add(&raw mut (*stats).busy_ns, latency);
+        record(&raw mut (*stats).latency, latency);
     }
     0
 }
 
-/// The class of a request's end: a `blk_status_t`, or a negative errno before Linux 5.16. None for success,
-/// and for what says nothing about the device: an operation that it does not have, and one to try again.
+/// The class of a request's end: a `blk_status_t`, or a negative errno before Linux 5.16 (`blk_errors` of
+/// block/blk-core.c has both). None for what says nothing about the device.
 #[inline(always)]
 fn class(status: i32) -> Option<usize> {
+    if status == layout!(status_offline) as i32 {
+        return Some(error::TRANSPORT);
+    }
     match status {
-        // BLK_STS_NOTSUPP and _AGAIN; EOPNOTSUPP and EAGAIN.
-        0 | 1 | 12 | -95 | -11 => None,
-        // BLK_STS_TIMEOUT; ETIMEDOUT.
-        2 | -110 => Some(error::TIMEOUT),
-        // BLK_STS_NOSPC; ENOSPC.
+        // An operation that it does not have, one that is to be tried again (also within device mapper), one
+        // for which it has no room now, one that nobody could do: NOTSUPP, AGAIN, DM_REQUEUE, DEV_RESOURCE,
+        // INVAL; EOPNOTSUPP, EAGAIN, EREMCHG, EBUSY, EINVAL.
+        0 | 1 | 12 | 11 | 13 | 19 | -95 | -11 | -78 | -16 | -22 => None,
+        // TIMEOUT; ETIMEDOUT, and ETIME of a DURATION_LIMIT.
+        2 | -110 | -62 => Some(error::TIMEOUT),
+        // DURATION_LIMIT comes after OFFLINE: the drive gave up in the time that it was given.
+        17 | 18 => Some(error::TIMEOUT),
+        // NOSPC; ENOSPC.
         3 | -28 => Some(error::NO_SPACE),
-        // BLK_STS_TRANSPORT and _OFFLINE; ENOLINK.
-        4 | 16 | -67 => Some(error::TRANSPORT),
-        // BLK_STS_TARGET; EREMOTEIO.
-        5 | -121 => Some(error::TARGET),
-        // BLK_STS_MEDIUM; ENODATA.
+        // TRANSPORT; ENOLINK, and ENODEV of an OFFLINE.
+        4 | -67 | -19 => Some(error::TRANSPORT),
+        // TARGET, and RESV_CONFLICT (once NEXUS): another host holds it; EREMOTEIO, EBADE.
+        5 | 6 | -121 | -52 => Some(error::TARGET),
+        // MEDIUM; ENODATA.
         7 | -61 => Some(error::MEDIA),
-        // BLK_STS_PROTECTION; EILSEQ.
+        // PROTECTION; EILSEQ.
         8 | -84 => Some(error::PROTECTION),
+        // IOERR, RESOURCE (no memory), and the limits of zones: 14 and 15, and 16 before Linux 6.10.
         _ => Some(error::OTHER),
     }
 }

@@ -16,6 +16,8 @@ pub static LAYOUT: Layout = Layout {
     scope_level: 0,
     ancestors_are_ids: 0,
     issue_has_queue: 0,
+    status_offline: 0,
+    padding: 0,
     queue_has_queue: 0,
     bio_has_disk: 0,
     request_has_disk: 0,

@@ -159,8 +159,8 @@ pub struct BlockStats {
     pub busy_ns: u64,
     /// Bytes completed.
     pub bytes: u64,
-    /// Requests completed.
-    pub requests: u64,
+    /// Requests that failed before they were issued; the others are in `latency`.
+    pub unissued: u64,
     /// Requests issued that begin where the one before them ended.
     pub sequential: u64,
     /// First sector after the last request issued.
@@ -175,20 +175,55 @@ impl BlockStats {
         errors: [0; error::COUNT],
         busy_ns: 0,
         bytes: 0,
-        requests: 0,
+        unissued: 0,
         sequential: 0,
         next_sector: 0,
     };
 }
 
+/// Whose statistics a row of `BLOCK` holds, and the statistics.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct BlockRow {
+    /// Whose; its `device` is 0 where the row is free.
+    pub key: BlockKey,
+    /// What it did.
+    pub stats: BlockStats,
+}
+
+impl BlockRow {
+    /// Nobody's.
+    pub const FREE: Self = Self {
+        key: BlockKey {
+            cgroup: 0,
+            device: 0,
+            op: 0,
+        },
+        stats: BlockStats::EMPTY,
+    };
+}
+
+/// Rows of `BLOCK`.
+pub const BLOCK_ROWS: u32 = 4_096;
+
+/// Places for requests between issue and completion, in groups of [`IN_FLIGHT_GROUP`].
+pub const IN_FLIGHT_PLACES: u32 = 1 << 14;
+
+/// A request is in one of so many places, which its address's hash names.
+pub const IN_FLIGHT_GROUP: u32 = 4;
+
 /// A request between issue and completion.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct InFlight {
-    /// Where its completion is counted.
-    pub key: BlockKey,
+    /// What stands for it; 0 in a place without one.
+    pub request: u64,
     /// When it was issued, ns of the monotonic clock; 0 while it waits in the kernel's I/O scheduler.
     pub since_ns: u64,
+    /// The row of `BLOCK` where its completion is counted.
+    pub row: u32,
+    /// Zero.
+    pub padding: u32,
 }
 
 /// What the watch of a block device watches. A global of the programs.
@@ -508,6 +543,10 @@ pub struct Layout {
     pub ancestors_are_ids: u32,
     /// 1 when block_rq_issue has the queue before the request (before Linux 5.11).
     pub issue_has_queue: u32,
+    /// The number of BLK_STS_OFFLINE: 16 since Linux 6.10, 17 before.
+    pub status_offline: u32,
+    /// Zero.
+    pub padding: u32,
     /// 1 when block_bio_queue has the queue before the bio (before Linux 5.11).
     pub queue_has_queue: u32,
     /// 1 when a bio names its disk itself (before Linux 5.12), 0 when its device does.
@@ -637,7 +676,7 @@ mod pod {
     // SAFETY: as above.
     unsafe impl Pod for BlockKey {}
     // SAFETY: as above.
-    unsafe impl Pod for BlockStats {}
+    unsafe impl Pod for BlockRow {}
     // SAFETY: as above.
     unsafe impl Pod for InFlight {}
     // SAFETY: as above.

@@ -169,7 +169,6 @@ fn a_container_born_and_gone_between_two_sweeps_is_counted() {
         return;
     };
     let mut watch = Watch::new(&scope);
-    let start = Instant::now();
     let brief = scope.cgroup("brief");
     run_in(
         &brief,
@@ -177,7 +176,6 @@ fn a_container_born_and_gone_between_two_sweeps_is_counted() {
         &file.0,
     );
     fs::remove_dir(&brief).expect("nobody is left in it");
-    assert!(start.elapsed().as_secs_f64() < 1.0, "it was brief");
     let (snapshot, seconds) = watch.sweep(&[]);
     let host = snapshot.host.block.expect("the programs run");
     let read = host.reads.bytes_per_second * seconds / MIB;

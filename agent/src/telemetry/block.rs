@@ -3,9 +3,18 @@
 use super::host::Value;
 use crate::model::metric::Subject;
 use crate::model::telemetry::{BlockErrors, BlockIo, BlockOps, Histogram};
-use lifeboat_ebpf::{BlockKey, BlockStats, InFlight, SECTOR_SHIFT, error, op};
+use lifeboat_ebpf::{BlockKey, BlockStats, SECTOR_SHIFT, error, op};
 use std::collections::HashMap;
 use std::time::Duration;
+
+/// A request between issue and completion.
+#[derive(Clone, Copy)]
+pub struct Request {
+    /// Where its completion will be counted.
+    pub key: BlockKey,
+    /// When it was issued, ns of the monotonic clock; 0 while it waits in the kernel's I/O scheduler.
+    pub since_ns: u64,
+}
 
 /// Remembers the counters of the last sweep.
 #[derive(Default)]
@@ -36,7 +45,7 @@ impl Counters {
     pub fn interval(
         &mut self,
         now: &[(BlockKey, BlockStats)],
-        in_flight: &[InFlight],
+        in_flight: &[Request],
         now_ns: u64,
     ) -> Vec<(BlockKey, Interval)> {
         let mut under_way: HashMap<BlockKey, u64> = HashMap::new();
@@ -79,7 +88,7 @@ fn since(now: &Seen, before: &Seen) -> Interval {
             iops: 0.0,
             bytes_per_second: 0.0,
         },
-        requests: count(|stats| stats.requests),
+        requests: count(requests),
         bytes: count(|stats| stats.bytes),
         busy_ns: now.busy_ns.saturating_sub(before.busy_ns),
         errors: BlockErrors {
@@ -94,6 +103,11 @@ fn since(now: &Seen, before: &Seen) -> Interval {
     }
 }
 
+/// Requests that ended.
+fn requests(stats: &BlockStats) -> u64 {
+    stats.latency.slots.iter().sum::<u64>() + stats.unissued
+}
+
 /// By bytes; the kernel counts by sectors.
 fn sizes(stats: &BlockStats) -> Histogram {
     let mut slots = vec![0; SECTOR_SHIFT as usize];
@@ -102,7 +116,7 @@ fn sizes(stats: &BlockStats) -> Histogram {
 }
 
 /// How long a request has been at the device; 0 while it waits in the kernel's I/O scheduler.
-fn age(request: &InFlight, now_ns: u64) -> u64 {
+fn age(request: &Request, now_ns: u64) -> u64 {
     match request.since_ns {
         0 => 0,
         since => now_ns.saturating_sub(since),
@@ -119,7 +133,7 @@ fn ops(io: &mut BlockIo, operation: u32) -> Option<&mut BlockOps> {
 }
 
 /// Adds a request under way; a disk that answers nothing any more must not look idle.
-pub fn add_in_flight(io: &mut BlockIo, request: &InFlight, now_ns: u64, interval: Duration) {
+pub fn add_in_flight(io: &mut BlockIo, request: &Request, now_ns: u64, interval: Duration) {
     let age = age(request, now_ns);
     if u128::from(age) > interval.as_nanos()
         && let Some(ops) = ops(io, request.key.op)
@@ -197,7 +211,6 @@ mod tests {
     fn stats(slot: usize, requests: u64, bytes: u64) -> BlockStats {
         let mut stats = BlockStats::EMPTY;
         stats.latency.slots[slot] = requests;
-        stats.requests = requests;
         stats.bytes = bytes;
         stats
     }
@@ -210,7 +223,7 @@ mod tests {
         first.errors[error::MEDIA] = 3;
         counters.interval(&[(KEY, first)], &[], 0);
         let mut second = first;
-        (second.latency.slots[30], second.requests, second.bytes) = (104, 104, 12_288);
+        (second.latency.slots[30], second.bytes) = (104, 12_288);
         (second.sizes[3], second.sequential) = (104, 91);
         second.errors[error::PROTECTION] = 1;
         let second = counters.interval(&[(KEY, second)], &[], 0);
@@ -227,7 +240,7 @@ mod tests {
     #[test]
     fn a_request_that_never_completes_is_slow_and_not_idle() {
         let mut counters = Counters::default();
-        let request = InFlight {
+        let request = Request {
             key: KEY,
             since_ns: 1_000_000_000,
         };

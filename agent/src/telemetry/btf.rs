@@ -149,6 +149,14 @@ impl KernelTypes {
         (prototype.kind == KIND_FUNC_PROTO).then(|| prototype.members.saturating_sub(1))
     }
 
+    /// Whether any type, field or enumerator has this name.
+    #[must_use]
+    pub fn has_name(&self, name: &str) -> bool {
+        let strings = &self.data[self.strings.clone()];
+        let mut names = strings.split(|&byte| byte == 0);
+        names.any(|known| known == name.as_bytes())
+    }
+
     fn member(&self, of: Type, name: &str, path: &str) -> Result<Option<(u32, u32)>, BtfError> {
         if of.kind != KIND_STRUCT && of.kind != KIND_UNION {
             return Ok(None);

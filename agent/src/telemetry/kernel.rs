@@ -82,6 +82,8 @@ pub struct Kernel {
     own_cgroup: Option<u64>,
     /// None when the scheduler programs do not run.
     run_queues: Option<sched::RunQueues>,
+    /// None when the block programs do not run.
+    blocks: Option<block::Blocks>,
     /// Keeps the kernel's measuring of programs on.
     measuring: Option<OwnedFd>,
 }
@@ -104,6 +106,7 @@ impl Kernel {
                 running: Vec::new(),
                 own_cgroup: None,
                 run_queues: None,
+                blocks: None,
                 measuring: None,
             }
         };
@@ -145,6 +148,7 @@ impl Kernel {
                             running: Vec::new(),
                             own_cgroup,
                             run_queues: None,
+                            blocks: None,
                             measuring: None,
                         };
                         let needed = |family| match family {
@@ -211,10 +215,12 @@ impl Kernel {
         cgroup: &Path,
         family: Family,
     ) -> Result<(), (String, String)> {
-        if family == Family::Sched {
-            self.prepare_sched()
-                .map_err(|why| (family.name().to_owned(), why))?;
-        }
+        let prepared = match family {
+            Family::Sched => self.prepare_sched(),
+            Family::Block => self.prepare_block(),
+            _ => Ok(()),
+        };
+        prepared.map_err(|why| (family.name().to_owned(), why))?;
         if let Some(ebpf) = &mut self.ebpf {
             attach_family(ebpf, btf, cgroup, family)?;
         }

@@ -202,6 +202,12 @@ pub fn find(types: &KernelTypes) -> (Layout, Vec<(Family, Disabled)>) {
             Err(error) => miss(Family::Trace, &error),
         }
     }
+    // Zones have write plugs since Linux 6.10, which then took a status out, and those above it moved down.
+    layout.status_offline = if types.has_name("BIO_ZONE_WRITE_PLUGGING") {
+        16
+    } else {
+        17
+    };
     // Before Linux 5.11 the queue came first.
     let has_queue = |tracepoint| u32::from(types.tracepoint_arguments(tracepoint) == Some(2));
     layout.issue_has_queue = has_queue("block_rq_issue");

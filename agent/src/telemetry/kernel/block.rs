@@ -1,24 +1,134 @@
 //! Reading the block programs' maps.
 
-use super::Kernel;
-use lifeboat_ebpf::{BlockKey, BlockStats, InFlight};
-use std::collections::HashSet;
+use super::{Kernel, Mapped};
+use crate::telemetry::block::Request;
+use aya::maps::{Array, MapData, Queue};
+use lifeboat_ebpf::{
+    BLOCK_ROWS, BlockKey, BlockRow, BlockStats, Latency, SIZE_SLOTS, SLOTS, error,
+};
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The block maps in memory.
+pub struct Blocks {
+    rows: Mapped,
+    in_flight: Mapped,
+}
+
+/// Words of a row.
+const ROW_WORDS: usize = size_of::<BlockRow>() / 8;
 
 impl Kernel {
+    /// Makes the maps ready for the programs, which take a row for each new (cgroup, disk, op).
+    pub(super) fn prepare_block(&mut self) -> Result<(), String> {
+        let map = |name| self.map(name).ok_or("it is not in the embedded object");
+        self.blocks = Some(Blocks {
+            rows: Mapped::new(map("BLOCK")?)?,
+            in_flight: Mapped::new(map("IN_FLIGHT")?)?,
+        });
+        let rows = self.block_row_count();
+        let mut free = self
+            .free_block_rows()
+            .ok_or("FREE_BLOCK_ROWS is not in the embedded object")?;
+        for row in 0..rows {
+            free.push(row, 0).map_err(|error| super::chain(&error))?;
+        }
+        Ok(())
+    }
+
     /// Block I/O, since the start.
     #[must_use]
     pub fn block(&self) -> Vec<(BlockKey, BlockStats)> {
-        self.entries("BLOCK")
+        let Some(blocks) = &self.blocks else {
+            return Vec::new();
+        };
+        let (rows, _) = blocks.rows.words().as_chunks::<ROW_WORDS>();
+        let rows = rows.iter().map(row);
+        rows.filter(|row| row.key.device != 0)
+            .map(|row| (row.key, row.stats))
+            .collect()
     }
 
     /// Block requests between issue and completion.
     #[must_use]
-    pub fn in_flight(&self) -> Vec<InFlight> {
-        let requests = self.entries::<u64, InFlight>("IN_FLIGHT");
-        requests.into_iter().map(|(_, request)| request).collect()
+    pub fn in_flight(&self) -> Vec<Request> {
+        let Some(blocks) = &self.blocks else {
+            return Vec::new();
+        };
+        let (rows, _) = blocks.rows.words().as_chunks::<ROW_WORDS>();
+        let (places, _) = blocks.in_flight.words().as_chunks::<3>();
+        places
+            .iter()
+            .filter(|[request, ..]| request.load(Ordering::Relaxed) != 0)
+            .filter_map(|[_, since_ns, row_number]| {
+                let number = row_number.load(Ordering::Relaxed) as u32;
+                let key = row(rows.get(number as usize)?).key;
+                (key.device != 0).then_some(Request {
+                    key,
+                    since_ns: since_ns.load(Ordering::Relaxed),
+                })
+            })
+            .collect()
     }
 
     pub(super) fn forget_block(&mut self, gone: &HashSet<u64>) {
-        self.remove_keys::<BlockKey, BlockStats>("BLOCK", |key| gone.contains(&key.cgroup));
+        // What a cgroup left under way ends first: its row must not be another's by then.
+        let busy: HashSet<BlockKey> = self.in_flight().iter().map(|one| one.key).collect();
+        let rows: HashMap<BlockKey, u32> = self.entries("BLOCK_ROW").into_iter().collect();
+        let ended = |key: &BlockKey| gone.contains(&key.cgroup) && !busy.contains(key);
+        for (key, row) in rows.into_iter().filter(|(key, _)| ended(key)) {
+            self.remove_keys::<BlockKey, u32>("BLOCK_ROW", |known| *known == key);
+            let map = self.ebpf.as_mut().and_then(|ebpf| ebpf.map_mut("BLOCK"));
+            let rows = map.and_then(|map| Array::<&mut MapData, BlockRow>::try_from(map).ok());
+            // A row that is not cleared is not given back: the next one must count from zero.
+            if rows.is_some_and(|mut rows| rows.set(row, BlockRow::FREE, 0).is_ok())
+                && let Some(mut free) = self.free_block_rows()
+            {
+                // It has room for all rows.
+                let _ = free.push(row, 0);
+            }
+        }
+    }
+
+    fn block_row_count(&self) -> u32 {
+        let rows = self.blocks.as_ref();
+        let rows = rows.map_or(0, |blocks| blocks.rows.words().len() / ROW_WORDS);
+        u32::try_from(rows).unwrap_or(BLOCK_ROWS)
+    }
+
+    fn free_block_rows(&mut self) -> Option<Queue<&mut MapData, u32>> {
+        self.ebpf
+            .as_mut()?
+            .map_mut("FREE_BLOCK_ROWS")?
+            .try_into()
+            .ok()
+    }
+}
+
+/// A row as its words are now.
+fn row(words: &[AtomicU64; ROW_WORDS]) -> BlockRow {
+    let mut words = words.iter().map(|word| word.load(Ordering::Relaxed));
+    let mut next = || words.next().unwrap_or(0);
+    let cgroup = next();
+    let [device, op] = {
+        let bytes = next().to_ne_bytes();
+        let half = |at: usize| [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
+        [u32::from_ne_bytes(half(0)), u32::from_ne_bytes(half(4))]
+    };
+    let latency: [u64; SLOTS] = std::array::from_fn(|_| next());
+    let sizes: [u64; SIZE_SLOTS] = std::array::from_fn(|_| next());
+    let errors: [u64; error::COUNT] = std::array::from_fn(|_| next());
+    BlockRow {
+        key: BlockKey { cgroup, device, op },
+        stats: BlockStats {
+            latency: Latency { slots: latency },
+            sizes,
+            errors,
+            busy_ns: next(),
+            bytes: next(),
+            unissued: next(),
+            sequential: next(),
+            next_sector: next(),
+        },
     }
 }
