@@ -1,6 +1,6 @@
 //! A cgroup2 subtree with senses of its own, for tests that need no containers.
 
-use lifeboat::model::container::{Container, State};
+use lifeboat::model::container::Container;
 use lifeboat::model::units::UnixMillis;
 use lifeboat::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
 use std::fs;
@@ -80,18 +80,7 @@ impl Drop for Scope {
 pub fn container(name: &str, pid: i32) -> Container {
     Container {
         name: name.into(),
-        id: String::new(),
-        runtime: None,
-        cgroup_path: format!("/{name}"),
-        cgroup_id: 0,
-        pid,
-        state: State::Running,
-        image: String::new(),
-        image_id: String::new(),
-        addresses: Vec::new(),
-        published: Vec::new(),
-        mounts: Vec::new(),
-        registration_ids: Default::default(),
+        ..Container::of_cgroup(&format!("/{name}"), 0, pid)
     }
 }
 

@@ -30,7 +30,7 @@ const fn need(package: &'static str, shown_by: &'static str, why: &'static str) 
 }
 
 /// Names without a slash are programs, looked for on PATH and where root's programs are.
-const NEEDS: [Need; 26] = [
+const NEEDS: [Need; 32] = [
     need("gcc", "gcc", "C parts of crates (SQLite, AWS-LC)"),
     need("libc6-dev", "/usr/include/stdlib.h", "C parts of crates"),
     need("podman", "podman", "containers of lab hosts"),
@@ -45,6 +45,16 @@ const NEEDS: [Need; 26] = [
         "aardvark-dns",
         "/usr/lib/podman/aardvark-dns",
         "container names of lab hosts",
+    ),
+    need("catatonit", "catatonit", "pods of lab hosts"),
+    need("uidmap", "newuidmap", "containers of ordinary users"),
+    need("slirp4netns", "slirp4netns", "networks of ordinary users"),
+    need("docker.io", "dockerd", "the tests with Docker"),
+    need("containerd", "containerd", "the tests with containerd"),
+    need(
+        "containernetworking-plugins",
+        "/usr/lib/cni/bridge",
+        "networks of containerd's containers in the tests",
     ),
     need("iproute2", "ip", "network between lab hosts"),
     need("iptables", "iptables", "published ports of containers"),
@@ -76,7 +86,9 @@ const NEEDS: [Need; 26] = [
 ];
 
 /// Packages that start a service when they are installed, with the unit's name.
-const SERVICES: [(&str, &str); 4] = [
+const SERVICES: [(&str, &str); 6] = [
+    ("docker.io", "docker"),
+    ("containerd", "containerd"),
     ("nginx", "nginx"),
     ("redis-server", "redis-server"),
     ("postgresql", "postgresql"),

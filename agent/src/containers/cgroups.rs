@@ -154,7 +154,10 @@ fn container_part<'a>(path: &'a str, container_id: &str) -> &'a str {
     if container_id.is_empty() {
         return path;
     }
-    match path.find(container_id) {
+    // Ids of `ctr` are a person's words: one may be a part of another component.
+    let named = format!("/{container_id}/");
+    let at = format!("{path}/").find(&named).map(|at| at + 1);
+    match at.or_else(|| path.find(container_id)) {
         Some(at) => match path[at..].find('/') {
             Some(end) => &path[..at + end],
             None => path,
@@ -303,6 +306,7 @@ mod tests {
         );
         assert_eq!(container_part("/docker/ab12", "ab12"), "/docker/ab12");
         assert_eq!(container_part("/elsewhere", "ab12"), "/elsewhere");
+        assert_eq!(container_part("/default/a/init", "a"), "/default/a");
     }
 
     #[test]

@@ -4,15 +4,16 @@
 //! cgroup is never shown twice; a container is inspected again only when its state or its first process
 //! changed; looking every second does not ask a runtime that has nothing new ([`super::follow`]).
 
-use super::cgroups::{Cgroup, Scope};
+use super::cgroups::Scope;
 use super::client::{Runtime, RuntimeError};
+use super::containerd::Containerd;
 use super::follow::Follow;
 use super::inspect;
-use crate::model::container::{Container, State};
-use crate::model::ids::ContainerName;
+use crate::model::container::Container;
 use futures_util::future::join_all;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ pub struct Discovery {
 #[derive(Debug)]
 pub struct Runtimes {
     runtimes: Vec<Runtime>,
+    containerd: Vec<Containerd>,
     scope: Scope,
     registration_env: Option<String>,
     /// One for each runtime, in the same order.
@@ -56,14 +58,22 @@ struct Known {
 }
 
 impl Runtimes {
-    /// The runtimes at these sockets, seen through a cgroup scope. Does no I/O.
+    /// The runtimes at these sockets, seen through a cgroup scope; one called `containerd.sock` is
+    /// containerd's. Does no I/O.
     #[must_use]
     pub fn new(sockets: &[String], scope: Scope) -> Self {
+        let all = sockets.iter().map(|socket| Runtime::new(socket));
+        let (containerd, runtimes): (Vec<Runtime>, Vec<Runtime>) =
+            all.partition(|runtime| runtime.socket().ends_with("containerd.sock"));
         Self {
-            runtimes: sockets.iter().map(|socket| Runtime::new(socket)).collect(),
+            followed: runtimes.iter().map(|_| Default::default()).collect(),
+            runtimes,
+            containerd: containerd
+                .iter()
+                .map(|runtime| Containerd::at(runtime.socket()))
+                .collect(),
             scope,
             registration_env: None,
-            followed: sockets.iter().map(|_| Default::default()).collect(),
             bare: Mutex::default(),
             known: Mutex::default(),
         }
@@ -76,7 +86,7 @@ impl Runtimes {
         self
     }
 
-    /// Every runtime, in the order of the configuration.
+    /// Every runtime that can be asked, in the order of the configuration.
     #[must_use]
     pub fn all(&self) -> &[Runtime] {
         &self.runtimes
@@ -164,7 +174,8 @@ impl Runtimes {
             }
         }
         self.forget_gone(&discovery.containers);
-        self.add_unclaimed(&mut discovery);
+        let starting = self.add_tasks(&mut discovery);
+        self.add_unclaimed(&mut discovery, starting);
         discovery.containers.sort_by(|a, b| a.name.cmp(&b.name));
         discovery
     }
@@ -201,10 +212,14 @@ impl Runtimes {
             .await?;
         let mut containers = Vec::with_capacity(list.len());
         let mut problems = Vec::new();
+        let pods = pods(runtime).await.unwrap_or_else(|error| {
+            problems.push(error.to_string());
+            HashMap::new()
+        });
         for entry in &list {
             let id = entry["Id"].as_str().unwrap_or_default();
             let listed = &listed(entry);
-            let container = match self.unchanged(runtime, id, listed) {
+            let mut container = match self.unchanged(runtime, id, listed) {
                 Some(container) => container,
                 None => match self.look_closer(runtime, id, listed, &mut problems).await {
                     Ok(Some(container)) => container,
@@ -217,6 +232,8 @@ impl Runtimes {
                     }
                 },
             };
+            let pod = pods.get(id).map(|pod| format!("pod {pod}"));
+            container.registration_ids.extend(pod);
             containers.push(container);
         }
         Ok(Look {
@@ -252,19 +269,9 @@ impl Runtimes {
             return Ok(None);
         };
         if container.pid != 0 {
-            match self.scope.cgroup_of(container.pid, &container.id) {
-                Ok(Some(cgroup)) if cgroup.path == "/" => {
-                    problems.push(format!(
-                        "container {} has no cgroup2 of its own: what the kernel sees of it counts as the host's; \
-                         on hybrid cgroups choose the OCI runtime runc",
-                        container.name
-                    ));
-                    (container.cgroup_path, container.cgroup_id) = (cgroup.path, cgroup.id);
-                }
-                Ok(Some(cgroup)) => {
-                    (container.cgroup_path, container.cgroup_id) = (cgroup.path, cgroup.id);
-                }
-                Ok(None) => return Ok(None),
+            match self.place(&mut container, problems) {
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
                 // Ended since it was inspected: shown as such the next time.
                 Err(_) => container.pid = 0,
             }
@@ -278,22 +285,72 @@ impl Runtimes {
         Ok(Some(container))
     }
 
+    /// Fills in the cgroup of a container that runs; false when it lies outside the scope.
+    fn place(&self, container: &mut Container, problems: &mut Vec<String>) -> io::Result<bool> {
+        let Some(cgroup) = self.scope.cgroup_of(container.pid, &container.id)? else {
+            return Ok(false);
+        };
+        if cgroup.path == "/" {
+            problems.push(format!(
+                "container {} has no cgroup2 of its own: what the kernel sees of it counts as the host's; \
+                 on hybrid cgroups choose the OCI runtime runc",
+                container.name
+            ));
+        }
+        (container.cgroup_path, container.cgroup_id) = (cgroup.path, cgroup.id);
+        Ok(true)
+    }
+
+    /// Adds what containerd runs, but for what runs there for a runtime that was asked. Returns what it is
+    /// about to run.
+    fn add_tasks(&self, discovery: &mut Discovery) -> Vec<Container> {
+        let mut starting = Vec::new();
+        let claimed = claimed(&discovery.containers);
+        for containerd in &self.containerd {
+            let tasks = match containerd.tasks(self.registration_env.as_deref()) {
+                Ok(tasks) => tasks,
+                Err(error) => {
+                    discovery.problems.push(error.to_string());
+                    continue;
+                }
+            };
+            for mut task in tasks {
+                if task.pid == 0 {
+                    starting.push(task);
+                    continue;
+                }
+                let placed = self.place(&mut task, &mut discovery.problems);
+                // One that ended meanwhile is gone with the next look.
+                if placed.unwrap_or(false) && !claimed.contains(&task.cgroup_path) {
+                    discovery.containers.push(task);
+                }
+            }
+        }
+        starting
+    }
+
     fn forget_gone(&self, containers: &[Container]) {
         let ids: BTreeSet<&str> = containers.iter().map(|c| c.id.as_str()).collect();
         self.known().retain(|(_, id), _| ids.contains(id.as_str()));
     }
 
-    fn add_unclaimed(&self, discovery: &mut Discovery) {
-        let claimed: BTreeSet<String> = discovery
-            .containers
-            .iter()
-            .filter(|container| container.cgroup_path.len() > 1)
-            .map(|container| container.cgroup_path.clone())
-            .collect();
-        match self.scope.unclaimed(&claimed) {
-            Ok(cgroups) => discovery
-                .containers
-                .extend(cgroups.into_iter().map(|(cgroup, pid)| bare(cgroup, pid))),
+    fn add_unclaimed(&self, discovery: &mut Discovery, mut starting: Vec<Container>) {
+        match self.scope.unclaimed(&claimed(&discovery.containers)) {
+            Ok(cgroups) => {
+                let bare = cgroups.into_iter().map(|(cgroup, pid)| {
+                    let of_cgroup = Container::of_cgroup(&cgroup.path, cgroup.id, pid);
+                    let last = cgroup.path.rsplit('/').next().unwrap_or_default();
+                    let task = starting.iter().position(|task| is_of(last, &task.id));
+                    // Already in its cgroup: what it does now must not be somebody else's.
+                    task.map_or(of_cgroup.clone(), |task| Container {
+                        cgroup_path: of_cgroup.cgroup_path,
+                        cgroup_id: of_cgroup.cgroup_id,
+                        pid,
+                        ..starting.swap_remove(task)
+                    })
+                });
+                discovery.containers.extend(bare);
+            }
             Err(error) => discovery.problems.push(format!(
                 "cannot walk the cgroups below {}: {error}",
                 self.scope.cgroup_root.display()
@@ -310,6 +367,24 @@ impl Runtimes {
 /// Longest wait for a runtime that answered before: one that hangs must not make the view of all others old.
 const PATIENCE: Duration = Duration::from_secs(3);
 
+/// The pod of each container that is in one, by id. Podman's compatible API does not tell, and Docker has none.
+async fn pods(runtime: &Runtime) -> Result<HashMap<String, String>, RuntimeError> {
+    if !runtime.engine().await?.is_podman() {
+        return Ok(HashMap::new());
+    }
+    let pods: Vec<Value> = runtime.get_libpod("/pods/json", "list pods").await?;
+    let of = pods.iter().flat_map(|pod| {
+        let containers = pod["Containers"].as_array().into_iter().flatten();
+        containers.filter_map(|one| {
+            Some((
+                one["Id"].as_str()?.to_owned(),
+                pod["Id"].as_str()?.to_owned(),
+            ))
+        })
+    });
+    Ok(of.collect())
+}
+
 fn silent(runtime: &Runtime) -> RuntimeError {
     RuntimeError::Timeout {
         socket: runtime.socket().to_owned(),
@@ -324,32 +399,26 @@ fn listed(entry: &Value) -> String {
     format!("{} {names} {networks}", entry["State"])
 }
 
+/// Whether a cgroup's last component is a container's: a whole id (64 digits) may stand within a unit's name.
+fn is_of(component: &str, id: &str) -> bool {
+    component == id || (id.len() == 64 && component.contains(id))
+}
+
+/// The cgroups that are somebody's.
+fn claimed(containers: &[Container]) -> BTreeSet<String> {
+    let own = |container: &&Container| container.cgroup_path.len() > 1;
+    let of = containers.iter().filter(own);
+    of.map(|container| container.cgroup_path.clone()).collect()
+}
+
 fn bare_cgroups(discovery: &Discovery) -> impl Iterator<Item = u64> {
     let bare = |container: &&Container| container.runtime.is_none();
     let of = discovery.containers.iter().filter(bare);
     of.map(|container| container.cgroup_id)
 }
 
-fn bare(cgroup: Cgroup, pid: i32) -> Container {
-    Container {
-        name: ContainerName(cgroup.path.clone()),
-        id: String::new(),
-        runtime: None,
-        cgroup_path: cgroup.path,
-        cgroup_id: cgroup.id,
-        pid,
-        state: State::Running,
-        image: String::new(),
-        image_id: String::new(),
-        addresses: Vec::new(),
-        published: Vec::new(),
-        mounts: Vec::new(),
-        registration_ids: Default::default(),
-    }
-}
-
 /// Field 22 of /proc/PID/stat (proc(5)); the name in field 2 may hold spaces and parentheses.
-fn start_time(pid: i32) -> Option<u64> {
+pub(super) fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat[stat.rfind(')')? + 2..]
         .split(' ')

@@ -16,8 +16,12 @@ pub const REGISTRATION_LABEL: &str = "lifeboat.registration-id";
 /// Label that compose tools put on every container of a project: its services belong together.
 const COMPOSE_LABELS: [&str; 2] = ["com.docker.compose.project", "io.podman.compose.project"];
 
-/// Label of every container of a Kubernetes pod.
-const POD_LABEL: &str = "io.kubernetes.pod.uid";
+/// Labels of every container of a Kubernetes pod: the kubelet's, and what containerd's CRI tells the OCI runtime.
+const POD_LABELS: [&str; 3] = [
+    "io.kubernetes.pod.uid",
+    "io.kubernetes.cri.sandbox-uid",
+    "io.kubernetes.cri.sandbox-id",
+];
 
 /// A container's description without its cgroup, from `GET /containers/{id}/json`. `registration_env`
 /// names the environment variable that may hold a registration id.
@@ -48,15 +52,23 @@ pub(super) fn container(
         addresses: addresses(inspect),
         published: published(inspect),
         mounts: mounts(inspect),
-        registration_ids: registration_ids(inspect, registration_env),
+        registration_ids: registration_ids(
+            &inspect["Config"]["Labels"],
+            &inspect["Config"]["Env"],
+            registration_env,
+        ),
     })
 }
 
 /// What says that a container belongs together with others; each source has a name space of its own but
 /// the label and the variable, which are two ways to say the same.
-fn registration_ids(inspect: &Value, variable: Option<&str>) -> BTreeSet<String> {
+pub(super) fn registration_ids(
+    labels: &Value,
+    environment: &Value,
+    variable: Option<&str>,
+) -> BTreeSet<String> {
     let label = |name: &str| {
-        let value = inspect["Config"]["Labels"][name].as_str()?;
+        let value = labels[name].as_str()?;
         (!value.is_empty()).then_some(value)
     };
     let mut ids: BTreeSet<String> = label(REGISTRATION_LABEL)
@@ -65,9 +77,10 @@ fn registration_ids(inspect: &Value, variable: Option<&str>) -> BTreeSet<String>
         .collect();
     let project = COMPOSE_LABELS.iter().find_map(|name| label(name));
     ids.extend(project.map(|project| format!("compose project {project}")));
-    ids.extend(label(POD_LABEL).map(|pod| format!("pod {pod}")));
-    let environment = inspect["Config"]["Env"].as_array().into_iter().flatten();
-    ids.extend(environment.filter_map(|entry| {
+    let pod = POD_LABELS.iter().find_map(|name| label(name));
+    ids.extend(pod.map(|pod| format!("pod {pod}")));
+    let entries = environment.as_array().into_iter().flatten();
+    ids.extend(entries.filter_map(|entry| {
         let (name, value) = entry.as_str()?.split_once('=')?;
         (Some(name) == variable && !value.is_empty()).then(|| value.to_owned())
     }));

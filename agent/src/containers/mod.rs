@@ -1,13 +1,14 @@
-//! Container runtimes through the Docker-compatible API, joined with cgroups.
+//! Container runtimes through the Docker-compatible API and containerd's state, joined with cgroups.
 //!
 //! Purpose: find the containers of this host, hold and release them, and make twins of them.
 //! Invariants: nothing is pulled from a registry; a runtime that is not there is a named problem and
 //! never a failure of discovery; what a twin could not take over is listed, never dropped.
-//! Non-goals: building images, and any runtime without the Docker-compatible API (its cgroups are
-//! still shown, by their paths).
+//! Non-goals: building images, and moving what runs without the Docker-compatible API: containerd's tasks
+//! are shown by name, all other cgroups by their paths.
 
 mod cgroups;
 mod client;
+mod containerd;
 mod create;
 mod discover;
 mod fence;

@@ -25,7 +25,7 @@ pub struct AgentConfig {
     /// The cgroup2 directory that this agent owns; found by itself when absent.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
-    /// Sockets of Docker-compatible runtimes; those that do not exist are skipped.
+    /// Sockets of Docker-compatible runtimes and of containerd; those that do not exist are skipped.
     #[serde(default = "default_runtimes")]
     pub runtimes: Vec<String>,
     /// Degradation policy; none: no verdict but `unknown`.
@@ -102,7 +102,13 @@ fn default_data_port() -> u16 {
     7402
 }
 fn default_runtimes() -> Vec<String> {
-    vec!["/run/podman/podman.sock".into(), "/run/docker.sock".into()]
+    [
+        "/run/podman/podman.sock",
+        "/run/docker.sock",
+        "/run/containerd/containerd.sock",
+    ]
+    .map(str::to_owned)
+    .into()
 }
 
 /// Where the command line looks for the agent.

@@ -81,7 +81,7 @@ pub fn select(
             .collect();
         if !bare.is_empty() {
             notes.push(format!(
-                "stay here, no runtime manages them: {}",
+                "stay here, no runtime with the Docker API manages them: {}",
                 bare.join(", ")
             ));
         }

@@ -53,9 +53,10 @@ pub struct Mount {
 pub struct Container {
     /// Name, or the cgroup's path below the agent's scope.
     pub name: ContainerName,
-    /// The runtime's id; empty without a runtime.
+    /// The runtime's id; empty for a bare cgroup.
     pub id: String,
-    /// Socket of the runtime that owns it; none for a bare cgroup.
+    /// Socket of the runtime that can be asked to hold, move and make it; none for a cgroup without one, and
+    /// for a task of containerd.
     pub runtime: Option<String>,
     /// cgroup2 path below the agent's scope, with a leading slash.
     pub cgroup_path: String,
@@ -77,4 +78,26 @@ pub struct Container {
     pub mounts: Vec<Mount>,
     /// Registration ids: containers that share one are correlated.
     pub registration_ids: BTreeSet<String>,
+}
+
+impl Container {
+    /// A cgroup that holds processes, as it goes by when nobody tells more of it: by its path.
+    #[must_use]
+    pub fn of_cgroup(path: &str, cgroup_id: u64, pid: i32) -> Self {
+        Self {
+            name: path.into(),
+            id: String::new(),
+            runtime: None,
+            cgroup_path: path.to_owned(),
+            cgroup_id,
+            pid,
+            state: State::Running,
+            image: String::new(),
+            image_id: String::new(),
+            addresses: Vec::new(),
+            published: Vec::new(),
+            mounts: Vec::new(),
+            registration_ids: BTreeSet::new(),
+        }
+    }
 }

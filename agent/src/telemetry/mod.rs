@@ -21,6 +21,7 @@ mod ports;
 mod sampling;
 mod scope;
 mod sockets;
+mod stacks;
 pub mod trace;
 mod unix;
 
@@ -39,6 +40,7 @@ use kernel::Kernel;
 use layout::Family;
 use ports::{Clock, Ports};
 use sampling::{LOOK_EVERY, Next, Sampling};
+use stacks::Stacks;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -96,6 +98,7 @@ pub struct Telemetry {
     queued: Queued,
     block: block::Counters,
     ports: Ports,
+    stacks: Stacks,
     host: Host,
     last_sweep: Instant,
     sweeps: u64,
@@ -145,6 +148,7 @@ impl Telemetry {
             queued: Queued::default(),
             block: block::Counters::default(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
+            stacks: Stacks::default(),
             host,
             last_sweep: Instant::now(),
             sweeps: 0,
@@ -291,7 +295,11 @@ impl Telemetry {
         Snapshot {
             at: now,
             samples: samples(sweep.values, now),
-            edges: self.ports.edges(now),
+            edges: self.stacks.without_hops(
+                &self.config.root,
+                &self.config.cgroup,
+                self.ports.edges(now),
+            ),
             external: self.ports.external(),
             listening: self.ports.listening(),
             containers: stats

@@ -240,18 +240,7 @@ mod tests {
     fn web(pid: i32) -> Container {
         Container {
             name: "web".into(),
-            id: String::new(),
-            runtime: None,
-            cgroup_path: "/pod/web".to_owned(),
-            cgroup_id: 1,
-            pid,
-            state: State::Running,
-            image: String::new(),
-            image_id: String::new(),
-            addresses: Vec::new(),
-            published: Vec::new(),
-            mounts: Vec::new(),
-            registration_ids: Default::default(),
+            ..Container::of_cgroup("/pod/web", 1, pid)
         }
     }
 
