@@ -11,6 +11,7 @@ use crate::containers::{Runtimes, Scope};
 use crate::fleet;
 use crate::fleet::agent::PairedState;
 use crate::fleet::client::ControlClient;
+use crate::fleet::compare::Compared;
 use crate::fleet::identity::Identity;
 use crate::fleet::registry::Heartbeat;
 use crate::fleet::server::ControlServer;
@@ -158,7 +159,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
                 })?,
             ));
             parts.fleet = Some(fleet);
-            serve_fleet(&config, fleet_config, Arc::new(parts), &stop).await?
+            serve_fleet(&config, fleet_config, Arc::new(parts), &senses, &stop).await?
         }
     };
     let pauses = Arc::new(Pauses::load(&config.state));
@@ -252,6 +253,7 @@ async fn serve_fleet(
     config: &AgentConfig,
     fleet_config: &FleetConfig,
     parts: Arc<Parts>,
+    senses: &Senses,
     stop: &CancellationToken,
 ) -> Result<Arc<Delegator>, AgentError> {
     let Some(fleet) = &parts.fleet else {
@@ -281,14 +283,21 @@ async fn serve_fleet(
     delegator.resume();
     let (client, duplicator) = (fleet.client.clone(), fleet.identity.duplicator().clone());
     let (started, beating) = (Instant::now(), delegator.clone());
+    let (policy, telling, hearing) = (senses.policy(), senses.comparison(), senses.comparison());
     let sample = move || {
-        let beat = heartbeat(&parts, &beating, started);
+        let policy = policy();
+        let view = parts.view.borrow().clone();
+        let beat = Heartbeat {
+            compared: telling.compared(policy.as_ref(), &view, fleet::now()),
+            ..heartbeat(&parts, &beating, started)
+        };
         async move { beat }
     };
     tokio::spawn(fleet::agent::heartbeat_loop(
         client,
         duplicator,
         sample,
+        move |answer| hearing.hear(answer),
         stop.clone(),
     ));
     Ok(delegator)
@@ -316,6 +325,7 @@ fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbea
         ),
         utilisation: host::utilisation(&view, &parts.state, duties),
         plans: plans.into_iter().map(|plan| plan.plan).collect(),
+        compared: Compared::default(),
     }
 }
 

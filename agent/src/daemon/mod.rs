@@ -2,6 +2,7 @@
 
 pub mod agent;
 mod automatic;
+mod comparison;
 pub mod config;
 pub mod duplicator;
 mod host;

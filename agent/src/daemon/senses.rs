@@ -3,6 +3,7 @@
 //! Invariants: a broken policy never replaces a good one that is loaded; the verdict's state is on disk
 //! within seconds, so that a restart does not forget a degradation. Non-goals: acting on a verdict.
 
+use super::comparison::Comparison;
 use super::config::AgentConfig;
 use crate::containers::Runtimes;
 use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
@@ -32,6 +33,7 @@ const SAVE_EDGES_EVERY: Duration = Duration::from_secs(60);
 pub struct Senses {
     view: watch::Receiver<Arc<HostView>>,
     judge: Arc<Mutex<Option<Judge>>>,
+    comparison: Arc<Comparison>,
     policy: Option<PathBuf>,
 }
 
@@ -57,6 +59,8 @@ impl Senses {
         let (publish, view) = watch::channel(Arc::new(HostView::default()));
         let edges_at = edges_file(config);
         let shared = judge.clone();
+        let comparison = Arc::new(Comparison::default());
+        let heard = comparison.clone();
         let handle = tokio::runtime::Handle::current();
         // A thread of its own: sweeping blocks, and must go on when the async runtime is busy.
         let sweep = move || {
@@ -66,7 +70,8 @@ impl Senses {
                 let started = Instant::now();
                 let discovery = handle.block_on(runtimes.follow());
                 let (now, sampled) = (crate::fleet::now(), Instant::now());
-                let snapshot = telemetry.sweep(&discovery.containers, now);
+                let mut snapshot = telemetry.sweep(&discovery.containers, now);
+                snapshot.samples.extend(heard.samples(now));
                 let mut next = started + INTERVAL;
                 let verdict = locked(&shared).as_mut().map(|judge| {
                     judge.observe(&snapshot.samples, now);
@@ -97,6 +102,7 @@ impl Senses {
         Ok(Self {
             view,
             judge,
+            comparison,
             policy: config.policy.clone(),
         })
     }
@@ -105,6 +111,12 @@ impl Senses {
     #[must_use]
     pub fn view(&self) -> watch::Receiver<Arc<HostView>> {
         self.view.clone()
+    }
+
+    /// What this device and its fleet tell each other to compare.
+    #[must_use]
+    pub fn comparison(&self) -> Arc<Comparison> {
+        self.comparison.clone()
     }
 
     /// A function that tells the policy in force.

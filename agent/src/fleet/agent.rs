@@ -407,12 +407,13 @@ async fn stored<T: Send + 'static>(
     }
 }
 
-/// Reports this device to the duplicator until `stop`: `sample` is asked each time. The duplicator says
-/// how often. Failures are logged once, and again when they are over.
+/// Reports this device to the duplicator until `stop`: `sample` is asked each time, and `heard` told of
+/// each answer. The duplicator says how often. Failures are logged once, and again when they are over.
 pub async fn heartbeat_loop<F: Future<Output = Heartbeat>>(
     client: ControlClient,
     duplicator: PeerAddress,
     mut sample: impl FnMut() -> F,
+    heard: impl Fn(&HeartbeatAnswer),
     stop: CancellationToken,
 ) {
     let mut interval = FIRST_HEARTBEAT_INTERVAL;
@@ -436,6 +437,7 @@ pub async fn heartbeat_loop<F: Future<Output = Heartbeat>>(
                 failing = false;
                 // A duplicator cannot make its devices spin, nor silence them.
                 interval = Duration::from_millis(answer.interval_ms.clamp(200, 600_000));
+                heard(&answer);
             }
             Err(error) => {
                 if !failing {

@@ -105,8 +105,9 @@ impl fmt::Display for Admission {
                 let names: Vec<&str> = evacuating.iter().map(DeviceId::as_str).collect();
                 write!(
                     f,
-                    "storm guard: {most} of {live} live devices may evacuate at a time, and {} does",
-                    names.join(", ")
+                    "storm guard: {most} of {live} live devices may evacuate at a time, and {} {}",
+                    names.join(", "),
+                    if names.len() == 1 { "does" } else { "do" }
                 )
             }
         }

@@ -8,6 +8,7 @@ pub use super::allocate::Admission;
 use super::allocate::{Need, Rules};
 use super::ca::Ca;
 use super::client::ControlClient;
+use super::compare::{Board, FleetFigures};
 use super::enrol::{JoinAnswer, JoinRequest, secret_hash};
 use super::identity::{Fingerprint, Identity, check_id};
 use super::now;
@@ -62,6 +63,9 @@ impl Default for Settings {
 pub struct HeartbeatAnswer {
     /// When the next one is due, in milliseconds.
     pub interval_ms: u64,
+    /// What the fleet says of the metrics that are compared with it.
+    #[serde(default)]
+    pub figures: FleetFigures,
 }
 
 /// A device's question whether it may evacuate now.
@@ -92,6 +96,7 @@ pub struct Duplicator<R> {
     client: ControlClient,
     registry: R,
     settings: Settings,
+    board: Board,
 }
 
 impl<R: Registry> Duplicator<R> {
@@ -111,6 +116,7 @@ impl<R: Registry> Duplicator<R> {
             ca,
             registry,
             settings,
+            board: Board::default(),
         })
     }
 
@@ -262,19 +268,19 @@ async fn join<R: Registry>(
 async fn heartbeat<R: Registry>(
     State(duplicator): Shared<R>,
     Extension(peer): Extension<PeerIdentity>,
-    Json(heartbeat): Json<Heartbeat>,
+    Json(mut heartbeat): Json<Heartbeat>,
 ) -> Answer<HeartbeatAnswer> {
     let now = now();
     let grace = u64::try_from(duplicator.live_within().as_millis()).unwrap_or(u64::MAX);
+    let live_since = UnixMillis(now.0.saturating_sub(grace));
+    let compared = std::mem::take(&mut heartbeat.compared);
     let abandoned = duplicator
         .registry
-        .heartbeat(
-            peer.device.clone(),
-            heartbeat,
-            UnixMillis(now.0.saturating_sub(grace)),
-            now,
-        )
+        .heartbeat(peer.device.clone(), heartbeat, live_since, now)
         .await?;
+    let figures = duplicator
+        .board
+        .exchange(&peer.device, compared, live_since, now);
     for id in abandoned {
         tracing::info!(pairing = %id, source = %peer.device, "pairing ended: its source does not drive the plan any more");
         let duplicator = duplicator.clone();
@@ -287,6 +293,7 @@ async fn heartbeat<R: Registry>(
     let interval = duplicator.settings.heartbeat.as_millis();
     Ok(Json(HeartbeatAnswer {
         interval_ms: u64::try_from(interval).unwrap_or(u64::MAX),
+        figures,
     }))
 }
 

@@ -9,6 +9,7 @@ pub mod agent;
 pub mod allocate;
 pub mod ca;
 pub mod client;
+pub mod compare;
 pub mod duplicator;
 pub mod enrol;
 pub mod files;

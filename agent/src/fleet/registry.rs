@@ -5,6 +5,7 @@
 //! Non-goals: deciding (`allocate` does, purely), telling anybody (`duplicator` does).
 
 use super::allocate::{Admission, Choice, Need, Rules};
+use super::compare::Compared;
 use super::identity::Fingerprint;
 use super::secret::Secret;
 use crate::model::action::Action;
@@ -54,6 +55,9 @@ pub struct Heartbeat {
     pub utilisation: Utilisation,
     /// Plans that this device drives as source: pairings of others are given back after a while.
     pub plans: Vec<PlanId>,
+    /// What it compares with the fleet.
+    #[serde(default)]
+    pub compared: Compared,
 }
 
 /// What is asked of `allocate` besides the [`Need`].

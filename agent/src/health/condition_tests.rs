@@ -300,7 +300,7 @@ fn this_host_is_compared_with_its_fleet_and_without_figures_it_is_unknown() {
     assert!(
         verdict.missing[0]
             .text
-            .contains("no figure of two other devices"),
+            .contains("no figure of 3 other live devices"),
         "{verdict}"
     );
     let fleet = ("cpu.load_per_core", Per::Fleet, "", 0.2);

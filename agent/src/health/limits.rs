@@ -15,6 +15,9 @@ const LOAD_SPAN: Duration = Duration::from_secs(60);
 /// Fewest peers: with one alone nobody can tell which of the two is the slow one.
 const PEERS: usize = 2;
 
+/// Fewer other devices than this are no fleet to compare with: the median of two is either's accident.
+pub const FLEET_PEERS: usize = 3;
+
 /// A forecast looks ahead four times as far as it looks back, as the file system alerts of the
 /// node_exporter mixin do (6 h of samples for 24 h).
 const AHEAD: u32 = 4;
@@ -189,11 +192,15 @@ impl Check<'_> {
                 "the fleet is compared device by device: leave `per` out",
             );
         }
-        let peers = entry.peers.unwrap_or(PEERS);
-        if peers == 0 || (peers != PEERS && entry.among == Among::Fleet) {
+        let usual = match entry.among {
+            Among::Host => PEERS,
+            Among::Fleet => FLEET_PEERS,
+        };
+        let peers = entry.peers.unwrap_or(usual);
+        if peers == 0 || (peers != usual && entry.among == Among::Fleet) {
             self.value(
                 &field.at("peers"),
-                format!("write 1 or more, and among: fleet always takes {PEERS}"),
+                format!("write 1 or more, and among: fleet always takes {FLEET_PEERS}"),
             );
         }
         let at_least =

@@ -24,6 +24,8 @@ mod trend;
 mod verdict;
 
 #[cfg(test)]
+mod condition_properties;
+#[cfg(test)]
 mod condition_tests;
 #[cfg(test)]
 mod policy_tests;
@@ -33,11 +35,13 @@ mod properties;
 mod shipped;
 
 pub use judge::Judge;
+pub use limits::FLEET_PEERS;
 pub use policy::{
     Among, Condition, Degraded, Delegation, Guards, Limit, Measure, OnTimeout, Policy, PolicyError,
     Rule, Severity, Stage, Threshold,
 };
 pub use quantity::{in_unit, span};
+pub(crate) use reading::median;
 pub use recording::{Encoder, MAGIC, RecordingEnd, RecordingError, RecordingHeader, recorded};
 pub use replay::{ReplaySummary, Replayed, replay};
 pub use rule_tests::{RuleTestOutcome, RuleTests};

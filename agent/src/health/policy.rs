@@ -403,6 +403,24 @@ impl PolicyError {
 }
 
 impl Policy {
+    /// Metrics of this device that are compared with its fleet.
+    #[must_use]
+    pub fn compared_with_fleet(&self) -> BTreeSet<String> {
+        let compared = |threshold: &&Threshold| {
+            matches!(
+                threshold.measure,
+                Measure::ToPeers {
+                    among: Among::Fleet,
+                    ..
+                }
+            )
+        };
+        let compared = self.thresholds.iter().filter(compared);
+        compared
+            .map(|threshold| threshold.metric.name.to_owned())
+            .collect()
+    }
+
     /// Reads a policy. `file` is the name that errors show.
     ///
     /// # Errors

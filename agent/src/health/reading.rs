@@ -1,6 +1,6 @@
 //! From the samples of one sweep to what one threshold judges.
 
-use super::limits::own_limit;
+use super::limits::{FLEET_PEERS, own_limit};
 use super::policy::{Among, Measure, Threshold};
 use crate::model::metric::{Per, Sample};
 
@@ -67,9 +67,9 @@ pub(super) fn readings<'a>(
                 .map(|sample| {
                     let reading = match median {
                         Some(median) => compare(sample.value, median.value, at_least),
-                        None => Reading::Blind(
-                            "the duplicator tells no figure of two other devices".to_owned(),
-                        ),
+                        None => Reading::Blind(format!(
+                            "the duplicator tells no figure of {FLEET_PEERS} other live devices"
+                        )),
                     };
                     (sample, reading)
                 })

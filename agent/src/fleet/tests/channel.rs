@@ -342,12 +342,14 @@ async fn heartbeats_make_a_device_live_and_stop_when_told() {
             configuration: super::configuration(),
             utilisation: super::utilisation(),
             plans: Vec::new(),
+            compared: Default::default(),
         }
     };
     let beating = tokio::spawn(heartbeat_loop(
         device.client.clone(),
         fleet.duplicator.clone(),
         sample,
+        |_| {},
         stop.clone(),
     ));
     let live = async {

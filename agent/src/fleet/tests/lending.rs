@@ -1,7 +1,7 @@
 //! The SQLite engine: what is lent, to whom, how often.
 
 use super::{configuration, loopback, utilisation};
-use crate::fleet::allocate::{Need, Rules};
+use crate::fleet::allocate::{Admission, Need, Rules};
 use crate::fleet::identity::Fingerprint;
 use crate::fleet::registry::{
     ActionCost, Allocation, Ask, Enrolment, Heartbeat, Invitation, Registry, RegistryError,
@@ -49,6 +49,7 @@ async fn beat(registry: &SqliteRegistry, id: &str, plans: &[&str], at: UnixMilli
         configuration: configuration(),
         utilisation: utilisation(),
         plans: plans.iter().map(|plan| PlanId::from(*plan)).collect(),
+        compared: Default::default(),
     };
     let before = UnixMillis(at.0 - 15_000);
     registry
@@ -283,4 +284,60 @@ async fn a_plans_target_is_not_also_its_paired_device() {
     assert_eq!((lent(&target), lent(&paired)), (Some("p"), Some("q")));
     let said = paired.explanation[1].to_string();
     assert!(said.contains("it is this plan's target already"), "{said}");
+}
+
+#[tokio::test]
+async fn no_more_devices_evacuate_at_a_time_than_the_storm_guard_lets() {
+    let dir = TempDir::new().unwrap();
+    let path = SqliteRegistry::path(dir.path());
+    let registry = SqliteRegistry::open(&path).unwrap();
+    for number in 0..10 {
+        enter(&registry, &format!("d{number}"), number).await;
+    }
+    // Two duplicators over one registry.
+    let other = SqliteRegistry::open(&path).unwrap();
+    let admit = async |registry: &SqliteRegistry, device: &str, most, at: UnixMillis| {
+        registry
+            .admit(device.into(), "p".into(), most, RULES, at)
+            .await
+            .unwrap()
+    };
+    for (number, registry) in [&registry, &other, &registry].into_iter().enumerate() {
+        let device = format!("d{number}");
+        assert_eq!(
+            admit(registry, &device, Some(30.0), NOW).await,
+            Admission::Admitted
+        );
+    }
+    let full = admit(&other, "d3", Some(30.0), NOW).await;
+    assert_eq!(
+        full.to_string(),
+        "storm guard: 3 of 10 live devices may evacuate at a time, and d0, d1, d2 do"
+    );
+    assert_eq!(
+        admit(&other, "d0", Some(30.0), NOW).await,
+        Admission::Admitted,
+        "asked again"
+    );
+    assert_eq!(
+        admit(&other, "d4", None, NOW).await,
+        Admission::Admitted,
+        "the operator's word"
+    );
+
+    // d0 drives its plan on, d1 and d4 do not any more, d2 fell silent.
+    let later = UnixMillis(NOW.0 + 20_000);
+    for number in [0, 1, 3, 4] {
+        let plans: &[&str] = if number == 0 { &["p"] } else { &[] };
+        beat(&registry, &format!("d{number}"), plans, later).await;
+    }
+    let full = admit(&registry, "d3", Some(30.0), later).await;
+    assert_eq!(
+        full.to_string(),
+        "storm guard: 1 of 4 live devices may evacuate at a time, and d0 does"
+    );
+    assert_eq!(
+        admit(&registry, "d3", Some(50.0), later).await,
+        Admission::Admitted
+    );
 }

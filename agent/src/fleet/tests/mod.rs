@@ -129,6 +129,7 @@ impl TestDevice {
             configuration: configuration(),
             utilisation: utilisation(),
             plans,
+            compared: Default::default(),
         };
         self.client
             .post(&fleet.duplicator, "/v1/heartbeat", &heartbeat)
