@@ -9,6 +9,7 @@
 //! `WAY` is `direct` (without it, too), `spool`, `seal-return` or `seal-forward`; all but the first need a relay. All ends derive
 //! every key from `MOVE_KEY`; `MOVE_ENGINE` chooses `io-uring` or `threads`. Receiver and relay serve until they
 //! are killed; the receiver prints how far it is as lines of JSON. The sender prints its report as one.
+//! `MOVE_MAP=DIRECTORY` gives the receiver a block map there, as an agent has it.
 
 use lifeboat::model::ids::{Epoch, PlanId, VolumeId};
 use lifeboat::model::units::Bytes;
@@ -17,7 +18,7 @@ use lifeboat::transfer::{
     DataKey, DataPath, DataServer, EngineChoice, Hop, LinkKey, Options, ReceivePlan, ReceiveVolume,
     RelayPlan, Sender,
 };
-use lifeboat::volume::FleetKey;
+use lifeboat::volume::{BlockMap, FleetKey};
 use std::error::Error;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -76,7 +77,9 @@ fn target_at(addr: SocketAddr) -> Result<Hop, &'static str> {
 }
 
 fn receive(addr: SocketAddr, into: &Path) -> Outcome {
-    let server = DataServer::bind(addr, options())?;
+    let map = std::env::var_os("MOVE_MAP").map(|directory| BlockMap::open(Path::new(&directory)));
+    let map = map.transpose()?.map(std::sync::Arc::new);
+    let server = DataServer::bind(addr, options(), map)?;
     server.admit_receive(ReceivePlan {
         plan: plan(),
         link_key: LinkKey(key("link")?),
@@ -102,7 +105,7 @@ fn receive(addr: SocketAddr, into: &Path) -> Outcome {
 }
 
 fn relay(way: &str, addr: SocketAddr, spool: &Path, target: SocketAddr) -> Outcome {
-    let server = DataServer::bind(addr, options())?;
+    let server = DataServer::bind(addr, options(), None)?;
     let target = target_at(target)?;
     server.admit_relay(RelayPlan {
         plan: plan(),

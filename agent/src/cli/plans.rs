@@ -96,6 +96,13 @@ pub fn print_report(report: &Report, context: &Context) -> Outcome {
         "{}: {} in changesets, {} on the wire, {}/s",
         report.plan, report.changesets, report.wire, report.rate
     );
+    if let Some(each) = report.source_cpu_per_gib {
+        println!(
+            "CPU of this device while sending: {}, {} for each GiB read",
+            human_duration(report.source_cpu),
+            human_duration(each)
+        );
+    }
     if let (Some(interruption), Some(start_up)) = (report.interruption, report.start_up) {
         println!(
             "interruption {} = pause {} + twins' start-up {}",

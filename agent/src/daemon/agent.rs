@@ -22,6 +22,7 @@ use crate::migration::target::Target;
 use crate::model::ids::DeviceId;
 use crate::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
 use crate::transfer::{self, DataServer, EngineChoice};
+use crate::volume::BlockMap;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -150,8 +151,15 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         Some(fleet_config) => {
             let fleet = join_fleet(&config, fleet_config)?;
             let data = SocketAddr::from(([0, 0, 0, 0], fleet_config.data_port));
+            let map = match BlockMap::open(&config.state) {
+                Ok(map) => Some(Arc::new(map)),
+                Err(error) => {
+                    tracing::warn!("{error}; blocks that are here already will be sent again");
+                    None
+                }
+            };
             parts.data = Some(Arc::new(
-                DataServer::bind(data, parts.transfer.clone()).map_err(|error| {
+                DataServer::bind(data, parts.transfer.clone(), map).map_err(|error| {
                     AgentError::Listen {
                         what: format!("data on {data}"),
                         error: error.to_string(),

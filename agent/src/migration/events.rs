@@ -29,6 +29,10 @@ pub struct VolumeRound {
     pub read: Bytes,
     /// Bytes on the wire from the source, everything included.
     pub wire: Bytes,
+    /// Changed blocks that the target took from what it held elsewhere, and that were not sent.
+    pub held_blocks: u64,
+    /// Processor time of the agent meanwhile, in all its threads.
+    pub cpu: Duration,
     /// What was left out and why, for instance sockets.
     pub exceptions: Vec<String>,
     /// Time it took.

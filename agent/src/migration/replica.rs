@@ -78,6 +78,8 @@ impl Replica {
             changeset: report.changeset,
             read: report.bytes_read,
             wire: report.bytes_on_wire,
+            held_blocks: report.held_blocks,
+            cpu: report.source_cpu,
             exceptions: report
                 .skipped
                 .iter()

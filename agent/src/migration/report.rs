@@ -48,6 +48,10 @@ pub struct Report {
     pub changesets: Bytes,
     /// Bytes on the wire from the source.
     pub wire: Bytes,
+    /// Processor time of the source's agent while it sent.
+    pub source_cpu: Duration,
+    /// The same for each GiB that it read; none when it read nothing.
+    pub source_cpu_per_gib: Option<Duration>,
     /// Plain bytes a second over all rounds.
     pub rate: Bytes,
     /// From the first freeze until the last twin was ready.
@@ -77,13 +81,15 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
         timeline: Vec::new(),
         changesets: Bytes(0),
         wire: Bytes(0),
+        source_cpu: Duration::ZERO,
+        source_cpu_per_gib: None,
         rate: Bytes(0),
         interruption: None,
         start_up: None,
         released: Vec::new(),
         exceptions: Vec::new(),
     };
-    let mut moving = Duration::ZERO;
+    let (mut moving, mut read) = (Duration::ZERO, Bytes(0));
     for entry in entries {
         if let SourceEvent::Round {
             volumes, duration, ..
@@ -94,6 +100,8 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
             for volume in volumes {
                 report.changesets += volume.changeset;
                 report.wire += volume.wire;
+                report.source_cpu += volume.cpu;
+                read += volume.read;
                 report.exceptions.extend(
                     volume
                         .exceptions
@@ -147,7 +155,14 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
     if !moving.is_zero() {
         report.rate = Bytes((report.changesets.0 as f64 / moving.as_secs_f64()) as u64);
     }
+    report.source_cpu_per_gib = per_gib(report.source_cpu, read);
     Some(report)
+}
+
+/// Time for each GiB.
+fn per_gib(time: Duration, bytes: Bytes) -> Option<Duration> {
+    const GIB: f64 = (1_u64 << 30) as f64;
+    (bytes.0 > 0).then(|| time.mul_f64(GIB / bytes.0 as f64))
 }
 
 fn tell(event: &SourceEvent) -> Vec<String> {
@@ -328,15 +343,25 @@ fn tell_volumes(volumes: &[VolumeRound], duration: Duration) -> String {
     let changeset: Bytes = volumes.iter().map(|volume| volume.changeset).sum();
     let wire: Bytes = volumes.iter().map(|volume| volume.wire).sum();
     let rate = Bytes((changeset.0 as f64 / duration.as_secs_f64().max(1e-3)) as u64);
+    let read: Bytes = volumes.iter().map(|volume| volume.read).sum();
+    let cpu: Duration = volumes.iter().map(|volume| volume.cpu).sum();
+    let each = per_gib(cpu, read).map_or_else(String::new, |each| {
+        format!(", {} per GiB read", human_duration(each))
+    });
     format!(
-        "changeset {changeset}, {wire} on the wire, {} ({rate}/s)",
-        human_duration(duration)
+        "changeset {changeset}, {wire} on the wire, {} ({rate}/s); CPU of this device {}{each}",
+        human_duration(duration),
+        human_duration(cpu),
     )
 }
 
 fn tell_volume(volume: &VolumeRound) -> String {
+    let held = match volume.held_blocks {
+        0 => String::new(),
+        blocks => format!(", {blocks} blocks the target held already"),
+    };
     format!(
-        "  {} epoch {}: {} of {} entries, {}, root {}…",
+        "  {} epoch {}: {} of {} entries, {}{held}, root {}…",
         volume.name,
         volume.epoch,
         volume.changed_entries,

@@ -5,9 +5,10 @@
 
 use super::connection::{ConnectionError, Incoming, Receiver, Transmitter};
 use super::engine::{Engine, EngineChoice, engine};
+use super::finder::{self, Finder, Plain};
 use super::frame::{FrameKind, HEADER_LEN, Header};
-use super::message::{Done, Failure, FailureCode, Message};
-use super::payload::{ALIGNMENT, Payload, PayloadKind};
+use super::message::{Done, Failure, FailureCode, Held, Message};
+use super::payload::{Payload, PayloadKind};
 use super::queue::{Queue, lock};
 use super::rebuild::RebuildError;
 use super::receive::{Complete, Reception, Session, Volume};
@@ -157,29 +158,13 @@ pub(super) struct Feed<'a> {
     pub(super) voice: &'a Voice,
 }
 
-/// Where a worker opens records: memory whose start is aligned for direct writes.
-#[derive(Default)]
-struct Plain {
-    memory: Vec<u8>,
-}
-
-impl Plain {
-    /// `len` bytes of it.
-    fn space(&mut self, len: usize) -> &mut [u8] {
-        if self.memory.len() < len + ALIGNMENT {
-            self.memory.resize(len + ALIGNMENT, 0);
-        }
-        let address = self.memory.as_ptr().addr();
-        let start = address.next_multiple_of(ALIGNMENT) - address;
-        &mut self.memory[start..start + len]
-    }
-}
-
 /// What one thread uses to apply records.
 struct Hand {
     engine: Box<dyn Engine>,
     parent: Parent,
+    /// Where records are opened.
     plain: Plain,
+    finder: Finder,
 }
 
 impl Hand {
@@ -188,6 +173,7 @@ impl Hand {
             engine: engine(choice).map_err(|error| ReceiveError::Local(error.to_string()))?,
             parent: Parent::default(),
             plain: Plain::default(),
+            finder: Finder::default(),
         })
     }
 }
@@ -344,8 +330,22 @@ impl Feed<'_> {
         if kind.is_parallel() == header.barrier {
             return Err(self.protocol("a record stands on the wrong side of a barrier"));
         }
-        let payload = Payload::decode(bytes, rebuild.block_size).map_err(malformed)?;
-        rebuild.apply(hand.engine.as_mut(), &mut hand.parent, bytes, &payload)?;
+        let mut payload = Payload::decode(bytes, rebuild.block_size).map_err(malformed)?;
+        let offers = finder::offers(&payload);
+        let mut memories = [bytes, &[]];
+        if offers {
+            let map = rebuild.map.as_deref();
+            let key = &self.reception.plan.fleet_key;
+            let (memory, found) = hand.finder.find(map, key, rebuild.block_size, &payload);
+            payload = finder::filled(&payload, memory, found);
+            memories[1] = memory;
+        }
+        let held = rebuild.apply(hand.engine.as_mut(), &mut hand.parent, memories, &payload)?;
+        if offers {
+            let answer = Held::new(header.number, held);
+            lock(&self.session.answers).keep(answer.clone());
+            self.voice.say(&Message::Held(answer));
+        }
         self.volume.records.fetch_add(1, Ordering::Relaxed);
         if let Payload::End { root, entries } = payload {
             self.complete(root, entries)?;

@@ -12,7 +12,9 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-const MAGIC: &[u8; 8] = b"LIFEBT\x00\x01";
+const MAGIC: &[u8; 6] = b"LIFEBT";
+/// Version of everything that follows the greeting; both ends must speak the same.
+const VERSION: u16 = 2;
 const PLAN_CAP: usize = 128;
 const ACCEPTED: u8 = 1;
 
@@ -26,8 +28,13 @@ pub enum HelloError {
     #[error(transparent)]
     Random(#[from] NoRandom),
     /// Not our protocol.
-    #[error("the peer does not speak version 1 of the data protocol")]
+    #[error("the peer does not speak the data protocol of Lifeboat; check the address")]
     Protocol,
+    /// Another version of it.
+    #[error(
+        "the peer speaks version {0} of the data protocol, this agent version {VERSION}; run the same version of Lifeboat on both"
+    )]
+    Version(u16),
     /// The listener said no.
     #[error(
         "the peer refused the data connection: it does not expect this plan or the link key differs; start the plan again"
@@ -42,6 +49,23 @@ pub enum HelloError {
     /// The caller could not prove the key.
     #[error("refused: wrong link key for plan `{0}`")]
     WrongKey(PlanId),
+}
+
+/// What each end begins with.
+fn magic() -> Vec<u8> {
+    let mut magic = MAGIC.to_vec();
+    magic.extend_from_slice(&VERSION.to_be_bytes());
+    magic
+}
+
+fn check(magic: &[u8]) -> Result<(), HelloError> {
+    match magic.strip_prefix(MAGIC) {
+        Some(&[high, low]) => match u16::from_be_bytes([high, low]) {
+            VERSION => Ok(()),
+            other => Err(HelloError::Version(other)),
+        },
+        _ => Err(HelloError::Protocol),
+    }
 }
 
 fn proof(key: &LinkKey, role: &str, a: &[u8; 32], b: &[u8; 32], plan: &[u8]) -> blake3::Hash {
@@ -68,16 +92,14 @@ pub fn call(
 ) -> Result<[u8; 32], HelloError> {
     let mut greeting = [0; 40];
     engine.receive(socket, &mut greeting, patience)?;
-    let (magic, challenge) = greeting.split_at(8);
-    if magic != MAGIC {
-        return Err(HelloError::Protocol);
-    }
+    let (start, challenge) = greeting.split_at(8);
+    check(start)?;
     let mut theirs = [0; 32];
     theirs.copy_from_slice(challenge);
     let ours: [u8; 32] = random()?;
     let name = plan.as_str().as_bytes();
     let length = u8::try_from(name.len()).map_err(|_| HelloError::Protocol)?;
-    let mut answer = MAGIC.to_vec();
+    let mut answer = magic();
     answer.push(length);
     answer.extend_from_slice(name);
     answer.extend_from_slice(&ours);
@@ -127,13 +149,14 @@ pub fn answer<T>(
     patience: Duration,
 ) -> Result<(T, [u8; 32]), HelloError> {
     let ours: [u8; 32] = random()?;
-    let mut greeting = MAGIC.to_vec();
+    let mut greeting = magic();
     greeting.extend_from_slice(&ours);
     engine.send(socket, &greeting, patience)?;
     let mut head = [0; 9];
     receive_all_within(engine, socket, &mut head, patience)?;
     let length = usize::from(head[8]);
-    if head[..8] != *MAGIC || length > PLAN_CAP {
+    check(&head[..8])?;
+    if length > PLAN_CAP {
         return Err(HelloError::Protocol);
     }
     let mut rest = vec![0; length + 64];

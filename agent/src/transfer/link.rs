@@ -9,7 +9,7 @@ use super::connection::{self, ConnectionError, Incoming, Transmitter};
 use super::engine::engine;
 use super::frame::Header;
 use super::hello::{self, HelloError};
-use super::message::{Basis, Done, Failure, FailureCode, Have, Message};
+use super::message::{Basis, Done, Failure, FailureCode, Have, Held, Holdings, Message};
 use super::queue::lock;
 use super::seal::{LinkKey, OpenFailed, Salt};
 use super::{Options, Progress};
@@ -79,6 +79,8 @@ impl LinkError {
 pub(super) enum Event {
     /// All records below this number are there.
     Ack(u64),
+    /// Which offered blocks the target had.
+    Held(Held),
     /// A record came back (sealed by the paired device).
     Record(Header, Vec<u8>),
     /// The target completed the epoch.
@@ -95,6 +97,7 @@ pub(super) struct Opened {
     pub(super) basis: Basis,
     pub(super) salt: Salt,
     pub(super) have: Vec<Have>,
+    pub(super) holdings: Holdings,
 }
 
 /// What a link needs to know.
@@ -118,6 +121,9 @@ struct State {
     window: BTreeMap<u64, Arc<Vec<u8>>>,
     unsent: VecDeque<u64>,
     bytes: usize,
+    /// Answers to records with offers, once they came. A peer that is connected to again repeats those
+    /// that may have been lost.
+    answers: BTreeMap<u64, Option<Held>>,
     /// The current connection is gone.
     broken: Option<String>,
     over: Option<Result<Done, LinkError>>,
@@ -156,6 +162,7 @@ impl Link {
                 window: BTreeMap::new(),
                 unsent: VecDeque::new(),
                 bytes: 0,
+                answers: BTreeMap::new(),
                 broken: None,
                 over: None,
                 moved: false,
@@ -214,6 +221,36 @@ impl Link {
     /// Number below which everything was acknowledged.
     pub(super) fn acknowledged(&self) -> u64 {
         lock(&self.shared.state).acknowledged
+    }
+
+    /// Says that the record of this number will be answered; before it is pushed.
+    pub(super) fn expect(&self, number: u64) {
+        lock(&self.shared.state).answers.insert(number, None);
+    }
+
+    /// Whether the answer to a record is there.
+    pub(super) fn is_answered(&self, number: u64) -> bool {
+        let state = lock(&self.shared.state);
+        matches!(state.answers.get(&number), Some(Some(_)))
+    }
+
+    /// Waits for the answer to an expected record.
+    pub(super) fn answer(&self, number: u64) -> Result<Held, LinkError> {
+        let mut state = lock(&self.shared.state);
+        loop {
+            match state.answers.get_mut(&number).map(Option::take) {
+                Some(Some(held)) => {
+                    state.answers.remove(&number);
+                    return Ok(held);
+                }
+                Some(None) => {}
+                None => return Ok(Held::default()),
+            }
+            if let Some(over) = &state.over {
+                return Err(over.clone().err().unwrap_or(LinkError::Cancelled));
+            }
+            state = self.shared.wait(state, TICK);
+        }
     }
 
     /// A used buffer, or a new one.
@@ -503,6 +540,15 @@ impl Shared {
                     drop(state);
                     let _ = handler(Event::Ack(watermark));
                 }
+                Ok(Incoming::Message(_, _, Message::Held(held))) => {
+                    let mut state = lock(&self.state);
+                    if let Some(answer) = state.answers.get_mut(&held.number) {
+                        *answer = Some(held.clone());
+                        self.changed.notify_all();
+                    }
+                    drop(state);
+                    let _ = handler(Event::Held(held));
+                }
                 Ok(Incoming::Message(_, _, Message::Done(done))) => {
                     let _ = handler(Event::Done(done));
                     self.end(Ok(done));
@@ -575,6 +621,7 @@ fn begun(receiver: &mut connection::Receiver) -> Result<Opened, Ended> {
                     watermark,
                     basis,
                     salt,
+                    holdings,
                 },
                 None,
             ) => {
@@ -583,6 +630,7 @@ fn begun(receiver: &mut connection::Receiver) -> Result<Opened, Ended> {
                     basis,
                     salt,
                     have: Vec::new(),
+                    holdings,
                 });
             }
             (Message::Have(list), Some(opened)) => opened.have.extend(list),

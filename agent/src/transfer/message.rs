@@ -48,6 +48,73 @@ pub enum Basis {
     Everything,
 }
 
+/// Whether it pays to offer the receiver blocks by their signature before sending them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Holdings {
+    /// It has no block map, or a spool stands between and the sender should not wait: never.
+    #[default]
+    Closed,
+    /// Its block map is empty so far.
+    Empty,
+    /// Its block map has entries.
+    Filled,
+}
+
+/// The receiver's answer to a record with offered blocks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Number of the record.
+    pub number: u64,
+    /// A bit for each block of the record, lowest first: whether it is in its place now.
+    pub bits: Vec<u8>,
+}
+
+impl Held {
+    /// Whether the block at this position in the record is in its place.
+    #[must_use]
+    pub fn has(&self, position: usize) -> bool {
+        let byte = self.bits.get(position / 8);
+        byte.is_some_and(|byte| byte >> (position % 8) & 1 == 1)
+    }
+
+    /// From one truth a block.
+    #[must_use]
+    pub fn new(number: u64, blocks: impl IntoIterator<Item = bool>) -> Self {
+        let mut bits = Vec::new();
+        for (position, held) in blocks.into_iter().enumerate() {
+            if position % 8 == 0 {
+                bits.push(0);
+            }
+            if let Some(byte) = bits.last_mut() {
+                *byte |= u8::from(held) << (position % 8);
+            }
+        }
+        Self { number, bits }
+    }
+}
+
+/// The answers that were given last. A sender waits for fewer at a time than are kept, so those that were
+/// lost with a connection can all be repeated.
+#[derive(Debug, Default)]
+pub struct Answers(std::collections::VecDeque<Held>);
+
+impl Answers {
+    const KEPT: usize = 256;
+
+    /// Keeps one.
+    pub fn keep(&mut self, held: Held) {
+        if self.0.len() == Self::KEPT {
+            self.0.pop_front();
+        }
+        self.0.push_back(held);
+    }
+
+    /// All of them, as they are said again.
+    pub fn messages(&self) -> impl Iterator<Item = Message> {
+        self.0.iter().cloned().map(Message::Held)
+    }
+}
+
 /// The target's word that an epoch is applied, verified and durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Done {
@@ -92,6 +159,8 @@ pub enum Message {
         basis: Basis,
         /// Salt of the sealing session, for a sender whose records another device seals.
         salt: Salt,
+        /// Whether to offer blocks.
+        holdings: Holdings,
     },
     /// Receiver: blocks it has; several follow each other.
     Have(Vec<Have>),
@@ -105,6 +174,8 @@ pub enum Message {
     Failed(Failure),
     /// Sender: a sign of life.
     Ping,
+    /// Receiver: which offered blocks it had.
+    Held(Held),
 }
 
 const HAVE_CAP: usize = 4096;
@@ -130,11 +201,17 @@ impl Message {
                 watermark,
                 basis,
                 salt,
+                holdings,
             } => {
                 out.push(2);
                 out.extend_from_slice(&watermark.to_le_bytes());
                 out.push(u8::from(*basis == Basis::Everything));
                 out.extend_from_slice(salt);
+                out.push(match holdings {
+                    Holdings::Closed => 0,
+                    Holdings::Empty => 1,
+                    Holdings::Filled => 2,
+                });
             }
             Self::Have(list) => {
                 out.push(3);
@@ -174,6 +251,11 @@ impl Message {
                 put_short(out, failure.text.as_bytes());
             }
             Self::Ping => out.push(8),
+            Self::Held(held) => {
+                out.push(9);
+                out.extend_from_slice(&held.number.to_le_bytes());
+                put_short(out, &held.bits);
+            }
         }
     }
 
@@ -203,6 +285,12 @@ impl Message {
                     Basis::Everything
                 },
                 salt: reader.array()?,
+                holdings: match reader.u8()? {
+                    0 => Holdings::Closed,
+                    1 => Holdings::Empty,
+                    2 => Holdings::Filled,
+                    _ => return Err(Malformed("the holdings are of an unknown kind")),
+                },
             },
             3 => {
                 let count = reader.u32()? as usize;
@@ -249,6 +337,10 @@ impl Message {
                 text: String::from_utf8_lossy(reader.short()?).into_owned(),
             }),
             8 => Self::Ping,
+            9 => Self::Held(Held {
+                number: reader.u64()?,
+                bits: reader.short()?.to_vec(),
+            }),
             _ => return Err(Malformed("a message is of an unknown kind")),
         };
         if !reader.is_empty() {
@@ -369,6 +461,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn an_answer_tells_of_each_block() {
+        let held = Held::new(1, (0..19).map(|n| n % 3 == 0));
+        assert!((0..40).all(|n| held.has(n) == (n < 19 && n % 3 == 0)));
+    }
+
     fn samples() -> Vec<Message> {
         vec![
             Message::Begin {
@@ -381,6 +479,7 @@ mod tests {
                 watermark: 9,
                 basis: Basis::Everything,
                 salt: [4; 32],
+                holdings: Holdings::Filled,
             },
             Message::Have(vec![Have {
                 path_hash: [5; 32],
@@ -399,6 +498,7 @@ mod tests {
                 text: "full".to_owned(),
             }),
             Message::Ping,
+            Message::Held(Held::new(12, (0..19).map(|n| n % 3 == 0))),
         ]
     }
 

@@ -9,11 +9,14 @@
 mod connection;
 pub mod engine;
 mod feed;
+mod finder;
 pub mod frame;
 pub mod hello;
 pub mod link;
 pub mod message;
+mod offers;
 pub mod payload;
+mod pieces;
 mod queue;
 mod reading;
 mod rebuild;

@@ -61,6 +61,18 @@ pub enum Block<'a> {
     Same,
     /// New bytes and their signature.
     Data(Signature, &'a [u8]),
+    /// A signature without bytes: the receiver puts the block in its place if it holds one, and tells.
+    Offered(Signature),
+    /// An offered block that was found and checked; never on the wire.
+    Found(Signature, &'a [u8]),
+}
+
+impl Block<'_> {
+    /// Whether it was offered and not found.
+    #[must_use]
+    pub fn is_lacking(&self) -> bool {
+        matches!(self, Self::Offered(_))
+    }
 }
 
 /// The data of a segment begins at a multiple of this in its payload, so that the target can write it
@@ -72,6 +84,7 @@ pub const DESCRIPTOR_LEN: usize = 33;
 const FLAG_ZERO: u8 = 0;
 const FLAG_DATA: u8 = 1;
 const FLAG_SAME: u8 = 2;
+const FLAG_OFFERED: u8 = 3;
 
 /// A descriptor of a block in a record.
 #[must_use]
@@ -82,6 +95,10 @@ pub fn descriptor(block: Block<'_>) -> [u8; DESCRIPTOR_LEN] {
         Block::Same => bytes[0] = FLAG_SAME,
         Block::Data(signature, _) => {
             bytes[0] = FLAG_DATA;
+            bytes[1..].copy_from_slice(&signature.0);
+        }
+        Block::Offered(signature) | Block::Found(signature, _) => {
+            bytes[0] = FLAG_OFFERED;
             bytes[1..].copy_from_slice(&signature.0);
         }
     }
@@ -325,15 +342,19 @@ fn blocks<'a>(
     let mut blocks = Vec::with_capacity(descriptors.len());
     for (descriptor, index) in descriptors.iter().zip(first..) {
         let (flag, signature) = (descriptor[0], &descriptor[1..]);
+        let named = || {
+            let mut bytes = [0; 32];
+            bytes.copy_from_slice(signature);
+            Signature(bytes)
+        };
         blocks.push(match flag {
             FLAG_ZERO => Block::Zero,
             FLAG_SAME => Block::Same,
             FLAG_DATA => {
-                let mut bytes = [0; 32];
-                bytes.copy_from_slice(signature);
                 let data = reader.bytes(block_size.length_of(size, index))?;
-                Block::Data(Signature(bytes), data)
+                Block::Data(named(), data)
             }
+            FLAG_OFFERED => Block::Offered(named()),
             _ => return Err(Malformed("a block is of an unknown kind")),
         });
     }

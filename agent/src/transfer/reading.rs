@@ -1,32 +1,42 @@
 //! Reading files side by side: small ones in batches, large ones in pieces, straight into records.
 //!
 //! Invariants: a signature describes exactly the bytes that went into the record; a file that vanishes
-//! or changes while it is read is told apart from one that did not.
+//! or changes while it is read is told apart from one that did not. Blocks may be offered to the target
+//! before they are sent; a thread then goes on with other work until the answer is there.
 
 use super::engine::{Engine, Read, engine};
 use super::frame::{DATA_CAP, HEADER_LEN};
 use super::link::LinkError;
-use super::payload::{self, Block, DESCRIPTOR_LEN, PayloadKind};
+use super::message::Held;
+use super::payload::{self, Block, PayloadKind};
+use super::pieces::{Large, Piece};
 use super::queue::{Queue, lock};
 use super::source::{Source, SourceError, Tally, add};
 use crate::model::ids::Signature;
+use crate::volume::block_map;
 use crate::volume::change::{Baseline, Step};
 use crate::volume::scan::{self, Holes};
 use crate::volume::sign::{self, ZERO};
 use crate::volume::walk::{self, Found, WalkError, bare_entry, kind_of};
 use crate::volume::{Confined, Entry, Kind};
 use nix::sys::stat::{FileStat, SFlag, fstat};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
 /// A file up to this size travels whole in one record, with others.
 const SMALL_CAP: u64 = DATA_CAP as u64;
 /// Small files read in one batch.
 const BATCH_FILES: usize = 256;
+/// Records, at most a megabyte each, that a thread keeps while their offers are not answered: with two
+/// threads enough to fill 1 GB/s over a round trip of 30 ms.
+const UNANSWERED_CAP: usize = 16;
+/// Attributes up to this size, all together, do not keep a file from being offered.
+const OFFERED_ATTRIBUTES: usize = 1024;
 
 /// What became of each file, by its step: none when it vanished.
 pub(super) type Outcomes = HashMap<usize, Option<Entry>>;
@@ -76,27 +86,42 @@ enum Unit<'s> {
     },
 }
 
-/// A large file while its pieces are read.
-struct Large {
-    step: usize,
-    path: Box<[u8]>,
-    file: File,
-    stat: FileStat,
-    size: u64,
-    holes: Holes,
-    blocks: Mutex<Vec<Signature>>,
-    /// Pieces not yet read.
-    left: AtomicU64,
+/// What was offered and waits for the target's answer.
+pub(super) enum Waiting {
+    Files(u64, OfferedFiles),
+    Piece(u64, Piece),
+}
+
+impl Waiting {
+    fn number(&self) -> u64 {
+        let (Self::Files(number, _) | Self::Piece(number, _)) = self;
+        *number
+    }
+}
+
+/// Small files as they were offered, with their bytes.
+#[derive(Default)]
+pub(super) struct OfferedFiles {
+    files: Vec<(Entry, Vec<Fate>, Range<usize>)>,
+    bytes: Vec<u8>,
+}
+
+/// How a block travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Same,
+    Zero,
+    Data,
 }
 
 /// What the reading threads share.
-struct Reading<'a, 's> {
-    source: &'a Source<'a>,
-    root: &'a Confined,
+pub(super) struct Reading<'a, 's> {
+    pub(super) source: &'a Source<'a>,
+    pub(super) root: &'a Confined,
     baseline: Baseline,
     queue: Queue<Unit<'s>>,
-    outcomes: Mutex<Outcomes>,
-    tally: &'a Tally,
+    pub(super) outcomes: Mutex<Outcomes>,
+    pub(super) tally: &'a Tally,
     failed: Mutex<Option<SourceError>>,
 }
 
@@ -189,6 +214,7 @@ impl<'s> Reading<'_, 's> {
             Err(error) => return self.fail(LinkError::Local(error.to_string()).into()),
         };
         let mut scratch = Vec::new();
+        let mut waiting = VecDeque::new();
         while let Some(unit) = self.queue.take() {
             let result = match unit {
                 Unit::Small(files) => self.read_small(engine.as_mut(), &files, &mut scratch),
@@ -197,22 +223,48 @@ impl<'s> Reading<'_, 's> {
                 }
             };
             self.queue.done();
-            if let Err(error) = result {
+            let settled = result.and_then(|offered| {
+                waiting.extend(offered);
+                self.settle(&mut waiting, UNANSWERED_CAP)
+            });
+            if let Err(error) = settled {
                 self.fail(error);
             }
             if lock(&self.failed).is_some() {
                 return;
             }
         }
+        if let Err(error) = self.settle(&mut waiting, 0) {
+            self.fail(error);
+        }
     }
 
-    /// Reads a batch of small files and sends those that differ in one record.
+    /// Sends what the target lacks of that which was offered and answered; waits for answers until at most
+    /// `cap` are missing.
+    fn settle(&self, waiting: &mut VecDeque<Waiting>, cap: usize) -> Result<(), SourceError> {
+        let outlet = self.source.outlet;
+        while let Some(first) = waiting.front() {
+            let number = first.number();
+            if waiting.len() <= cap && !outlet.is_answered(number) {
+                break;
+            }
+            let answer = outlet.answer(number)?;
+            match waiting.pop_front() {
+                Some(Waiting::Files(_, offered)) => self.send_lacking(&offered, &answer)?,
+                Some(Waiting::Piece(_, piece)) => self.send_piece(piece, &answer)?,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a batch of small files and sends those that differ in one record, or offers them first.
     fn read_small(
         &self,
         engine: &mut dyn Engine,
         files: &[(usize, &Found)],
         scratch: &mut Vec<u8>,
-    ) -> Result<(), SourceError> {
+    ) -> Result<Option<Waiting>, SourceError> {
         let paths: Vec<&[u8]> = files.iter().map(|(_, found)| &*found.path).collect();
         let opened = engine.open_files(self.root.fd(), &paths);
         let mut ready = Vec::with_capacity(files.len());
@@ -266,20 +318,97 @@ impl<'s> Reading<'_, 's> {
         add(&self.tally.bytes_read, total as u64);
         let mut record = payload::start(self.source.outlet.buffer(), PayloadKind::Files);
         let empty = record.len();
+        let offering = self.source.outlet.offers.is_due();
+        let mut offered = OfferedFiles::default();
         let mut at = 0;
         for ((step, found, file, stat, length), read) in ready.into_iter().zip(lengths) {
             let bytes = &scratch[at..at + read];
             at += length;
             let entry = self.small_entry(&found.path, &file, &stat, bytes)?;
             if self.source.differs(&entry) {
-                self.put_small(&mut record, &entry, bytes)?;
+                add(&self.tally.changed_entries, 1);
+                let fates = self.fates(&entry);
+                if self.is_offerable(&entry, &fates) && (self.repeats(&entry, &fates) || offering) {
+                    let start = offered.bytes.len();
+                    offered.bytes.extend_from_slice(bytes);
+                    let range = start..offered.bytes.len();
+                    offered.files.push((entry.clone(), fates, range));
+                } else {
+                    self.put_small(&mut record, &entry, &fates, bytes)?;
+                }
             }
             lock(&self.outcomes).insert(step, Some(entry));
         }
         if record.len() > empty {
             self.source.outlet.emit(record, false, 0)?;
         }
+        if offered.files.is_empty() {
+            return Ok(None);
+        }
+        let number = self.offer_files(&offered)?;
+        Ok(Some(Waiting::Files(number, offered)))
+    }
+
+    /// Offers small files: blocks that are worth a question by signature, shorter ones as they are.
+    fn offer_files(&self, offered: &OfferedFiles) -> Result<u64, SourceError> {
+        let mut record = payload::start(self.source.outlet.buffer(), PayloadKind::Files);
+        for (entry, fates, range) in &offered.files {
+            let blocks = self.blocks(entry, fates, &offered.bytes[range.clone()]);
+            let named: Vec<Block<'_>> = blocks
+                .map(|block| match block {
+                    Block::Data(signature, bytes) if bytes.len() >= block_map::LEAST => {
+                        Block::Offered(signature)
+                    }
+                    other => other,
+                })
+                .collect();
+            payload::put_file(&mut record, entry, &named);
+        }
+        Ok(self.source.outlet.offer(record, 0)?)
+    }
+
+    /// Sends those of the offered files that the target could not make of what it holds.
+    fn send_lacking(&self, offered: &OfferedFiles, answer: &Held) -> Result<(), SourceError> {
+        let mut record = payload::start(self.source.outlet.buffer(), PayloadKind::Files);
+        let empty = record.len();
+        let mut first = 0;
+        for (entry, fates, range) in &offered.files {
+            let blocks = first..first + fates.len();
+            first = blocks.end;
+            let bytes = &offered.bytes[range.clone()];
+            if blocks.into_iter().all(|position| answer.has(position)) {
+                for block in self.blocks(entry, fates, bytes) {
+                    self.count(block, true);
+                }
+            } else {
+                self.put_small(&mut record, entry, fates, bytes)?;
+            }
+        }
+        if record.len() > empty {
+            self.source.outlet.emit(record, false, 0)?;
+        }
         Ok(())
+    }
+
+    fn repeats(&self, entry: &Entry, fates: &[Fate]) -> bool {
+        let Kind::File { blocks, .. } = &entry.kind else {
+            return false;
+        };
+        let pairs = blocks.iter().zip(fates);
+        let data = pairs.filter(|(_, fate)| **fate == Fate::Data);
+        let offers = &self.source.outlet.offers;
+        offers.repeat(data.map(|(signature, _)| signature))
+    }
+
+    /// Whether a small file is worth a question.
+    fn is_offerable(&self, entry: &Entry, fates: &[Fate]) -> bool {
+        let lengths = (0..).map(|index| self.source.block_size.length_of(entry.size(), index));
+        let attributes: usize = entry.xattrs.iter().map(|one| one.value.len()).sum();
+        attributes <= OFFERED_ATTRIBUTES
+            && fates
+                .iter()
+                .zip(lengths)
+                .any(|(fate, length)| *fate == Fate::Data && length >= block_map::LEAST)
     }
 
     fn vanish(&self, step: usize, path: &[u8]) -> Result<(), SourceError> {
@@ -305,7 +434,7 @@ impl<'s> Reading<'_, 's> {
     }
 
     /// The entry of a file that was read; also finds out whether it changed meanwhile.
-    fn entry(
+    pub(super) fn entry(
         &self,
         path: &[u8],
         file: &File,
@@ -327,27 +456,18 @@ impl<'s> Reading<'_, 's> {
         Ok(entry)
     }
 
+    /// Appends a small file with the blocks that travel.
     fn put_small(
         &self,
         record: &mut Vec<u8>,
         entry: &Entry,
+        fates: &[Fate],
         bytes: &[u8],
     ) -> Result<(), SourceError> {
-        let Kind::File {
-            blocks: signatures, ..
-        } = &entry.kind
-        else {
-            return Ok(());
-        };
-        let block = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
-        let held = self.source.held.blocks(&entry.path);
-        let blocks: Vec<Block<'_>> = signatures
-            .iter()
-            .zip(bytes.chunks(block))
-            .enumerate()
-            .map(|(index, (signature, bytes))| self.choose(*signature, held.get(index), bytes))
-            .collect();
-        add(&self.tally.changed_entries, 1);
+        let blocks: Vec<Block<'_>> = self.blocks(entry, fates, bytes).collect();
+        for block in &blocks {
+            self.count(*block, false);
+        }
         // Large attributes can fill a record early; what is there goes first.
         if record.len() > HEADER_LEN + 1 && record.len() + bytes.len() > DATA_CAP + (64 << 10) {
             let full = std::mem::replace(
@@ -360,119 +480,66 @@ impl<'s> Reading<'_, 's> {
         Ok(())
     }
 
-    /// How a block travels.
-    fn choose<'b>(
+    /// How each block of a file travels.
+    fn fates(&self, entry: &Entry) -> Vec<Fate> {
+        let Kind::File { blocks, .. } = &entry.kind else {
+            return Vec::new();
+        };
+        let held = self.source.held.blocks(&entry.path);
+        let held = held.iter().map(Some).chain(std::iter::repeat(None));
+        let pairs = blocks.iter().zip(held);
+        pairs.map(|(block, held)| fate(block, held)).collect()
+    }
+
+    /// The blocks of a small file.
+    fn blocks<'b>(
         &self,
-        signature: Signature,
-        held: Option<&Signature>,
+        entry: &'b Entry,
+        fates: &'b [Fate],
         bytes: &'b [u8],
-    ) -> Block<'b> {
-        if held == Some(&signature) {
-            add(&self.tally.unchanged_blocks, 1);
-            Block::Same
-        } else if signature == ZERO {
-            add(&self.tally.zero_blocks, 1);
-            Block::Zero
-        } else {
-            add(&self.tally.blocks_sent, 1);
-            add(&self.tally.changeset, bytes.len() as u64);
-            Block::Data(signature, bytes)
-        }
+    ) -> impl Iterator<Item = Block<'b>> + use<'b> {
+        let size = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
+        let signatures: &[Signature] = match &entry.kind {
+            Kind::File { blocks, .. } => blocks,
+            _ => &[],
+        };
+        let parts = fates.iter().zip(signatures).zip(bytes.chunks(size));
+        parts.map(|((fate, signature), bytes)| fate.block(*signature, bytes))
     }
 
-    /// Reads a run of blocks straight into a record and sends what differs.
-    fn read_piece(
-        &self,
-        engine: &mut dyn Engine,
-        large: &Arc<Large>,
-        first: u64,
-        count: u32,
-    ) -> Result<(), SourceError> {
-        let block_size = self.source.block_size;
-        let lengths: Vec<usize> = (first..first + u64::from(count))
-            .map(|index| block_size.length_of(large.size, index))
-            .collect();
-        let total: usize = lengths.iter().sum();
-        let mut head = payload::start(Vec::new(), PayloadKind::Segment);
-        let descriptors = payload::put_segment(&mut head, &large.path, large.size, first, count);
-        let data = head.len();
-        let mut record = self.source.outlet.buffer();
-        record.resize(data + total, 0);
-        record[..data].copy_from_slice(&head);
-
-        let offset = first * block_size.bytes();
-        let hollow = large.holes.covers(offset, total as u64);
-        if hollow {
-            record[data..].fill(0);
-        } else {
-            let mut reads = [Read {
-                file: large.file.as_fd(),
-                offset,
-                buffer: &mut record[data..],
-                once: true,
-                done: Ok(0),
-            }];
-            engine.read(&mut reads);
-            let [read] = reads;
-            let done = read.done.map_err(|e| {
-                let action = "read a block of";
-                WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
-            })?;
-            // The file shrank: the rest reads as zeros now and again in the next epoch.
-            record[data + done..].fill(0);
-            self.source.progress.read(done as u64);
-            add(&self.tally.bytes_read, done as u64);
-        }
-
-        let held = self.source.held.blocks(&large.path);
-        let mut signatures = Vec::with_capacity(lengths.len());
-        let (mut from, mut to) = (data, data);
-        let mut differs = false;
-        for ((index, length), place) in (first..).zip(&lengths).zip(0..) {
-            let signature = if hollow {
-                ZERO
-            } else {
-                sign::signature(self.source.key, &record[from..from + length])
-            };
-            let held = usize::try_from(index)
-                .ok()
-                .and_then(|index| held.get(index));
-            let block = self.choose(signature, held, &record[from..from + length]);
-            let at = descriptors + place * DESCRIPTOR_LEN;
-            let descriptor = payload::descriptor(block);
-            let is_data = matches!(block, Block::Data(..));
-            differs |= block != Block::Same;
-            if is_data {
-                if to != from {
-                    record.copy_within(from..from + length, to);
-                }
-                to += length;
+    /// Counts how a block travelled; `found` when the target took it from elsewhere.
+    pub(super) fn count(&self, block: Block<'_>, found: bool) {
+        match block {
+            Block::Same => add(&self.tally.unchanged_blocks, 1),
+            Block::Zero => add(&self.tally.zero_blocks, 1),
+            Block::Data(..) if found => add(&self.tally.held_blocks, 1),
+            Block::Data(_, bytes) => {
+                add(&self.tally.blocks_sent, 1);
+                add(&self.tally.changeset, bytes.len() as u64);
             }
-            record[at..at + DESCRIPTOR_LEN].copy_from_slice(&descriptor);
-            from += length;
-            signatures.push(signature);
+            Block::Offered(_) | Block::Found(..) => {}
         }
-        record.truncate(to);
-        if differs {
-            self.source.outlet.emit(record, false, first)?;
-        }
-        let start = usize::try_from(first).unwrap_or(0);
-        lock(&large.blocks)[start..start + signatures.len()].copy_from_slice(&signatures);
-        if large.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.complete(large)?;
-        }
-        Ok(())
     }
+}
 
-    /// The last piece of a large file is done.
-    fn complete(&self, large: &Large) -> Result<(), SourceError> {
-        let blocks = std::mem::take(&mut *lock(&large.blocks));
-        let entry = self.entry(&large.path, &large.file, &large.stat, large.size, blocks)?;
-        if self.source.differs(&entry) {
-            add(&self.tally.changed_entries, 1);
+impl Fate {
+    pub(super) fn block(self, signature: Signature, bytes: &[u8]) -> Block<'_> {
+        match self {
+            Self::Same => Block::Same,
+            Self::Zero => Block::Zero,
+            Self::Data => Block::Data(signature, bytes),
         }
-        lock(&self.outcomes).insert(large.step, Some(entry));
-        Ok(())
+    }
+}
+
+/// How a block travels to a target that has `held` in its place.
+pub(super) fn fate(signature: &Signature, held: Option<&Signature>) -> Fate {
+    if held == Some(signature) {
+        Fate::Same
+    } else if *signature == ZERO {
+        Fate::Zero
+    } else {
+        Fate::Data
     }
 }
 
@@ -499,8 +566,4 @@ pub(super) fn is_dense(stat: &FileStat) -> bool {
 /// Whether a file is sent in pieces.
 pub(super) fn is_large(stat: &FileStat) -> bool {
     size_of(stat) > SMALL_CAP
-}
-
-fn at_offset(error: &io::Error, offset: u64) -> io::Error {
-    io::Error::new(error.kind(), format!("at offset {offset}: {error}"))
 }

@@ -9,15 +9,17 @@ use super::payload::{ALIGNMENT, Block, EntryItem, Payload, Segment};
 use super::queue::lock;
 use crate::model::ids::Signature;
 use crate::volume::apply::{Access, ApplyError, Destination, Parent};
+use crate::volume::block_map::{self, Holder};
 use crate::volume::confined::split;
 use crate::volume::sign::{self, ZERO};
 use crate::volume::tree::shown;
-use crate::volume::{BlockSize, Entry, FleetKey, Kind, TreeState};
+use crate::volume::{BlockMap, BlockSize, Entry, FleetKey, Kind, TreeState};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::os::fd::AsFd;
-use std::sync::Mutex;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Entries by path.
 pub(super) type Tree = BTreeMap<Box<[u8]>, Entry>;
@@ -48,6 +50,9 @@ pub(super) struct Rebuild {
     pub(super) destination: Destination,
     pub(super) block_size: BlockSize,
     key: FleetKey,
+    /// What this device holds of any volume; what is written here is noted there.
+    pub(super) map: Option<Arc<BlockMap>>,
+    root: Arc<Path>,
     state: Mutex<State>,
     pub(super) bytes_written: AtomicU64,
     /// Of those, bytes that were here already.
@@ -112,6 +117,7 @@ impl Rebuild {
         destination: Destination,
         block_size: BlockSize,
         key: FleetKey,
+        map: Option<Arc<BlockMap>>,
         tree: Tree,
         remove_unnamed: bool,
     ) -> Self {
@@ -126,9 +132,11 @@ impl Rebuild {
             ..State::default()
         };
         Self {
+            root: destination.root().path().into(),
             destination,
             block_size,
             key,
+            map,
             state: Mutex::new(state),
             bytes_written: AtomicU64::new(0),
             bytes_again: AtomicU64::new(0),
@@ -154,21 +162,60 @@ impl Rebuild {
         }
     }
 
-    /// Applies a payload that is not the end.
+    /// Applies a payload that is not the end. `memories` is where the bytes of its blocks lie. Tells of
+    /// each block of files and segments whether it is in its place; only one that was offered and not
+    /// found can be missing, and with it its whole file, if that is a small one.
     pub(super) fn apply(
         &self,
         engine: &mut dyn Engine,
         parent: &mut Parent,
-        bytes: &[u8],
+        memories: Memories<'_>,
         payload: &Payload<'_>,
-    ) -> Result<(), RebuildError> {
+    ) -> Result<Vec<bool>, RebuildError> {
         match payload {
-            Payload::Removals(paths) => self.removals(parent, paths),
-            Payload::Entries(items) => self.entries(parent, items),
-            Payload::Files(files) => self.files(engine, parent, bytes, files),
-            Payload::Segment(segment) => self.segment(engine, parent, bytes, segment),
-            Payload::Finish(entries) => self.finish(parent, entries),
-            Payload::End { .. } => Ok(()),
+            Payload::Removals(paths) => self.removals(parent, paths)?,
+            Payload::Entries(items) => self.entries(parent, items)?,
+            Payload::Files(files) => {
+                let whole = |(_, blocks): &&File<'_>| !blocks.iter().any(Block::is_lacking);
+                let here: Vec<&File<'_>> = files.iter().filter(whole).collect();
+                self.files(engine, parent, memories, &here)?;
+                let held = files
+                    .iter()
+                    .flat_map(|file| std::iter::repeat_n(whole(&file), file.1.len()));
+                return Ok(held.collect());
+            }
+            Payload::Segment(segment) => {
+                self.segment(engine, parent, memories, segment)?;
+                let held = segment.blocks.iter().map(|block| !block.is_lacking());
+                return Ok(held.collect());
+            }
+            Payload::Finish(entries) => self.finish(parent, entries)?,
+            Payload::End { .. } => {}
+        }
+        Ok(Vec::new())
+    }
+
+    /// Notes in the block map what was just written to `path`.
+    fn note(&self, path: &[u8], first: u64, blocks: &[Block<'_>]) {
+        let Some(map) = &self.map else { return };
+        let written: Vec<(Signature, u64)> = blocks
+            .iter()
+            .zip(first..)
+            .filter_map(|(block, index)| match block {
+                Block::Data(signature, bytes) | Block::Found(signature, bytes)
+                    if bytes.len() >= block_map::LEAST =>
+                {
+                    Some((*signature, index * self.block_size.bytes()))
+                }
+                _ => None,
+            })
+            .collect();
+        if !written.is_empty() {
+            let holder = Holder {
+                root: Arc::clone(&self.root),
+                path: path.into(),
+            };
+            map.add(holder, written);
         }
     }
 
@@ -262,19 +309,22 @@ impl Rebuild {
         Ok(())
     }
 
-    /// Checks the blocks' signatures and returns the signature of each; `held` are those here.
+    /// Checks the blocks' signatures and returns the signature of each, none for one that was offered in
+    /// vain; `held` are those here.
     fn verify(
         &self,
         path: &[u8],
         first: u64,
         blocks: &[Block<'_>],
         held: impl Fn(usize) -> Option<Signature>,
-    ) -> Result<Vec<Signature>, RebuildError> {
+    ) -> Result<Vec<Option<Signature>>, RebuildError> {
         let signatures = blocks.iter().enumerate().map(|(at, block)| match block {
-            Block::Zero => Ok(ZERO),
-            Block::Same => {
-                held(at).ok_or_else(|| self.disagree("a block is missing here of", path))
-            }
+            Block::Zero => Ok(Some(ZERO)),
+            Block::Same => held(at)
+                .map(Some)
+                .ok_or_else(|| self.disagree("a block is missing here of", path)),
+            Block::Found(signature, _) => Ok(Some(*signature)),
+            Block::Offered(_) => Ok(None),
             Block::Data(expected, bytes) => {
                 let signature = sign::signature(&self.key, bytes);
                 if signature == *expected {
@@ -282,7 +332,7 @@ impl Rebuild {
                         let again = bytes.len() as u64;
                         self.bytes_again.fetch_add(again, Ordering::Relaxed);
                     }
-                    return Ok(signature);
+                    return Ok(Some(signature));
                 }
                 Err(RebuildError::WrongSignature {
                     volume: self.destination.volume().to_owned(),
@@ -298,8 +348,8 @@ impl Rebuild {
         &self,
         engine: &mut dyn Engine,
         parent: &mut Parent,
-        bytes: &[u8],
-        files: &[(Entry, Vec<Block<'_>>)],
+        memories: Memories<'_>,
+        files: &[&File<'_>],
     ) -> Result<(), RebuildError> {
         let held: Vec<Option<Vec<Signature>>> = {
             let mut state = lock(&self.state);
@@ -334,7 +384,8 @@ impl Rebuild {
                 .map_err(|error| error.needing(entry.size()))?;
             let mut entry = entry.clone();
             if let Kind::File { blocks, .. } = &mut entry.kind {
-                *blocks = signatures;
+                // Files with a block that is not there were left out.
+                *blocks = signatures.into_iter().flatten().collect();
             }
             finished.push(entry);
             open.push(file);
@@ -344,7 +395,7 @@ impl Rebuild {
             if held.is_some() {
                 self.punch(file, &entry.path, entry.size(), 0, blocks)?;
             }
-            let runs = runs(self.block_size, bytes, 0, blocks);
+            let runs = runs(self.block_size, memories, 0, blocks);
             writes.extend(runs.map(|(offset, bytes)| (&*entry.path, file, offset, bytes)));
         }
         self.write(engine, &writes)?;
@@ -353,6 +404,7 @@ impl Rebuild {
         {
             let whole = held.is_none() && !matches!(blocks.last(), Some(Block::Zero));
             self.destination.finish_file(file, entry, whole)?;
+            self.note(&entry.path, 0, blocks);
         }
         let mut state = lock(&self.state);
         for (entry, held) in finished.into_iter().zip(held) {
@@ -369,7 +421,7 @@ impl Rebuild {
         &self,
         engine: &mut dyn Engine,
         parent: &mut Parent,
-        bytes: &[u8],
+        memories: Memories<'_>,
         segment: &Segment<'_>,
     ) -> Result<(), RebuildError> {
         let path = &segment.path;
@@ -391,7 +443,7 @@ impl Rebuild {
         let here = |at: usize| held.get(at).copied().flatten();
         let signatures = self.verify(path, segment.first, &segment.blocks, here)?;
         let runs: Vec<(u64, &[u8])> =
-            runs(self.block_size, bytes, segment.first, &segment.blocks).collect();
+            runs(self.block_size, memories, segment.first, &segment.blocks).collect();
         let aligned = runs.iter().all(|(offset, bytes)| {
             // The end of most files is not aligned; that one piece goes through the page cache.
             bytes.as_ptr().addr() % ALIGNMENT == 0
@@ -422,6 +474,7 @@ impl Rebuild {
             }
             other => other?,
         }
+        self.note(path, segment.first, &segment.blocks);
         let mut state = lock(&self.state);
         if let Some(building) = state.building.get_mut(path) {
             let end = first + signatures.len();
@@ -429,7 +482,7 @@ impl Rebuild {
                 building.blocks.resize(end, None);
             }
             for (place, signature) in building.blocks[first..end].iter_mut().zip(signatures) {
-                *place = Some(signature);
+                *place = signature.or(*place);
             }
         }
         Ok(())
@@ -544,6 +597,9 @@ impl Rebuild {
             }
         }
         self.destination.sync()?;
+        if let Some(map) = &self.map {
+            map.flush();
+        }
         let tree = std::mem::take(&mut state.tree);
         let root = TreeState::root_of(&self.key, self.block_size, tree.values());
         Ok((root, tree))
@@ -553,29 +609,40 @@ impl Rebuild {
 /// Bytes for a place in a file.
 type Place<'a> = (&'a [u8], &'a std::fs::File, u64, &'a [u8]);
 
-/// Runs of data blocks that lie next to each other both in the record and in the file.
+/// A small file in a record.
+type File<'b> = (Entry, Vec<Block<'b>>);
+
+/// Where bytes of blocks lie: the opened record, and what was found on this device.
+pub(super) type Memories<'b> = [&'b [u8]; 2];
+
+/// Runs of blocks with bytes that lie next to each other both in memory and in the file.
 fn runs<'b>(
     block_size: BlockSize,
-    record: &'b [u8],
+    memories: Memories<'b>,
     first: u64,
     blocks: &[Block<'b>],
 ) -> impl Iterator<Item = (u64, &'b [u8])> {
-    let base = record.as_ptr() as usize;
-    let mut joined: Vec<(u64, std::ops::Range<usize>)> = Vec::new();
+    let mut joined: Vec<(u64, usize, std::ops::Range<usize>)> = Vec::new();
     for (block, index) in blocks.iter().zip(first..) {
-        let Block::Data(_, bytes) = block else {
-            continue;
+        let (memory, bytes) = match block {
+            Block::Data(_, bytes) => (0, bytes),
+            Block::Found(_, bytes) => (1, bytes),
+            _ => continue,
         };
         let offset = index * block_size.bytes();
-        let start = bytes.as_ptr() as usize - base;
+        let start = bytes.as_ptr().addr() - memories[memory].as_ptr().addr();
         match joined.last_mut() {
-            Some((at, range)) if range.end == start && *at + (range.len() as u64) == offset => {
+            Some((at, same, range))
+                if *same == memory
+                    && range.end == start
+                    && *at + (range.len() as u64) == offset =>
+            {
                 range.end = start + bytes.len();
             }
-            _ => joined.push((offset, start..start + bytes.len())),
+            _ => joined.push((offset, memory, start..start + bytes.len())),
         }
     }
     joined
         .into_iter()
-        .map(|(offset, range)| (offset, &record[range]))
+        .map(move |(offset, memory, range)| (offset, &memories[memory][range]))
 }

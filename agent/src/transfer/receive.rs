@@ -7,14 +7,16 @@
 use super::Options;
 use super::connection::{Incoming, Receiver, Transmitter};
 use super::feed::{Arrived, Feed, ReceiveError, Voice};
-use super::message::{Basis, Done, Failure, FailureCode, Message, SessionId, have_messages};
+use super::message::{
+    Answers, Basis, Done, Failure, FailureCode, Holdings, Message, SessionId, have_messages,
+};
 use super::queue::lock;
 use super::rebuild::{Rebuild, Tree};
 use super::seal::{DataKey, LinkKey, Salt, Sealer};
 use super::sender::path_hash;
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::volume::apply::Destination;
-use crate::volume::{BlockSize, FleetKey, scan};
+use crate::volume::{BlockMap, BlockSize, FleetKey, scan};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
@@ -69,6 +71,8 @@ pub(super) struct Reception {
     pub(super) plan: ReceivePlan,
     pub(super) volumes: BTreeMap<VolumeId, Volume>,
     pub(super) options: Options,
+    /// What this device holds of any volume.
+    pub(super) map: Option<Arc<BlockMap>>,
 }
 
 pub(super) struct Volume {
@@ -111,6 +115,7 @@ pub(super) struct Session {
     pub(super) opener: Sealer,
     pub(super) rebuild: Rebuild,
     pub(super) arrived: Mutex<Arrived>,
+    pub(super) answers: Mutex<Answers>,
     pub(super) outcome: Mutex<Option<Result<Done, Failure>>>,
     /// Held by the connection that feeds the session.
     pub(super) running: Mutex<()>,
@@ -128,7 +133,7 @@ impl Session {
 }
 
 impl Reception {
-    pub(super) fn new(mut plan: ReceivePlan, options: Options) -> Self {
+    pub(super) fn new(mut plan: ReceivePlan, options: Options, map: Option<Arc<BlockMap>>) -> Self {
         let volumes = std::mem::take(&mut plan.volumes)
             .into_iter()
             .map(|spec| {
@@ -147,6 +152,7 @@ impl Reception {
             plan,
             volumes,
             options,
+            map,
         }
     }
 
@@ -275,6 +281,11 @@ impl Reception {
             watermark,
             basis: session.basis,
             salt: *salt,
+            holdings: match &self.map {
+                None => Holdings::Closed,
+                Some(map) if map.entries() == 0 => Holdings::Empty,
+                Some(_) => Holdings::Filled,
+            },
         });
         if is_new && session.basis == Basis::Everything {
             let key = &self.plan.fleet_key;
@@ -284,6 +295,11 @@ impl Reception {
             }
         }
         voice.say(&Message::HaveEnd);
+        // Those that an earlier connection may have lost.
+        let answers: Vec<Message> = lock(&session.answers).messages().collect();
+        for answer in &answers {
+            voice.say(answer);
+        }
         let outcome = lock(&session.outcome).clone();
         match outcome {
             Some(Ok(done)) => voice.say(&Message::Done(done)),
@@ -361,10 +377,12 @@ impl Reception {
                 destination,
                 block_size,
                 self.plan.fleet_key.clone(),
+                self.map.clone(),
                 tree,
                 basis == Basis::Everything,
             ),
             arrived: Mutex::default(),
+            answers: Mutex::default(),
             outcome: Mutex::default(),
             running: Mutex::default(),
             socket: Mutex::default(),

@@ -8,7 +8,9 @@ use super::connection::{ConnectionError, Incoming, Receiver, Transmitter};
 use super::feed::{Arrived, Voice};
 use super::frame::{FrameKind, Header};
 use super::link::{Event, Hop, Link, LinkError, LinkSetup};
-use super::message::{Basis, Done, Failure, FailureCode, Have, Message, SessionId};
+use super::message::{
+    Answers, Basis, Done, Failure, FailureCode, Have, Holdings, Message, SessionId,
+};
 use super::queue::lock;
 use super::seal::{DataKey, LinkKey, Salt, Sealer, Tagger, random};
 use super::spool::Spool;
@@ -49,6 +51,7 @@ struct Session {
     epoch: Epoch,
     salt: Salt,
     basis: Basis,
+    holdings: Holdings,
     /// Onward to the target.
     link: Option<Arc<Link>>,
     spool: Option<Arc<Spool>>,
@@ -84,6 +87,7 @@ struct Upstream {
     watermark: AtomicU64,
     arrived: Mutex<Arrived>,
     outcome: Mutex<Option<Result<Done, Failure>>>,
+    answers: Mutex<Answers>,
 }
 
 impl Upstream {
@@ -121,6 +125,10 @@ impl Upstream {
                 Some(spool) => spool.acknowledged(watermark),
                 None => self.acknowledge(watermark),
             },
+            Event::Held(held) => {
+                lock(&self.answers).keep(held.clone());
+                self.say(&Message::Held(held));
+            }
             Event::Done(done) => {
                 if let Some(spool) = spool {
                     spool.discard();
@@ -244,6 +252,7 @@ impl Relay {
             watermark,
             basis: session.basis,
             salt: session.salt,
+            holdings: session.holdings,
         });
         for list in have.chunks(HAVE_CHUNK) {
             voice.say(&Message::Have(list.to_vec()));
@@ -251,6 +260,10 @@ impl Relay {
         voice.say(&Message::HaveEnd);
         *lock(&upstream.voice) = Some(Arc::clone(voice));
         // What the target said while the source was away.
+        let answers: Vec<Message> = lock(&upstream.answers).messages().collect();
+        for answer in &answers {
+            voice.say(answer);
+        }
         let outcome = lock(&upstream.outcome).clone();
         match outcome {
             Some(Ok(done)) => voice.say(&Message::Done(done)),
@@ -340,11 +353,18 @@ impl Relay {
         let basis = opened
             .as_ref()
             .map_or(Basis::Everything, |opened| opened.basis);
+        // With a spool the source is done when this device has its records; it does not wait for the
+        // target's answers.
+        let holdings = match (&opened, &spool) {
+            (Some(opened), None) => opened.holdings,
+            _ => Holdings::Closed,
+        };
         let session = Session {
             id: session,
             epoch,
             salt,
             basis,
+            holdings,
             link,
             spool,
             sealer: plan

@@ -5,7 +5,8 @@
 
 use super::frame::{FrameKind, Header};
 use super::link::{Event, Handler, Hop, Link, LinkError, LinkSetup, Opened};
-use super::message::{Basis, Done, Message};
+use super::message::{Basis, Done, Held as Answer, Message};
+use super::offers::Offers;
 use super::payload::{self, PayloadKind};
 use super::seal::{DataKey, NoRandom, Salt, Sealer, Tagger, random};
 use super::source::{Held, Source};
@@ -129,6 +130,8 @@ pub struct EpochReport {
     pub blocks_sent: u64,
     /// Blocks sent as a mark for zeros.
     pub zero_blocks: u64,
+    /// Blocks that differ and that the target took from what it holds elsewhere.
+    pub held_blocks: u64,
     /// Blocks that were read and found to be at the target already.
     pub unchanged_blocks: u64,
     /// Plain bytes of the blocks that were sent: the size of the changeset.
@@ -137,6 +140,8 @@ pub struct EpochReport {
     pub bytes_read: Bytes,
     /// Bytes of records.
     pub bytes_on_wire: Bytes,
+    /// Processor time of this process from the beginning of the epoch to its end, in all threads.
+    pub source_cpu: Duration,
     /// What was left out on purpose.
     pub skipped: Vec<Exception>,
     /// From the first look at the tree to the target's acknowledgement.
@@ -171,6 +176,9 @@ pub(super) struct Outlet {
     pub(super) bytes: AtomicU64,
     volume: VolumeId,
     epoch: Epoch,
+    /// The link on which the target answers offers.
+    answering: Arc<Link>,
+    pub(super) offers: Offers,
 }
 
 enum Protection {
@@ -188,11 +196,41 @@ impl Outlet {
     /// Numbers, protects and sends a record; waits while too much is in flight.
     pub(super) fn emit(
         &self,
-        mut record: Vec<u8>,
+        record: Vec<u8>,
         barrier: bool,
         first_block: u64,
     ) -> Result<(), LinkError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.push(number, record, barrier, first_block)
+    }
+
+    /// Sends a record with offered blocks and returns the number under which it is answered.
+    pub(super) fn offer(&self, record: Vec<u8>, first_block: u64) -> Result<u64, LinkError> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.answering.expect(number);
+        self.push(number, record, false, first_block)?;
+        Ok(number)
+    }
+
+    /// Whether the answer to an offer is there.
+    pub(super) fn is_answered(&self, number: u64) -> bool {
+        self.answering.is_answered(number)
+    }
+
+    /// Waits for the answer to an offer.
+    pub(super) fn answer(&self, number: u64) -> Result<Answer, LinkError> {
+        let answer = self.answering.answer(number)?;
+        self.offers.learn(&answer);
+        Ok(answer)
+    }
+
+    fn push(
+        &self,
+        number: u64,
+        mut record: Vec<u8>,
+        barrier: bool,
+        first_block: u64,
+    ) -> Result<(), LinkError> {
         let mut header = Header {
             kind: FrameKind::Sealed,
             barrier,
@@ -256,7 +294,7 @@ impl Sender {
         previous: Option<&TreeState>,
         progress: &Arc<Progress>,
     ) -> Result<(TreeState, EpochReport), SendError> {
-        let started = Instant::now();
+        let (started, cpu) = (Instant::now(), processor_time());
         let (mut wire, mut fruitless) = (0, 0);
         loop {
             let mut attempt = Attempt::default();
@@ -273,6 +311,7 @@ impl Sender {
                 }
                 Ok((state, mut report)) => {
                     report.bytes_on_wire = Bytes(wire);
+                    report.source_cpu = processor_time().saturating_sub(cpu);
                     report.duration = started.elapsed();
                     return Ok((state, report));
                 }
@@ -365,10 +404,12 @@ impl Sender {
             removed: tally.removed.into_inner(),
             blocks_sent: tally.blocks_sent.into_inner(),
             zero_blocks: tally.zero_blocks.into_inner(),
+            held_blocks: tally.held_blocks.into_inner(),
             unchanged_blocks: tally.unchanged_blocks.into_inner(),
             changeset: Bytes(tally.changeset.into_inner()),
             bytes_read: Bytes(tally.bytes_read.into_inner()),
             bytes_on_wire: Bytes(0),
+            source_cpu: Duration::ZERO,
             skipped: tally.skipped,
             duration: Duration::ZERO,
         };
@@ -400,13 +441,15 @@ impl Sender {
             options: self.options.clone(),
             progress: Arc::clone(progress),
         };
-        let outlet = |link: &Arc<Link>, protection| Outlet {
+        let outlet = |link: &Arc<Link>, last: &Arc<Link>, opened: &Opened, protection| Outlet {
             link: Arc::clone(link),
             protection,
             next: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             volume,
             epoch,
+            answering: Arc::clone(last),
+            offers: Offers::new(opened.holdings),
         };
         let route = || match &self.path {
             DataPath::Direct { target, data_key } => {
@@ -414,7 +457,7 @@ impl Sender {
                 let link = Arc::new(link);
                 let sealer = Sealer::new(&self.plan, data_key, &salt);
                 Ok(Route {
-                    outlet: outlet(&link, Protection::Seal(sealer)),
+                    outlet: outlet(&link, &link, &opened, Protection::Seal(sealer)),
                     opened,
                     last: link,
                 })
@@ -425,7 +468,12 @@ impl Sender {
                 let sealer = Sealer::new(&self.plan, data_key, &salt);
                 let tagger = Tagger::new(&relay.link_key, &session);
                 Ok(Route {
-                    outlet: outlet(&link, Protection::SealAndTag(sealer, tagger)),
+                    outlet: outlet(
+                        &link,
+                        &link,
+                        &opened,
+                        Protection::SealAndTag(sealer, tagger),
+                    ),
                     opened,
                     last: link,
                 })
@@ -435,7 +483,7 @@ impl Sender {
                 let link = Arc::new(link);
                 let tagger = Tagger::new(&relay.link_key, &session);
                 Ok(Route {
-                    outlet: outlet(&link, Protection::Tag(tagger)),
+                    outlet: outlet(&link, &link, &opened, Protection::Tag(tagger)),
                     opened,
                     last: link,
                 })
@@ -460,7 +508,7 @@ impl Sender {
                                 }
                             }
                             Event::Failed(error) => link.fail(error),
-                            Event::Ack(_) | Event::Done(_) => {}
+                            Event::Ack(_) | Event::Held(_) | Event::Done(_) => {}
                         }
                         Ok(())
                     })
@@ -474,7 +522,7 @@ impl Sender {
                 let _ = back.set(Arc::downgrade(&link));
                 let tagger = Tagger::new(&sealer.link_key, &session);
                 Ok(Route {
-                    outlet: outlet(&link, Protection::Tag(tagger)),
+                    outlet: outlet(&link, &last, &opened, Protection::Tag(tagger)),
                     opened,
                     last,
                 })
@@ -482,6 +530,13 @@ impl Sender {
         };
         Ok(route())
     }
+}
+
+/// Processor time that this process has used, in all its threads.
+fn processor_time() -> Duration {
+    use nix::time::{ClockId, clock_gettime};
+    // Every kernel has this clock.
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// For a link whose events need no one's attention.

@@ -14,6 +14,7 @@ use super::relay::{Relay, RelayPlan};
 use super::seal::LinkKey;
 use crate::model::ids::PlanId;
 use crate::model::places::Places;
+use crate::volume::BlockMap;
 use std::collections::HashMap;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -60,6 +61,7 @@ impl Admission {
 
 struct Shared {
     options: Options,
+    map: Option<Arc<BlockMap>>,
     plans: Mutex<HashMap<PlanId, Admission>>,
     /// Connections whose peer knows the key of its plan.
     open: AtomicUsize,
@@ -79,17 +81,22 @@ pub struct DataServer {
 }
 
 impl DataServer {
-    /// Listens on `addr`; port 0 takes any free one.
+    /// Listens on `addr`; port 0 takes any free one. Blocks in `map` are not asked for again.
     ///
     /// # Errors
     /// The address cannot be bound.
-    pub fn bind(addr: SocketAddr, options: Options) -> Result<Self, BindError> {
+    pub fn bind(
+        addr: SocketAddr,
+        options: Options,
+        map: Option<Arc<BlockMap>>,
+    ) -> Result<Self, BindError> {
         let failed = |source| BindError { addr, source };
         let listener = TcpListener::bind(addr).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let shared = Arc::new(Shared {
             options,
+            map,
             plans: Mutex::default(),
             open: AtomicUsize::new(0),
             strangers: Mutex::new(Places::new(STRANGERS_CAP)),
@@ -117,7 +124,8 @@ impl DataServer {
     /// same plan.
     pub fn admit_receive(&self, plan: ReceivePlan) {
         let name = plan.plan.clone();
-        let reception = Reception::new(plan, self.shared.options.clone());
+        let (options, map) = (self.shared.options.clone(), self.shared.map.clone());
+        let reception = Reception::new(plan, options, map);
         self.admit(name, Admission::Receive(Arc::new(reception)));
     }
 

@@ -71,6 +71,7 @@ pub(super) struct Tally {
     pub(super) removed: AtomicU64,
     pub(super) blocks_sent: AtomicU64,
     pub(super) zero_blocks: AtomicU64,
+    pub(super) held_blocks: AtomicU64,
     pub(super) unchanged_blocks: AtomicU64,
     pub(super) changeset: AtomicU64,
     pub(super) bytes_read: AtomicU64,

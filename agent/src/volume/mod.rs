@@ -1,4 +1,5 @@
-//! Directory trees: scanning, change detection between epochs, and rebuilding them on the target.
+//! Directory trees: scanning, change detection between epochs, and rebuilding them on the target; the
+//! block map of what a device holds.
 //!
 //! Invariants: no path leaves the volume's directory (every open is confined beneath it, without
 //! following symbolic links); zero blocks and holes are marks, never bytes; the root of a volume is
@@ -6,6 +7,7 @@
 //! Non-goals here: the wire, sealing, block devices.
 
 pub mod apply;
+pub mod block_map;
 pub mod change;
 pub mod codec;
 pub mod confined;
@@ -16,6 +18,7 @@ pub mod tree;
 pub mod walk;
 pub mod xattrs;
 
+pub use block_map::BlockMap;
 pub use change::WorkPlan;
 pub use confined::Confined;
 pub use measure::{Measure, measure};

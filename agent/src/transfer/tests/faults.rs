@@ -10,7 +10,7 @@ type Meddle = Arc<Mutex<dyn FnMut(&mut [u8], u64) -> bool + Send>>;
 
 /// A TCP proxy in front of `to`. The closure sees each piece, either way, with the count of bytes before
 /// it, over all connections; when it returns false, the connection is cut.
-fn proxy(
+pub(super) fn proxy(
     to: SocketAddr,
     meddle: impl FnMut(&mut [u8], u64) -> bool + Send + 'static,
 ) -> SocketAddr {
@@ -175,6 +175,26 @@ fn a_device_started_anew_in_the_middle_is_sent_only_what_it_lacks() {
             "{way:?}: {after:?}"
         );
     }
+}
+
+#[test]
+fn another_version_of_the_protocol_is_refused_by_its_number() {
+    let bench = Bench::new(EngineChoice::Auto);
+    some_tree(&bench.source);
+    let listener = TcpListener::bind(loopback()).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let later = std::thread::spawn(move || {
+        let (mut caller, _) = listener.accept().unwrap();
+        let greeting: Vec<u8> = b"LIFEBT\x00\x09".iter().copied().chain([3; 32]).collect();
+        caller.write_all(&greeting).unwrap();
+        let mut answer = Vec::new();
+        let _ = caller.read_to_end(&mut answer);
+    });
+    let path = bench.path_to(Way::Direct, addr, addr);
+    let error = bench.send(&mut bench.sender(path), 1, None).unwrap_err();
+    later.join().unwrap();
+    let text = error.to_string();
+    assert!(text.contains("version 9 of the data protocol"), "{text}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The data plane over loopback: real files, real sockets, each path, both engines.
 
+mod dedup;
 mod faults;
 mod paths;
 
@@ -7,7 +8,7 @@ use super::*;
 use crate::model::ids::{Epoch, PlanId, VolumeId};
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
-use crate::volume::{FleetKey, TreeState};
+use crate::volume::{BlockMap, FleetKey, TreeState};
 use std::ffi::OsStr;
 use std::fs;
 use std::net::SocketAddr;
@@ -80,13 +81,14 @@ impl Bench {
         let dir = disk_dir();
         let source = dir.path().join("source");
         fs::create_dir(&source).unwrap();
+        let map = Arc::new(BlockMap::open(&dir.path().join("map")).unwrap());
         let bench = Self {
             target: dir.path().join("target"),
             spool: dir.path().join("spool"),
             _dir: dir,
             source,
-            server: DataServer::bind(loopback(), options(engine)).unwrap(),
-            relay: DataServer::bind(loopback(), options(engine)).unwrap(),
+            server: DataServer::bind(loopback(), options(engine), Some(map)).unwrap(),
+            relay: DataServer::bind(loopback(), options(engine), None).unwrap(),
             plan: PlanId::from("plan-1"),
             engine,
         };

@@ -1,0 +1,449 @@
+//! The block map of a device: where the blocks lie that arrived here, whatever volume they belong to.
+//!
+//! Invariants: an entry is a hint and never trusted: a block is read from its place and signed again
+//! before anyone gets it, and a stale entry is forgotten; the map survives a crash at any instant
+//! (SQLite in WAL mode) and one that is damaged is begun anew; memory and disk are bounded.
+//! Non-goal: blocks that did not come through the data plane.
+
+use super::confined::Confined;
+use super::sign::{FleetKey, signature};
+use crate::model::ids::Signature;
+use nix::fcntl::OFlag;
+use nix::sys::stat::{Mode, SFlag, fstat};
+use rusqlite::{Connection, OptionalExtension, params};
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Blocks shorter than this are neither remembered nor asked for: naming one costs 33 bytes and looking
+/// it up some microseconds, which is most of what sending it costs.
+pub const LEAST: usize = 16 << 10;
+/// Entries of one generation; the map keeps two, and drops the older when the younger is full.
+const GENERATION: u64 = 1 << 20;
+/// Entries that are written together.
+const TOGETHER: usize = 4096;
+/// Pages of the database kept in memory, in KiB.
+const CACHE_KIB: i64 = 16 << 10;
+
+const SCHEMA: &str = "
+CREATE TABLE IF NOT EXISTS files (
+  id INTEGER PRIMARY KEY, root BLOB NOT NULL, path BLOB NOT NULL, UNIQUE (root, path)) STRICT;
+CREATE TABLE IF NOT EXISTS young (
+  name BLOB PRIMARY KEY, file INTEGER NOT NULL, offset INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS old (
+  name BLOB PRIMARY KEY, file INTEGER NOT NULL, offset INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+";
+
+/// The map cannot be used; the device then takes every block from the wire.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} the block map {}: {source}; free space there or move the file away", .path.display())]
+pub struct BlockMapError {
+    action: &'static str,
+    path: PathBuf,
+    source: rusqlite::Error,
+}
+
+/// A signature's first half: what is looked up. The whole of it is checked against the block itself.
+type Name = [u8; 16];
+
+fn name(signature: &Signature) -> Name {
+    let mut name = [0; 16];
+    name.copy_from_slice(&signature.0[..16]);
+    name
+}
+
+/// A file that holds blocks: a volume's directory and a path beneath it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Holder {
+    /// The directory.
+    pub root: Arc<Path>,
+    /// Path beneath it.
+    pub path: Box<[u8]>,
+}
+
+/// Where a block was written.
+#[derive(Clone, Debug)]
+struct Place {
+    holder: Arc<Holder>,
+    offset: u64,
+}
+
+/// What a device holds, by signature.
+#[derive(Debug)]
+pub struct BlockMap {
+    path: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    database: Connection,
+    /// Not yet written.
+    pending: HashMap<Name, Place>,
+    young: u64,
+    old: u64,
+    generation: u64,
+}
+
+impl BlockMap {
+    /// Opens the map in `directory`, making it when it is not there and beginning anew when it is
+    /// damaged. Blocks.
+    ///
+    /// # Errors
+    /// The file cannot be made or read.
+    pub fn open(directory: &Path) -> Result<Self, BlockMapError> {
+        Self::bounded(directory, GENERATION)
+    }
+
+    fn bounded(directory: &Path, generation: u64) -> Result<Self, BlockMapError> {
+        let path = directory.join("blocks.sqlite");
+        let state = State::open(directory, &path, generation).or_else(|error| {
+            tracing::warn!(path = %path.display(), "the block map is damaged ({error}) and begun anew");
+            for suffix in ["", "-wal", "-shm"] {
+                let mut file = path.clone().into_os_string();
+                file.push(suffix);
+                // What is not there need not be removed; anything else shows when it is opened.
+                let _ = std::fs::remove_file(file);
+            }
+            State::open(directory, &path, generation)
+        });
+        match state {
+            Ok(state) => Ok(Self {
+                path,
+                state: Mutex::new(state),
+            }),
+            Err(source) => Err(BlockMapError {
+                action: "open",
+                path,
+                source,
+            }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Entries at most: some may be stale, some counted twice.
+    #[must_use]
+    pub fn entries(&self) -> u64 {
+        let state = self.state();
+        state.young + state.old + state.pending.len() as u64
+    }
+
+    /// Remembers blocks that were just written to `holder`: their signatures and offsets.
+    pub fn add(&self, holder: Holder, blocks: impl IntoIterator<Item = (Signature, u64)>) {
+        let holder = Arc::new(holder);
+        let mut state = self.state();
+        for (signature, offset) in blocks {
+            let holder = Arc::clone(&holder);
+            state
+                .pending
+                .insert(name(&signature), Place { holder, offset });
+        }
+        if state.pending.len() >= TOGETHER {
+            self.write(&mut state);
+        }
+    }
+
+    /// Writes down what was added.
+    pub fn flush(&self) {
+        self.write(&mut self.state());
+    }
+
+    /// A map that cannot be written loses hints and nothing else.
+    fn write(&self, state: &mut State) {
+        if let Err(error) = state.write() {
+            tracing::warn!(path = %self.path.display(), "what arrived is not noted in the block map: {error}");
+            state.pending.clear();
+        }
+    }
+
+    fn find(&self, wanted: &Signature) -> Option<Place> {
+        let state = self.state();
+        let name = name(wanted);
+        if let Some(place) = state.pending.get(&name) {
+            return Some(place.clone());
+        }
+        match state.find(&name) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(path = %self.path.display(), "the block map cannot be read: {error}");
+                None
+            }
+        }
+    }
+
+    fn forget(&self, stale: &Signature) {
+        let mut state = self.state();
+        let name = name(stale);
+        // An entry that stays is found stale again.
+        if state.pending.remove(&name).is_none() {
+            for table in ["young", "old"] {
+                let delete = format!("DELETE FROM {table} WHERE name = ?1");
+                let _ = state.database.execute(&delete, params![name]);
+            }
+        }
+    }
+}
+
+impl Drop for BlockMap {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+impl State {
+    fn open(directory: &Path, path: &Path, generation: u64) -> rusqlite::Result<Self> {
+        // A directory that cannot be made shows when the file in it is opened.
+        let _ = std::fs::create_dir_all(directory);
+        let database = Connection::open(path)?;
+        database.pragma_update(None, "journal_mode", "WAL")?;
+        // The last transactions may be lost with the power, the file may not.
+        database.pragma_update(None, "synchronous", "NORMAL")?;
+        database.pragma_update(None, "cache_size", -CACHE_KIB)?;
+        database.execute_batch(SCHEMA)?;
+        let count = |table: &str| {
+            let query = format!("SELECT count(*) FROM {table}");
+            database.query_row(&query, [], |row| row.get::<_, i64>(0))
+        };
+        let (young, old) = (count("young")?, count("old")?);
+        Ok(Self {
+            young: young.unsigned_abs(),
+            old: old.unsigned_abs(),
+            database,
+            pending: HashMap::new(),
+            generation,
+        })
+    }
+
+    fn find(&self, name: &Name) -> rusqlite::Result<Option<Place>> {
+        let mut query = self.database.prepare_cached(
+            "SELECT root, path, offset FROM
+               (SELECT file, offset FROM young WHERE name = ?1
+                UNION ALL SELECT file, offset FROM old WHERE name = ?1 LIMIT 1)
+             JOIN files ON id = file",
+        )?;
+        query
+            .query_row(params![name], |row| {
+                let (root, path): (Vec<u8>, Vec<u8>) = (row.get(0)?, row.get(1)?);
+                let holder = Holder {
+                    root: Path::new(OsStr::from_bytes(&root)).into(),
+                    path: path.into(),
+                };
+                Ok(Place {
+                    holder: Arc::new(holder),
+                    offset: row.get::<_, i64>(2)?.unsigned_abs(),
+                })
+            })
+            .optional()
+    }
+
+    fn write(&mut self) -> rusqlite::Result<()> {
+        let transaction = self.database.transaction()?;
+        {
+            let mut known: HashMap<*const Holder, i64> = HashMap::new();
+            let mut file = transaction.prepare_cached(
+                "INSERT INTO files (root, path) VALUES (?1, ?2)
+                 ON CONFLICT DO UPDATE SET root = root RETURNING id",
+            )?;
+            let mut block = transaction.prepare_cached(
+                "INSERT OR REPLACE INTO young (name, file, offset) VALUES (?1, ?2, ?3)",
+            )?;
+            // In the order of the index, so that a page is changed once.
+            let mut entries: Vec<(&Name, &Place)> = self.pending.iter().collect();
+            entries.sort_unstable_by_key(|(name, _)| **name);
+            for (name, place) in entries {
+                let key = Arc::as_ptr(&place.holder);
+                let id = match known.get(&key) {
+                    Some(id) => *id,
+                    None => {
+                        let root = place.holder.root.as_os_str().as_bytes();
+                        let id =
+                            file.query_row(params![root, place.holder.path], |row| row.get(0))?;
+                        known.insert(key, id);
+                        id
+                    }
+                };
+                let offset = i64::try_from(place.offset).unwrap_or(i64::MAX);
+                block.execute(params![name, id, offset])?;
+            }
+        }
+        self.young += self.pending.len() as u64;
+        if self.young >= self.generation {
+            transaction.execute_batch(
+                "DROP TABLE old; ALTER TABLE young RENAME TO old;
+                 CREATE TABLE young (name BLOB PRIMARY KEY, file INTEGER NOT NULL, offset INTEGER NOT NULL)
+                   STRICT, WITHOUT ROWID;
+                 DELETE FROM files WHERE id NOT IN (SELECT file FROM old);",
+            )?;
+            self.old = std::mem::take(&mut self.young);
+        }
+        transaction.commit()?;
+        self.pending.clear();
+        Ok(())
+    }
+}
+
+/// Reads blocks that the map knows; belongs to one thread, and keeps the file it read last open.
+#[derive(Debug, Default)]
+pub struct BlockReader {
+    open: Option<(Arc<Holder>, File)>,
+}
+
+impl BlockReader {
+    /// Fills `buffer` with the block of this signature, when the device holds it: read from its place
+    /// and signed again. False when it does not; what is in `buffer` is then worthless.
+    pub fn read(
+        &mut self,
+        map: &BlockMap,
+        key: &FleetKey,
+        wanted: &Signature,
+        buffer: &mut [u8],
+    ) -> bool {
+        let Some(place) = map.find(wanted) else {
+            return false;
+        };
+        let held = self.file(&place.holder).is_some_and(|file| {
+            file.read_exact_at(buffer, place.offset).is_ok() && signature(key, buffer) == *wanted
+        });
+        if !held {
+            map.forget(wanted);
+        }
+        held
+    }
+
+    fn file(&mut self, holder: &Arc<Holder>) -> Option<&File> {
+        let known = self.open.as_ref().is_some_and(|(open, _)| open == holder);
+        if !known {
+            let root = Confined::open(&holder.root).ok()?;
+            // O_NONBLOCK: should a FIFO have taken the place, opening must not wait for a writer.
+            let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+            let fd = root.open_beneath(&holder.path, flags, Mode::empty()).ok()?;
+            let mode = SFlag::from_bits_truncate(fstat(fd.as_fd()).ok()?.st_mode);
+            if mode & SFlag::S_IFMT != SFlag::S_IFREG {
+                return None;
+            }
+            self.open = Some((Arc::clone(holder), File::from(fd)));
+        }
+        self.open.as_ref().map(|(_, file)| file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: FleetKey = FleetKey([9; 32]);
+
+    fn block(number: usize) -> Vec<u8> {
+        let mut block = vec![7; LEAST];
+        block[..8].copy_from_slice(&number.to_le_bytes());
+        block
+    }
+
+    fn holder(root: &Path, path: &str) -> Holder {
+        Holder {
+            root: root.into(),
+            path: path.as_bytes().into(),
+        }
+    }
+
+    /// A file of `count` blocks in `root`, remembered in `map`.
+    fn remembered(map: &BlockMap, root: &Path, path: &str, numbers: std::ops::Range<usize>) {
+        let bytes: Vec<u8> = numbers.clone().flat_map(block).collect();
+        std::fs::write(root.join(path), bytes).unwrap();
+        let first = numbers.start;
+        let blocks = numbers.map(|number| {
+            let offset = ((number - first) * LEAST) as u64;
+            (signature(&KEY, &block(number)), offset)
+        });
+        map.add(holder(root, path), blocks);
+    }
+
+    fn holds(map: &BlockMap, number: usize) -> bool {
+        let mut buffer = vec![0; LEAST];
+        let wanted = signature(&KEY, &block(number));
+        let held = BlockReader::default().read(map, &KEY, &wanted, &mut buffer);
+        assert!(!held || buffer == block(number));
+        held
+    }
+
+    #[test]
+    fn a_block_is_found_again_after_the_process_died_and_never_when_it_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let map = BlockMap::open(&dir.path().join("map")).unwrap();
+        remembered(&map, dir.path(), "f", 0..10);
+        assert!(holds(&map, 3) && !holds(&map, 11));
+        map.flush();
+        // No Drop runs at kill -9.
+        std::mem::forget(map);
+        let map = BlockMap::open(&dir.path().join("map")).unwrap();
+        assert!((0..10).all(|number| holds(&map, number)));
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("f"))
+            .unwrap();
+        file.write_all_at(b"x", 4 * LEAST as u64 + 99).unwrap();
+        assert!(!holds(&map, 4) && holds(&map, 5));
+        file.set_len(9 * LEAST as u64).unwrap();
+        assert!(!holds(&map, 9));
+        std::fs::remove_file(dir.path().join("f")).unwrap();
+        assert!(!holds(&map, 5));
+        assert_eq!(map.find(&signature(&KEY, &block(5))).map(|_| ()), None);
+    }
+
+    #[test]
+    fn a_damaged_map_is_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let map = BlockMap::open(dir.path()).unwrap();
+        remembered(&map, dir.path(), "f", 0..3);
+        drop(map);
+        let database = dir.path().join("blocks.sqlite");
+        std::fs::write(&database, vec![0x5a; 8192]).unwrap();
+        let map = BlockMap::open(dir.path()).unwrap();
+        assert!(!holds(&map, 1));
+        remembered(&map, dir.path(), "f", 0..3);
+        assert!(holds(&map, 1));
+    }
+
+    #[test]
+    fn the_oldest_entries_make_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let map = BlockMap::bounded(dir.path(), 8).unwrap();
+        for file in 0..5 {
+            remembered(
+                &map,
+                dir.path(),
+                &format!("f{file}"),
+                file * 6..file * 6 + 6,
+            );
+            map.flush();
+        }
+        assert!(map.entries() <= 24);
+        assert!(!holds(&map, 0) && holds(&map, 29));
+        let files: i64 = map
+            .state()
+            .database
+            .query_row("SELECT count(*) FROM files", [], |row| row.get(0))
+            .unwrap();
+        assert!(files < 5, "{files} files are remembered");
+    }
+
+    #[test]
+    fn a_link_that_leads_out_of_the_volume_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("volume");
+        std::fs::create_dir(&inside).unwrap();
+        let map = BlockMap::open(dir.path()).unwrap();
+        remembered(&map, dir.path(), "secret", 0..1);
+        std::os::unix::fs::symlink("../secret", inside.join("f")).unwrap();
+        map.add(holder(&inside, "f"), [(signature(&KEY, &block(0)), 0)]);
+        assert!(!holds(&map, 0));
+    }
+}
