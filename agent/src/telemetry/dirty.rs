@@ -8,10 +8,10 @@
 use super::btf::KernelTypes;
 use super::device::{self, Place};
 use super::kernel::mapped::Mapped;
-use super::kernel::{BTF_PATH, attach, chain};
+use super::kernel::{BTF_PATH, attach, chain, tracepoints};
 use super::layout::{self, Family};
 use crate::model::units::Bytes;
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader};
 use lifeboat_ebpf::{SECTOR_SHIFT, Watched, watch_state};
 use std::fs;
 use std::ops::Range;
@@ -228,9 +228,10 @@ fn load(root: &Path, watched: &Watched) -> Result<Ebpf, String> {
     if let Some((_, reason)) = missing.iter().find(|(family, _)| *family == Family::Watch) {
         return Err(reason.why.clone());
     }
-    let btf = Btf::parse_file(&path, aya::Endianness::default()).map_err(|error| chain(&error))?;
+    let btf = tracepoints(&types)?;
+    drop(types);
     let mut ebpf = EbpfLoader::new()
-        .btf(Some(&btf))
+        .btf(None)
         .override_global("LAYOUT", &layout, true)
         .override_global("WATCHED", watched, true)
         .map_max_entries("DIRTY", watched.words * 2)

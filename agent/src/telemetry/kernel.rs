@@ -126,7 +126,12 @@ impl Kernel {
             Err(why) => return nothing(disabled, why),
         };
         let (mut layout, missing) = layout::find(&types);
+        let btf = tracepoints(&types);
         drop(types);
+        let btf = match btf {
+            Ok(btf) => btf,
+            Err(why) => return nothing(disabled, why),
+        };
         if let [(_, of_all), others @ ..] = &missing[..]
             && others.len() + 1 == Family::ALL.len()
         {
@@ -141,8 +146,8 @@ impl Kernel {
             Ok((object, scope, own_cgroup)) => {
                 layout.scope_id = scope.id;
                 layout.scope_level = scope.level;
-                match Self::load(root, object, &layout, sizes) {
-                    Ok((ebpf, btf)) => {
+                match Self::load(object, &layout, sizes) {
+                    Ok(ebpf) => {
                         let mut kernel = Self {
                             ebpf: Some(ebpf),
                             running: Vec::new(),
@@ -168,25 +173,15 @@ impl Kernel {
         }
     }
 
-    fn load(
-        root: &Path,
-        object: &[u8],
-        layout: &Layout,
-        sizes: &[(&str, u32)],
-    ) -> Result<(Ebpf, Btf), String> {
-        let btf = Btf::parse_file(root.join(BTF_PATH), aya::Endianness::default())
-            .map_err(|error| format!("the kernel's BTF cannot be used: {error}"))?;
+    fn load(object: &[u8], layout: &Layout, sizes: &[(&str, u32)]) -> Result<Ebpf, String> {
         let mut loader = EbpfLoader::new();
-        loader
-            .btf(Some(&btf))
-            .override_global("LAYOUT", layout, true);
+        loader.btf(None).override_global("LAYOUT", layout, true);
         for &(map, size) in sizes {
             loader.map_max_entries(map, size);
         }
-        let ebpf = loader
+        loader
             .load(object)
-            .map_err(|error| format!("the kernel programs cannot be loaded: {}", chain(&error)))?;
-        Ok((ebpf, btf))
+            .map_err(|error| format!("the kernel programs cannot be loaded: {}", chain(&error)))
     }
 
     fn attach(
@@ -457,7 +452,17 @@ pub fn allow_locked_memory() {
     }
 }
 
-/// Returns what parsing the kernel's types took: some 20 MiB of small pieces that the allocator would keep.
+/// What aya needs of the kernel's types to attach to tracepoints.
+///
+/// # Errors
+/// They are malformed.
+pub fn tracepoints(types: &KernelTypes) -> Result<Btf, String> {
+    let data = types.tracepoints().map_err(|error| error.to_string())?;
+    Btf::parse(&data, aya::Endianness::default())
+        .map_err(|error| format!("the kernel's BTF cannot be used: {error}"))
+}
+
+/// Returns what parsing the kernel's types took: some MiB of small pieces that the allocator would keep.
 fn give_back_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: it only gives free pages back to the kernel, from any thread at any time.

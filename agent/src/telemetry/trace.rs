@@ -9,14 +9,16 @@ use super::cgroups::{Cgroups, owner};
 use super::device::{self, Place};
 use super::extents::{self, Piece};
 use super::kernel::mapped::Mapped;
-use super::kernel::{BTF_PATH, allow_locked_memory, attach, chain, find_scope, forbidden};
+use super::kernel::{
+    BTF_PATH, allow_locked_memory, attach, chain, find_scope, forbidden, tracepoints,
+};
 use super::layout::{self, Family};
 use super::ports::Clock;
 use crate::model::container::Container;
 use crate::model::trace::{Cause, MAX_TOUCHES, Of, Touch, Trace, TracedFile};
 use crate::model::units::{Bytes, UnixMillis};
 use aya::maps::{Array, HashMap as KernelMap, MapData};
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader};
 use lifeboat_ebpf::{Access, AccessKey, Layout, SECTOR_SHIFT, Traced, access, loss};
 use std::collections::HashMap;
 use std::fs;
@@ -322,6 +324,7 @@ fn load(root: &Path, cgroup: &Path, traced: &Traced) -> Result<Ebpf, String> {
     let data = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let types = KernelTypes::parse(data).map_err(|error| error.to_string())?;
     let (mut layout, missing) = layout::find(&types);
+    let btf = tracepoints(&types)?;
     drop(types);
     let missing = |family| {
         let mut missing = missing.iter();
@@ -332,9 +335,8 @@ fn load(root: &Path, cgroup: &Path, traced: &Traced) -> Result<Ebpf, String> {
     }
     allow_locked_memory();
     set_scope(root, cgroup, &mut layout)?;
-    let btf = Btf::parse_file(&path, aya::Endianness::default()).map_err(|error| chain(&error))?;
     let mut ebpf = EbpfLoader::new()
-        .btf(Some(&btf))
+        .btf(None)
         .override_global("LAYOUT", &layout, true)
         .override_global("TRACED", traced, true)
         .load(OBJECT)

@@ -16,7 +16,7 @@ use nix::sys::socket::{
     sendto, setsockopt, socket, sockopt,
 };
 
-const USAGE: &str = "talker serve (tcp|udp|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-connected|unix)=WHERE… | storm CONNECTIONS=WHERE";
+const USAGE: &str = "talker serve (tcp|udp|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-connected|unix)=WHERE… | (storm|visit|ask) TIMES=WHERE";
 const REQUEST: [u8; 1_000] = [1; 1_000];
 const RESPONSE: [u8; 5_000] = [2; 5_000];
 const FILE: u64 = 1 << 20;
@@ -32,8 +32,12 @@ fn main() -> Result<()> {
                 thread::spawn(move || serve(&how, &place).expect("served"));
             }
             "call" => call(&how, &place)?,
-            "storm" => {
-                let made = storm(how.parse()?, place.parse()?)?;
+            "storm" | "visit" | "ask" => {
+                let (times, address) = (how.parse()?, place.parse()?);
+                let made = match verb.as_str() {
+                    "ask" => ask(times, address)?,
+                    _ => storm(times, address, verb == "visit")?,
+                };
                 println!("{made}");
                 return Ok(());
             }
@@ -59,6 +63,7 @@ fn serve(how: &str, place: &str) -> Result<()> {
         "sink" => {
             let address: SocketAddr = place.parse()?;
             let socket = tcp_socket(address)?;
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
             nix::sys::socket::bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
             // A full queue would cost a caller a second.
             listen(&socket, Backlog::MAXALLOWABLE)?;
@@ -262,8 +267,29 @@ fn fast_open(address: SocketAddr) -> Result<TcpStream> {
     })
 }
 
-/// Connects and hangs up, as fast as it can, with two threads.
-fn storm(connections: u64, address: SocketAddr) -> Result<u64> {
+/// Asks by UDP, each time from two new sockets: one names the server with each datagram, one once.
+fn ask(times: u64, address: SocketAddr) -> Result<u64> {
+    let mut response = [0; 2_000];
+    let local = if address.is_ipv6() {
+        "[::]:0"
+    } else {
+        "0.0.0.0:0"
+    };
+    for _ in 0..times {
+        let socket = UdpSocket::bind(local)?;
+        socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+        socket.send_to(&REQUEST, address)?;
+        // What is lost is lost: this makes events, it does not count them.
+        let _ = socket.recv_from(&mut response);
+        socket.connect(address)?;
+        socket.send(&REQUEST)?;
+        let _ = socket.recv(&mut response);
+    }
+    Ok(times)
+}
+
+/// Connects and hangs up, as fast as it can, with two threads; a visitor waits until the server has hung up.
+fn storm(connections: u64, address: SocketAddr, visits: bool) -> Result<u64> {
     let half = move || -> Result<u64> {
         let mut made = 0;
         while made < connections / 2 {
@@ -273,10 +299,18 @@ fn storm(connections: u64, address: SocketAddr) -> Result<u64> {
                 l_onoff: 1,
                 l_linger: 0,
             };
-            setsockopt(&socket, sockopt::Linger, &linger)?;
+            if !visits {
+                setsockopt(&socket, sockopt::Linger, &linger)?;
+            }
             match nix::sys::socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(address)) {
                 Ok(()) => made += 1,
-                Err(error) => eprintln!("not connected: {error}"),
+                Err(error) => {
+                    eprintln!("not connected: {error}");
+                    continue;
+                }
+            }
+            if visits {
+                TcpStream::from(socket).read_to_end(&mut Vec::new())?;
             }
         }
         Ok(made)

@@ -6,10 +6,12 @@
 mod agent;
 mod crowd;
 mod machine;
+mod order;
 mod overhead;
 mod pause;
 mod programs;
 mod relations;
+mod storm;
 mod tools;
 mod transfer;
 mod verdict;
@@ -50,24 +52,30 @@ pub enum Subject {
     Agent,
     /// Cost of an event in each kernel program.
     Programs,
+    /// Short connections: whether one is lost, and the cost of a connection's life.
+    Storm,
     /// What the agent takes from its host's own work, beside bpftrace.
     Overhead,
     /// Memory and CPU of an agent with 500 containers and many connections.
     Crowd,
     /// From a fault to the verdict.
     Verdict,
+    /// Start order and groups of 100,000 containers with 1,000,000 edges.
+    Order,
     /// Relations found among containers whose relations are known; writes docs/relations-accuracy.md.
     Relations,
 }
 
-const ALL: [Subject; 7] = [
+const ALL: [Subject; 9] = [
     Subject::Transfer,
     Subject::Pause,
     Subject::Agent,
     Subject::Programs,
+    Subject::Storm,
     Subject::Overhead,
     Subject::Crowd,
     Subject::Verdict,
+    Subject::Order,
 ];
 
 /// Sets up, builds for release, measures as root and prints Markdown.
@@ -108,9 +116,11 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
             Subject::Pause => pause::measure(arguments.short)?,
             Subject::Agent => agent::measure(arguments.short)?,
             Subject::Programs => programs::measure(arguments.short)?,
+            Subject::Storm => storm::measure(arguments.short)?,
             Subject::Overhead => overhead::measure(arguments.short)?,
             Subject::Crowd => crowd::measure(arguments.short)?,
             Subject::Verdict => verdict::measure(arguments.short)?,
+            Subject::Order => order::measure(arguments.short)?,
             Subject::Relations => relations::measure()?,
         });
     }

@@ -13,6 +13,7 @@ use super::machine;
 use crate::crew::{Crew, Device};
 use crate::lab::{Lab, LabSpec};
 use crate::process::wait_for;
+use crate::workspace;
 
 const DEVICE: &str = "loaded";
 
@@ -20,10 +21,10 @@ const DEVICE: &str = "loaded";
 const STATS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
 /// Switches the measuring on, and back to what it was.
-struct Measuring(String);
+pub(super) struct Measuring(String);
 
 impl Measuring {
-    fn on() -> Result<Self> {
+    pub(super) fn on() -> Result<Self> {
         let before = fs::read_to_string(STATS).with_context(|| format!("no {STATS}"))?;
         fs::write(STATS, "1").with_context(|| format!("cannot write {STATS}"))?;
         Ok(Self(before))
@@ -39,7 +40,7 @@ impl Drop for Measuring {
 }
 
 /// Runs and their nanoseconds, by program.
-type Costs = BTreeMap<String, (u64, u64)>;
+pub(super) type Costs = BTreeMap<String, (u64, u64)>;
 
 pub(super) fn measure(short: bool) -> Result<String> {
     let seconds = if short { 3_u64 } else { 10 };
@@ -59,27 +60,35 @@ pub(super) fn measure(short: bool) -> Result<String> {
     })?;
 
     let measuring = Measuring::on()?;
-    let before = costs(&crew, 0)?;
+    let before = costs(&crew, DEVICE, now_ms()?)?;
     let start = Instant::now();
-    // Small direct reads and writes sleep for every request; every page of httpd is a connection.
+    // Small direct reads and writes sleep for every request; every page of httpd is a connection; the talker
+    // asks by UDP, from sockets with and without a peer.
+    let talker = workspace::binary("talker");
+    let talker = talker.to_str().context("a path of text")?;
+    let places = ["udp=127.0.0.1:8098", "udp=[::1]:8098"];
+    let mut answering = host.spawn_logged("talker", [&[talker, "serve"], &places[..]].concat())?;
     let load = format!(
         "fio --name=load --filename=/srv/load --size=256M --rw=randrw --bs=4k --direct=1 --ioengine=psync \
          --numjobs=2 --runtime={seconds} --time_based --output=/dev/null & \
+         timeout {seconds} {talker} ask 1000000=127.0.0.1:8098 & \
+         timeout {seconds} {talker} ask '1000000=[::1]:8098' & \
          timeout {seconds} curl --silent --output /dev/null 'http://127.0.0.1:8099/[1-1000000]'; wait"
     );
     host.run(["sh", "-c", &load])?;
     let passed = start.elapsed();
     // The next sweep has read the counters.
-    let now = u64::try_from(std::time::SystemTime::UNIX_EPOCH.elapsed()?.as_millis())?;
-    let after = costs(&crew, now)?;
+    let after = costs(&crew, DEVICE, now_ms()?)?;
     drop(measuring);
-    server.kill().context("cannot end httpd")?;
-    server.wait().context("httpd was lost")?;
+    for child in [&mut server, &mut answering] {
+        child.kill().context("cannot end a server")?;
+        child.wait().context("a server was lost")?;
+    }
     lab.down()?;
 
     let mut text = format!(
         "## Kernel programs\n\nBy the kernel's own counters (`bpf_stats_enabled`, whose two clock readings are in the figures) over {:.0} s \
-         of small direct I/O and short connections; events of the whole machine, within the scope or not.\n\n\
+         of small direct I/O, short connections and datagrams; events of the whole machine, within the scope or not.\n\n\
          | program | events | ns per event | % of a core |\n|---|---|---|---|\n",
         passed.as_secs_f64()
     );
@@ -98,10 +107,16 @@ pub(super) fn measure(short: bool) -> Result<String> {
     Ok(text)
 }
 
+/// Milliseconds of Unix time.
+pub(super) fn now_ms() -> Result<u64> {
+    let since = std::time::SystemTime::UNIX_EPOCH.elapsed()?;
+    Ok(u64::try_from(since.as_millis())?)
+}
+
 /// Counters of a sweep that began after `since` (milliseconds of Unix time).
-fn costs(crew: &Crew, since: u64) -> Result<Costs> {
+pub(super) fn costs(crew: &Crew, device: &str, since: u64) -> Result<Costs> {
     wait_for("the programs' counters", Duration::from_secs(10), || {
-        let (_, status) = crew.ask(DEVICE, &["status"])?;
+        let (_, status) = crew.ask(device, &["status"])?;
         let snapshot = &status["view"]["snapshot"];
         if snapshot["at"].as_u64().is_none_or(|at| at <= since) {
             thread::sleep(Duration::from_millis(100));
