@@ -238,6 +238,29 @@ async fn a_group_is_paused_side_by_side_and_a_paused_container_can_be_killed() -
         api.state("three").await? == State::Exited,
         "its restart policy brought it back"
     );
+
+    // Many writers, of which none may write between the pause and its end.
+    let write = "n=0; while test $n -lt 40; do
+        (while :; do echo x >>/data/$n; done) &
+        n=$((n + 1)); done; wait";
+    host.run(["mkdir", "-p", "/srv/written"])?;
+    let mount = ["--restart=always", "--volume=/srv/written:/data"];
+    start(host, "writers", &mount, &["sh", "-c", write])?;
+    let seen = all.discover().await.containers;
+    let writers = by_name(&seen, "writers")?;
+    tokio::time::sleep(SECOND / 2).await;
+    all.pause_all(&[writers]).await?;
+    let written = || host.run(["sh", "-c", "cat /srv/written/* | wc -c"]);
+    let before = written()?;
+    ensure!(before.trim() != "0", "nobody wrote");
+    all.kill(writers, 10 * SECOND).await?;
+    ensure!(
+        written()? == before,
+        "a killed container wrote after its pause"
+    );
+    tokio::time::sleep(SECOND).await;
+    ensure!(api.state("writers").await? == State::Exited);
+
     let missing = api.kill("nobody", SECOND).await.unwrap_err();
     ensure!(
         missing.not_found() && missing.to_string().contains("nobody"),

@@ -2,7 +2,7 @@
 //!
 //! Invariants: a group is paused whole or not at all; every wait is bounded.
 
-use super::cgroups::{FreezeError, freeze, thaw};
+use super::cgroups::{FreezeError, freeze, kill, thaw};
 use super::client::{Runtime, RuntimeError, escape};
 use super::discover::Runtimes;
 use crate::model::container::{Container, State};
@@ -76,7 +76,9 @@ impl Runtime {
     }
 
     /// Ends a running or paused container at once (SIGKILL) and waits until it has ended. The runtime
-    /// then counts it as stopped on purpose. No error when it has ended already.
+    /// then counts it as stopped on purpose. No error when it has ended already. Runtimes signal the
+    /// first process alone and thaw a paused container for it: the others may run until it is gone,
+    /// see [`Runtimes::kill`].
     ///
     /// # Errors
     /// When it still lives after `timeout`, or the runtime fails.
@@ -86,15 +88,11 @@ impl Runtime {
         if matches!(before, State::Exited | State::Created) {
             return Ok(());
         }
-        let killed = self
+        // It may refuse one that is about to end.
+        let refused = self
             .act(container, "kill?signal=SIGKILL", "kill container")
-            .await;
-        if let Err(error) = killed {
-            return match self.state(container).await? {
-                State::Exited => Ok(()),
-                _ => Err(error),
-            };
-        }
+            .await
+            .err();
         let since = Instant::now();
         let mut thawed = before != State::Paused;
         while since.elapsed() < timeout {
@@ -104,19 +102,18 @@ impl Runtime {
                 Err(error) => return Err(error),
                 Ok(_) => {}
             }
-            // A cgroup v1 freezer holds the signal back; no instruction of the container runs between
-            // thaw and death, because the signal is already pending.
+            // A cgroup v1 freezer holds the signal back.
             if !thawed && since.elapsed() > LOOK * 4 {
                 thawed = true;
                 let _ = self.act(container, "unpause", "unpause container").await;
             }
             tokio::time::sleep(LOOK).await;
         }
-        Err(RuntimeError::Timeout {
+        Err(refused.unwrap_or_else(|| RuntimeError::Timeout {
             socket: self.socket().to_owned(),
             operation,
             after: timeout,
-        })
+        }))
     }
 
     /// Starts a container. No error when it runs already.
@@ -243,6 +240,29 @@ impl Runtimes {
             None => Ok(since.elapsed()),
             Some(error) => Err(error),
         }
+    }
+
+    /// Ends a container as [`Runtime::kill`] does. When it is paused, none of its processes runs another
+    /// instruction: it writes nothing after its pause (cgroup v2's `cgroup.kill`, Linux 5.14; before,
+    /// the first process alone is signalled).
+    ///
+    /// # Errors
+    /// When it still lives after `timeout`, its cgroup cannot be killed, or its runtime fails.
+    pub async fn kill(&self, container: &Container, timeout: Duration) -> Result<(), PauseError> {
+        let runtime = self
+            .owner(container)?
+            .ok_or_else(|| PauseError::UnknownRuntime(container.name.to_string()))?;
+        let state = runtime.inspect(&container.id).await?["State"].take();
+        if super::inspect::state(state["Status"].as_str().unwrap_or_default()) == State::Paused
+            && let Some(first) = state["Pid"]
+                .as_i64()
+                .and_then(|pid| i32::try_from(pid).ok())
+            && let Ok(Some(cgroup)) = self.scope().cgroup_of(first, &container.id)
+            && cgroup.path == container.cgroup_path
+        {
+            kill(&self.directory(container))?;
+        }
+        Ok(runtime.kill(&container.id, timeout).await?)
     }
 
     async fn pause_one(&self, container: &Container) -> Result<(), PauseError> {

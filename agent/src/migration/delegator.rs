@@ -542,6 +542,10 @@ impl Delegator {
         &self.parts
     }
 
+    pub(super) fn runtimes(&self) -> &Runtimes {
+        &self.parts.runtimes
+    }
+
     pub(super) fn runtime_of(&self, planned: &PlannedContainer) -> Result<&Runtime, PauseError> {
         self.runtime(&planned.container)
     }

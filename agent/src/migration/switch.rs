@@ -5,6 +5,7 @@
 use super::events::{Forwarding, SourceEvent};
 use super::faults::die_at;
 use super::moving::{Move, MoveError};
+use crate::containers::PauseError;
 use crate::model::control::{Owns, TakeOver, TargetStatus};
 use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::ids::ContainerName;
@@ -132,16 +133,14 @@ async fn target_status(core: &Move, target: &PeerAddress) -> Result<TargetStatus
 
 async fn kill_until_dead(core: &Move, planned: &PlannedContainer) {
     loop {
-        let killed = match core.delegator.runtime_of(planned) {
-            Ok(runtime) => runtime.kill(&planned.container.id, KILL_TIME).await,
-            Err(error) => {
+        let runtimes = core.delegator.runtimes();
+        match runtimes.kill(&planned.container, KILL_TIME).await {
+            Ok(()) => return,
+            Err(PauseError::Runtime(error)) if error.not_found() => return,
+            Err(error @ PauseError::UnknownRuntime(_)) => {
                 core.active.trouble(&error.to_string());
                 return;
             }
-        };
-        match killed {
-            Ok(()) => return,
-            Err(error) if error.not_found() => return,
             Err(error) => core
                 .active
                 .trouble(&format!("killing {}: {error}", planned.container.name)),
