@@ -2,6 +2,7 @@
 
 pub mod boxes;
 pub mod disk;
+pub mod guest;
 pub mod scope;
 pub mod shop;
 pub mod stage;

@@ -212,10 +212,20 @@ pub fn provide(program: &str, package: &str, why: &str) -> Result<()> {
     if self::program(program).is_some() {
         return Ok(());
     }
-    let package = [(package, why)];
-    say(&package);
+    fetch(&[(package, why)])
+}
+
+/// Installs packages that only a single task needs, each with why.
+///
+/// # Errors
+/// apt failed.
+pub(crate) fn fetch(packages: &[(&str, &str)]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    say(packages);
     apt_get(&["update", "-qq"])?;
-    install(&package)
+    install(packages)
 }
 
 fn say(packages: &[(&str, &str)]) {
@@ -261,7 +271,7 @@ fn as_root(program: &str) -> Command {
 ///
 /// # Errors
 /// apt failed.
-pub(crate) fn install(packages: &[(&str, &str)]) -> Result<()> {
+fn install(packages: &[(&str, &str)]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # First process of a guest: sets up, runs the tests, asks the agent, says the results, powers off.
-export PATH=/bin RUST_BACKTRACE=0
+export PATH=/bin RUST_BACKTRACE=0 LIFEBOAT_GUEST=1
 /bin/busybox --install -s /bin 2>/dev/null
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /tmp
 mkdir -p /sys/fs/cgroup /run/netns; mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -9,7 +9,7 @@ for module in @MODULES@; do modprobe $module || echo "init: no module $module"; 
 mount -t ext4 /dev/vda @WORK@ || echo "init: no disk"
 echo "guest: kernel $(uname -r)"
 for test in @TESTS@; do
-  $test --test-threads=1 2>&1
+  $test --test-threads=1 --show-output 2>&1
   echo "guest: $test ended with $?"
 done
 echo "device: guest
