@@ -27,6 +27,8 @@ pub static LAYOUT: Layout = Layout {
     task_cgroups: 0,
     task_flags: 0,
     css_set_dfl_cgrp: 0,
+    cgroup_root: 0,
+    cgroup_root_hierarchy_id: 0,
     cgroup_kn: 0,
     cgroup_level: 0,
     cgroup_ancestors: 0,

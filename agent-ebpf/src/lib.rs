@@ -501,6 +501,19 @@ pub struct Ancestors {
     pub ids: [u64; MAX_LEVEL],
 }
 
+/// Longest path of a cgroup that is told, with its NUL.
+pub const BORN_PATH: usize = 384;
+
+/// A cgroup that was made.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Born {
+    /// cgroup2 id.
+    pub id: u64,
+    /// Path from the root of the hierarchy, ended by NUL; cut off when it is too long.
+    pub path: [u8; BORN_PATH],
+}
+
 /// Maps and queues whose failed inserts are counted, in the order of the `LOSSES` array.
 pub mod loss {
     /// `WAITING`: a runnable task was not noted.
@@ -525,8 +538,10 @@ pub mod loss {
     pub const WRITING: u32 = 9;
     /// `ACCESSES`: an access is missing in a trace.
     pub const ACCESSES: u32 = 10;
+    /// `BORN`: the ring buffer was full.
+    pub const BORN: u32 = 11;
     /// How many there are.
-    pub const COUNT: u32 = 11;
+    pub const COUNT: u32 = 12;
 }
 
 /// Offsets of kernel fields, in bytes, from the running kernel's BTF; and the scope.
@@ -565,6 +580,10 @@ pub struct Layout {
     pub task_flags: u32,
     /// css_set.dfl_cgrp
     pub css_set_dfl_cgrp: u32,
+    /// cgroup.root
+    pub cgroup_root: u32,
+    /// cgroup_root.hierarchy_id
+    pub cgroup_root_hierarchy_id: u32,
     /// cgroup.kn
     pub cgroup_kn: u32,
     /// cgroup.level

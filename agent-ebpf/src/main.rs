@@ -9,6 +9,7 @@
 #![feature(asm_experimental_arch)]
 
 mod attribution;
+mod births;
 mod block;
 mod datagrams;
 mod kernel;

@@ -1,11 +1,12 @@
 //! The metrics of this host: each has a value or a reason, and faults made on purpose are seen. Needs root.
 #![allow(clippy::unwrap_used, reason = "the whole file is a test")]
 
-use lifeboat::model::container::{Container, State};
+use lifeboat::model::container::Container;
 use lifeboat::model::metric::{METRICS, Per};
 use lifeboat::model::telemetry::Snapshot;
 use lifeboat::model::units::UnixMillis;
 use lifeboat::telemetry::{Telemetry, TelemetryConfig};
+use lifeboat_tests::scope::container;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -187,6 +188,51 @@ impl Drop for Confined {
 }
 
 #[test]
+fn a_container_beyond_its_quota_shows_for_how_long_it_was_kept_off_the_cpus() {
+    let (Some(unified), Some(cpu)) = (cgroup_mount("cgroup2", "rw"), cgroup_mount("cgroup", "cpu"))
+    else {
+        println!("not run: the CPU controller is not cgroup v1 here");
+        return;
+    };
+    let name = format!("metrics-quota-{}", std::process::id());
+    let cgroups = [unified.join(&name), cpu.join(&name)];
+    for cgroup in &cgroups {
+        fs::create_dir(cgroup).unwrap();
+    }
+    // A fifth of one CPU.
+    fs::write(cgroups[1].join("cpu.cfs_period_us"), "50000").unwrap();
+    fs::write(cgroups[1].join("cpu.cfs_quota_us"), "10000").unwrap();
+    let script = format!(
+        "echo $$ > {}/cgroup.procs; echo $$ > {}/cgroup.procs; while :; do :; done",
+        cgroups[0].display(),
+        cgroups[1].display()
+    );
+    let process = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+    let confined = Confined { process, cgroups };
+    let containers = [container(&name, confined.process.id() as i32)];
+    let mut senses = senses(&unified);
+    let started = Instant::now();
+    loop {
+        let snapshot = senses.sweep(&containers, now());
+        let of = |metric| value(&snapshot, metric, Per::Container, &name);
+        if let (Some(off), Some(periods)) = (of("cpu.throttled"), of("cpu.quota_throttled"))
+            && off > 5.0
+        {
+            assert!(
+                periods > 50.0,
+                "it uses up its quota in most periods: {periods}"
+            );
+            break;
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(30),
+            "it was never kept off"
+        );
+        sleep(Duration::from_millis(500));
+    }
+}
+
+#[test]
 fn a_task_killed_for_memory_counts_for_its_container() {
     let (Some(unified), Some(memory)) = (
         cgroup_mount("cgroup2", "rw"),
@@ -209,22 +255,11 @@ fn a_task_killed_for_memory_counts_for_its_container() {
     let process = Command::new("sh").args(["-c", &script]).spawn().unwrap();
     let confined = Confined { process, cgroups };
     sleep(Duration::from_secs(1));
-    let container = Container {
-        name: "greedy".into(),
-        id: String::new(),
-        runtime: None,
+    let greedy = Container {
         cgroup_path: format!("/{name}"),
-        cgroup_id: 0,
-        pid: confined.process.id() as i32,
-        state: State::Running,
-        image: String::new(),
-        image_id: String::new(),
-        addresses: Vec::new(),
-        published: Vec::new(),
-        mounts: Vec::new(),
-        registration_ids: Default::default(),
+        ..container("greedy", confined.process.id() as i32)
     };
-    let containers = [container];
+    let containers = [greedy];
     let mut senses = senses(&unified);
     let started = Instant::now();
     let mut kills = (0.0, 0.0);

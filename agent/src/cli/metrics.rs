@@ -5,9 +5,11 @@ use super::output::{say, table};
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
 use crate::health::in_unit;
-use crate::model::metric::{METRICS, Metric, Per};
+use crate::model::metric::{METRICS, Metric, Per, Sample};
 use crate::model::telemetry::Snapshot;
+use crate::model::units::{UnixMillis, utc};
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// Lists every metric with what this host has of it now, and if nothing, why.
 #[derive(clap::Args)]
@@ -38,6 +40,9 @@ struct Value {
     per: Per,
     name: String,
     value: f64,
+    /// When its container ended; none while it lives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<UnixMillis>,
 }
 
 /// Prints the list.
@@ -59,20 +64,22 @@ fn rows(snapshot: &Snapshot, names: &[String]) -> Vec<Row> {
         .iter()
         .filter(|metric| names.is_empty() || names.iter().any(|name| metric.name.starts_with(name)))
         .map(|metric| {
-            let values: Vec<Value> = snapshot
-                .samples
-                .iter()
-                .filter(|sample| sample.metric == metric.name)
-                .map(|sample| Value {
+            let of_metric = |sample: &&Sample| sample.metric == metric.name;
+            let value = |ended: bool| {
+                move |sample: &Sample| Value {
                     per: sample.subject.per,
                     name: sample.subject.name.clone(),
                     value: sample.value,
-                })
-                .collect();
+                    ended: ended.then_some(sample.at),
+                }
+            };
+            let now = snapshot.samples.iter().filter(of_metric).map(value(false));
+            let ended = snapshot.ended.iter().filter(of_metric).map(value(true));
+            let values: Vec<Value> = now.chain(ended).collect();
             let why_not = snapshot.absent.iter().find(|one| one.what == metric.name);
             Row {
                 metric,
-                available: !values.is_empty(),
+                available: values.iter().any(|value| value.ended.is_none()),
                 sampled_percent: snapshot
                     .watched_percent
                     .filter(|_| metric.name.starts_with("sched.")),
@@ -110,7 +117,21 @@ fn render(rows: &[Row]) -> String {
             Some(format!("{}: {why}\n", row.metric.name))
         })
         .collect();
-    let counted = format!("{available} of {} metrics have a value now.\n", rows.len());
+    let mut counted = format!("{available} of {} metrics have a value now.\n", rows.len());
+    let ended: BTreeMap<&str, UnixMillis> = rows
+        .iter()
+        .flat_map(|row| &row.values)
+        .filter_map(|value| Some((value.name.as_str(), value.ended?)))
+        .collect();
+    for (name, at) in ended {
+        let of = rows.iter().filter_map(|row| {
+            let value = row.values.iter().find(|value| value.name == name)?;
+            let text = in_unit(value.value, row.metric.unit);
+            (value.value != 0.0).then(|| format!("{} {text}", row.metric.name))
+        });
+        let told: Vec<String> = of.collect();
+        counted.push_str(&format!("Ended {}: {name}: {}\n", utc(at), told.join(", ")));
+    }
     if absent.is_empty() {
         return format!("{table}\n{counted}");
     }
@@ -124,7 +145,7 @@ fn here(row: &Row) -> String {
         .per
         .iter()
         .filter_map(|per| {
-            let of = |value: &&Value| value.per == *per;
+            let of = |value: &&Value| value.per == *per && value.ended.is_none();
             let first = row.values.iter().find(of)?;
             Some(match (per, row.values.iter().filter(of).count()) {
                 (Per::Device, _) => in_unit(first.value, row.metric.unit),
@@ -142,7 +163,7 @@ fn here(row: &Row) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::metric::{Sample, Subject};
+    use crate::model::metric::Subject;
     use crate::model::telemetry::Disabled;
 
     #[test]

@@ -10,9 +10,10 @@ use super::containerd::Containerd;
 use super::follow::Follow;
 use super::inspect;
 use crate::model::container::Container;
+use crate::model::ids::ContainerName;
 use futures_util::future::join_all;
 use serde_json::Value;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -24,6 +25,8 @@ pub struct Discovery {
     pub containers: Vec<Container>,
     /// What went wrong, for people; empty when everything was seen.
     pub problems: Vec<String>,
+    /// Containers that runtimes told of lately, by id; they may be gone before anybody could look.
+    pub heard: BTreeMap<String, ContainerName>,
 }
 
 /// All runtimes of this host, joined with its cgroups.
@@ -123,13 +126,18 @@ impl Runtimes {
     /// told of a change, when a first process ended or a cgroup appeared, and now and then to be sure.
     /// Meant for one caller.
     pub async fn follow(&self) -> Discovery {
-        let discovery = self.join(self.look_where_needed(false).await);
-        if self.are_known(&discovery) {
-            return discovery;
+        let mut discovery = self.join(self.look_where_needed(false).await);
+        if !self.are_known(&discovery) {
+            // A cgroup can be seen before its runtime has told of it.
+            discovery = self.join(self.look_where_needed(true).await);
+            self.know(&discovery);
         }
-        // A cgroup can be seen before its runtime has told of it.
-        let discovery = self.join(self.look_where_needed(true).await);
-        self.know(&discovery);
+        for followed in &self.followed {
+            for (id, name) in followed.lock().await.heard() {
+                let name = ContainerName(name.clone());
+                discovery.heard.insert(id.clone(), name);
+            }
+        }
         discovery
     }
 

@@ -9,6 +9,7 @@ use super::discover::Look;
 use super::ops::Event;
 use futures_util::stream::BoxStream;
 use futures_util::{FutureExt as _, StreamExt as _};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// Longest time without a list, and between two attempts to follow the events of a runtime that has none
@@ -18,12 +19,17 @@ const AUDIT: Duration = Duration::from_secs(15);
 /// A runtime does not say when it has begun to tell events; until then it is asked.
 const SETTLE: Duration = Duration::from_secs(3);
 
+/// Containers of which the name is remembered from events.
+const HEARD: usize = 256;
+
 /// What is remembered of one runtime between two looks.
 #[derive(Default)]
 pub(super) struct Follow {
     events: Option<BoxStream<'static, Result<Event, RuntimeError>>>,
     opened: Option<Instant>,
     last: Option<(Instant, Look)>,
+    /// Containers that the events named lately: id and name, oldest first.
+    heard: VecDeque<(String, String)>,
     /// The last list failed or had problems.
     doubt: bool,
 }
@@ -51,7 +57,15 @@ impl Follow {
         };
         while let Some(event) = events.next().now_or_never() {
             match event {
-                Some(Ok(event)) => changed |= concerns_list(&event.action),
+                Some(Ok(event)) => {
+                    changed |= concerns_list(&event.action);
+                    if self.heard.iter().all(|(id, _)| *id != event.id) {
+                        if self.heard.len() == HEARD {
+                            self.heard.pop_front();
+                        }
+                        self.heard.push_back((event.id, event.name));
+                    }
+                }
                 Some(Err(_)) | None => {
                     self.events = None;
                     return true;
@@ -59,6 +73,11 @@ impl Follow {
             }
         }
         changed || self.opened.is_none_or(|at| at.elapsed() < SETTLE)
+    }
+
+    /// Containers that the events named lately: id and name. They may be gone before they are listed.
+    pub(super) fn heard(&self) -> impl Iterator<Item = &(String, String)> {
+        self.heard.iter()
     }
 
     /// What the list last showed.

@@ -70,6 +70,7 @@ impl Senses {
                 let started = Instant::now();
                 let discovery = handle.block_on(runtimes.follow());
                 let (now, sampled) = (crate::fleet::now(), Instant::now());
+                telemetry.hear(discovery.heard);
                 let mut snapshot = telemetry.sweep(&discovery.containers, now);
                 snapshot.samples.extend(heard.samples(now));
                 let mut next = started + INTERVAL;

@@ -348,6 +348,10 @@ pub struct Snapshot {
     /// Metrics that have no value now, and why.
     #[serde(default)]
     pub absent: Vec<Disabled>,
+    /// What containers did in the last moments of their life that no sweep saw them alive in; of those that
+    /// ended lately.
+    #[serde(default)]
+    pub ended: Vec<Sample>,
     /// Share of the time in which run-queue latency was watched, 0–100; none when always.
     #[serde(default)]
     pub watched_percent: Option<f64>,

@@ -2,10 +2,15 @@
 
 use crate::model::container::Container;
 use crate::model::ids::ContainerName;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What the kernel counted for a cgroup that is gone waits so long for its container's name: a runtime tells
+/// of a container's end after it.
+const NAMED_WITHIN: Duration = Duration::from_secs(3);
 
 /// The directories of the scope.
 #[derive(Debug, Default)]
@@ -13,6 +18,23 @@ pub struct Cgroups {
     scope: PathBuf,
     /// Path below the scope by id, with a leading slash.
     paths: HashMap<u64, String>,
+    /// Those that are gone, or were made since the tree was read.
+    gone: HashMap<u64, Gone>,
+}
+
+/// A cgroup without a directory.
+#[derive(Debug)]
+struct Gone {
+    path: String,
+    since: Instant,
+    /// It was seen alive, and what the kernel counted for it told of.
+    seen: bool,
+}
+
+impl Gone {
+    fn is_of_use(&self) -> bool {
+        self.since.elapsed() < NAMED_WITHIN * 2
+    }
 }
 
 impl Cgroups {
@@ -22,6 +44,19 @@ impl Cgroups {
         Self {
             scope,
             paths: HashMap::new(),
+            gone: HashMap::new(),
+        }
+    }
+
+    /// Notes cgroups that were made, with their path below the scope: they may be gone before the tree is read.
+    pub fn born(&mut self, born: impl IntoIterator<Item = (u64, String)>) {
+        let since = Instant::now();
+        self.gone.retain(|_, gone| gone.is_of_use());
+        for (id, path) in born {
+            if !self.paths.contains_key(&id) {
+                let seen = false;
+                self.gone.insert(id, Gone { path, since, seen });
+            }
         }
     }
 
@@ -34,7 +69,7 @@ impl Cgroups {
 
     /// Reads the tree anew.
     pub fn read(&mut self) {
-        self.paths.clear();
+        let before = std::mem::take(&mut self.paths);
         if let Ok(id) = super::scope::cgroup_id(&self.scope) {
             self.paths.insert(id, "/".to_owned());
         }
@@ -49,6 +84,51 @@ impl Cgroups {
                 }
             }
         }
+        let since = Instant::now();
+        let gone = before.into_iter();
+        self.gone.extend(gone.map(|(id, path)| {
+            (
+                id,
+                Gone {
+                    path,
+                    since,
+                    seen: true,
+                },
+            )
+        }));
+        let paths = &self.paths;
+        self.gone
+            .retain(|id, gone| !paths.contains_key(id) && gone.is_of_use());
+    }
+
+    /// The containers of cgroups that are gone, by the runtime's `names` of container ids; second, those that
+    /// may still be named by a later call. A cgroup that no runtime made is named by its path.
+    #[must_use]
+    pub fn owners_of_gone(
+        &self,
+        ids: &HashSet<u64>,
+        names: &HashMap<&str, &ContainerName>,
+    ) -> (HashMap<u64, ContainerName>, HashSet<u64>) {
+        let (mut owners, mut unnamed) = (HashMap::new(), HashSet::new());
+        let gone = ids.iter().filter(|id| !self.has(**id));
+        for (&id, gone) in gone.filter_map(|id| Some((id, self.gone.get(id)?))) {
+            match container_id(&gone.path) {
+                Some(container) => {
+                    if let Some(&name) = names.get(container) {
+                        owners.insert(id, name.clone());
+                    } else if !gone.seen && gone.since.elapsed() < NAMED_WITHIN {
+                        unnamed.insert(id);
+                    } else {
+                        owners.insert(id, ContainerName(gone.path.clone()));
+                    }
+                }
+                None if gone.path.contains("conmon") => {}
+                None => {
+                    owners.insert(id, ContainerName(gone.path.clone()));
+                }
+            }
+        }
+        (owners, unnamed)
     }
 
     /// Whether a cgroup is in the tree, as last read.
@@ -71,6 +151,17 @@ impl Cgroups {
             .filter_map(|(&id, path)| Some((id, owner(path, containers)?.clone())))
             .collect()
     }
+}
+
+/// The container's id in the path of its cgroup: `…/libpod-ID`, `…/docker-ID.scope`, `…/ID`, or below such a
+/// one. Monitors of containers have it in their path too, and are none.
+fn container_id(path: &str) -> Option<&str> {
+    path.split('/').find_map(|part| {
+        let part = part.strip_suffix(".scope").unwrap_or(part);
+        let (kind, id) = part.rsplit_once('-').unwrap_or(("", part));
+        let is_id = id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+        (is_id && !kind.ends_with("conmon")).then_some(id)
+    })
 }
 
 /// The container with the longest cgroup path that is `path` or above it.
@@ -112,6 +203,41 @@ pub fn processes(scope: &Path, cgroup_path: &str) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_id_of_a_container_is_found_in_the_path_of_its_cgroup_and_not_in_its_monitors() {
+        let id = "0123456789abcdef".repeat(4);
+        for path in [
+            format!("/libpod_parent/libpod-{id}"),
+            format!("/machine.slice/libpod-{id}.scope/container"),
+            format!("/docker/{id}"),
+            format!("/kubepods.slice/pod7/cri-containerd-{id}.scope"),
+        ] {
+            assert_eq!(container_id(&path), Some(id.as_str()), "{path}");
+        }
+        let conmon = format!("/libpod_parent/libpod-conmon-{id}");
+        for path in [conmon.as_str(), "/system.slice/ssh.service", "/"] {
+            assert_eq!(container_id(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_cgroup_that_was_never_seen_is_named_by_what_its_runtime_told_and_until_then_waits() {
+        let id = "ab".repeat(32);
+        let scope = tempfile::tempdir().expect("a directory");
+        let mut cgroups = Cgroups::new(scope.path().to_owned());
+        cgroups.born([(7, format!("/libpod-{id}")), (8, "/job-3".to_owned())]);
+        let ids = HashSet::from([7, 8, 9]);
+        cgroups.know(ids.iter().copied());
+        let (owners, unnamed) = cgroups.owners_of_gone(&ids, &HashMap::new());
+        assert_eq!(owners, HashMap::from([(8, "/job-3".into())]));
+        assert_eq!(unnamed, HashSet::from([7]), "and of 9 nothing is known");
+        let name: ContainerName = "brief".into();
+        let names = HashMap::from([(id.as_str(), &name)]);
+        let (owners, unnamed) = cgroups.owners_of_gone(&ids, &names);
+        assert_eq!(owners.get(&7), Some(&name));
+        assert!(unnamed.is_empty());
+    }
 
     #[test]
     fn a_path_belongs_to_what_it_is_below_by_whole_components() {

@@ -4,6 +4,7 @@
 //! events and rates over the time since they were last read; nothing here may block a sweep (what can,
 //! asks drives, runs in a thread of its own).
 
+mod bandwidth;
 mod cgroup;
 mod counters;
 mod cpu;
@@ -14,6 +15,7 @@ mod filesystems;
 mod kernel_log;
 mod memory;
 mod network;
+mod perf_event;
 mod performance;
 mod queues;
 mod raid;
@@ -123,7 +125,7 @@ pub struct Host {
     cpu: cpu::Cpu,
     throttling: Rare<cpu::Throttling>,
     memory: memory::Memory,
-    bandwidth: Rare<memory::Bandwidth>,
+    bandwidth: Rare<bandwidth::Bandwidth>,
     ecc: Rare<ecc::Ecc>,
     queues: queues::Queues,
     filesystems: Rare<filesystems::Filesystems>,
@@ -131,6 +133,7 @@ pub struct Host {
     raid: Rare<()>,
     kernel_log: kernel_log::KernelLog,
     performance: Rare<performance::Performance>,
+    of_containers: performance::OfContainers,
     sensors: Rare<()>,
     drives: Rare<drives::Drives>,
     containers: Rare<cgroup::Containers>,
@@ -143,13 +146,14 @@ impl Host {
     pub fn new(root: PathBuf, scope: PathBuf) -> Self {
         Self {
             kernel_log: kernel_log::KernelLog::open(&root),
+            bandwidth: Rare::of(bandwidth::Bandwidth::open(&root), SELDOM),
             performance: Rare::of(performance::Performance::open(&root), COUNTERS),
+            of_containers: performance::OfContainers::new(scope.clone()),
             root,
             clock: Duration::ZERO,
             cpu: cpu::Cpu::new(scope.clone()),
             throttling: Rare::every(SELDOM),
             memory: memory::Memory::default(),
-            bandwidth: Rare::every(SELDOM),
             ecc: Rare::every(SELDOM),
             queues: queues::Queues::default(),
             filesystems: Rare::every(SELDOM),
@@ -184,8 +188,11 @@ impl Host {
         let counters = performance::Performance::read;
         self.performance.read(root, now, read, counters);
         self.throttling.read(root, now, read, cpu::Throttling::read);
+        if self.performance.family().counts() {
+            self.of_containers.read(containers, root, read);
+        }
         self.bandwidth
-            .read(root, now, read, memory::Bandwidth::read);
+            .read(root, now, read, bandwidth::Bandwidth::read);
         self.ecc.read(root, now, read, ecc::Ecc::read);
         let filesystems = filesystems::Filesystems::read;
         self.filesystems.read(root, now, read, filesystems);

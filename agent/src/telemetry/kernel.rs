@@ -3,6 +3,7 @@
 //! Invariants: a missing kernel feature disables its family with a named reason and never stops the
 //! agent; what the maps could not hold is counted. Non-goals: meaning, which is given by the sweep.
 
+mod births;
 mod block;
 mod cost;
 pub mod mapped;
@@ -56,6 +57,7 @@ const PROGRAMS: &[(Family, Hook, &str)] = &[
     (Family::Sched, Hook::Sampled, sched::PROGRAMS[0]),
     (Family::Sched, Hook::Sampled, sched::PROGRAMS[1]),
     (Family::Sched, Hook::Sampled, sched::PROGRAMS[2]),
+    (Family::Births, Hook::Tracepoint, "cgroup_mkdir"),
     (Family::Block, Hook::Tracepoint, "block_rq_issue"),
     (Family::Block, Hook::Tracepoint, "block_rq_complete"),
     (Family::WriteBack, Hook::Tracepoint, "block_rq_insert"),
@@ -80,6 +82,8 @@ pub struct Kernel {
     ebpf: Option<Ebpf>,
     running: Vec<Family>,
     own_cgroup: Option<u64>,
+    /// How deep the scope lies in the kernel's hierarchy.
+    scope_level: u32,
     /// None when the scheduler programs do not run.
     run_queues: Option<sched::RunQueues>,
     /// None when the block programs do not run.
@@ -105,6 +109,7 @@ impl Kernel {
                 ebpf: None,
                 running: Vec::new(),
                 own_cgroup: None,
+                scope_level: 0,
                 run_queues: None,
                 blocks: None,
                 measuring: None,
@@ -152,6 +157,7 @@ impl Kernel {
                             ebpf: Some(ebpf),
                             running: Vec::new(),
                             own_cgroup,
+                            scope_level: scope.level,
                             run_queues: None,
                             blocks: None,
                             measuring: None,

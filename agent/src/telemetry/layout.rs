@@ -21,11 +21,13 @@ pub enum Family {
     Ports,
     /// UDP.
     Datagrams,
+    /// Which cgroups were made.
+    Births,
 }
 
 impl Family {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Sched,
         Self::Block,
         Self::WriteBack,
@@ -33,6 +35,7 @@ impl Family {
         Self::Trace,
         Self::Ports,
         Self::Datagrams,
+        Self::Births,
     ];
 
     /// Name in messages.
@@ -46,6 +49,7 @@ impl Family {
             Self::Trace => "trace",
             Self::Ports => "ports",
             Self::Datagrams => "datagrams",
+            Self::Births => "births",
         }
     }
 }
@@ -113,6 +117,10 @@ const FIELDS: &[Field] = fields! {
         "sock.__sk_common.skc_num" => sock_num,
         "sock.__sk_common.skc_net.net" => sock_net,
         "net.ns.inum" => net_inum,
+    }
+    &[Family::Births] => {
+        "cgroup.root" => cgroup_root,
+        "cgroup_root.hierarchy_id" => cgroup_root_hierarchy_id,
     }
     &[Family::Datagrams] => {
         "sock.__sk_common.skc_incoming_cpu" => sock_incoming_cpu,

@@ -50,6 +50,9 @@ use std::time::{Duration, Instant};
 /// as the programs do.
 const MEASURED_SWEEP: u64 = 60;
 
+/// Containers that ended and are remembered; the oldest give way.
+const ENDED: usize = 64;
+
 /// Where the senses look.
 #[derive(Clone, Debug)]
 pub struct TelemetryConfig {
@@ -99,6 +102,9 @@ pub struct Telemetry {
     block: block::Counters,
     ports: Ports,
     stacks: Stacks,
+    /// Names that runtimes gave to container ids.
+    heard: BTreeMap<String, ContainerName>,
+    ended: BTreeMap<ContainerName, (UnixMillis, Vec<Sample>)>,
     host: Host,
     last_sweep: Instant,
     sweeps: u64,
@@ -149,6 +155,8 @@ impl Telemetry {
             block: block::Counters::default(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
             stacks: Stacks::default(),
+            heard: BTreeMap::new(),
+            ended: BTreeMap::new(),
             host,
             last_sweep: Instant::now(),
             sweeps: 0,
@@ -167,6 +175,11 @@ impl Telemetry {
     pub fn measure_programs(&mut self, always: bool) {
         self.always_measured = always;
         self.measure();
+    }
+
+    /// Takes the names that runtimes gave to container ids, of which some may be gone already.
+    pub fn hear(&mut self, heard: BTreeMap<String, ContainerName>) {
+        self.heard = heard;
     }
 
     /// Waits until `end`, when the next sweep is due. On a host that switches tasks too often the scheduler
@@ -233,25 +246,45 @@ impl Telemetry {
         self.last_sweep = Instant::now();
 
         // Ids first, the tree after: an id that the tree lacks is then gone for good.
-        let run_queue = self.kernel.run_queue();
-        let block = self.kernel.block();
-        let connections = self.kernel.ports();
-        let listening = self.kernel.listening();
-        let ids: HashSet<u64> = run_queue
+        let mut run_queue = self.kernel.run_queue();
+        let mut block = self.kernel.block();
+        let mut connections = self.kernel.ports();
+        let mut listening = self.kernel.listening();
+        let mut ids: HashSet<u64> = run_queue
             .iter()
             .map(|(cgroup, _)| *cgroup)
             .chain(block.iter().map(|(key, _)| key.cgroup))
             .chain(connections.iter().map(|(key, _)| key.cgroup))
             .chain(listening.iter().map(|(key, _)| key.cgroup))
             .collect();
+        let born = self.kernel.born();
         self.cgroups.know(ids.iter().copied());
+        self.cgroups.born(born);
         sweep.owners = self.cgroups.owners(containers);
+        let listed = containers.iter().map(|one| (one.id.as_str(), &one.name));
+        let heard = self.heard.iter().map(|(id, name)| (id.as_str(), name));
+        let names = heard.chain(listed).collect();
+        let (owners_of_gone, unnamed) = self.cgroups.owners_of_gone(&ids, &names);
+        // Left in the kernel's maps until its name is known.
+        run_queue.retain(|(cgroup, _)| !unnamed.contains(cgroup));
+        block.retain(|(key, _)| !unnamed.contains(&key.cgroup));
+        connections.retain(|(key, _)| !unnamed.contains(&key.cgroup));
+        listening.retain(|(key, _)| !unnamed.contains(&key.cgroup));
+        ids.retain(|id| !unnamed.contains(id));
 
         let mut stats = containers
             .iter()
             .filter(|container| matches!(container.state, State::Running | State::Paused))
             .map(|container| (container.name.clone(), (None, None)))
             .collect::<BTreeMap<_, (Option<RunQueueStats>, Option<BlockIo>)>>();
+        let names_of_gone = owners_of_gone.values().cloned();
+        let ended: BTreeSet<ContainerName> = names_of_gone
+            .filter(|name| !stats.contains_key(name))
+            .collect();
+        for name in &ended {
+            stats.insert(name.clone(), (None, None));
+        }
+        sweep.owners.extend(owners_of_gone);
         let host_run_queue = self.run_queue(&run_queue, &mut sweep, &mut stats);
         let (host_block, devices) = self.block(&block, &mut sweep, &mut stats);
         self.ports.sweep(
@@ -275,6 +308,9 @@ impl Telemetry {
         self.kernel.forget_cgroups(&gone);
         let crowded = self.config.limits.kinds as usize / 2;
         self.ports.forget(&mut self.kernel, &gone, crowded, clock);
+
+        self.keep_ended(&ended, &mut sweep, &stats, now);
+        stats.retain(|name, _| !ended.contains(name));
 
         let mut reading = self.host.read(containers, sweep.interval);
         links::read(&mut reading);
@@ -318,7 +354,47 @@ impl Telemetry {
             map_memory: self.map_memory,
             disabled: self.disabled.clone(),
             absent,
+            ended: self
+                .ended
+                .values()
+                .flat_map(|(_, samples)| samples.iter().cloned())
+                .collect(),
             watched_percent: self.sampling.percent(),
+        }
+    }
+
+    /// Takes what was measured of containers that are gone out of the sweep, so that nobody judges it, and keeps
+    /// it for those who ask.
+    fn keep_ended(
+        &mut self,
+        ended: &BTreeSet<ContainerName>,
+        sweep: &mut Sweep,
+        running: &BTreeMap<ContainerName, (Option<RunQueueStats>, Option<BlockIo>)>,
+        now: UnixMillis,
+    ) {
+        let of_ended = |(_, subject, _): &mut Value| {
+            subject.per == Per::Container && ended.contains(&ContainerName(subject.name.clone()))
+        };
+        let values: Vec<Value> = sweep.values.extract_if(.., of_ended).collect();
+        for sample in samples(values, now) {
+            let name = ContainerName(sample.subject.name.clone());
+            let (at, samples) = self.ended.entry(name).or_insert((now, Vec::new()));
+            if *at != now {
+                (*at, *samples) = (now, Vec::new());
+            }
+            samples.push(sample);
+        }
+        self.ended.retain(|name, (at, samples)| {
+            (ended.contains(name) || !running.contains_key(name))
+                && now.since(*at) < self.config.edge_age
+                && samples.iter().any(|sample| sample.value != 0.0)
+        });
+        while self.ended.len() > ENDED {
+            let oldest = self.ended.iter().min_by_key(|(_, (at, _))| *at);
+            let Some(oldest) = oldest.map(|(name, _)| name.clone()) else {
+                break;
+            };
+            self.ended.remove(&oldest);
         }
     }
 

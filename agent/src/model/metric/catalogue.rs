@@ -33,10 +33,12 @@ catalogue! {
     "cpu.blocked" Count [Device] "tasks that wait for I/O and cannot be interrupted" from "/proc/stat procs_blocked";
     "cpu.quota_throttled" Percent [Container]
         "share of quota periods in which the container was stopped for having used its quota" from "cgroup cpu.stat nr_throttled, nr_periods";
+    "cpu.throttled" Percent [Container]
+        "share of the time of all CPUs in which the container was off them for having used its quota" from "cgroup cpu.stat throttled_usec, throttled_time";
     "cpu.throttle_events" Events [Device Cpu]
         "times a core or its package was slowed down for its heat" from "/sys/devices/system/cpu/cpu*/thermal_throttle";
-    "cpu.instructions_per_second" PerSecond [Device] "instructions retired a second, all CPUs" from "perf_event_open";
-    "cpu.cycles_per_instruction" Count [Device] "unhalted cycles for each instruction retired" from "perf_event_open";
+    "cpu.instructions_per_second" PerSecond [Device Container] "instructions retired a second, all CPUs" from "perf_event_open";
+    "cpu.cycles_per_instruction" Count [Device Container] "unhalted cycles for each instruction retired" from "perf_event_open";
     "cpu.temperature" Celsius [Device Sensor] "temperature of the hottest, or of each, sensor of a processor or its board" from "hwmon, thermal zones";
     "cpu.temperature_limit" Celsius [Device Sensor]
         "the part's own limit for that sensor" from "hwmon tempN_crit or tempN_max, thermal trip points";
@@ -67,7 +69,7 @@ catalogue! {
     "memory.oom_kills" Events [Device Container] "tasks killed for want of memory" from "/proc/vmstat oom_kill, cgroup memory.events";
     "memory.ecc_corrected" Events [Device Controller] "memory errors that ECC corrected" from "EDAC ce_count";
     "memory.ecc_uncorrected" Events [Device Controller] "memory errors that ECC could not correct" from "EDAC ue_count";
-    "memory.bandwidth" PerSecond [Device] "bytes a second between caches and memory" from "resctrl mbm_total_bytes";
+    "memory.bandwidth" PerSecond [Device] "bytes a second between caches and memory" from "resctrl mbm_total_bytes, or uncore_imc by perf_event_open";
 
     "block.latency_p50" Nanoseconds [Device Disk Container]
         "median time from issue to completion" from "kernel programs: block_rq_issue, block_rq_complete";
@@ -100,19 +102,19 @@ catalogue! {
     "disk.offline" Count [Device Disk]
         "1 for a disk or path that its driver has given up" from "/sys/block/*/device/state, /sys/class/nvme/*/state";
     "disk.smart_failed" Count [Device Disk]
-        "1 for a drive that by its own judgement fails" from "smartctl, or NVMe log page 02h";
-    "disk.attributes_failing" Count [Disk] "SMART attributes at or below the drive's own threshold" from "smartctl";
+        "1 for a drive that by its own judgement fails" from "smartctl, ATA SMART, or NVMe log page 02h";
+    "disk.attributes_failing" Count [Disk] "SMART attributes at or below the drive's own threshold" from "smartctl, or ATA SMART";
     "disk.wear" Percent [Device Disk] "used part of the endurance that the maker promises; may pass 100 %" from "smartctl, NVMe log page 02h, eMMC life_time";
     "disk.spare_margin" Percent [Device Disk]
         "spare blocks left above the drive's own threshold; the smallest of the device" from "smartctl, or NVMe log page 02h";
-    "disk.media_errors" Count [Device Disk] "errors of the medium that the drive could not correct, in its life" from "smartctl, or NVMe log page 02h";
-    "disk.reallocated_sectors" Count [Disk] "sectors that the drive replaced" from "smartctl, attribute 5";
-    "disk.pending_sectors" Count [Disk] "sectors that the drive cannot read now" from "smartctl, attribute 197";
+    "disk.media_errors" Count [Device Disk] "errors of the medium that the drive could not correct, in its life" from "smartctl, ATA SMART, or NVMe log page 02h";
+    "disk.reallocated_sectors" Count [Disk] "sectors that the drive replaced" from "smartctl, or ATA SMART, attribute 5";
+    "disk.pending_sectors" Count [Disk] "sectors that the drive cannot read now" from "smartctl, or ATA SMART, attribute 197";
     "disk.bytes_written" Bytes [Disk] "data written in the drive's life" from "smartctl, or NVMe log page 02h";
-    "disk.power_on" Nanoseconds [Disk] "time powered on in the drive's life" from "smartctl, or NVMe log page 02h";
+    "disk.power_on" Nanoseconds [Disk] "time powered on in the drive's life" from "smartctl, ATA SMART, or NVMe log page 02h";
     "disk.time_between_failures" Nanoseconds [Disk]
         "time powered on divided by uncorrected errors so far, for drives that had some" from "as the two above";
-    "disk.temperature" Celsius [Device Disk] "temperature of the hottest, or of each, drive" from "hwmon nvme and drivetemp, smartctl, NVMe log page 02h";
+    "disk.temperature" Celsius [Device Disk] "temperature of the hottest, or of each, drive" from "hwmon nvme and drivetemp, smartctl, ATA SMART, NVMe log page 02h";
     "disk.temperature_limit" Celsius [Disk] "the drive's own limit (WCTEMP, SCT)" from "hwmon, smartctl";
     "disk.temperature_margin" Celsius [Device Disk] "limit less temperature; the smallest of the device" from "as the two above";
 

@@ -71,7 +71,7 @@ impl Containers {
         } else {
             "no container here has a CPU quota"
         };
-        reading.absent(&["cpu.quota_throttled"], why);
+        reading.absent(&["cpu.quota_throttled", "cpu.throttled"], why);
     }
 
     fn cpu(
@@ -100,6 +100,10 @@ impl Containers {
             path.and_then(|path| fs::read_to_string(path).ok())
                 .unwrap_or_default()
         };
+        // Microseconds, in cgroup v1 nanoseconds; each CPU that was withheld counts.
+        let off_us = field(&throttling, "throttled_usec")
+            .or_else(|| Some(field(&throttling, "throttled_time")? / 1000))
+            .and_then(|us| self.counters.more("throttled", name, us));
         let mut more = |key: &'static str| self.counters.more(key, name, field(&throttling, key)?);
         // Without a quota there is no period at all.
         if let (Some(periods), Some(throttled)) = (more("nr_periods"), more("nr_throttled"))
@@ -107,6 +111,11 @@ impl Containers {
         {
             let share = 100.0 * throttled as f64 / periods.max(1) as f64;
             push("cpu.quota_throttled", share.min(100.0));
+            if let Some(us_a_second) = off_us.and_then(|us| look.a_second(us))
+                && cpus > 0.0
+            {
+                push("cpu.throttled", (us_a_second / 1e4 / cpus).min(100.0));
+            }
         }
     }
 
@@ -260,7 +269,7 @@ mod tests {
             &[
                 (
                     "cg/pod/web/cpu.stat",
-                    "usage_usec 1000\nuser_usec 1\nsystem_usec 1\nnr_periods 10\nnr_throttled 1\nthrottled_usec 9\n",
+                    "usage_usec 1000\nuser_usec 1\nsystem_usec 1\nnr_periods 10\nnr_throttled 1\nthrottled_usec 9000\n",
                 ),
                 ("cg/pod/web/memory.current", "1048576\n"),
                 ("cg/pod/web/memory.max", "4194304\n"),
@@ -280,7 +289,7 @@ mod tests {
             &[
                 (
                     "cg/pod/web/cpu.stat",
-                    "usage_usec 201000\nuser_usec 1\nsystem_usec 1\nnr_periods 30\nnr_throttled 6\nthrottled_usec 9\n",
+                    "usage_usec 201000\nuser_usec 1\nsystem_usec 1\nnr_periods 30\nnr_throttled 6\nthrottled_usec 2009000\n",
                 ),
                 (
                     "cg/pod/web/memory.stat",
@@ -295,6 +304,7 @@ mod tests {
         let of = |metric| value(&reading, metric, "web");
         assert_eq!(of("cpu.used"), Some(2.5), "of four CPUs");
         assert_eq!(of("cpu.quota_throttled"), Some(25.0));
+        assert_eq!(of("cpu.throttled"), Some(25.0), "one of four CPUs");
         assert_eq!(of("memory.used_bytes"), Some(1_048_576.0));
         assert_eq!(of("memory.used"), Some(25.0));
         assert_eq!(of("memory.major_faults"), Some(2.0));
@@ -349,7 +359,7 @@ mod tests {
                 ),
                 (
                     &at(cpu, "cpu.stat"),
-                    "nr_periods 8\nnr_throttled 2\nthrottled_time 5\n",
+                    "nr_periods 8\nnr_throttled 2\nthrottled_time 800000005\n",
                 ),
             ],
         );
@@ -361,6 +371,7 @@ mod tests {
         assert_eq!(of("memory.minor_faults"), Some(9.0));
         assert_eq!(of("cpu.used"), Some(0.0));
         assert_eq!(of("cpu.quota_throttled"), Some(50.0));
+        assert_eq!(of("cpu.throttled"), Some(10.0));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! that sleeps is not woken; what a drive said counts until it should have been asked again, and is
 //! absent afterwards. Non-goals: self-tests, and drives behind RAID controllers.
 
+mod ata;
 mod nvme;
 mod smartctl;
 
@@ -222,7 +223,7 @@ enum Answer {
     Sleeps,
 }
 
-/// Through smartctl where it is installed, else directly where that is simple.
+/// Through smartctl where it is installed, else directly.
 fn ask(disk: &str, path: &Path) -> Result<Answer, String> {
     match smartctl::ask(path) {
         Err(smartctl::NotAsked::Absent) if disk.starts_with("nvme") => {
@@ -230,6 +231,7 @@ fn ask(disk: &str, path: &Path) -> Result<Answer, String> {
             let health = nvme::decode(&log);
             Ok(Answer::Told(Box::new(health)))
         }
+        Err(smartctl::NotAsked::Absent) => ata::ask(path),
         Err(error) => Err(error.to_string()),
         Ok(answer) => Ok(answer),
     }

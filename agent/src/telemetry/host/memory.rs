@@ -1,7 +1,7 @@
-//! Memory: what is left, faults, swap, kills, bandwidth.
+//! Memory: what is left, faults, swap, kills.
 
 use super::counters::Counters;
-use super::files::{entries, field, number, why};
+use super::files::{field, why};
 use super::{HostReading, Look};
 use crate::model::units::Bytes;
 use procfs::{FromRead, Meminfo};
@@ -88,37 +88,9 @@ fn meminfo(look: Look, reading: &mut HostReading) {
     }
 }
 
-/// Bytes between caches and memory, where the processor counts them and resctrl is mounted
-/// (Linux, Documentation/filesystems/resctrl.rst).
-#[derive(Default)]
-pub struct Bandwidth(Counters);
-
-impl Bandwidth {
-    pub fn read(&mut self, look: Look, reading: &mut HostReading) {
-        self.0.turn();
-        let monitored = look.path("sys/fs/resctrl/mon_data");
-        let mut bytes: Option<u64> = None;
-        for cache in entries(&monitored) {
-            let counted = number::<u64>(&cache.join("mbm_total_bytes"));
-            let cache = super::files::name(&cache);
-            let more = counted.and_then(|counted| self.0.more("bytes", &cache, counted));
-            bytes = more.map(|more| bytes.unwrap_or(0) + more).or(bytes);
-        }
-        if let Some(rate) = bytes.and_then(|bytes| look.a_second(bytes)) {
-            reading.device("memory.bandwidth", rate);
-        } else {
-            let why = why(
-                &monitored,
-                "resctrl is not mounted, or the processor does not count memory bandwidth",
-            );
-            reading.absent(&["memory.bandwidth"], &why);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{LATER, recorded, value, write};
+    use super::super::tests::{recorded, value, write};
     use std::time::Duration;
 
     #[test]
@@ -139,20 +111,6 @@ mod tests {
         assert_eq!(value(&second, "memory.swap_in", ""), Some(page));
         assert_eq!(value(&second, "memory.swap_out", ""), Some(0.0));
         assert_eq!(value(&second, "memory.oom_kills", ""), Some(1.0));
-    }
-
-    #[test]
-    fn memory_bandwidth_is_the_sum_over_caches() {
-        let counted =
-            |cache: u32| format!("sys/fs/resctrl/mon_data/mon_L3_0{cache}/mbm_total_bytes");
-        let (root, mut host) = recorded(&[(&counted(0), "1000"), (&counted(1), "500")]);
-        host.read(&[], LATER);
-        write(
-            root.path(),
-            &[(&counted(0), "201000"), (&counted(1), "100500")],
-        );
-        let reading = host.read(&[], LATER);
-        assert_eq!(value(&reading, "memory.bandwidth", ""), Some(3000.0));
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// A family that is read at most once in a period.
+/// A family that is read at most once in a period, but for its second reading: what is counted has a value
+/// only then, and nobody should wait a period for the first one.
 ///
 /// Levels are repeated until the next reading, and vanish with a reading that lacks them; events count
 /// once.
@@ -14,6 +15,7 @@ pub struct Rare<T> {
     family: T,
     every: Duration,
     read_at: Option<Duration>,
+    readings: u32,
     values: Vec<Value>,
     absent: BTreeMap<&'static str, String>,
 }
@@ -30,6 +32,7 @@ impl<T> Rare<T> {
             family,
             every,
             read_at: None,
+            readings: 0,
             values: Vec::new(),
             absent: BTreeMap::new(),
         }
@@ -52,7 +55,8 @@ impl<T> Rare<T> {
         read: impl FnOnce(&mut T, Look, &mut HostReading),
     ) {
         let elapsed = self.read_at.map(|before| now.saturating_sub(before));
-        if elapsed.is_none_or(|elapsed| elapsed >= self.every) {
+        if self.readings < 2 || elapsed.is_none_or(|elapsed| elapsed >= self.every) {
+            self.readings = self.readings.saturating_add(1);
             let mut fresh = HostReading::default();
             let elapsed = elapsed.unwrap_or_default();
             read(&mut self.family, Look { root, elapsed }, &mut fresh);
@@ -97,8 +101,9 @@ mod tests {
                 .collect::<Vec<f64>>()
         };
         assert_eq!(read(1), [5.0, 1.0]);
-        assert_eq!(read(2), [0.0, 1.0]);
-        assert_eq!(read(10), [0.0, 1.0]);
-        assert_eq!(read(11), [5.0, 2.0]);
+        assert_eq!(read(2), [5.0, 2.0], "the second is not waited for");
+        assert_eq!(read(3), [0.0, 2.0]);
+        assert_eq!(read(11), [0.0, 2.0]);
+        assert_eq!(read(12), [5.0, 3.0]);
     }
 }

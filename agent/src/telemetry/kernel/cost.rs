@@ -23,6 +23,7 @@ const LOSSES: [&str; lifeboat_ebpf::loss::COUNT as usize] = [
     "dirtiers",
     "writing",
     "accesses",
+    "born",
 ];
 
 impl Kernel {
