@@ -1,6 +1,7 @@
 //! Helpers shared by the end-to-end tests.
 
 pub mod boxes;
+pub mod decoders;
 pub mod disk;
 pub mod guest;
 pub mod scope;

@@ -6,6 +6,7 @@ pub mod bench;
 pub mod crew;
 pub mod demo;
 pub mod demo_app;
+pub mod fuzz;
 pub mod images;
 pub mod lab;
 pub mod ledger;

@@ -22,6 +22,8 @@ enum Task {
     Demo(xtask::demo::Arguments),
     /// The figures, beside their peers and goals
     Bench(xtask::bench::Arguments),
+    /// Random bytes into every decoder of bytes from outside
+    Fuzz(xtask::fuzz::Arguments),
     /// Lab hosts on this machine
     Lab(xtask::lab::command::Arguments),
     /// Random failures over and over
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Task::Test => xtask::test::test(),
         Task::Demo(arguments) => xtask::demo::demo(&arguments),
         Task::Bench(arguments) => xtask::bench::bench(&arguments),
+        Task::Fuzz(arguments) => xtask::fuzz::fuzz(&arguments),
         Task::Lab(arguments) => xtask::lab::command::run(&arguments),
         Task::Soak(arguments) => xtask::soak::soak(&arguments),
         Task::Load(arguments) => xtask::load::run(&arguments),

@@ -15,7 +15,8 @@ pub(super) const LIBPOD: &str = "Libpod";
 ///
 /// `image` is the reference or id to run; `keep_addresses` asks for the source's addresses again;
 /// `podman` says which engine will read it.
-pub(super) fn body(inspect: &Value, image: &str, keep_addresses: bool, podman: bool) -> Value {
+#[must_use]
+pub fn body(inspect: &Value, image: &str, keep_addresses: bool, podman: bool) -> Value {
     let mut body = object(&inspect["Config"]);
     body.insert("Image".to_owned(), json!(image));
     let mut host = object(&inspect["HostConfig"]);
@@ -201,7 +202,8 @@ fn binds(inspect: &Value) -> Vec<String> {
 }
 
 /// What the twin has otherwise than its source, one line a field; empty when nothing.
-pub(super) fn differences(source: &Value, twin: &Value) -> Vec<String> {
+#[must_use]
+pub fn differences(source: &Value, twin: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let (wanted, got) = (comparable(source), comparable(twin));
     compare("", &wanted, &got, &mut found);

@@ -25,7 +25,8 @@ const POD_LABELS: [&str; 3] = [
 
 /// A container's description without its cgroup, from `GET /containers/{id}/json`. `registration_env`
 /// names the environment variable that may hold a registration id.
-pub(super) fn container(
+#[must_use]
+pub fn container(
     inspect: &Value,
     socket: &str,
     registration_env: Option<&str>,

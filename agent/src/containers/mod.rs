@@ -9,13 +9,13 @@
 mod cgroups;
 mod client;
 mod containerd;
-mod create;
+pub mod create;
 mod discover;
 mod fence;
 mod follow;
 mod images;
-mod inspect;
-mod ops;
+pub mod inspect;
+pub mod ops;
 mod ready;
 mod resources;
 mod twin;

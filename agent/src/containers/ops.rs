@@ -296,7 +296,9 @@ impl Runtimes {
     }
 }
 
-fn event(line: &[u8]) -> Option<Event> {
+/// A line of a runtime's event stream; none when it is not about a container.
+#[must_use]
+pub fn event(line: &[u8]) -> Option<Event> {
     let event: Value = serde_json::from_slice(line).ok()?;
     if event["Type"].as_str()? != "container" {
         return None;
@@ -313,7 +315,8 @@ fn event(line: &[u8]) -> Option<Event> {
 
 /// Takes the 8-byte frame headers out of a log stream: stream number, three zeros, length (Docker API,
 /// "Stream format"). A container with a terminal has no frames.
-fn unframe(bytes: &[u8]) -> String {
+#[must_use]
+pub fn unframe(bytes: &[u8]) -> String {
     let mut text = Vec::with_capacity(bytes.len());
     let mut rest = bytes;
     while let [0..=2, 0, 0, 0, a, b, c, d, tail @ ..] = rest {

@@ -69,6 +69,15 @@ fn read_whole<E: DeserializeOwned>(path: &Path) -> Result<(Vec<Entry<E>>, usize)
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(fail(error)),
     };
+    entries(&text).map_err(|error| fail(std::io::Error::other(error)))
+}
+
+/// The whole entries of a journal's text, and the length of the bytes that hold them: a torn last line is
+/// none.
+///
+/// # Errors
+/// The first line that is damaged.
+pub fn entries<E: DeserializeOwned>(text: &[u8]) -> Result<(Vec<Entry<E>>, usize), String> {
     let mut entries = Vec::new();
     let mut whole = 0;
     for line in text.split_inclusive(|byte| *byte == b'\n') {
@@ -76,10 +85,7 @@ fn read_whole<E: DeserializeOwned>(path: &Path) -> Result<(Vec<Entry<E>>, usize)
             _ if !line.ends_with(b"\n") => break,
             Ok(entry) => entries.push(entry),
             Err(error) => {
-                return Err(fail(std::io::Error::other(format!(
-                    "line {} is not valid: {error}",
-                    entries.len() + 1
-                ))));
+                return Err(format!("line {} is not valid: {error}", entries.len() + 1));
             }
         }
         whole += line.len();

@@ -5,7 +5,7 @@
 
 mod block;
 mod book;
-mod btf;
+pub mod btf;
 mod cgroups;
 mod device;
 pub mod dirty;

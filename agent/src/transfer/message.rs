@@ -181,7 +181,8 @@ pub enum Message {
 const HAVE_CAP: usize = 4096;
 
 impl Message {
-    fn encode(&self, out: &mut Vec<u8>) {
+    /// Appends its layout.
+    pub fn encode(&self, out: &mut Vec<u8>) {
         match self {
             Self::Begin {
                 session,
@@ -259,7 +260,11 @@ impl Message {
         }
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+    /// From its layout.
+    ///
+    /// # Errors
+    /// The first rule that the bytes break.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
         let message = match reader.u8()? {
             1 => {

@@ -1,6 +1,7 @@
 //! The data plane over loopback: real files, real sockets, each path, both engines.
 
 mod dedup;
+mod disks;
 mod faults;
 mod paths;
 

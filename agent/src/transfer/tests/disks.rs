@@ -1,0 +1,207 @@
+//! Real file systems that cannot take everything: each refusal names the path and what helps.
+
+use super::*;
+
+/// A file system of its own on a loop device, if root may make one.
+struct Disk {
+    dir: PathBuf,
+}
+
+impl Disk {
+    /// `None`, and said, where `mkfs` or its kind of file system is not to be had.
+    fn new(bench: &Bench, mib: u64, mkfs: &[&str]) -> Option<Self> {
+        let base = bench.source.parent().unwrap();
+        let image = base.join("disk.img");
+        let dir = base.join("disk");
+        fs::File::create(&image)
+            .unwrap()
+            .set_len(mib << 20)
+            .unwrap();
+        fs::create_dir(&dir).unwrap();
+        let made = Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image).output();
+        let mounted = made.is_ok_and(|made| made.status.success())
+            && tool("mount", &["-o", "loop"], &[&image, &dir]);
+        if !mounted {
+            println!("{mkfs:?} cannot be made or mounted here: not tested");
+            return None;
+        }
+        Some(Self { dir })
+    }
+
+    fn remount(&self, option: &str) {
+        let option = format!("remount,{option}");
+        assert!(tool("mount", &["-o", &option], &[&self.dir]));
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Also when the test failed with a file system that takes nothing any more.
+        let _ = nix::mount::umount2(&self.dir, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+fn tool(program: &str, words: &[&str], paths: &[&Path]) -> bool {
+    let done = Command::new(program).args(words).args(paths).status();
+    done.is_ok_and(|status| status.success())
+}
+
+/// The error of sending everything to `destination`.
+fn refusal(bench: &Bench, destination: &Path) -> String {
+    bench.admit_target(destination);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let error = bench.send(&mut sender, 1, None).unwrap_err().to_string();
+    assert!(error.contains("volume data"), "{error}");
+    println!("{error}");
+    error
+}
+
+#[test]
+fn a_disk_without_inodes_or_space_says_which_of_them_is_missing() {
+    let bench = Bench::new(EngineChoice::Auto);
+    let Some(disk) = Disk::new(&bench, 32, &["mkfs.ext4", "-q", "-N", "32"]) else {
+        return;
+    };
+    for n in 0..100 {
+        fs::write(bench.source.join(format!("f{n}")), noise(n, 100)).unwrap();
+    }
+    let error = refusal(&bench, &disk.dir.join("a"));
+    assert!(error.contains("no inodes left on the target"), "{error}");
+    fs::remove_dir_all(disk.dir.join("a")).unwrap();
+    for n in 0..100 {
+        fs::remove_file(bench.source.join(format!("f{n}"))).unwrap();
+    }
+    fs::write(bench.source.join("big"), noise(1, 48 << 20)).unwrap();
+    let error = refusal(&bench, &disk.dir.join("b"));
+    assert!(
+        error.contains("`big`") && error.contains("no space left on the target (48.0 MiB needed"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_disk_that_became_read_only_says_so_and_goes_on_when_it_is_writable() {
+    for mkfs in [&["mkfs.ext4", "-q"][..], &["mkfs.xfs", "-q"]] {
+        let bench = Bench::new(EngineChoice::Auto);
+        let Some(disk) = Disk::new(&bench, 320, mkfs) else {
+            continue;
+        };
+        // No ACLs: xfs lists them once more, under a name of its own.
+        fs::create_dir(bench.source.join("dir")).unwrap();
+        std::os::unix::fs::symlink("dir", bench.source.join("link")).unwrap();
+        fs::write(bench.source.join("dir/large"), noise(1, 3 << 20)).unwrap();
+        let copy = disk.dir.join("copy");
+        fs::create_dir(&copy).unwrap();
+        disk.remount("ro");
+        let error = refusal(&bench, &copy);
+        assert!(error.contains("read-only"), "{error}");
+        disk.remount("rw");
+        let mut sender = bench.sender(bench.path(Way::Direct));
+        bench.send(&mut sender, 1, None).unwrap();
+        assert_same_tree(&bench.source, &copy);
+    }
+}
+
+#[test]
+fn a_file_that_may_not_be_changed_is_named() {
+    let bench = Bench::new(EngineChoice::Auto);
+    let Some(disk) = Disk::new(&bench, 32, &["mkfs.ext4", "-q"]) else {
+        return;
+    };
+    fs::create_dir(bench.source.join("dir")).unwrap();
+    fs::write(bench.source.join("dir/fixed"), b"new").unwrap();
+    let copy = disk.dir.join("copy");
+    fs::create_dir_all(copy.join("dir")).unwrap();
+    fs::write(copy.join("dir/fixed"), b"old").unwrap();
+    if !tool("chattr", &["+i"], &[&copy.join("dir/fixed")]) {
+        println!("chattr does not run here: not tested");
+        return;
+    }
+    let error = refusal(&bench, &copy);
+    assert!(
+        error.contains("`dir/fixed`") && error.contains("not permitted"),
+        "{error}"
+    );
+    assert_eq!(fs::read(copy.join("dir/fixed")).unwrap(), b"old");
+    assert!(tool("chattr", &["-i"], &[&copy.join("dir/fixed")]));
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 1, None).unwrap();
+    assert_same_tree(&bench.source, &copy);
+}
+
+#[test]
+fn what_the_file_system_of_the_target_cannot_hold_is_named() {
+    let bench = Bench::new(EngineChoice::Auto);
+    // ext4 has no room for attributes of 8 KiB beside the inode, xfs has.
+    let (Some(source), attribute) = (Disk::new(&bench, 320, &["mkfs.xfs", "-q"]), vec![7; 8192])
+    else {
+        return;
+    };
+    let rich = source.dir.join("rich");
+    fs::create_dir(&rich).unwrap();
+    fs::write(rich.join("file"), b"x").unwrap();
+    xattr::set(rich.join("file"), "user.large", &attribute).unwrap();
+    let poor = bench.source.parent().unwrap().join("poor.img");
+    fs::File::create(&poor).unwrap().set_len(32 << 20).unwrap();
+    let dir = bench.source.parent().unwrap().join("poor");
+    fs::create_dir(&dir).unwrap();
+    if !tool("mkfs.ext4", &["-q"], &[&poor]) || !tool("mount", &["-o", "loop"], &[&poor, &dir]) {
+        println!("no ext4 on a loop device here: not tested");
+        return;
+    }
+    let poor = Disk { dir };
+    bench.admit_target(&poor.dir.join("copy"));
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let mut volume = bench.volume();
+    volume.source_path = rich;
+    let sent = sender.send_epoch(&volume, Epoch(1), false, None, &Arc::default());
+    let error = sent.unwrap_err().to_string();
+    assert!(
+        error.contains("user.large") && error.contains("`file`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_name_too_long_for_the_target_is_named_and_nothing_is_left_out_in_silence() {
+    let bench = Bench::new(EngineChoice::Auto);
+    let long = "n".repeat(255);
+    fs::write(bench.source.join(&long), b"x").unwrap();
+    // A path of its own is longer there by the depth of the volume, which must not count.
+    let mut deep = bench.source.parent().unwrap().to_owned();
+    for _ in 0..8 {
+        deep.push("d".repeat(200));
+    }
+    bench.admit_target(&deep);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let (_, report) = bench.send(&mut sender, 1, None).unwrap();
+    assert!(report.skipped.is_empty());
+    assert_eq!(fs::read(deep.join(&long)).unwrap(), b"x");
+
+    let error = crate::volume::apply::Destination::open("data", &bench.target)
+        .unwrap()
+        .failed("open", long.as_bytes(), 0, nix::errno::Errno::ENAMETOOLONG)
+        .to_string();
+    assert!(
+        error.contains(&long) && error.contains("does not take a name or path this long"),
+        "{error}"
+    );
+    // Longer than a record can name: a listed exception.
+    let mut dir = nix::fcntl::open(
+        &bench.source,
+        nix::fcntl::OFlag::O_DIRECTORY,
+        nix::sys::stat::Mode::empty(),
+    )
+    .unwrap();
+    for _ in 0..20 {
+        let name = "p".repeat(250);
+        let mode = nix::sys::stat::Mode::S_IRWXU;
+        nix::sys::stat::mkdirat(&dir, name.as_str(), mode).unwrap();
+        let flags = nix::fcntl::OFlag::O_DIRECTORY;
+        dir =
+            nix::fcntl::openat(&dir, name.as_str(), flags, nix::sys::stat::Mode::empty()).unwrap();
+    }
+    let (_, report) = bench.send(&mut sender, 2, None).unwrap();
+    assert_eq!(report.skipped.len(), 1, "{:?}", report.skipped);
+    assert!(report.skipped[0].reason.contains("longer than"));
+}

@@ -1,0 +1,221 @@
+//! Every decoder of bytes from outside, as a function of nothing but bytes: what the fuzzers feed and what the
+//! kept corpus is replayed through.
+//!
+//! A decoder may refuse; it may not panic, and what it accepts must mean the same when it is written again.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use lifeboat::containers::{create, inspect, ops};
+use lifeboat::fleet::enrol::JoinToken;
+use lifeboat::fleet::secret::Secret;
+use lifeboat::fleet::token::{self, SealedToken};
+use lifeboat::health::{Policy, RuleTests, recorded};
+use lifeboat::migration::events::{SourceEvent, TargetEvent};
+use lifeboat::migration::journal;
+use lifeboat::model::control::{Offer, RelayRequest};
+use lifeboat::telemetry::btf::KernelTypes;
+use lifeboat::transfer::LinkKey;
+use lifeboat::transfer::engine::{Engine, Read, Write};
+use lifeboat::transfer::frame::{BODY_CAP, HEADER_LEN, Header};
+use lifeboat::transfer::hello;
+use lifeboat::transfer::message::Message;
+use lifeboat::transfer::payload::{Payload, PayloadKind};
+use lifeboat::volume::codec::Reader;
+use lifeboat::volume::{BlockSize, Entry};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// Tries a decoder on these bytes.
+///
+/// # Panics
+/// The decoder broke.
+pub type Decoder = fn(&[u8]);
+
+/// Name and function of each decoder.
+pub const DECODERS: [(&str, Decoder); 13] = [
+    ("frame", frame),
+    ("hello", greeting),
+    ("message", message),
+    ("payload", payload),
+    ("entry", entry),
+    ("token", sealed_token),
+    ("join-token", join_token),
+    ("control", control),
+    ("journal", journal_lines),
+    ("recording", recording),
+    ("kernel-types", kernel_types),
+    ("runtime", runtime),
+    ("policy", policy),
+];
+
+fn frame(bytes: &[u8]) {
+    if let Some((head, _)) = bytes.split_first_chunk::<HEADER_LEN>()
+        && let Ok(header) = Header::decode(head)
+    {
+        assert!(header.length as usize <= BODY_CAP);
+        assert_eq!(header.encode(), *head);
+    }
+}
+
+/// A socket whose peer sends these bytes and then leaves.
+struct Peer<'a>(&'a [u8]);
+
+impl Engine for Peer<'_> {
+    fn name(&self) -> &'static str {
+        "a scripted peer"
+    }
+
+    fn open_files(
+        &mut self,
+        _: BorrowedFd<'_>,
+        _: &[&[u8]],
+    ) -> Vec<Result<OwnedFd, nix::errno::Errno>> {
+        Vec::new()
+    }
+
+    fn read(&mut self, _: &mut [Read<'_>]) {}
+
+    fn write(&mut self, _: &mut [Write<'_>]) {}
+
+    fn send(&mut self, _: BorrowedFd<'_>, _: &[u8], _: Duration) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn receive(&mut self, _: BorrowedFd<'_>, into: &mut [u8], _: Duration) -> io::Result<()> {
+        let (now, later) = self
+            .0
+            .split_at_checked(into.len())
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
+        into.copy_from_slice(now);
+        self.0 = later;
+        Ok(())
+    }
+}
+
+fn greeting(bytes: &[u8]) {
+    let key = || LinkKey([1; 32]);
+    let stdin = io::stdin();
+    let long = Duration::from_secs(60);
+    let agreed = hello::answer(&mut Peer(bytes), stdin.as_fd(), |_| Some((key(), ())), long);
+    assert!(agreed.is_err(), "someone proved a key by guessing");
+    let plan = "plan-1".into();
+    let agreed = hello::call(&mut Peer(bytes), stdin.as_fd(), &plan, &key(), long);
+    assert!(agreed.is_err(), "someone proved a key by guessing");
+}
+
+fn message(bytes: &[u8]) {
+    if let Ok(message) = Message::decode(bytes) {
+        let mut again = Vec::new();
+        message.encode(&mut again);
+        assert_eq!(Message::decode(&again), Ok(message));
+    }
+}
+
+fn payload(bytes: &[u8]) {
+    let _ = PayloadKind::of(bytes);
+    for kib in [64, 1024] {
+        let Some(block_size) = BlockSize::new(kib << 10) else {
+            unreachable!("both are block sizes");
+        };
+        if let Ok(Payload::Segment(segment)) = Payload::decode(bytes, block_size) {
+            assert!(segment.first <= block_size.blocks_of(segment.size));
+        }
+    }
+}
+
+fn entry(bytes: &[u8]) {
+    if let Ok(entry) = Entry::decode(&mut Reader::new(bytes)) {
+        let parts = entry.path.split(|byte| *byte == b'/');
+        for part in parts {
+            assert!(part != b".." && part != b".", "{entry:?} leaves its volume");
+        }
+        let mut again = Vec::new();
+        entry.encode(&mut again);
+        let decoded = Entry::decode(&mut Reader::new(&again));
+        assert!(decoded.is_ok_and(|decoded| decoded.same(&entry)));
+    }
+}
+
+fn sealed_token(bytes: &[u8]) {
+    if let Ok(sealed) = serde_json::from_slice::<SealedToken>(bytes) {
+        assert!(token::open(&Secret::random(), &sealed).is_err());
+    }
+}
+
+fn join_token(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Ok(token) = text.parse::<JoinToken>()
+    {
+        let again: Result<JoinToken, _> = token.to_string().parse();
+        assert!(again.is_ok());
+    }
+}
+
+/// What is accepted is the same after another journey.
+fn stable<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
+    if let Ok(value) = serde_json::from_slice::<T>(bytes)
+        && let Ok(once) = serde_json::to_vec(&value)
+    {
+        let again: T = serde_json::from_slice(&once).expect("it was written by us");
+        assert_eq!(serde_json::to_vec(&again).ok(), Some(once));
+    }
+}
+
+fn control(bytes: &[u8]) {
+    stable::<Offer>(bytes);
+    stable::<RelayRequest>(bytes);
+}
+
+fn journal_lines(bytes: &[u8]) {
+    for whole in [
+        journal::entries::<SourceEvent>(bytes).map(|(_, whole)| whole),
+        journal::entries::<TargetEvent>(bytes).map(|(_, whole)| whole),
+    ]
+    .into_iter()
+    .flatten()
+    {
+        assert!(whole <= bytes.len());
+        assert!(whole == 0 || bytes[whole - 1] == b'\n');
+    }
+}
+
+fn recording(bytes: &[u8]) {
+    if let Ok(end) = recorded(bytes) {
+        assert_eq!(end.whole + end.torn, bytes.len());
+    }
+}
+
+fn kernel_types(bytes: &[u8]) {
+    if let Ok(types) = KernelTypes::parse(bytes.to_vec()) {
+        let _ = types.offset("task_struct.pid");
+        let _ = types.offset("sock.__sk_common.skc_dport");
+        let _ = types.tracepoint_arguments("sched_switch");
+    }
+}
+
+fn runtime(bytes: &[u8]) {
+    let _ = ops::event(bytes);
+    let _ = ops::unframe(bytes);
+    let Ok(answer) = serde_json::from_slice::<Value>(bytes) else {
+        return;
+    };
+    let _ = inspect::container(&answer, "/run/runtime.sock", Some("REGISTRATION"));
+    for podman in [false, true] {
+        let body = create::body(&answer, "image", true, podman);
+        let _ = create::differences(&answer, &body);
+    }
+    assert!(create::differences(&answer, &answer).is_empty());
+}
+
+fn policy(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    if let Err(error) = Policy::parse(text, "policy.yaml") {
+        assert!(error.to_string().starts_with("policy.yaml:"), "{error}");
+    }
+    let _ = RuleTests::parse(text);
+}
