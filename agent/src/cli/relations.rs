@@ -4,7 +4,7 @@ use super::daemon::ask;
 use super::output::{say, table};
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
-use crate::model::edge::{Correlated, Learnt};
+use crate::model::edge::{Correlated, Edge, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::locate::{Fault, Field, parse};
 use crate::model::nearest::hint;
@@ -217,14 +217,15 @@ fn joined(names: &[ContainerName]) -> String {
 }
 
 fn table_text(evidence: &Evidence, graph: &Graph) -> String {
-    // Ports of each dependence, and whether its role is certain.
-    let mut ports: BTreeMap<(&str, &str), (BTreeSet<u16>, bool)> = BTreeMap::new();
+    // Services of each dependence, whether its role is certain, and whether any of it is of late.
+    let mut ports: BTreeMap<(&str, &str), (BTreeSet<String>, bool, bool)> = BTreeMap::new();
     for edge in &evidence.edges {
         let entry = ports
             .entry((edge.child.as_str(), edge.parent.as_str()))
             .or_default();
-        entry.0.extend((edge.port != 0).then_some(edge.port));
+        entry.0.extend(service(edge));
         entry.1 |= edge.learnt != Learnt::Inferred;
+        entry.2 |= !edge.stale;
     }
     let mut step = BTreeMap::new();
     for (number, one) in graph.order().0.into_iter().enumerate() {
@@ -241,10 +242,15 @@ fn table_text(evidence: &Evidence, graph: &Graph) -> String {
                 .iter()
                 .map(|parent| {
                     let known = ports.get(&(row.container.as_str(), parent.as_str()));
-                    let (ports, certain) = known.cloned().unwrap_or_default();
-                    let ports: Vec<String> = ports.iter().map(|port| format!(":{port}")).collect();
-                    let mark = if certain { "" } else { " (inferred)" };
-                    format!("{parent}{}{mark}", ports.concat())
+                    let (services, certain, fresh) = known.cloned().unwrap_or_default();
+                    let services: String = services.into_iter().collect();
+                    let mark = match (certain, fresh) {
+                        (true, true) => "",
+                        (false, true) => " (inferred)",
+                        (true, false) => " (stale)",
+                        (false, false) => " (inferred, stale)",
+                    };
+                    format!("{parent}{services}{mark}")
                 })
                 .collect();
             let by: Vec<ContainerName> = graph
@@ -278,6 +284,16 @@ fn table_text(evidence: &Evidence, graph: &Graph) -> String {
         ],
         &rows,
     )
+}
+
+/// `:5432`, `:53/udp`, `:unix`; nothing of a declared edge without a port.
+fn service(edge: &Edge) -> Option<String> {
+    match (edge.protocol, edge.port) {
+        (Protocol::Unix, _) => Some(":unix".to_owned()),
+        (_, 0) => None,
+        (Protocol::Tcp, port) => Some(format!(":{port}")),
+        (Protocol::Udp, port) => Some(format!(":{port}/udp")),
+    }
 }
 
 fn matrix_text(graph: &Graph) -> String {
@@ -360,6 +376,19 @@ mod tests {
              db         1     HAS-A     -           web      -\n\
              web        2     IS-A      db:5432     -        -\n"
         );
+    }
+
+    #[test]
+    fn the_table_tells_the_transport_and_what_is_stale() {
+        let evidence = read_input(
+            r#"{"containers":["web","db"],"edges":[
+                {"child":"web","parent":"db","port":53,"protocol":"udp","learnt":"observed","stale":true},
+                {"child":"web","parent":"db","protocol":"unix","learnt":"inferred","stale":true}]}"#,
+            "f",
+        )
+        .unwrap();
+        let table = render(&evidence, None, false).unwrap();
+        assert!(table.contains("db:53/udp:unix (stale)"), "{table}");
     }
 
     #[test]
