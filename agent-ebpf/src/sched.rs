@@ -196,9 +196,3 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     }
     0
 }
-
-/// Does nothing: what the kernel's measuring adds to each run of the others.
-#[btf_tracepoint(function = "sched_switch")]
-pub fn nothing(_ctx: BtfTracePointContext) -> i32 {
-    0
-}

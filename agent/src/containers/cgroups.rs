@@ -5,9 +5,12 @@
 //! `bpf_get_current_cgroup_id()` give for cgroup2.
 //! Non-goals: cgroup v1 hierarchies (on hybrid hosts only their cgroup2 half is looked at).
 
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -250,23 +253,40 @@ pub async fn thaw(cgroup: &Path) -> Result<(), FreezeError> {
     switch(cgroup, false).await
 }
 
-/// Signals every process at and below a cgroup with SIGKILL, so that none runs another instruction,
-/// also when a freezer lets go of them later. Does nothing before Linux 5.14.
+/// Sends SIGKILL to every process at and below a frozen cgroup except `first`: none of them runs another
+/// instruction, also when the freezer lets go of it.
 ///
 /// # Errors
-/// When the control file refuses.
-pub(super) fn kill(cgroup: &Path) -> Result<(), FreezeError> {
-    let path = cgroup.join("cgroup.kill");
-    match fs::OpenOptions::new().write(true).open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        opened => opened
-            .and_then(|mut file| file.write_all(b"1"))
-            .map_err(|source| FreezeError::Control {
-                what: "kill",
-                path,
-                source,
-            }),
+/// When the cgroup cannot be read or a process cannot be signalled.
+pub(super) fn kill_all_but(cgroup: &Path, first: i32) -> Result<(), FreezeError> {
+    let failed = |path: &Path, source| FreezeError::Control {
+        what: "kill",
+        path: path.to_owned(),
+        source,
+    };
+    let mut waiting = vec![cgroup.to_owned()];
+    while let Some(directory) = waiting.pop() {
+        let below = fs::read_dir(&directory).map_err(|source| failed(&directory, source))?;
+        waiting.extend(
+            below
+                .filter_map(Result::ok)
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                .map(|entry| entry.path()),
+        );
+        let path = directory.join("cgroup.procs");
+        let pids = fs::read_to_string(&path).map_err(|source| failed(&path, source))?;
+        for pid in pids.lines().filter_map(|pid| pid.parse::<i32>().ok()) {
+            // 0 stands for a process outside our PID namespace.
+            if pid <= 0 || pid == first {
+                continue;
+            }
+            match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(error) => return Err(failed(&path, error.into())),
+            }
+        }
     }
+    Ok(())
 }
 
 async fn switch(cgroup: &Path, on: bool) -> Result<(), FreezeError> {

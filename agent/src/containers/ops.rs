@@ -2,7 +2,7 @@
 //!
 //! Invariants: a group is paused whole or not at all; every wait is bounded.
 
-use super::cgroups::{FreezeError, freeze, kill, thaw};
+use super::cgroups::{FreezeError, freeze, kill_all_but, thaw};
 use super::client::{Runtime, RuntimeError, escape};
 use super::discover::Runtimes;
 use crate::model::container::{Container, State};
@@ -88,11 +88,15 @@ impl Runtime {
         if matches!(before, State::Exited | State::Created) {
             return Ok(());
         }
-        // It may refuse one that is about to end.
-        let refused = self
+        let killed = self
             .act(container, "kill?signal=SIGKILL", "kill container")
-            .await
-            .err();
+            .await;
+        if let Err(error) = killed {
+            return match self.state(container).await? {
+                State::Exited => Ok(()),
+                _ => Err(error),
+            };
+        }
         let since = Instant::now();
         let mut thawed = before != State::Paused;
         while since.elapsed() < timeout {
@@ -109,11 +113,11 @@ impl Runtime {
             }
             tokio::time::sleep(LOOK).await;
         }
-        Err(refused.unwrap_or_else(|| RuntimeError::Timeout {
+        Err(RuntimeError::Timeout {
             socket: self.socket().to_owned(),
             operation,
             after: timeout,
-        }))
+        })
     }
 
     /// Starts a container. No error when it runs already.
@@ -243,11 +247,10 @@ impl Runtimes {
     }
 
     /// Ends a container as [`Runtime::kill`] does. When it is paused, none of its processes runs another
-    /// instruction: it writes nothing after its pause (cgroup v2's `cgroup.kill`, Linux 5.14; before,
-    /// the first process alone is signalled).
+    /// instruction: it writes nothing after its pause.
     ///
     /// # Errors
-    /// When it still lives after `timeout`, its cgroup cannot be killed, or its runtime fails.
+    /// When it still lives after `timeout`, a process cannot be signalled, or its runtime fails.
     pub async fn kill(&self, container: &Container, timeout: Duration) -> Result<(), PauseError> {
         let runtime = self
             .owner(container)?
@@ -260,7 +263,7 @@ impl Runtimes {
             && let Ok(Some(cgroup)) = self.scope().cgroup_of(first, &container.id)
             && cgroup.path == container.cgroup_path
         {
-            kill(&self.directory(container))?;
+            kill_all_but(&self.directory(container), first)?;
         }
         Ok(runtime.kill(&container.id, timeout).await?)
     }

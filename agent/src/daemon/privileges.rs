@@ -5,7 +5,7 @@
 use caps::{CapSet, Capability, CapsHashSet};
 
 /// Capabilities that stay, each with its reason.
-pub const KEPT: [(Capability, &str); 14] = [
+pub const KEPT: [(Capability, &str); 15] = [
     (Capability::CAP_BPF, "maps of the kernel programs"),
     (
         Capability::CAP_CHOWN,
@@ -30,6 +30,10 @@ pub const KEPT: [(Capability, &str); 14] = [
     (
         Capability::CAP_IPC_LOCK,
         "io_uring's registered buffers beyond RLIMIT_MEMLOCK",
+    ),
+    (
+        Capability::CAP_KILL,
+        "all processes of a container that has left, whoever runs them",
     ),
     (Capability::CAP_MKNOD, "device nodes in volumes"),
     (

@@ -681,7 +681,7 @@ async fn measure(directories: Vec<Directory>) -> Result<Vec<VolumeSpec>, Delegat
     Ok(specs?)
 }
 
-/// The id of a new plan: time first, so that plans sort; then chance.
+/// The id of a new plan: time in milliseconds first, so that plans sort by age; then chance.
 fn new_plan_id(now: UnixMillis, chance: u32) -> PlanId {
-    PlanId(format!("p{:x}-{chance:08x}", now.0 / 1000))
+    PlanId(format!("p{:x}-{chance:08x}", now.0))
 }

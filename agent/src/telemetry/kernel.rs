@@ -514,7 +514,6 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
@@ -562,73 +561,6 @@ mod tests {
             let mut switch = costs.iter().filter(|cost| cost.name == "sched_switch");
             switch.any(|cost| cost.runs > 0 && cost.run_time_ns > 0)
         });
-    }
-
-    /// Two threads that wake each other until dropped.
-    struct PingPong(Arc<AtomicBool>);
-
-    impl PingPong {
-        fn start() -> Self {
-            let on = Arc::new(AtomicBool::new(true));
-            let (mut here, mut there) = std::io::pipe().expect("a pipe");
-            let (mut back, mut answer) = std::io::pipe().expect("a pipe");
-            std::thread::spawn(move || {
-                let mut byte = [0];
-                while here.read_exact(&mut byte).is_ok() && answer.write_all(&byte).is_ok() {}
-            });
-            let goes_on = on.clone();
-            std::thread::spawn(move || {
-                let mut byte = [0];
-                while goes_on.load(Ordering::Relaxed)
-                    && there.write_all(&byte).is_ok()
-                    && back.read_exact(&mut byte).is_ok()
-                {}
-            });
-            Self(on)
-        }
-    }
-
-    impl Drop for PingPong {
-        fn drop(&mut self) {
-            self.0.store(false, Ordering::Relaxed);
-        }
-    }
-
-    /// The best of several rounds, because the machine does other work too.
-    fn cheapest(kernel: &Kernel, program: &str) -> u64 {
-        let cost = || {
-            let costs = kernel.costs();
-            let of = costs.iter().find(|cost| cost.name == program);
-            of.map_or((0, 0), |cost| (cost.runs, cost.run_time_ns))
-        };
-        let rounds = (0..8).map(|_| {
-            let before = cost();
-            std::thread::sleep(Duration::from_millis(250));
-            let after = cost();
-            assert!(after.0 > before.0 + 1_000, "{program} runs under load");
-            (after.1 - before.1) / (after.0 - before.0)
-        });
-        rounds.min().expect("eight rounds")
-    }
-
-    #[test]
-    fn a_switch_costs_at_most_150_ns_beyond_its_measuring() {
-        let Some(mut kernel) = kernel(&[]) else {
-            return;
-        };
-        let btf = Btf::from_sys_fs().expect("this kernel has types");
-        let ebpf = kernel.ebpf.as_mut().expect("loaded");
-        attach(ebpf, &btf, "nothing", "sched_switch").expect("it runs here");
-        kernel.measure(true).expect("this kernel measures programs");
-        let load = PingPong::start();
-        let (nothing, switch) = (
-            cheapest(&kernel, "nothing"),
-            cheapest(&kernel, "sched_switch"),
-        );
-        let wakeup = cheapest(&kernel, "sched_wakeup");
-        drop(load);
-        println!("ns: sched_switch {switch}, sched_wakeup {wakeup}, an empty program {nothing}");
-        assert!(switch.saturating_sub(nothing) <= 150, "{switch} ns");
     }
 
     #[test]
