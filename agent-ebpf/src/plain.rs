@@ -12,6 +12,7 @@
 )]
 
 mod attribution;
+mod births;
 mod block;
 mod datagrams;
 mod kernel;
