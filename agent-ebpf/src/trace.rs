@@ -13,6 +13,7 @@
 
 mod attribution;
 mod kernel;
+mod object;
 mod scope;
 
 use attribution::causer;
@@ -127,12 +128,3 @@ fn again(key: &AccessKey) -> bool {
     add(unsafe { &raw mut (*known).count }, 1);
     true
 }
-
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

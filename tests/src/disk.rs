@@ -72,7 +72,7 @@ impl Drop for Disk {
     }
 }
 
-/// What a program prints; a failing one ends the test.
+/// What a program prints, without the space around it; a failing one ends the test.
 pub fn output(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
     let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
@@ -81,5 +81,5 @@ pub fn output(program: &str, arguments: &[&str]) -> String {
         "{program} {arguments:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }

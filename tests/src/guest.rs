@@ -1,6 +1,7 @@
 //! Disks that can be made to fail. They need md, the device mapper and scsi_debug, so the tests that use them
 //! run in the guests of `cargo xtask lab kernels`.
 
+use crate::disk::output;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,18 +14,6 @@ pub fn is_guest() -> bool {
         println!("not run: only in the guests of `cargo xtask lab kernels`");
     }
     is
-}
-
-/// What a program printed; panics when it failed.
-pub fn output(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(
-        output.status.success(),
-        "{program} {arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 /// A loop device, given back when dropped.

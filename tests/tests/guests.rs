@@ -1,6 +1,7 @@
 //! Real faults of disks, as the built agent tells of them. In guests only.
 
-use lifeboat_tests::guest::{Loop, is_guest, output};
+use lifeboat_tests::disk::output;
+use lifeboat_tests::guest::{Loop, is_guest};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -1,7 +1,8 @@
 //! Devices on devices: what is dirty, and whose the I/O is, counted once. In guests only.
 
 use lifeboat::telemetry::dirty::Watch;
-use lifeboat_tests::guest::{Loop, Mapped, is_guest, output};
+use lifeboat_tests::disk::output;
+use lifeboat_tests::guest::{Loop, Mapped, is_guest};
 use lifeboat_tests::scope::{Scope, container, now};
 use std::cell::RefCell;
 use std::fs::{self, File, OpenOptions};
