@@ -8,7 +8,7 @@ use crate::model::edge::{Edge, How, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::telemetry::External;
 use crate::model::units::{Bytes, UnixMillis};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -139,6 +139,63 @@ impl EdgeBook {
         });
         entry.totals.connections = entry.totals.connections.max(connections);
         entry.totals.last_seen = now;
+    }
+
+    /// Calls by their name containers that went by the path of their cgroup, because they were seen before
+    /// their runtime told of them; `name_of` knows the names there are by now.
+    pub fn name(&mut self, name_of: impl Fn(&ContainerName) -> Option<ContainerName>) {
+        let kinds = self.kinds.iter();
+        let in_kinds = kinds.flat_map(|(kind, entry)| {
+            let other = kind.other.as_ref().map(|(other, _)| other);
+            let (child, parent) = match &entry.meaning {
+                Some((Meaning::Edge { child, parent, .. }, _)) => (Some(child), Some(parent)),
+                _ => (None, None),
+            };
+            [Some(&kind.owner), other, child, parent]
+        });
+        let remembered = self.remembered.iter();
+        let all = remembered.flat_map(|edge| [Some(&edge.child), Some(&edge.parent)]);
+        let named: BTreeMap<ContainerName, ContainerName> = in_kinds
+            .chain(all)
+            .flatten()
+            .filter(|name| name.as_str().starts_with('/'))
+            .filter_map(|path| Some((path.clone(), name_of(path)?)))
+            .collect();
+        if named.is_empty() {
+            return;
+        }
+        let rename = |name: &mut ContainerName| {
+            if let Some(known) = named.get(name) {
+                *name = known.clone();
+            }
+        };
+        for (mut kind, mut entry) in std::mem::take(&mut self.kinds) {
+            rename(&mut kind.owner);
+            if let Some((other, _)) = &mut kind.other {
+                rename(other);
+            }
+            if let Some((meaning, _)) = &mut entry.meaning
+                && let Meaning::Edge { child, parent, .. } = meaning
+            {
+                rename(child);
+                rename(parent);
+                if child == parent {
+                    *meaning = Meaning::Nothing;
+                }
+            }
+            match self.kinds.entry(kind) {
+                btree_map::Entry::Vacant(place) => {
+                    place.insert(entry);
+                }
+                btree_map::Entry::Occupied(mut before) => {
+                    before.get_mut().totals.merge(&entry.totals);
+                }
+            }
+        }
+        for edge in &mut self.remembered {
+            rename(&mut edge.child);
+            rename(&mut edge.parent);
+        }
     }
 
     /// Resolves what is not resolved yet.
@@ -616,6 +673,38 @@ mod tests {
             (both.len(), both[0].learnt, both[0].connections),
             (1, Learnt::Observed, 2)
         );
+    }
+
+    #[test]
+    fn a_container_seen_before_its_runtime_told_of_it_gets_its_name_everywhere() {
+        let path = "/libpod-1";
+        let mut book = book(&[
+            (client("app", POD, "10.88.0.3", 5432), totals(2, 1, 1)),
+            (client(path, POD, "10.88.0.3", 5432), totals(3, 1, 1)),
+            (
+                met(server("metrics", HOST, 9090, "10.88.0.2"), path, 9090),
+                totals(1, 1, 1),
+            ),
+        ]);
+        book.remembered = vec![Edge {
+            child: path.into(),
+            parent: "redis".into(),
+            ..edges(&book)[0].clone()
+        }];
+        book.name(|_| None);
+        assert_eq!(edges(&book).len(), 4);
+        book.name(|name| (name.as_str() == path).then(|| "app".into()));
+        let edges = edges(&book);
+        let told = |edge: &Edge| {
+            (
+                edge.child.to_string(),
+                edge.parent.to_string(),
+                edge.connections,
+            )
+        };
+        let told: Vec<_> = edges.iter().map(told).collect();
+        let to = |parent: &str, connections| ("app".to_owned(), parent.to_owned(), connections);
+        assert_eq!(told, [to("db", 5), to("metrics", 1), to("redis", 3)]);
     }
 
     #[test]

@@ -155,7 +155,7 @@ impl Cgroups {
 
 /// The container's id in the path of its cgroup: `…/libpod-ID`, `…/docker-ID.scope`, `…/ID`, or below such a
 /// one. Monitors of containers have it in their path too, and are none.
-fn container_id(path: &str) -> Option<&str> {
+pub(super) fn container_id(path: &str) -> Option<&str> {
     path.split('/').find_map(|part| {
         let part = part.strip_suffix(".scope").unwrap_or(part);
         let (kind, id) = part.rsplit_once('-').unwrap_or(("", part));

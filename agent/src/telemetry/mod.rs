@@ -265,6 +265,7 @@ impl Telemetry {
         let heard = self.heard.iter().map(|(id, name)| (id.as_str(), name));
         let names = heard.chain(listed).collect();
         let (owners_of_gone, unnamed) = self.cgroups.owners_of_gone(&ids, &names);
+        self.ports.name(&names);
         // Left in the kernel's maps until its name is known.
         run_queue.retain(|(cgroup, _)| !unnamed.contains(cgroup));
         block.retain(|(key, _)| !unnamed.contains(&key.cgroup));

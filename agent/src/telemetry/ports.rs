@@ -1,6 +1,7 @@
 //! From the kernel's kinds of connections and listening ports to edges and service ports.
 
 use super::book::{EdgeBook, Moved, Totals};
+use super::cgroups::container_id;
 use super::edges::{Kind, Role, World};
 use super::kernel::Kernel;
 use super::listeners::Listeners;
@@ -101,6 +102,14 @@ impl Ports {
             book: EdgeBook::remembering(edges),
             ..Self::default()
         }
+    }
+
+    /// Takes in the names that runtimes gave, by id of the container.
+    pub fn name(&mut self, names: &HashMap<&str, &ContainerName>) {
+        self.book.name(|path| {
+            let name = names.get(container_id(path.as_str())?)?;
+            Some((*name).clone())
+        });
     }
 
     /// Takes in a sweep, and forgets what is older than `age`.
