@@ -143,6 +143,7 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         containers: Vec::new(),
         size: Bytes(0),
         entries: 0,
+        device_nodes: 0,
     };
     let mut sender = Sender::new(plan(), path, FleetKey(key("fleet")?), options());
     let (_, report) =

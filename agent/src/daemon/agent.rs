@@ -132,6 +132,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         } else {
             EngineChoice::Auto
         },
+        device_nodes: config.migration.device_nodes,
         ..transfer::Options::default()
     };
     let mut parts = Parts {

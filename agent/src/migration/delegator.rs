@@ -673,6 +673,7 @@ async fn measure(directories: Vec<Directory>) -> Result<Vec<VolumeSpec>, Delegat
                     containers: directory.containers,
                     size: measure.size,
                     entries: measure.entries,
+                    device_nodes: measure.device_nodes,
                 })
             })
             .collect::<Result<Vec<_>, crate::volume::ScanError>>()

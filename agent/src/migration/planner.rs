@@ -439,6 +439,7 @@ pub fn image_volumes(
                 containers: Vec::new(),
                 size: planned.image_size,
                 entries: 1,
+                device_nodes: 0,
             })
             .containers
             .push(container.name.clone());

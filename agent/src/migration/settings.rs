@@ -26,6 +26,8 @@ pub struct Settings {
     pub automatic: bool,
     /// As target: directories below which bind-mounted volumes of other devices may be put.
     pub bind_roots: Vec<PathBuf>,
+    /// As target: take volumes with device nodes in them.
+    pub device_nodes: bool,
 }
 
 impl Default for Settings {
@@ -46,6 +48,7 @@ impl Default for Settings {
             ]
             .map(PathBuf::from)
             .to_vec(),
+            device_nodes: false,
         }
     }
 }

@@ -312,6 +312,13 @@ impl Target {
                     volume.source_path.display()
                 ));
             }
+            if volume.device_nodes > 0 && !self.parts.settings.device_nodes {
+                return not_ours(format!(
+                    "volume {} holds {} device nodes; set `device_nodes: true` under `migration` in the \
+                     target's configuration to take them",
+                    volume.name, volume.device_nodes
+                ));
+            }
         }
         Ok(())
     }

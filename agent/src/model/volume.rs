@@ -34,4 +34,7 @@ pub struct VolumeSpec {
     pub size: Bytes,
     /// Entries (files, directories, links, …) when the plan was made.
     pub entries: u64,
+    /// Device nodes among them.
+    #[serde(default)]
+    pub device_nodes: u64,
 }

@@ -58,6 +58,8 @@ pub struct Options {
     pub backoff: Duration,
     /// Most data connections of admitted peers served at a time.
     pub connections_cap: usize,
+    /// As target: make device nodes.
+    pub device_nodes: bool,
 }
 
 impl Default for Options {
@@ -70,6 +72,7 @@ impl Default for Options {
             retries: 8,
             backoff: Duration::from_millis(200),
             connections_cap: 64,
+            device_nodes: false,
         }
     }
 }

@@ -349,7 +349,8 @@ impl Reception {
             volume.bytes_again.fetch_add(again, Ordering::Relaxed);
         }
         let spec = &volume.spec;
-        let destination = Destination::open(&spec.name, &spec.destination)?;
+        let destination = Destination::open(&spec.name, &spec.destination)?
+            .taking_devices(self.options.device_nodes);
         let complete = complete.filter(|complete| complete.block_size == block_size);
         let (basis, tree) = match complete {
             Some(complete) if Some(complete.root) == wanted => (Basis::Known, complete.tree),

@@ -108,6 +108,7 @@ impl ApplyError {
 pub struct Destination {
     volume: String,
     root: Confined,
+    devices: bool,
 }
 
 /// How a file is opened for writing.
@@ -155,7 +156,14 @@ impl Destination {
         Ok(Self {
             volume: volume.to_owned(),
             root,
+            devices: false,
         })
+    }
+
+    /// Whether device nodes are made here; at first they are refused, for whoever may open one has the device.
+    #[must_use]
+    pub fn taking_devices(self, devices: bool) -> Self {
+        Self { devices, ..self }
     }
 
     /// The volume's name.
@@ -265,6 +273,22 @@ impl Destination {
     /// It cannot be made; an entry of another kind is an error too.
     pub fn special(&self, cache: &mut Parent, entry: &Entry) -> Result<(), ApplyError> {
         let permissions = Mode::from_bits_truncate(entry.mode);
+        let is_device = match entry.kind {
+            // Device 0:0 is the whiteout of overlay file systems and nobody's.
+            Kind::CharDevice(number) => number != 0,
+            Kind::BlockDevice(_) => true,
+            _ => false,
+        };
+        if is_device && !self.devices {
+            let refused = "device nodes are not taken here; set `device_nodes: true` under `migration` in the \
+                           target's configuration, or remove it from the volume";
+            return Err(self.failed(
+                "make the device node",
+                &entry.path,
+                0,
+                io::Error::other(refused),
+            ));
+        }
         self.with_parent(cache, &entry.path, |dir, name| {
             match remove_all(dir, name) {
                 Ok(()) | Err(Errno::ENOENT) => {}

@@ -13,6 +13,8 @@ pub struct Measure {
     pub size: Bytes,
     /// Files, directories, links, ….
     pub entries: u64,
+    /// Device nodes among them; the whiteouts of overlay file systems give access to nothing and do not count.
+    pub device_nodes: u64,
 }
 
 /// Measures everything beneath `path`.
@@ -21,10 +23,16 @@ pub struct Measure {
 /// Anything that exists but cannot be looked at.
 pub fn measure(path: &Path) -> Result<Measure, ScanError> {
     let found = walk(&open_root(path)?)?.found;
-    let regular = |mode| mode & SFlag::S_IFMT.bits() == SFlag::S_IFREG.bits();
-    let sizes = found.iter().filter(|found| regular(found.stat.st_mode));
+    let is = |mode, kind: SFlag| mode & SFlag::S_IFMT.bits() == kind.bits();
+    let sizes = found
+        .iter()
+        .filter(|found| is(found.stat.st_mode, SFlag::S_IFREG));
+    let nodes = found.iter().map(|found| &found.stat).filter(|stat| {
+        is(stat.st_mode, SFlag::S_IFBLK) || is(stat.st_mode, SFlag::S_IFCHR) && stat.st_rdev != 0
+    });
     Ok(Measure {
         size: Bytes(sizes.map(|found| found.stat.st_size.unsigned_abs()).sum()),
         entries: found.len() as u64,
+        device_nodes: nodes.count() as u64,
     })
 }

@@ -205,3 +205,55 @@ fn a_name_too_long_for_the_target_is_named_and_nothing_is_left_out_in_silence() 
     assert_eq!(report.skipped.len(), 1, "{:?}", report.skipped);
     assert!(report.skipped[0].reason.contains("longer than"));
 }
+
+#[test]
+fn device_nodes_are_made_only_where_the_operator_allowed_them() {
+    use crate::volume::apply::{Destination, Parent};
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    let bench = Bench::new(EngineChoice::Auto);
+    let made = |name: &str, device| {
+        mknod(
+            &bench.source.join(name),
+            SFlag::S_IFCHR,
+            Mode::S_IRUSR,
+            device,
+        )
+    };
+    if made("zero", makedev(1, 5)).is_err() {
+        eprintln!("skipped: device nodes cannot be made here");
+        return;
+    }
+    made("whiteout", 0).unwrap();
+    assert_eq!(
+        crate::volume::measure(&bench.source).unwrap().device_nodes,
+        1
+    );
+    let key = FleetKey(FLEET);
+    let (state, _) =
+        crate::volume::scan(&bench.source, &key, crate::volume::BlockSize::for_volume(0)).unwrap();
+    let entry = |name: &[u8]| {
+        state
+            .entries
+            .iter()
+            .find(|entry| *entry.path == *name)
+            .unwrap()
+    };
+    let open = || Destination::open("data", &bench.target).unwrap();
+    open()
+        .special(&mut Parent::default(), entry(b"whiteout"))
+        .unwrap();
+    let error = open()
+        .special(&mut Parent::default(), entry(b"zero"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("`zero`") && error.contains("device_nodes: true"),
+        "{error}"
+    );
+    assert!(!bench.target.join("zero").exists());
+    open()
+        .taking_devices(true)
+        .special(&mut Parent::default(), entry(b"zero"))
+        .unwrap();
+    assert!(bench.target.join("zero").exists());
+}

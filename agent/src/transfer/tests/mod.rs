@@ -30,6 +30,7 @@ pub(super) fn options(engine: EngineChoice) -> Options {
         patience: Duration::from_secs(2),
         retries: 4,
         backoff: Duration::from_millis(20),
+        device_nodes: true,
         ..Options::default()
     }
 }
@@ -165,6 +166,7 @@ impl Bench {
             containers: Vec::new(),
             size: Bytes(0),
             entries: 0,
+            device_nodes: 0,
         }
     }
 
