@@ -167,7 +167,7 @@ fn sweep_until(
     containers: &[Container],
     mut holds: impl FnMut(&Snapshot) -> bool,
 ) -> Snapshot {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(30);
     loop {
         let snapshot = senses.sweep(containers, now());
         if holds(&snapshot) {

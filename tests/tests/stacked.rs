@@ -1,5 +1,6 @@
 //! Devices on devices: what is dirty, and whose the I/O is, counted once. In guests only.
 
+use lifeboat::model::telemetry::Histogram;
 use lifeboat::telemetry::dirty::Watch;
 use lifeboat_tests::disk::output;
 use lifeboat_tests::guest::{Loop, Mapped, is_guest};
@@ -194,7 +195,6 @@ fn what_is_read_through_stacked_devices_is_counted_once_and_for_the_reader() {
     let (_disks, mapped) = striped("counted");
     let reader = scope.cgroup("reader");
     let mut senses = scope.senses();
-    let start = Instant::now();
     senses.sweep(&[], now());
     let script = "echo $$ > \"$0/cgroup.procs\" && exec dd if=\"$1\" of=/dev/null bs=64k count=128 iflag=direct";
     let read = Command::new("sh")
@@ -203,14 +203,18 @@ fn what_is_read_through_stacked_devices_is_counted_once_and_for_the_reader() {
         .output()
         .expect("a shell");
     assert!(read.status.success(), "{read:?}");
-    let seconds = start.elapsed().as_secs_f64();
     let snapshot = senses.sweep(&[container("reader", 0)], now());
     let block = snapshot.containers[0]
         .block
         .as_ref()
         .expect("the programs run");
-    let mib = block.reads.bytes_per_second * seconds / MIB as f64;
-    assert!((7.9..8.5).contains(&mib), "{mib} MiB of 8: {block:?}");
+    let mut sizes = [0; 17];
+    sizes[16] = 128; // of 64 KiB
+    assert_eq!(
+        block.reads.sizes,
+        Histogram::from_slots(&sizes),
+        "{block:?}"
+    );
     assert!(
         snapshot.losses.iter().all(|loss| loss.lost == 0),
         "{:?}",

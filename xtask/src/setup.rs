@@ -224,6 +224,10 @@ pub(crate) fn fetch(packages: &[(&str, &str)]) -> Result<()> {
         return Ok(());
     }
     say(packages);
+    ensure!(
+        program("apt-get").is_some(),
+        "this machine has no apt-get: install these yourself"
+    );
     apt_get(&["update", "-qq"])?;
     install(packages)
 }

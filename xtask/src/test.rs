@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
+use crate::lab::kernels;
 use crate::process::{is_root, shown};
 use crate::{setup, workspace};
 
@@ -108,7 +109,8 @@ pub fn build_release() -> Result<()> {
     bail!("the release build failed")
 }
 
-/// Sets up, builds, checks the style, runs the unit tests and then the end-to-end tests one by one.
+/// Sets up, builds, checks the style, runs the unit tests, the end-to-end tests one by one, and then those
+/// of other kernels.
 ///
 /// # Errors
 /// A step failed; all steps after the build are run nevertheless, and their output tells why.
@@ -150,6 +152,11 @@ pub fn test() -> Result<()> {
         if !step(&mut command, &mut counts)? {
             failed.push(name);
         }
+    }
+    println!("\nguests");
+    if let Err(error) = kernels::in_test(|line| counts.add(line)) {
+        println!("FAILED: {error:#}");
+        failed.push("guests");
     }
     println!(
         "\ntest result: {}. {} passed; {} failed; {} ignored; 0 measured; 0 filtered out; finished in {:.2}s",

@@ -137,7 +137,10 @@ fn duration(text: &str) -> Result<Duration, String> {
 /// # Errors
 /// As the library's functions; `exec` does not return when it succeeds.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    become_root()?;
+    // Guests are made by anyone.
+    if !matches!(arguments.action, Action::Kernels { .. }) {
+        become_root()?;
+    }
     let name = &arguments.lab;
     match &arguments.action {
         Action::Up { hosts, foreground } => {

@@ -11,7 +11,7 @@ pub mod command;
 mod fabric;
 mod fault;
 mod host;
-mod kernels;
+pub mod kernels;
 
 use std::fs;
 use std::io::ErrorKind;

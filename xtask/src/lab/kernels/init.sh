@@ -11,6 +11,7 @@ echo "guest: kernel $(uname -r)"
 for test in @TESTS@; do
   $test --test-threads=1 --show-output 2>&1
   echo "guest: $test ended with $?"
+  killall -q lifeboat
 done
 echo "device: guest
 state: /run/state
