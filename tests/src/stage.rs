@@ -194,13 +194,22 @@ impl Stage {
             .tell(SOURCE, &["evacuate", service.name, "--yes"])
             .map_or_else(|error| Ok(format!("{error:#}")), |done| bail!("{done}"));
         let told = told.context("the agent lived on")?;
-        let status = self.crew.await_agent_end(SOURCE, PATIENCE)?;
+        self.await_death(SOURCE).with_context(|| told.clone())?;
+        Ok(told)
+    }
+
+    /// Waits until the agent of `device` has killed itself.
+    ///
+    /// # Errors
+    /// It lives on, or ended otherwise than by SIGKILL.
+    pub fn await_death(&mut self, device: &str) -> Result<()> {
+        let status = self.crew.await_agent_end(device, PATIENCE)?;
         ensure!(
             status.signal() == Some(9),
-            "the agent ended with {status} after: {told}\n{}",
-            self.crew.log(SOURCE)
+            "the agent ended with {status}\n{}",
+            self.crew.log(device)
         );
-        Ok(told)
+        Ok(())
     }
 
     /// The newest plan that the source's agent knows as under way or just over.

@@ -3,7 +3,6 @@
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::stage::{PATIENCE, SOURCE, Service, Stage, TARGET, device, running};
 use std::fs;
-use std::os::unix::process::ExitStatusExt as _;
 use xtask::process::wait_for;
 
 const CACHE: Service = Service {
@@ -19,8 +18,7 @@ fn a_target_killed_after_it_owns_starts_the_twins_in_its_next_life() -> Result<(
     };
     let arguments = ["evacuate", CACHE.name, "--yes"];
     let mut evacuation = stage.crew.begin(SOURCE, "evacuate", &arguments)?;
-    let status = stage.crew.await_agent_end(TARGET, PATIENCE)?;
-    ensure!(status.signal() == Some(9), "the agent ended with {status}");
+    stage.await_death(TARGET)?;
     ensure!(running(stage.target()?)?.is_empty(), "a twin runs already");
     stage.crew.start_agent(TARGET)?;
     let status = evacuation.wait()?;
@@ -35,21 +33,44 @@ fn a_target_killed_after_it_owns_starts_the_twins_in_its_next_life() -> Result<(
 }
 
 #[test]
+fn a_target_killed_before_it_owns_is_gone_on_with_in_its_next_life() -> Result<()> {
+    let devices = [device(SOURCE, None), device(TARGET, Some("rehearse"))];
+    let Some(mut stage) = Stage::up("target-returns", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let arguments = ["evacuate", CACHE.name, "--yes"];
+    let mut evacuation = stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    stage.await_death(TARGET)?;
+    stage.writes_go_on(&CACHE)?;
+    stage.crew.start_agent(TARGET)?;
+    let status = evacuation.wait()?;
+    let log = fs::read_to_string(stage.source()?.log("evacuate"))?;
+    ensure!(status.success(), "{status}: {log}");
+    ensure!(running(stage.source()?)?.is_empty());
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    stage.lab.down()
+}
+
+#[test]
 fn a_target_that_was_away_at_a_roll_back_frees_everything_when_it_is_back() -> Result<()> {
     let devices = [device(SOURCE, None), device(TARGET, Some("rehearse"))];
     let Some(mut stage) = Stage::up("target-away", &devices, &[CACHE])? else {
         return Ok(());
     };
-    let told = stage
-        .crew
-        .tell(SOURCE, &["evacuate", CACHE.name, "--yes"])
-        .unwrap_or_else(|error| format!("{error:#}"));
-    let status = stage.crew.await_agent_end(TARGET, PATIENCE)?;
-    ensure!(
-        status.signal() == Some(9),
-        "the agent ended with {status}: {told}"
-    );
-    ensure!(told.contains("rolled back"), "{told}");
+    let arguments = ["evacuate", CACHE.name, "--yes"];
+    let mut evacuation = stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    stage.await_death(TARGET)?;
+    let plan = stage.plan()?;
+    wait_for("a source that waits for its target", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let trouble = status["plans"].to_string();
+        Ok(trouble.contains("cannot connect").then_some(()))
+    })?;
+    stage.crew.tell(SOURCE, &["abort", &plan])?;
+    ensure!(!evacuation.wait()?.success());
+    let log = fs::read_to_string(stage.source()?.log("evacuate"))?;
+    ensure!(log.contains("rolled back"), "{log}");
     stage.writes_go_on(&CACHE)?;
     let target = stage.target()?.clone();
     let left = || -> Result<String> {

@@ -140,12 +140,7 @@ impl Crew {
     /// As [`Crew::start_agent`].
     pub fn start_agent_with(&mut self, device: &str, environment: &[String]) -> Result<()> {
         let host = self.host(device)?.clone();
-        // `env` becomes the agent: the process id is the agent's own.
-        let environment = ["env".into()]
-            .into_iter()
-            .chain(environment.iter().map(Into::into));
-        let child = host.spawn_logged("agent", environment.chain(argv(&["agent"])))?;
-        self.running.insert(device.to_owned(), child);
+        self.launch_agent(device, environment)?;
         wait_for(
             "the agent's first view of its host",
             Duration::from_secs(20),
@@ -158,6 +153,21 @@ impl Crew {
         )
         .map(drop)
         .with_context(|| tail(&host, "agent"))
+    }
+
+    /// Starts the agent of a device, with `NAME=VALUE`s in its environment, and waits for nothing.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn launch_agent(&mut self, device: &str, environment: &[String]) -> Result<()> {
+        let host = self.host(device)?.clone();
+        // `env` becomes the agent: the process id is the agent's own.
+        let environment = ["env".into()]
+            .into_iter()
+            .chain(environment.iter().map(Into::into));
+        let child = host.spawn_logged("agent", environment.chain(argv(&["agent"])))?;
+        self.running.insert(device.to_owned(), child);
+        Ok(())
     }
 
     /// Kills the agent of a device with SIGKILL.

@@ -278,6 +278,7 @@ async fn serve_fleet(
     let target = Arc::new(Target::new(parts.clone(), pairings.clone(), data));
     target.resume();
     let paired = Arc::new(Paired::new(parts.clone(), pairings.clone(), data));
+    paired.resume();
     let listen = SocketAddr::from(([0, 0, 0, 0], advertised.port()));
     let server = ControlServer::bind(&fleet.identity, listen)
         .await

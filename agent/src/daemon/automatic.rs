@@ -49,6 +49,21 @@ struct Own {
     recovered: Option<Instant>,
 }
 
+impl Own {
+    fn of_earlier_life((plan, prepared): (PlanId, bool)) -> Self {
+        Self {
+            plan,
+            prepared,
+            stage: if prepared {
+                Stage::Prepare
+            } else {
+                Stage::Evacuate
+            },
+            recovered: None,
+        }
+    }
+}
+
 impl Automatic {
     /// A driver that has started nothing yet.
     #[must_use]
@@ -81,6 +96,9 @@ impl Automatic {
 
     async fn follow(&mut self, verdict: &Verdict, view: &HostView) {
         let wanted = verdict.stage.filter(|stage| *stage >= Stage::Prepare);
+        if self.own.is_none() {
+            self.own = self.delegator.by_verdict().map(Own::of_earlier_life);
+        }
         if let Some(own) = self.own.take() {
             self.own = match self.delegator.outcome(&own.plan) {
                 None => self.steer(own, wanted, verdict).await,

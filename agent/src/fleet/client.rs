@@ -111,6 +111,15 @@ impl CallError {
         }
     }
 
+    /// Whether nobody was there, or went in the middle.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        matches!(
+            self.failure,
+            CallFailure::Connect(_) | CallFailure::ConnectTimeout(_) | CallFailure::Broken(_)
+        )
+    }
+
     /// The word by which the other side named its error.
     #[must_use]
     pub fn code(&self) -> Option<&str> {

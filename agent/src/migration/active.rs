@@ -5,7 +5,7 @@
 use super::events::Approval;
 use super::moving::MoveError;
 use crate::model::ids::{DeviceId, PlanId};
-use crate::model::plan::{Plan, PlanGuards, TwinState};
+use crate::model::plan::{MigrationEvent, Plan, PlanGuards, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::transfer::Progress;
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,14 @@ struct Word {
 struct Cancel {
     reason: Option<String>,
     committed: bool,
+    /// The agent ends, and its next life goes on with the plan.
+    suspended: bool,
 }
+
+const STOPPED: &str = "the agent was stopped";
+
+/// The phase of a plan that waits for the next life of the agent.
+pub(super) const SUSPENDED: &str = "suspended";
 
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // The data is plain values that are whole after every statement; a panic elsewhere spoils nothing.
@@ -127,7 +134,7 @@ impl Active {
         let mut status = locked(&self.status);
         status.phase = phase.to_owned();
         status.trouble = None;
-        if matches!(phase, "completed" | "aborted") {
+        if matches!(phase, "completed" | "aborted" | SUSPENDED) {
             status.over = true;
             self.ended.store(true, Ordering::Release);
         }
@@ -265,6 +272,29 @@ impl Active {
         self.stop.cancel();
         self.told.notify_one();
         true
+    }
+
+    /// Stops the plan for this life of the agent; false when that is too late, or when it is over.
+    pub(super) fn suspend(&self) -> bool {
+        if self.ended.load(Ordering::Acquire) || !self.cancel(STOPPED) {
+            return false;
+        }
+        let mut cancel = locked(&self.cancel);
+        // Asked to abort before, it does.
+        cancel.suspended = cancel.reason.as_deref() == Some(STOPPED);
+        true
+    }
+
+    pub(super) fn suspended(&self) -> bool {
+        locked(&self.cancel).suspended
+    }
+
+    /// Whether a verdict asked for it, and no operator.
+    pub(super) fn by_verdict(&self) -> bool {
+        matches!(
+            locked(&self.word).plan.event,
+            MigrationEvent::Degraded { .. }
+        )
     }
 
     pub(super) fn status(&self) -> PlanStatus {

@@ -25,6 +25,17 @@ pub(super) struct Clearance {
     told: String,
 }
 
+impl Clearance {
+    /// Takes note of a journalled event of an earlier life.
+    pub(super) fn note(&mut self, event: &SourceEvent) {
+        match event {
+            SourceEvent::Approved { approval } => self.approved.push(approval.role.clone()),
+            SourceEvent::NotApproved { .. } => self.proceeds = true,
+            _ => {}
+        }
+    }
+}
+
 /// Between two questions to the storm guard.
 const TRY_AGAIN: Duration = Duration::from_secs(15);
 

@@ -7,7 +7,7 @@ use super::active::{Active, PlanStatus, locked};
 use super::clearance::Clearance;
 use super::events::{Approval, Forwarding, SourceEvent};
 use super::journal::{Journal, JournalError, plan_directory};
-use super::moving::{Done, Move};
+use super::moving::{Done, Move, Moved};
 use super::planner::{self, Directory, Gathered, PlanError, Request};
 use super::report::{Report, report};
 use super::settings::Settings;
@@ -380,7 +380,7 @@ impl Delegator {
             plans.insert(plan.id.clone(), active.clone());
         }
         let id = plan.id.clone();
-        match self.start(plan, active) {
+        match self.start(plan, active, held) {
             Ok(()) => Ok(id),
             Err(error) => {
                 locked(&self.plans).remove(&id);
@@ -389,13 +389,19 @@ impl Delegator {
         }
     }
 
-    fn start(self: &Arc<Self>, plan: Plan, active: Arc<Active>) -> Result<(), JournalError> {
+    fn start(
+        self: &Arc<Self>,
+        plan: Plan,
+        active: Arc<Active>,
+        held: bool,
+    ) -> Result<(), JournalError> {
         let directory = plan_directory(&self.parts.state, "source", &plan.id);
         let (mut journal, _) = Journal::open(&directory)?;
         journal.append(
             plan.created,
             SourceEvent::Planned {
                 plan: Box::new(plan.clone()),
+                held,
             },
         )?;
         let delegator = self.clone();
@@ -405,6 +411,7 @@ impl Delegator {
             journal,
             active,
             done: Done::default(),
+            moved: Moved::default(),
             clearance: Clearance::default(),
         }));
         Ok(())
@@ -478,15 +485,24 @@ impl Delegator {
         })
     }
 
-    /// Rolls back what is not released, because the agent ends; waits at most `patience`.
+    /// A plan under way that a verdict asked for, and whether it is only prepared: an earlier life of the
+    /// agent may have begun it.
+    #[must_use]
+    pub fn by_verdict(&self) -> Option<(PlanId, bool)> {
+        let plans = locked(&self.plans);
+        let mut under_way = plans
+            .iter()
+            .filter(|(_, plan)| !plan.ended.load(Ordering::Acquire));
+        under_way.find_map(|(id, plan)| plan.by_verdict().then(|| (id.clone(), plan.held())))
+    }
+
+    /// Lets go of what is not released, because the agent ends: what is fenced or frozen runs again, and the
+    /// next life goes on. Waits at most `patience`.
     pub async fn stop(&self, patience: Duration) {
         let plans: Vec<Arc<Active>> = locked(&self.plans).values().cloned().collect();
-        let cancelled: Vec<_> = plans
-            .iter()
-            .filter(|plan| plan.cancel("the agent was stopped"))
-            .collect();
+        let suspended: Vec<_> = plans.iter().filter(|plan| plan.suspend()).collect();
         let all_ended = async {
-            while !cancelled
+            while !suspended
                 .iter()
                 .all(|plan| plan.ended.load(Ordering::Acquire))
             {
@@ -495,7 +511,7 @@ impl Delegator {
         };
         if tokio::time::timeout(patience, all_ended).await.is_err() {
             tracing::error!(
-                "a plan could not be rolled back in time; the next start of the agent does it"
+                "a plan could not be let go of in time; the next start of the agent does it"
             );
         }
     }
@@ -612,7 +628,7 @@ const FORWARD_RETRY: Duration = Duration::from_secs(5);
 
 pub(super) fn plan_of(entries: &[super::journal::Entry<SourceEvent>]) -> Option<Plan> {
     let mut entries = entries.iter();
-    let SourceEvent::Planned { plan } = &entries.next()?.event else {
+    let SourceEvent::Planned { plan, .. } = &entries.next()?.event else {
         return None;
     };
     let mut plan = (**plan).clone();

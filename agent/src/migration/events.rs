@@ -65,6 +65,9 @@ pub enum SourceEvent {
     Planned {
         /// Plan.
         plan: Box<Plan>,
+        /// Whether its data is only copied in advance.
+        #[serde(default)]
+        held: bool,
     },
     /// The duplicator chose a target.
     TargetChosen {
@@ -123,6 +126,13 @@ pub enum SourceEvent {
     GoesOn {
         /// The plan as of now: containers and order may have changed, volumes have not.
         plan: Box<Plan>,
+    },
+    /// A new life of the agent goes on with it; what had been fenced and frozen runs again.
+    Resumed,
+    /// It is about to be rolled back.
+    GivenUp {
+        /// Why.
+        reason: String,
     },
     /// Restart policies are about to be switched off.
     Fencing,

@@ -5,12 +5,14 @@
 //! what it owns. Non-goals: deciding when to move (health) and who may help (fleet).
 
 mod active;
+mod admission;
 mod allocation;
 mod clearance;
 pub mod delegator;
 pub mod events;
 mod faults;
 pub mod journal;
+mod keys;
 mod moving;
 pub mod paired;
 pub mod pause;

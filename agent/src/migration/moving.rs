@@ -3,22 +3,27 @@
 use super::active::Active;
 use super::clearance::Clearance;
 use super::delegator::{Delegator, FleetContext};
-use super::events::{ContainerFence, SourceEvent};
+use super::events::{ContainerFence, SourceEvent, VolumeRound};
 use super::journal::{Journal, JournalError};
 use crate::containers::{FenceError, ImageError, PauseError, RuntimeError};
 use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::pairing::PairError;
-use crate::model::fleet::Role;
+use crate::model::fleet::{PeerAddress, Role};
+use crate::model::ids::{Epoch, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::units::{UnixMillis, human_duration};
 use crate::transfer::SendError;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How the reason of a plan begins that was given up because roles did not approve it.
 pub const NOT_APPROVED: &str = "not approved by";
 
 /// A plan that is prepared for longer is given up: its pairings last a day.
-pub(super) const PREPARED_MAX: std::time::Duration = std::time::Duration::from_hours(20);
+pub(super) const PREPARED_MAX: Duration = Duration::from_hours(20);
 
 /// Why a plan stopped before its release. The source's containers run on.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +66,7 @@ pub enum MoveError {
     #[error(
         "the final changeset was not on the target after {0:?}; the workload was let run again; try when disk or link are faster"
     )]
-    PauseTooLong(std::time::Duration),
+    PauseTooLong(Duration),
     /// Somebody let a container run again during the pause.
     #[error("{0} was let run again during the pause; find who did it and ask again")]
     Thawed(crate::model::ids::ContainerName),
@@ -71,7 +76,7 @@ pub enum MoveError {
         /// Roles that did not.
         roles: String,
         /// How long they were waited for.
-        timeout: std::time::Duration,
+        timeout: Duration,
     },
     /// It was prepared for so long that its pairings end.
     #[error(
@@ -116,6 +121,11 @@ pub enum MoveError {
     Task(#[from] tokio::task::JoinError),
 }
 
+/// How long a device that has taken the plan may be away: a server takes minutes to start.
+const ABSENCE: Duration = Duration::from_secs(600);
+/// Between two calls of a device that is away.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// What all phases share: the plan, its journal and the daemon round it.
 pub(super) struct Move {
     pub(super) delegator: Arc<Delegator>,
@@ -123,7 +133,42 @@ pub(super) struct Move {
     pub(super) journal: Journal<SourceEvent>,
     pub(super) active: Arc<Active>,
     pub(super) done: Done,
+    pub(super) moved: Moved,
     pub(super) clearance: Clearance,
+}
+
+/// How far the data has come, over all lives of the agent.
+#[derive(Debug, Default)]
+pub(super) struct Moved {
+    /// Target and paired device have taken the plan.
+    pub(super) prepared: bool,
+    /// Rounds that are on the target.
+    pub(super) rounds: u32,
+    /// The last epoch of each volume there.
+    pub(super) epochs: BTreeMap<VolumeId, Epoch>,
+    /// Lives of the agent since the last round.
+    pub(super) lives: u32,
+}
+
+impl Moved {
+    /// Takes note of a journalled event.
+    pub(super) fn note(&mut self, event: &SourceEvent) {
+        match event {
+            SourceEvent::Prepared { .. } => self.prepared = true,
+            SourceEvent::Resumed => self.lives += 1,
+            SourceEvent::Round { round, volumes, .. } => {
+                (self.rounds, self.lives) = (*round, 0);
+                self.sent(volumes);
+            }
+            SourceEvent::Final { volumes, .. } => self.sent(volumes),
+            _ => {}
+        }
+    }
+
+    fn sent(&mut self, volumes: &[VolumeRound]) {
+        let epochs = volumes.iter().map(|volume| (volume.volume, volume.epoch));
+        self.epochs.extend(epochs);
+    }
 }
 
 /// What a roll-back would have to undo.
@@ -142,6 +187,7 @@ impl Done {
             SourceEvent::Fencing => self.fencing = true,
             SourceEvent::Fenced { fences } => self.fences.extend(fences.iter().cloned()),
             SourceEvent::Pausing => self.pausing = Some(at),
+            SourceEvent::Resumed => *self = Self::default(),
             _ => {}
         }
     }
@@ -151,6 +197,7 @@ impl Move {
     pub(super) fn append(&mut self, event: SourceEvent) -> Result<(), JournalError> {
         let now = self.delegator.now();
         self.done.note(now, &event);
+        self.moved.note(&event);
         self.journal.append(now, event)
     }
 
@@ -160,6 +207,31 @@ impl Move {
 
     pub(super) fn client(&self) -> Result<&ControlClient, MoveError> {
         Ok(&self.fleet()?.client)
+    }
+
+    /// Calls a device. One that has taken the plan and does not answer is probably being started anew, and is
+    /// called again for a while.
+    pub(super) async fn call<T: DeserializeOwned>(
+        &self,
+        client: &ControlClient,
+        to: &PeerAddress,
+        what: &str,
+        body: &impl Serialize,
+    ) -> Result<T, MoveError> {
+        let path = format!("/v1/plans/{}/{what}", self.plan.id);
+        let began = Instant::now();
+        loop {
+            let asked = client.post(to, &path, body);
+            match self.active.unless_cancelled(asked).await {
+                Err(MoveError::Peer(error))
+                    if error.is_away() && self.moved.prepared && began.elapsed() < ABSENCE =>
+                {
+                    self.active.trouble(&error.to_string());
+                    self.active.heard(AGAIN).await;
+                }
+                answer => return answer,
+            }
+        }
     }
 
     pub(super) fn enter(&self, phase: &'static str) -> Result<(), MoveError> {

@@ -1,14 +1,16 @@
 //! The paired device's side of a plan: check the authorisation, open the data plane, end it.
 
-use super::delegator::Parts;
+use super::delegator::{Parts, plan_ids};
 use super::journal::plan_directory;
+use super::keys;
 use crate::fleet::agent::PairedState;
 use crate::model::action::{Action, Actions};
 use crate::model::control::{RelayAccepted, RelayRequest, Secret};
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::units::Bytes;
-use crate::transfer::{DataKey, Hop, LinkKey, RelayPlan};
+use crate::transfer::{DataKey, DataServer, Hop, LinkKey, RelayPlan};
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -62,6 +64,17 @@ pub enum RelayError {
     },
 }
 
+/// What a source was promised, kept on disk until it ends.
+#[derive(Serialize, Deserialize)]
+struct Relaying {
+    source: DeviceId,
+    link_key: Secret,
+    request: RelayRequest,
+}
+
+/// Name of the spool inside a plan's directory.
+const SPOOL: &str = "spool";
+
 /// The paired role of an agent.
 pub struct Paired {
     parts: Arc<Parts>,
@@ -76,7 +89,7 @@ impl Paired {
         Self { parts, state, data }
     }
 
-    /// Opens the data plane to an authorised source.
+    /// Opens the data plane to an authorised source. Asked for the same again, it goes on as it was.
     ///
     /// # Errors
     /// No token covers the request, or there is no room for the spool.
@@ -85,6 +98,7 @@ impl Paired {
         peer: &DeviceId,
         request: RelayRequest,
     ) -> Result<RelayAccepted, RelayError> {
+        let asked = request.clone();
         let RelayRequest {
             plan,
             actions,
@@ -121,7 +135,14 @@ impl Paired {
             ));
         }
         let data = self.parts.data.as_ref().ok_or(RelayError::NoData)?;
-        let spool = plan_directory(&self.parts.state, "paired", &plan).join("spool");
+        let directory = self.directory(&plan);
+        if let Some(kept) = keys::kept::<Relaying>(&directory)
+            && kept.request == asked
+            && data.admits(&plan)
+        {
+            return Ok(self.accepted(kept.link_key));
+        }
+        let spool = directory.join(SPOOL);
         std::fs::create_dir_all(&spool).map_err(|error| RelayError::Spool {
             path: spool.clone(),
             error,
@@ -141,22 +162,65 @@ impl Paired {
                 });
             }
         }
-        let link_key = rand::random::<[u8; 32]>();
+        let relaying = Relaying {
+            source: peer.clone(),
+            link_key: Secret(rand::random()),
+            request: asked,
+        };
+        keys::keep(&directory, &relaying)
+            .map_err(|error| RelayError::Spool { path: spool, error })?;
+        tracing::info!(%plan, source = %peer, %actions, "doing delegated actions");
+        let link_key = relaying.link_key.clone();
+        self.admit(data, relaying);
+        Ok(self.accepted(link_key))
+    }
+
+    fn accepted(&self, link_key: Secret) -> RelayAccepted {
+        RelayAccepted {
+            data: self.data,
+            link_key,
+        }
+    }
+
+    fn admit(&self, data: &DataServer, relaying: Relaying) {
+        let RelayRequest {
+            plan,
+            forward,
+            seal_key,
+            ..
+        } = relaying.request;
         data.admit_relay(RelayPlan {
-            plan: plan.clone(),
-            link_key: LinkKey(link_key),
+            spool: self.directory(&plan).join(SPOOL),
+            plan,
+            link_key: LinkKey(relaying.link_key.0),
             seal_key: seal_key.map(|key| DataKey(key.0)),
             forward: forward.map(|(addr, key)| Hop {
                 addr,
                 link_key: LinkKey(key.0),
             }),
-            spool,
         });
-        tracing::info!(%plan, source = %peer, %actions, "doing delegated actions");
-        Ok(RelayAccepted {
-            data: self.data,
-            link_key: Secret(link_key),
-        })
+    }
+
+    fn directory(&self, plan: &PlanId) -> PathBuf {
+        plan_directory(&self.parts.state, "paired", plan)
+    }
+
+    /// Takes up what an earlier life of the agent relayed, as far as its pairing lasts; removes the rest.
+    pub fn resume(&self) {
+        let Some(data) = &self.parts.data else {
+            return;
+        };
+        for plan in plan_ids(&self.parts.state, "paired") {
+            let directory = self.directory(&plan);
+            let lasts = keys::kept::<Relaying>(&directory)
+                .filter(|kept| self.state.authorised(&plan, &kept.source).is_some());
+            match lasts {
+                Some(relaying) => self.admit(data, relaying),
+                None => {
+                    let _ = std::fs::remove_dir_all(directory);
+                }
+            }
+        }
     }
 
     /// Ends a relay and removes its spool.
@@ -174,7 +238,7 @@ impl Paired {
         if let Some(data) = &self.parts.data {
             data.dismiss(plan);
         }
-        let _ = std::fs::remove_dir_all(plan_directory(&self.parts.state, "paired", plan));
+        let _ = std::fs::remove_dir_all(self.directory(plan));
         Ok(())
     }
 }

@@ -2,22 +2,16 @@
 
 use super::events::VolumeRound;
 use super::moving::{Move, MoveError};
-use crate::model::ids::{Epoch, VolumeId};
+use crate::model::ids::VolumeId;
 use crate::model::volume::VolumeSpec;
 use crate::transfer::Sender;
 use crate::volume::TreeState;
 use std::collections::BTreeMap;
 
-/// What was sent of a volume last.
-pub(super) struct Sent {
-    epoch: Epoch,
-    state: TreeState,
-}
-
 /// The sender and what it sent, volume by volume.
 pub(super) struct Replica {
     pub(super) sender: Option<Sender>,
-    pub(super) sent: BTreeMap<VolumeId, Sent>,
+    pub(super) sent: BTreeMap<VolumeId, TreeState>,
 }
 
 impl Replica {
@@ -31,13 +25,9 @@ impl Replica {
         frozen: bool,
     ) -> Result<VolumeRound, MoveError> {
         let previous = self.sent.remove(&volume.id);
-        let start = core
-            .plan
-            .epochs
-            .get(&volume.id)
-            .copied()
-            .unwrap_or_default();
-        let epoch = previous.as_ref().map_or(start, |sent| sent.epoch).next();
+        let epochs = [&core.moved.epochs, &core.plan.epochs];
+        let last = epochs.iter().find_map(|epochs| epochs.get(&volume.id));
+        let epoch = last.copied().unwrap_or_default().next();
         let Some(mut sender) = self.sender.take() else {
             return Err(MoveError::Cancelled(
                 "the sender was lost with an earlier error".into(),
@@ -46,13 +36,7 @@ impl Replica {
         let progress = core.active.progress();
         let spec = volume.clone();
         let (sender, outcome) = tokio::task::spawn_blocking(move || {
-            let outcome = sender.send_epoch(
-                &spec,
-                epoch,
-                frozen,
-                previous.as_ref().map(|sent| &sent.state),
-                &progress,
-            );
+            let outcome = sender.send_epoch(&spec, epoch, frozen, previous.as_ref(), &progress);
             (sender, outcome)
         })
         .await?;
@@ -67,7 +51,7 @@ impl Replica {
                 error,
             },
         })?;
-        self.sent.insert(volume.id, Sent { epoch, state });
+        self.sent.insert(volume.id, state);
         Ok(VolumeRound {
             volume: volume.id,
             name: volume.name.clone(),

@@ -69,7 +69,7 @@ pub struct Report {
 pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
     let Entry {
         at: start,
-        event: SourceEvent::Planned { plan },
+        event: SourceEvent::Planned { plan, .. },
     } = entries.first()?
     else {
         return None;
@@ -167,7 +167,7 @@ fn per_gib(time: Duration, bytes: Bytes) -> Option<Duration> {
 
 fn tell(event: &SourceEvent) -> Vec<String> {
     match event {
-        SourceEvent::Planned { plan } => tell_plan(plan),
+        SourceEvent::Planned { plan, .. } => tell_plan(plan),
         SourceEvent::TargetChosen { target } => {
             let mut lines = vec![format!("target {} at {}", target.device, target.address)];
             lines.extend(target.explanation.iter().map(|line| format!("  {line}")));
@@ -218,6 +218,8 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(tell_plan(plan));
             lines
         }
+        SourceEvent::Resumed => vec!["resumed: the agent here was started anew".into()],
+        SourceEvent::GivenUp { .. } => vec!["rolling back".into()],
         SourceEvent::Fencing => vec!["restart policies off".into()],
         SourceEvent::Fenced { fences } => {
             let tell = |fence: &ContainerFence| {

@@ -1,18 +1,18 @@
-//! After a restart of the agent: what an earlier life left is continued or rolled back.
+//! After a restart of the agent: what an earlier life left is gone on with, from what arrived, or its roll-back is.
 
 use super::active::{Active, locked};
 use super::clearance::Clearance;
 use super::delegator::{Delegator, plan_ids, plan_of, target_peer};
 use super::events::SourceEvent;
 use super::journal::{Entry, Journal, plan_directory};
-use super::moving::{Done, Move};
-use super::switch;
+use super::moving::{Done, Move, Moved};
+use super::{source, switch};
 use crate::model::plan::Plan;
 use std::sync::Arc;
 use std::time::Duration;
 
 impl Delegator {
-    /// Continues or rolls back what an earlier life of the agent left behind. A journal that cannot be read
+    /// Goes on with what an earlier life of the agent left behind. A journal that cannot be read
     /// is told of and left alone: the other plans must not wait for it.
     pub fn resume(self: &Arc<Self>) {
         for id in plan_ids(&self.parts.state, "source") {
@@ -69,25 +69,28 @@ impl Delegator {
         journal: Journal<SourceEvent>,
         entries: &[Entry<SourceEvent>],
     ) {
-        let active = Arc::new(Active::new(&plan, false));
-        active.set_plan(&plan);
-        locked(&self.plans).insert(plan.id.clone(), active.clone());
-        let release = entries.iter().find_map(|entry| match &entry.event {
-            SourceEvent::Released { release } => Some(release.clone()),
-            _ => None,
-        });
-        let mut done = Done::default();
-        for entry in entries {
-            done.note(entry.at, &entry.event);
-        }
         let mut core = Move {
+            active: Arc::new(Active::new(&plan, is_held(entries))),
             delegator: self.clone(),
             plan,
             journal,
-            active,
-            done,
+            done: Done::default(),
+            moved: Moved::default(),
             clearance: Clearance::default(),
         };
+        core.active.set_plan(&core.plan);
+        locked(&self.plans).insert(core.plan.id.clone(), core.active.clone());
+        let (mut release, mut given_up) = (None, None);
+        for entry in entries {
+            core.done.note(entry.at, &entry.event);
+            core.moved.note(&entry.event);
+            core.clearance.note(&entry.event);
+            match &entry.event {
+                SourceEvent::Released { release: signed } => release = Some(signed.clone()),
+                SourceEvent::GivenUp { reason } => given_up = Some(reason.clone()),
+                _ => {}
+            }
+        }
         tokio::spawn(async move {
             match (release, target_peer(&core.plan)) {
                 (Some(release), Some(target)) => {
@@ -105,10 +108,39 @@ impl Delegator {
                 (Some(_), None) => core.active.trouble(
                     "released, but the target's address in the journal cannot be read; repair it and restart the agent",
                 ),
-                (None, _) => {
-                    core.roll_back("the agent was restarted before the release").await;
-                }
+                (None, _) => match given_up {
+                    Some(reason) => core.roll_back(&reason).await,
+                    None => core.go_on().await,
+                },
             }
         });
+    }
+}
+
+/// Whether the plan must not evacuate yet.
+fn is_held(entries: &[Entry<SourceEvent>]) -> bool {
+    let told = |entry: &Entry<SourceEvent>| matches!(entry.event, SourceEvent::GoesOn { .. });
+    let first = entries.first().map(|entry| &entry.event);
+    matches!(first, Some(SourceEvent::Planned { held: true, .. })) && !entries.iter().any(told)
+}
+
+/// Lives of the agent in which a plan may get no further before it is given up: it may be what ends them.
+const LIVES_MAX: u32 = 12;
+
+impl Move {
+    /// Goes on with what arrived before the agent was started anew. Until the plan freezes them again, the
+    /// containers run.
+    async fn go_on(mut self) {
+        self.active.enter("resume");
+        if self.moved.lives >= LIVES_MAX {
+            let reason =
+                format!("the agent was started {LIVES_MAX} times without a round of replication");
+            return self.roll_back(&reason).await;
+        }
+        self.let_run().await;
+        match self.append(SourceEvent::Resumed) {
+            Ok(()) => source::run(self).await,
+            Err(error) => self.roll_back(&error.to_string()).await,
+        }
     }
 }

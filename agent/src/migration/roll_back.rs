@@ -2,6 +2,7 @@
 //!
 //! Invariant: when it is over, the source's containers run and can be started as if nothing had happened.
 
+use super::active::SUSPENDED;
 use super::events::SourceEvent;
 use super::moving::{Move, MoveError};
 use super::switch::RETRY;
@@ -23,24 +24,15 @@ impl Move {
     pub(super) async fn roll_back(mut self, reason: &str) {
         tracing::warn!(plan = %self.plan.id, reason, "rolling back");
         self.active.enter("roll back");
-        let delegator = self.delegator.clone();
-        // All side by side: one that cannot be thawed must not keep the others frozen.
-        let thaws = self
-            .plan
-            .containers
-            .iter()
-            .map(|planned| self.thaw(planned));
-        futures_util::future::join_all(thaws).await;
-        for planned in &self.plan.containers {
-            for _ in 0..UNFENCE_TRIES {
-                let Err(error) = self.unfence(planned).await else {
-                    break;
-                };
-                self.active
-                    .trouble(&format!("restoring {}: {error}", planned.container.name));
-                tokio::time::sleep(RETRY).await;
-            }
+        self.thaw_all().await;
+        // So that a next life does not go on with it; the disk may be the very reason.
+        if let Err(error) = self.append(SourceEvent::GivenUp {
+            reason: reason.to_owned(),
+        }) {
+            self.active.trouble(&error.to_string());
         }
+        self.unfence_all().await;
+        let delegator = self.delegator.clone();
         let freed = delegator.dismiss(&self.plan, reason).await;
         delegator
             .end_pairings(&self.plan, DutyOutcome::Abandoned, &[])
@@ -66,6 +58,38 @@ impl Move {
 const UNFENCE_TRIES: u32 = 20;
 
 impl Move {
+    /// Lets the plan be until the next life of the agent; the containers run, and can be started.
+    pub(super) async fn suspend(self) {
+        tracing::info!(plan = %self.plan.id, "waits for the agent's next start");
+        self.let_run().await;
+        self.active.enter(SUSPENDED);
+    }
+
+    /// Lets everything run and be started as before the plan.
+    pub(super) async fn let_run(&self) {
+        self.thaw_all().await;
+        self.unfence_all().await;
+    }
+
+    async fn thaw_all(&self) {
+        // All side by side: one that cannot be thawed must not keep the others frozen.
+        let containers = self.plan.containers.iter();
+        futures_util::future::join_all(containers.map(|planned| self.thaw(planned))).await;
+    }
+
+    async fn unfence_all(&self) {
+        for planned in &self.plan.containers {
+            for _ in 0..UNFENCE_TRIES {
+                let Err(error) = self.unfence(planned).await else {
+                    break;
+                };
+                self.active
+                    .trouble(&format!("restoring {}: {error}", planned.container.name));
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+
     /// Lets one container run again, however long its runtime takes to answer.
     async fn thaw(&self, planned: &PlannedContainer) {
         if self.done.pausing.is_none() || planned.container.state == State::Paused {

@@ -4,8 +4,9 @@
 //! changeset → release. Up to the release an error comes back to the caller, who rolls back; after it
 //! ([`Released`]) there is no way back, and every step is retried until it succeeds.
 
+use super::allocation;
 use super::clearance::LOOK;
-use super::delegator::FleetContext;
+use super::delegator::{FleetContext, target_peer};
 use super::events::{ContainerFence, SourceEvent};
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
@@ -26,10 +27,13 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Runs a plan that was just made, to its end or back to its beginning.
+/// Runs a plan to its end or back to its beginning; one that was begun in an earlier life of the agent goes on
+/// with what arrived.
 pub(super) async fn run(mut core: Move) {
+    let active = core.active.clone();
     match up_to_release(&mut core).await {
         Ok(released) => released.finish().await,
+        Err(_) if active.suspended() => core.suspend().await,
         Err(error) => core.roll_back(&error.to_string()).await,
     }
 }
@@ -58,20 +62,25 @@ impl<'a> Planned<'a> {
         core.enter("allocate")?;
         let delegator = core.delegator.clone();
         let active = core.active.clone();
-        let target = active
-            .unless_cancelled(delegator.allocate_target(&core.plan))
-            .await?;
-        let target_peer = target.peer.clone();
-        let chosen = describe(&target);
-        core.append(SourceEvent::TargetChosen {
-            target: chosen.clone(),
-        })?;
-        core.plan.target = Some(chosen);
-        let mut paired_peer = None;
-        if !core.plan.delegated.is_empty() {
-            let pair = delegator.pair(&core.plan, &target_peer.device);
+        let target = match target_peer(&core.plan) {
+            Some(chosen) => chosen,
+            None => {
+                let target = active
+                    .unless_cancelled(delegator.allocate_target(&core.plan))
+                    .await?;
+                let chosen = describe(&target);
+                core.append(SourceEvent::TargetChosen {
+                    target: chosen.clone(),
+                })?;
+                core.plan.target = Some(chosen);
+                target.peer
+            }
+        };
+        let mut paired = core.plan.paired.as_ref().and_then(allocation::peer);
+        if paired.is_none() && !core.plan.delegated.is_empty() {
+            let pair = delegator.pair(&core.plan, &target.device);
             match active.unless_cancelled(pair).await {
-                Ok(paired) => paired_peer = Some(core.take_paired(&paired)?),
+                Ok(lent) => paired = Some(core.take_paired(&lent)?),
                 // A host that must go does not wait for help that is not there.
                 Err(MoveError::Allocation {
                     error: error @ PairError::NobodyFits { .. },
@@ -83,8 +92,8 @@ impl<'a> Planned<'a> {
         core.active.set_plan(&core.plan);
         Ok(Allocated {
             core,
-            target: target_peer,
-            paired: paired_peer,
+            target,
+            paired,
         })
     }
 }
@@ -150,18 +159,14 @@ impl<'a> Allocated<'a> {
         } = self;
         core.enter("prepare")?;
         let client = core.client()?;
-        let path = format!("/v1/plans/{}/offer", core.plan.id);
         let offer = Offer {
             plan: core.plan.clone(),
         };
-        let offered = client.post(&target, &path, &offer);
-        let accepted: OfferAccepted = core.active.unless_cancelled(offered).await?;
+        let accepted: OfferAccepted = core.call(client, &target, "offer", &offer).await?;
         let route = match &paired {
             Some(paired) if !core.plan.delegated.is_empty() => {
                 let request = relay_request(&core.plan, &accepted);
-                let path = format!("/v1/plans/{}/relay", core.plan.id);
-                let asked = client.post(paired, &path, &request);
-                let relay: RelayAccepted = core.active.unless_cancelled(asked).await?;
+                let relay: RelayAccepted = core.call(client, paired, "relay", &request).await?;
                 let unsealed = core.plan.delegated.contains(Action::Encrypt);
                 if unsealed && !core.delegator.trusts(relay.data.ip()) {
                     return Err(MoveError::Untrusted(relay.data));
@@ -287,23 +292,23 @@ impl<'a> Prepared<'a> {
             sent: BTreeMap::new(),
         };
         let in_advance = !core.clearance.given;
-        let mut first = 1;
         if in_advance {
-            first += prepare_in_advance(core, &mut replica, &volumes).await?;
+            prepare_in_advance(core, &mut replica, &volumes).await?;
             revise(core, &target).await?;
             rehearse(core, &target).await?;
         }
         let mut before = None;
-        for round in first..first + settings.rounds_max {
+        for round in 1..=settings.rounds_max {
             core.enter("replicate")?;
-            let (changeset, _) = replicate_round(core, &mut replica, &volumes, round).await?;
-            if round == 1 {
+            let whole = round == 1 && !in_advance;
+            let (changeset, _) = replicate_round(core, &mut replica, &volumes, whole).await?;
+            if whole {
                 drop_exports(core).await;
                 rehearse(core, &target).await?;
             }
             let shrinks = before.is_none_or(|before| changeset * 10 <= before * 8);
             // The first round is the whole copy: what changed meanwhile is not known before the second.
-            let small = round > 1 && changeset <= settings.changeset_threshold_bytes;
+            let small = !whole && changeset <= settings.changeset_threshold_bytes;
             if small || !shrinks {
                 break;
             }
@@ -318,17 +323,16 @@ impl<'a> Prepared<'a> {
     }
 }
 
-/// Copies while the plan must not evacuate, at a bounded rate and with pauses; how many rounds it was.
+/// Copies while the plan must not evacuate, at a bounded rate and with pauses.
 async fn prepare_in_advance(
     core: &mut Move,
     replica: &mut Replica,
     volumes: &[VolumeSpec],
-) -> Result<u32, MoveError> {
+) -> Result<(), MoveError> {
     let settings = core.delegator.settings().clone();
     let progress = core.active.progress();
-    let mut round = 0;
+    let mut whole = true;
     loop {
-        round += 1;
         if core.active.held() {
             progress.set_pace(settings.prepare_rate_bytes);
             // The word to evacuate, which lifts the pace, may have come in between.
@@ -337,8 +341,8 @@ async fn prepare_in_advance(
             }
         }
         core.enter("replicate in advance")?;
-        let (_, took) = replicate_round(core, replica, volumes, round).await?;
-        if round == 1 {
+        let (_, took) = replicate_round(core, replica, volumes, whole).await?;
+        if std::mem::take(&mut whole) {
             drop_exports(core).await;
         }
         let next = Instant::now() + settings.prepare_pause(took);
@@ -351,26 +355,27 @@ async fn prepare_in_advance(
                 }
             } else if core.cleared().await? {
                 progress.set_pace(0);
-                return Ok(round);
+                return Ok(());
             }
             core.active.heard(LOOK).await;
         }
     }
 }
 
-/// Sends the next epoch of each volume, an image's only in the first round; the changeset's bytes and the
+/// Sends the next epoch of each volume, an image's only when it is the `whole`; the changeset's bytes and the
 /// time it took.
 async fn replicate_round(
     core: &mut Move,
     replica: &mut Replica,
     volumes: &[VolumeSpec],
-    round: u32,
+    whole: bool,
 ) -> Result<(u64, Duration), MoveError> {
     let started = Instant::now();
+    let round = core.moved.rounds + 1;
     let mut rounds = Vec::new();
     for volume in volumes {
         let is_image = matches!(volume.kind, VolumeKind::Image(_));
-        if round > 1 && is_image {
+        if is_image && !whole {
             continue;
         }
         rounds.push(replica.send(core, volume, false).await?);
@@ -387,12 +392,10 @@ async fn replicate_round(
 
 /// Tells the target how the containers of a plan that was prepared in advance are now.
 async fn revise(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
-    let path = format!("/v1/plans/{}/revise", core.plan.id);
     let offer = Offer {
         plan: core.plan.clone(),
     };
-    let revised = core.client()?.post(target, &path, &offer);
-    core.active.unless_cancelled(revised).await
+    core.call(core.client()?, target, "revise", &offer).await
 }
 
 /// Removes the exports of images, which were only made for the journey; a sick disk wants its space back.
@@ -405,11 +408,8 @@ async fn drop_exports(core: &Move) {
 /// make is found while the source still owns everything.
 async fn rehearse(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
     core.enter("rehearse twins")?;
-    let path = format!("/v1/plans/{}/rehearse", core.plan.id);
     let client = core.client()?.clone().with_timeout(REHEARSAL_TIME);
-    core.active
-        .unless_cancelled(client.post(target, &path, &()))
-        .await
+    core.call(&client, target, "rehearse", &()).await
 }
 
 /// A slow disk unpacks a large image for minutes.
@@ -499,7 +499,12 @@ impl<'a> Paused<'a> {
         {
             let left = PAUSE_MAX.saturating_sub(since.elapsed());
             let sent = tokio::time::timeout(left, replica.send(core, volume, true)).await;
-            rounds.push(sent.map_err(|_| MoveError::PauseTooLong(PAUSE_MAX))??);
+            let too_long = |_| {
+                // Or its thread would try to reach a device that is away.
+                core.active.progress().cancel();
+                MoveError::PauseTooLong(PAUSE_MAX)
+            };
+            rounds.push(sent.map_err(too_long)??);
         }
         core.append(SourceEvent::Final {
             volumes: rounds.clone(),

@@ -69,9 +69,7 @@ impl Target {
             known.journal.append(crate::fleet::now(), event)?;
             known.owns = Some(owns.clone());
         }
-        if let Some(data) = &self.parts.data {
-            data.dismiss(id);
-        }
+        self.shut(id);
         tracing::info!(plan = %id, "this target owns the plan's volumes");
         tokio::spawn(self.clone().start_twins(plan));
         Ok(owns)

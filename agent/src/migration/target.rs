@@ -3,21 +3,22 @@
 //! Invariants: without a good release nothing is started (rule 4); ownership is on disk before it is
 //! said; what a plan made here is removed again when it ends without ownership, and nothing else is.
 
+use super::admission::Keys;
 use super::delegator::{Parts, plan_ids};
 use super::events::{Place, TargetEvent};
 use super::journal::{Entry, Journal, JournalError, plan_directory};
+use super::keys;
 use super::places::{check_room, name_of, remove_places};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
 use crate::model::container::State;
-use crate::model::control::{OfferAccepted, Owns, Secret, TargetStatus};
+use crate::model::control::{OfferAccepted, Owns, TargetStatus};
 use crate::model::fleet::Role;
-use crate::model::ids::{DeviceId, PlanId};
+use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Plan, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::VolumeKind;
-use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveProgress, ReceiveVolume};
-use crate::volume::FleetKey;
+use crate::transfer::ReceiveProgress;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -118,6 +119,8 @@ pub(super) struct Receiving {
     pub(super) twins: Vec<TwinState>,
     pub(super) start_up: Option<Duration>,
     pub(super) trouble: Option<String>,
+    /// Its places were made.
+    pub(super) accepted: bool,
 }
 
 /// The target role of an agent.
@@ -172,6 +175,9 @@ impl Target {
         {
             return Err(TargetError::Owned(plan.id));
         }
+        if let Some(accepted) = self.accepted_before(&plan).await? {
+            return Ok(accepted);
+        }
         // A source runs one plan at a time: what it left unowned here is over.
         for id in self.unowned_of(peer) {
             self.dismiss_now(&id, "its source offers another plan")
@@ -212,23 +218,7 @@ impl Target {
             places: places.clone(),
         };
         journal.append(crate::fleet::now(), event)?;
-        let (link_key, data_key) = (rand::random::<[u8; 32]>(), rand::random::<[u8; 32]>());
-        if let (Some(data), Some(fleet)) = (&self.parts.data, &self.parts.fleet) {
-            data.admit_receive(ReceivePlan {
-                plan: plan.id.clone(),
-                link_key: LinkKey(link_key),
-                data_key: DataKey(data_key),
-                fleet_key: FleetKey(*fleet.identity.fleet_key()),
-                volumes: places
-                    .iter()
-                    .map(|place| ReceiveVolume {
-                        id: place.volume,
-                        name: name_of(&plan, place.volume),
-                        destination: place.path.clone(),
-                    })
-                    .collect(),
-            });
-        }
+        let keys = self.admit(&plan, &places)?;
         tracing::info!(plan = %plan.id, source = %plan.source, volumes = places.len(), "offer accepted");
         self.plans().insert(
             plan.id.clone(),
@@ -241,14 +231,19 @@ impl Target {
                 twins: Vec::new(),
                 start_up: None,
                 trouble: None,
+                accepted: true,
             },
         );
-        Ok(OfferAccepted {
+        Ok(self.accepted(keys, images_present))
+    }
+
+    pub(super) fn accepted(&self, keys: Keys, images_present: Vec<VolumeId>) -> OfferAccepted {
+        OfferAccepted {
             data: self.data,
-            link_key: Secret(link_key),
-            data_key: Secret(data_key),
+            link_key: keys.link,
+            data_key: keys.data,
             images_present,
-        })
+        }
     }
 
     fn unowned_of(&self, source: &DeviceId) -> Vec<PlanId> {
@@ -482,9 +477,7 @@ impl Target {
             }
             plans.remove(id)
         };
-        if let Some(data) = &self.parts.data {
-            data.dismiss(id);
-        }
+        self.shut(id);
         if let Some(mut known) = known {
             let runtime = self.runtime_for(&known.plan).await?;
             // A rehearsal that was cut short may have left a twin, which was never started.
@@ -530,7 +523,16 @@ impl Target {
                 known.owns.is_some(),
                 known.start_up.is_some(),
             );
+            if !owned
+                && known.accepted
+                && let Err(error) = self.admit(&plan, &known.places)
+            {
+                tracing::error!(plan = %id, "its data is not taken: {error}");
+            }
             self.plans().insert(id.clone(), known);
+            if owned {
+                keys::wipe(&directory);
+            }
             if owned && !running {
                 tokio::spawn(self.clone().start_twins(plan));
             }
@@ -544,6 +546,7 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
     let mut journal = Some(journal);
     let mut owned_at = UnixMillis::default();
     for entry in entries {
+        let accepted = matches!(entry.event, TargetEvent::Accepted { .. });
         match (&entry.event, &mut known) {
             (
                 TargetEvent::Offered { plan, places } | TargetEvent::Accepted { plan, places },
@@ -558,6 +561,7 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
                     twins: Vec::new(),
                     start_up: None,
                     trouble: None,
+                    accepted,
                 });
             }
             (
@@ -566,6 +570,7 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
             ) => {
                 known.plan = (**plan).clone();
                 known.places.clone_from(places);
+                known.accepted = accepted;
             }
             (TargetEvent::Networks { names }, Some(known)) => {
                 known.networks.extend(names.iter().cloned());

@@ -40,7 +40,7 @@ pub struct OfferAccepted {
 }
 
 /// Source → paired device, after authorisation: do these actions.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelayRequest {
     /// Plan.
     pub plan: PlanId,

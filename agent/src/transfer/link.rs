@@ -348,6 +348,7 @@ impl Shared {
         let options = &self.setup.options;
         let mut attempts = 0;
         let mut first = !self.setup.known;
+        let mut away: Option<Instant> = None;
         while !self.is_over() {
             let mut agreed = false;
             let ended = self.connection(&mut handler, opened, &mut agreed);
@@ -369,10 +370,19 @@ impl Shared {
                     }
                     error.to_string()
                 }
+                Err(Ended::Away(text)) => {
+                    let since = *away.get_or_insert_with(Instant::now);
+                    if !first && since.elapsed() < options.absence {
+                        // When it is back it has tries left.
+                        attempts = attempts.min((options.retries / 2).max(1));
+                    }
+                    text
+                }
                 Err(Ended::Broken(text)) => text,
                 Ok(()) => state.broken.take().unwrap_or_default(),
             };
             first = first && !agreed;
+            away = away.filter(|_| !agreed);
             if attempts > options.retries {
                 state.over = Some(Err(LinkError::Lost {
                     addr: self.setup.hop.addr,
@@ -416,7 +426,8 @@ impl Shared {
             ..
         } = &self.setup;
         let patience = options.patience;
-        let socket = TcpStream::connect_timeout(&hop.addr, patience).map_err(broken)?;
+        let socket = TcpStream::connect_timeout(&hop.addr, patience)
+            .map_err(|error| Ended::Away(error.to_string()))?;
         connection::tune(&socket, patience).map_err(broken)?;
         let socket = Arc::new(socket);
         let mut greeter = engine(options.engine).map_err(fatal)?;
@@ -580,6 +591,8 @@ impl Shared {
 
 /// How a connection ended before records flowed.
 enum Ended {
+    /// Nobody is there.
+    Away(String),
     Broken(String),
     Fatal(LinkError),
 }

@@ -54,6 +54,8 @@ pub struct Options {
     pub patience: Duration,
     /// Connections tried without progress before a link is given up.
     pub retries: u32,
+    /// How long a device that agreed to the plan may be unreachable: a server takes minutes to start.
+    pub absence: Duration,
     /// Pause before the first reconnection; doubled each time, at most 5 s.
     pub backoff: Duration,
     /// Most data connections of admitted peers served at a time.
@@ -70,6 +72,7 @@ impl Default for Options {
             workers: 2,
             patience: Duration::from_secs(8),
             retries: 8,
+            absence: Duration::from_secs(600),
             backoff: Duration::from_millis(200),
             connections_cap: 64,
             device_nodes: false,

@@ -144,6 +144,12 @@ impl DataServer {
         }
     }
 
+    /// Whether a plan is admitted, in whichever way.
+    #[must_use]
+    pub fn admits(&self, plan: &PlanId) -> bool {
+        lock(&self.shared.plans).contains_key(plan)
+    }
+
     /// How far each volume of an admitted plan has come here; none for an unknown or relayed plan.
     #[must_use]
     pub fn progress(&self, plan: &PlanId) -> Option<Vec<ReceiveProgress>> {
