@@ -187,11 +187,15 @@ impl Feed<'_> {
         let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
         let failed: Mutex<Option<ReceiveError>> = Mutex::default();
         let fail = |error: ReceiveError| {
-            let failure = error.failure();
-            lock(&self.volume.state).failure = Some(failure.text.clone());
-            // The peer then ends the connection, which wakes the receiving thread.
-            self.voice.say(&Message::Failed(failure));
-            lock(&failed).get_or_insert(error);
+            let mut first = lock(&failed);
+            // What fails because of the first failure is not told.
+            if first.is_none() {
+                let failure = error.failure();
+                lock(&self.volume.state).failure = Some(failure.text.clone());
+                // The peer then ends the connection, which wakes the receiving thread.
+                self.voice.say(&Message::Failed(failure));
+                *first = Some(error);
+            }
             queue.close();
         };
         let worker = || {
@@ -202,9 +206,11 @@ impl Feed<'_> {
             while let Some((header, record)) = queue.take() {
                 let result = self.record(&mut hand, &header, &record);
                 lock(&spare).push(record);
+                // Before it counts as done: a barrier that waits for it would miss it and tell of that.
+                let ended = result.map_err(fail).is_err();
                 queue.done();
-                if let Err(error) = result {
-                    return fail(error);
+                if ended {
+                    return;
                 }
             }
         };
