@@ -89,6 +89,7 @@ fn receive(addr: SocketAddr, into: &Path) -> Outcome {
             id: VolumeId(0),
             name: "directory".to_owned(),
             destination: into.to_owned(),
+            one: false,
         }],
     });
     println!("{}", server.addr());
@@ -144,6 +145,7 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         size: Bytes(0),
         entries: 0,
         device_nodes: 0,
+        changes: Default::default(),
     };
     let mut sender = Sender::new(plan(), path, FleetKey(key("fleet")?), options());
     let (_, report) =

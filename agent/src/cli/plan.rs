@@ -87,6 +87,9 @@ pub fn render(plan: &Plan) -> String {
             volume.name,
             users.join(", ")
         );
+        if volume.kind.is_one() {
+            let _ = writeln!(out, "              changes are found {}", volume.changes);
+        }
     }
     let _ = writeln!(out, "\ndelegated to the paired device: {}", plan.delegated);
     let _ = writeln!(

@@ -221,6 +221,10 @@ fn comparable(inspect: &Value) -> Value {
     config.insert("Env".to_owned(), sorted(&inspect["Config"]["Env"]));
     let mut host = object(&inspect["HostConfig"]);
     fix_host(&mut host, true);
+    for device in list_mut(&mut host, "Devices") {
+        // By which name the host has it is the host's.
+        device["PathOnHost"] = Value::Null;
+    }
     for key in ["Binds", "Mounts", "VolumesFrom", "NetworkMode"] {
         host.remove(key); // compared below, by effect
     }

@@ -7,6 +7,7 @@
 use super::cgroups::Scope;
 use super::client::{Runtime, RuntimeError};
 use super::containerd::Containerd;
+use super::devices::keep_block_devices;
 use super::follow::Follow;
 use super::inspect;
 use crate::model::container::Container;
@@ -276,6 +277,7 @@ impl Runtimes {
             ));
             return Ok(None);
         };
+        keep_block_devices(&mut container.mounts, container.pid);
         if container.pid != 0 {
             match self.place(&mut container, problems) {
                 Ok(true) => {}

@@ -148,8 +148,19 @@ fn published(inspect: &Value) -> Vec<PublishedPort> {
     found
 }
 
-/// Volumes and bind mounts; file systems in memory have no data to move.
+/// Volumes, bind mounts and devices; file systems in memory have no data to move.
 fn mounts(inspect: &Value) -> Vec<Mount> {
+    let devices = inspect["HostConfig"]["Devices"].as_array();
+    let devices = devices.into_iter().flatten().map(|device| Mount {
+        volume: None,
+        source: PathBuf::from(text(&device["PathOnHost"])),
+        destination: PathBuf::from(text(&device["PathInContainer"])),
+        // Podman leaves it empty for all permissions.
+        writable: device["CgroupPermissions"]
+            .as_str()
+            .is_none_or(|allowed| allowed.is_empty() || allowed.contains('w')),
+        device: true,
+    });
     inspect["Mounts"]
         .as_array()
         .into_iter()
@@ -160,7 +171,9 @@ fn mounts(inspect: &Value) -> Vec<Mount> {
             source: PathBuf::from(text(&mount["Source"])),
             destination: PathBuf::from(text(&mount["Destination"])),
             writable: mount["RW"].as_bool().unwrap_or(true),
+            device: false,
         })
+        .chain(devices)
         .collect()
 }
 
@@ -200,7 +213,7 @@ pub(super) mod tests {
             let files = container
                 .mounts
                 .iter()
-                .find(|m| m.volume.is_none())
+                .find(|m| m.volume.is_none() && !m.device)
                 .unwrap();
             assert!(!files.writable && files.source == std::path::Path::new("/srv/files"));
             assert!(

@@ -10,6 +10,7 @@ mod cgroups;
 mod client;
 mod containerd;
 pub mod create;
+mod devices;
 mod discover;
 mod fence;
 mod follow;
@@ -22,6 +23,7 @@ mod twin;
 
 pub use cgroups::{FreezeError, Scope, freeze, thaw};
 pub use client::{Engine, Runtime, RuntimeError, Version};
+pub use devices::name_devices;
 pub use discover::{Discovery, Runtimes};
 pub use fence::{Fence, FenceError, Means};
 pub use images::{ImageError, LoadedImage};

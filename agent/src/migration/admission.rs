@@ -5,7 +5,7 @@
 use super::events::{Place, TargetEvent};
 use super::journal::plan_directory;
 use super::keys;
-use super::places::{image_id, name_of};
+use super::places::{image_id, is_one, name_of};
 use super::target::{Target, TargetError};
 use crate::model::control::{OfferAccepted, Secret};
 use crate::model::ids::PlanId;
@@ -48,6 +48,7 @@ impl Target {
                 id: place.volume,
                 name: name_of(plan, place.volume),
                 destination: place.path.clone(),
+                one: is_one(plan, place.volume),
             };
             data.admit_receive(ReceivePlan {
                 plan: plan.id.clone(),

@@ -8,14 +8,14 @@ use super::clearance::Clearance;
 use super::events::{Approval, Forwarding, SourceEvent};
 use super::journal::{Journal, JournalError, plan_directory};
 use super::moving::{Done, Move, Moved};
-use super::planner::{self, Directory, Gathered, PlanError, Request};
+use super::planner::{self, Gathered, Origin, PlanError, Request};
 use super::report::{Report, report};
 use super::settings::Settings;
 use super::source;
 use super::switch::forwardings;
 use super::trusted::Network;
 use super::view::HostView;
-use crate::containers::{PauseError, Runtime, RuntimeError, Runtimes, TwinSpec};
+use crate::containers::{PauseError, Runtime, RuntimeError, Runtimes, TwinSpec, name_devices};
 use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::identity::Identity;
 use crate::model::action::Actions;
@@ -24,7 +24,7 @@ use crate::model::fleet::{Configuration, PeerAddress};
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
-use crate::model::volume::VolumeSpec;
+use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::serve::{ForwardError, Forwarder};
 use crate::transfer::{DataPath, DataServer, Options, Sender};
 use crate::volume::FleetKey;
@@ -193,7 +193,8 @@ impl Delegator {
             &correlated,
             &self.released(),
         )?;
-        let (directories, mut blockers) = planner::directories(&chosen, Path::is_dir);
+        let (origins, mut blockers) =
+            planner::origins(&chosen, |path| super::devices::look(self.settings(), path));
         if self.parts.fleet.is_none() {
             blockers.push(crate::model::plan::Blocker {
                 what: self.parts.device.to_string(),
@@ -205,14 +206,14 @@ impl Delegator {
             containers.push(self.describe(container, &view).await?);
         }
         let known = waiting.and_then(|plan| {
-            let volumes = planner::volumes_as_prepared(plan, &containers, &directories)?;
+            let volumes = planner::volumes_as_prepared(plan, &containers, &origins)?;
             Some((plan.id.clone(), volumes, plan.epochs.clone()))
         });
         let (id, volumes, epochs) = match known {
             Some(known) => known,
             None => {
                 let id = new_plan_id(now, rand::random());
-                let mut volumes = measure(directories).await?;
+                let mut volumes = measure(origins).await?;
                 let epochs = super::places::owned_epochs(&self.parts.state, &volumes);
                 let images = self.image_directory(&id);
                 volumes.extend(planner::image_volumes(
@@ -249,11 +250,12 @@ impl Delegator {
     ) -> Result<PlannedContainer, DelegatorError> {
         let runtime = self.runtime(&container)?;
         let TwinSpec {
-            inspect,
+            mut inspect,
             networks,
             volumes,
             ..
         } = runtime.describe(&container.id).await?;
+        name_devices(&mut inspect, &container.mounts);
         let image_size = Bytes(runtime.image_size(&container.image_id).await?);
         let service_ports = view.service_ports(&container.name);
         Ok(PlannedContainer {
@@ -671,22 +673,23 @@ pub(super) fn plan_ids(state: &Path, role: &str) -> Vec<PlanId> {
     ids
 }
 
-async fn measure(directories: Vec<Directory>) -> Result<Vec<VolumeSpec>, DelegatorError> {
+async fn measure(origins: Vec<Origin>) -> Result<Vec<VolumeSpec>, DelegatorError> {
     let specs = tokio::task::spawn_blocking(move || {
-        directories
+        origins
             .into_iter()
             .enumerate()
-            .map(|(index, directory)| {
-                let measure = crate::volume::measure(&directory.path)?;
+            .map(|(index, origin)| {
+                let measure = crate::volume::measure(&origin.path)?;
                 Ok(VolumeSpec {
                     id: VolumeId(index as u32),
-                    name: match &directory.kind {
-                        crate::model::volume::VolumeKind::Named(name) => name.clone(),
-                        _ => directory.path.display().to_string(),
+                    name: match &origin.kind {
+                        VolumeKind::Named(name) => name.clone(),
+                        _ => origin.path.display().to_string(),
                     },
-                    kind: directory.kind,
-                    source_path: directory.path,
-                    containers: directory.containers,
+                    changes: super::devices::changes_of(&origin.kind),
+                    kind: origin.kind,
+                    source_path: origin.path,
+                    containers: origin.containers,
                     size: measure.size,
                     entries: measure.entries,
                     device_nodes: measure.device_nodes,

@@ -6,6 +6,8 @@ use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// One volume in one round of replication.
@@ -227,6 +229,11 @@ pub enum TargetEvent {
         /// Names.
         names: Vec<String>,
     },
+    /// What stands for the source's block devices here.
+    Attached {
+        /// By path on the source.
+        devices: BTreeMap<PathBuf, PathBuf>,
+    },
     /// The release was found good and the target owns n+1.
     Owns {
         /// Release.
@@ -253,8 +260,8 @@ pub enum TargetEvent {
 pub struct Place {
     /// Volume.
     pub volume: VolumeId,
-    /// Directory.
-    pub path: std::path::PathBuf,
+    /// Directory; file or device of a volume that is one.
+    pub path: PathBuf,
     /// Whether the plan made it, so that a dismissal removes it.
     pub made: bool,
 }

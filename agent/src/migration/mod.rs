@@ -9,6 +9,7 @@ mod admission;
 mod allocation;
 mod clearance;
 pub mod delegator;
+mod devices;
 pub mod events;
 mod faults;
 pub mod journal;

@@ -3,6 +3,7 @@
 //! Invariant: only what the plan made is removed.
 
 use super::delegator::plan_ids;
+use super::devices::{self, find_counterpart};
 use super::events::{Place, TargetEvent};
 use super::journal::{self, plan_directory};
 use super::target::{Target, TargetError};
@@ -47,6 +48,7 @@ impl Target {
 
     /// Where one volume will go, when nothing is in the way; none for an image that is here already.
     pub(super) async fn find_place(
+        &self,
         plan: &Plan,
         volume: &VolumeSpec,
         runtime: &Runtime,
@@ -68,6 +70,19 @@ impl Target {
                     return Err(in_the_way(format!("volume {name}"), why));
                 }
             },
+            VolumeKind::Device => {
+                return find_counterpart(&self.parts.settings, &plan.id, volume)
+                    .map(Some)
+                    .map_err(|why| in_the_way(format!("volume {}", volume.name), why));
+            }
+            VolumeKind::File => {
+                let path = &volume.source_path;
+                if path.symlink_metadata().is_ok() {
+                    let why = format!("{} exists here; move it away", path.display());
+                    return Err(in_the_way(format!("volume {}", volume.name), why));
+                }
+                (path.clone(), true)
+            }
             VolumeKind::Bind => {
                 let path = &volume.source_path;
                 match std::fs::read_dir(path).map(Iterator::count) {
@@ -110,8 +125,9 @@ impl Target {
             place.path = runtime.ensure_volume(definition).await?;
             return Ok(());
         }
-        std::fs::create_dir_all(&place.path).map_err(|error| TargetError::File {
-            doing: format!("create {}", place.path.display()),
+        let directory = directory_of(plan, place);
+        std::fs::create_dir_all(directory).map_err(|error| TargetError::File {
+            doing: format!("create {}", directory.display()),
             error,
         })
     }
@@ -123,6 +139,20 @@ fn kind_of<'a>(plan: &'a Plan, place: &Place) -> Option<&'a VolumeKind> {
     Some(&volume.kind)
 }
 
+/// Whether a volume is one file or block device.
+pub(super) fn is_one(plan: &Plan, id: VolumeId) -> bool {
+    let volume = plan.volumes.iter().find(|volume| volume.id == id);
+    volume.is_some_and(|volume| volume.kind.is_one())
+}
+
+/// The place when it is a directory, else the one around it.
+fn directory_of<'p>(plan: &Plan, place: &'p Place) -> &'p Path {
+    let around = place.path.parent();
+    around
+        .filter(|_| is_one(plan, place.volume))
+        .unwrap_or(&place.path)
+}
+
 pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) {
     for place in places {
         let removed = match kind_of(plan, place) {
@@ -130,6 +160,9 @@ pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runti
                 .remove_volume(name)
                 .await
                 .map_err(|error| error.to_string()),
+            Some(VolumeKind::File | VolumeKind::Device) => {
+                devices::remove(place).map_err(|error| error.to_string())
+            }
             _ if !place.path.exists() => Ok(()),
             _ if place.made => {
                 std::fs::remove_dir_all(&place.path).map_err(|error| error.to_string())
@@ -157,8 +190,11 @@ pub(super) fn empty(directory: &Path) -> std::io::Result<()> {
 /// Whether the file systems of the places hold the volumes that go there.
 pub(super) fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
     let mut needed: BTreeMap<u64, (&Path, Bytes, u64)> = BTreeMap::new();
-    for place in places {
-        let path = place.path.as_path();
+    for place in places.iter().filter(|place| {
+        // A device of that path was measured when it was found.
+        place.made || kind_of(plan, place) != Some(&VolumeKind::Device)
+    }) {
+        let path = directory_of(plan, place);
         let at = |error| TargetError::File {
             doing: format!("look at {}", path.display()),
             error,

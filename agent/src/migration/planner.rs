@@ -163,9 +163,9 @@ fn other_end<'a>(
     }
 }
 
-/// A directory that must move, before it was measured.
+/// What must move, before it was measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Directory {
+pub struct Origin {
     /// What it is to the runtime.
     pub kind: VolumeKind,
     /// Where it is.
@@ -174,49 +174,53 @@ pub struct Directory {
     pub containers: Vec<ContainerName>,
 }
 
-/// The directories behind the containers' mounts, each once, and what cannot move.
+/// What a path is on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+    /// A block device that may move.
+    Device,
+    /// A block device that may not, and why.
+    Refused(String),
+    /// Anything else, or nothing.
+    Other,
+}
+
+/// What lies behind the containers' mounts and devices, each once, and what cannot move.
 ///
-/// `is_directory` tells what a path is on this host.
-pub fn directories(
+/// `look` tells what a path is on this host.
+pub fn origins(
     containers: &[Container],
-    is_directory: impl Fn(&Path) -> bool,
-) -> (Vec<Directory>, Vec<Blocker>) {
-    let mut found: BTreeMap<PathBuf, Directory> = BTreeMap::new();
+    look: impl Fn(&Path) -> Found,
+) -> (Vec<Origin>, Vec<Blocker>) {
+    let mut found: BTreeMap<PathBuf, Origin> = BTreeMap::new();
     let mut blockers = Vec::new();
     for container in containers {
         for mount in &container.mounts {
-            if let Some(directory) = found.get_mut(&mount.source) {
-                directory.containers.push(container.name.clone());
+            if let Some(origin) = found.get_mut(&mount.source) {
+                origin.containers.push(container.name.clone());
                 continue;
             }
-            let of_the_host = ["/proc", "/sys", "/dev", "/run", "/var/run"]
-                .iter()
-                .any(|host| mount.source.starts_with(host));
-            if of_the_host || !is_directory(&mount.source) {
-                blockers.push(Blocker {
+            match kind_of(mount, &look) {
+                Ok(kind) => {
+                    let origin = Origin {
+                        kind,
+                        path: mount.source.clone(),
+                        containers: vec![container.name.clone()],
+                    };
+                    found.insert(mount.source.clone(), origin);
+                }
+                Err(why) => blockers.push(Blocker {
                     what: container.name.to_string(),
-                    why: format!(
-                        "its bind mount {} is not a directory of data; recreate the container without it, or with the directory around it",
-                        mount.source.display()
-                    ),
-                });
-                continue;
+                    why,
+                }),
             }
-            let kind = mount
-                .volume
-                .as_ref()
-                .map_or(VolumeKind::Bind, |name| VolumeKind::Named(name.clone()));
-            found.insert(
-                mount.source.clone(),
-                Directory {
-                    kind,
-                    path: mount.source.clone(),
-                    containers: vec![container.name.clone()],
-                },
-            );
         }
     }
-    // A directory below another one travels with it; its containers are told.
+    // What lies below a directory travels with it; its containers are told.
     let paths: Vec<PathBuf> = found.keys().cloned().collect();
     for path in &paths {
         let above = paths
@@ -230,6 +234,29 @@ pub fn directories(
         }
     }
     (found.into_values().collect(), blockers)
+}
+
+fn kind_of(mount: &Mount, look: impl Fn(&Path) -> Found) -> Result<VolumeKind, String> {
+    let path = &mount.source;
+    if mount.device {
+        return match look(path) {
+            Found::Device => Ok(VolumeKind::Device),
+            Found::Refused(why) => Err(format!("its device {}: {why}", path.display())),
+            _ => Err(format!("its device {} is gone", path.display())),
+        };
+    }
+    let of_the_host = ["/proc", "/sys", "/dev", "/run", "/var/run"]
+        .iter()
+        .any(|host| path.starts_with(host));
+    match (of_the_host, look(path), &mount.volume) {
+        (false, Found::Directory, None) => Ok(VolumeKind::Bind),
+        (false, Found::Directory, Some(name)) => Ok(VolumeKind::Named(name.clone())),
+        (false, Found::File, None) => Ok(VolumeKind::File),
+        _ => Err(format!(
+            "its bind mount {} is neither a directory nor a file of data; recreate the container without it, or hand it a block device as a device",
+            path.display()
+        )),
+    }
 }
 
 /// Everything gathered for [`compose`].
@@ -386,28 +413,28 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
     }
 }
 
-/// The volumes of `prepared`, when they are those of `containers` over `directories` as they are now.
+/// The volumes of `prepared`, when they are those of `containers` over `origins` as they are now.
 #[must_use]
 pub fn volumes_as_prepared(
     prepared: &Plan,
     containers: &[PlannedContainer],
-    directories: &[Directory],
+    origins: &[Origin],
 ) -> Option<Vec<VolumeSpec>> {
-    let trees: Vec<&VolumeSpec> = prepared
+    let data: Vec<&VolumeSpec> = prepared
         .volumes
         .iter()
         .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)))
         .collect();
-    let known = |directory: &Directory| {
-        trees.iter().any(|volume| {
-            volume.source_path == directory.path
-                && volume.kind == directory.kind
-                && volume.containers == directory.containers
+    let known = |origin: &Origin| {
+        data.iter().any(|volume| {
+            volume.source_path == origin.path
+                && volume.kind == origin.kind
+                && volume.containers == origin.containers
         })
     };
     let same = ids(containers) == ids(&prepared.containers)
-        && trees.len() == directories.len()
-        && directories.iter().all(known);
+        && data.len() == origins.len()
+        && origins.iter().all(known);
     same.then(|| prepared.volumes.clone())
 }
 
@@ -440,6 +467,7 @@ pub fn image_volumes(
                 size: planned.image_size,
                 entries: 1,
                 device_nodes: 0,
+                changes: Default::default(),
             })
             .containers
             .push(container.name.clone());
@@ -472,6 +500,7 @@ mod tests {
                     source: path.into(),
                     destination: "/data".into(),
                     writable: true,
+                    device: path.starts_with("/dev/"),
                 })
                 .collect(),
             registration_ids: Default::default(),
@@ -542,7 +571,7 @@ mod tests {
             container("b", &["/srv/x"]),
             container("c", &["/srv/x/y"]),
         ];
-        let (found, blockers) = directories(&all, |_| true);
+        let (found, blockers) = origins(&all, |_| Found::Directory);
         assert!(blockers.is_empty());
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].containers.len(), 3);
@@ -550,9 +579,27 @@ mod tests {
 
     #[test]
     fn a_socket_of_the_host_blocks_the_plan() {
-        let (found, blockers) =
-            directories(&[container("a", &["/run/podman/podman.sock"])], |_| false);
+        let socket = container("a", &["/run/podman/podman.sock"]);
+        let (found, blockers) = origins(&[socket], |_| Found::Other);
         assert!(found.is_empty());
         assert!(blockers[0].why.contains("podman.sock"));
+    }
+
+    #[test]
+    fn an_image_and_a_device_move_once_each_and_a_refused_device_blocks_the_plan_with_the_reason() {
+        let all = [
+            container("a", &["/srv/disk.img", "/dev/loop7"]),
+            container("b", &["/dev/loop7", "/dev/sda"]),
+        ];
+        let (found, blockers) = origins(&all, |path| match path.to_str() {
+            Some("/srv/disk.img") => Found::File,
+            Some("/dev/loop7") => Found::Device,
+            _ => Found::Refused("it is not in `block_roots`".into()),
+        });
+        let kinds: Vec<&VolumeKind> = found.iter().map(|origin| &origin.kind).collect();
+        assert_eq!(kinds, [&VolumeKind::Device, &VolumeKind::File]);
+        assert_eq!(found[0].containers.len(), 2);
+        assert_eq!(blockers.len(), 1);
+        assert!(blockers[0].why.contains("/dev/sda") && blockers[0].why.contains("block_roots"));
     }
 }

@@ -1,10 +1,11 @@
 //! Whether the target can make what a plan needs, found out while the source still owns everything.
 
+use super::devices::detach_all;
 use super::events::TargetEvent;
 use super::places::image_id;
 use super::source::IMAGE_FILE;
 use super::target::{Target, TargetError};
-use super::twins::twin_spec;
+use super::twins::{Devices, twin_spec};
 use crate::containers::{Runtime, TwinError};
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::Plan;
@@ -44,15 +45,11 @@ impl Target {
             }
         }
         self.note_networks(&plan, runtime).await?;
-        for planned in &plan.containers {
-            let name = planned.container.name.as_str();
-            let made = runtime.create_twin(&twin_spec(planned)).await;
-            if !matches!(made, Err(TwinError::NameTaken { .. })) {
-                runtime.remove(name).await?;
-            }
-            made?;
-        }
-        Ok(())
+        let devices = self.attach(&plan, &places).await?;
+        let rehearsed = rehearse_twins(&plan, &devices, runtime).await;
+        // What they show of the images now is not what comes with the next round.
+        detach_all(&plan, &places);
+        rehearsed
     }
 
     /// Writes down which networks the twins will bring with them.
@@ -72,4 +69,20 @@ impl Target {
         }
         Ok(())
     }
+}
+
+async fn rehearse_twins(
+    plan: &Plan,
+    devices: &Devices,
+    runtime: &Runtime,
+) -> Result<(), TargetError> {
+    for planned in &plan.containers {
+        let name = planned.container.name.as_str();
+        let made = runtime.create_twin(&twin_spec(planned, devices)).await;
+        if !matches!(made, Err(TwinError::NameTaken { .. })) {
+            runtime.remove(name).await?;
+        }
+        made?;
+    }
+    Ok(())
 }

@@ -28,6 +28,11 @@ pub struct Settings {
     pub bind_roots: Vec<PathBuf>,
     /// As target: take volumes with device nodes in them.
     pub device_nodes: bool,
+    /// Block devices, or directories of them: as source, those of containers may move; as target, those of
+    /// others may be overwritten when they are blank.
+    pub block_roots: Vec<PathBuf>,
+    /// As target: directory for the images of block devices that have no counterpart in `block_roots`.
+    pub image_root: PathBuf,
 }
 
 impl Default for Settings {
@@ -49,6 +54,8 @@ impl Default for Settings {
             .map(PathBuf::from)
             .to_vec(),
             device_nodes: false,
+            block_roots: Vec::new(),
+            image_root: "/var/lib/lifeboat/images".into(),
         }
     }
 }
@@ -75,6 +82,30 @@ impl Settings {
         self.bind_roots
             .iter()
             .any(|root| real.starts_with(root) && real != *root)
+    }
+
+    /// Whether a block device of another host may be put on the one of the same path here.
+    #[must_use]
+    pub fn takes_device(&self, path: &Path) -> bool {
+        self.block_roots.iter().any(|root| path.starts_with(root))
+    }
+
+    /// Whether a block device of this host may move: also by another name than the one in `block_roots`.
+    #[must_use]
+    pub fn gives_device(&self, path: &Path) -> bool {
+        let Ok(real) = path.canonicalize() else {
+            return false;
+        };
+        let same = |other: &Path| other.canonicalize().is_ok_and(|other| other == real);
+        let holds = |root: &Path| {
+            let names = std::fs::read_dir(root).into_iter().flatten().flatten();
+            names.into_iter().any(|entry| same(&entry.path()))
+        };
+        self.takes_device(path)
+            || self
+                .block_roots
+                .iter()
+                .any(|root| same(root) || holds(root))
     }
 
     /// Time from a round of the copy in advance, which took `round`, to the next one: a tenth of the time

@@ -17,10 +17,11 @@ use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Plan, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
-use crate::model::volume::VolumeKind;
+use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::ReceiveProgress;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -115,6 +116,8 @@ pub(super) struct Receiving {
     pub(super) journal: Journal<TargetEvent>,
     /// Networks that the plan made here.
     pub(super) networks: Vec<String>,
+    /// What stands for the source's block devices here.
+    pub(super) devices: BTreeMap<PathBuf, PathBuf>,
     pub(super) owns: Option<Owns>,
     pub(super) twins: Vec<TwinState>,
     pub(super) start_up: Option<Duration>,
@@ -189,7 +192,7 @@ impl Target {
         let (mut journal, _) = Journal::open(&directory)?;
         let (mut places, mut images_present) = (Vec::new(), Vec::new());
         for volume in &plan.volumes {
-            match Self::find_place(&plan, volume, runtime, &directory).await? {
+            match self.find_place(&plan, volume, runtime, &directory).await? {
                 Some(place) => places.push(place),
                 None => images_present.push(volume.id),
             }
@@ -227,6 +230,7 @@ impl Target {
                 places,
                 journal,
                 networks: Vec::new(),
+                devices: BTreeMap::new(),
                 owns: None,
                 twins: Vec::new(),
                 start_up: None,
@@ -299,7 +303,7 @@ impl Target {
             if climbs || !volume.source_path.is_absolute() {
                 return not_ours(format!("volume {} has no plain absolute path", volume.name));
             }
-            if volume.kind == VolumeKind::Bind
+            if matches!(volume.kind, VolumeKind::Bind | VolumeKind::File)
                 && !self.parts.settings.takes_bind(&volume.source_path)
             {
                 return not_ours(format!(
@@ -532,6 +536,7 @@ impl Target {
             self.plans().insert(id.clone(), known);
             if owned {
                 keys::wipe(&directory);
+                self.attach_again(&id);
             }
             if owned && !running {
                 tokio::spawn(self.clone().start_twins(plan));
@@ -557,6 +562,7 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
                     places: places.clone(),
                     journal: journal.take()?,
                     networks: Vec::new(),
+                    devices: BTreeMap::new(),
                     owns: None,
                     twins: Vec::new(),
                     start_up: None,
@@ -575,6 +581,9 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
             (TargetEvent::Networks { names }, Some(known)) => {
                 known.networks.extend(names.iter().cloned());
             }
+            (TargetEvent::Attached { devices }, Some(known)) => {
+                known.devices.clone_from(devices);
+            }
             (TargetEvent::Owns { owns, .. }, Some(known)) => {
                 known.owns = Some(owns.clone());
                 owned_at = entry.at;
@@ -591,7 +600,8 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
     if dismissed { None } else { known }
 }
 
-/// Every host directory that a twin would mount must be a volume of the plan.
+/// Every host directory that a twin would mount, and every block device that it would be given, must be a
+/// volume of the plan.
 fn check_binds(plan: &Plan) -> Result<(), String> {
     for planned in &plan.containers {
         let binds = planned.inspect["HostConfig"]["Binds"]
@@ -607,6 +617,21 @@ fn check_binds(plan: &Plan) -> Result<(), String> {
             {
                 return Err(format!(
                     "{} would mount {source}, which is no volume of the plan",
+                    planned.container.name
+                ));
+            }
+        }
+        let devices = planned.inspect["HostConfig"]["Devices"].as_array();
+        let devices = devices.into_iter().flatten();
+        for device in devices.filter_map(|device| device["PathOnHost"].as_str()) {
+            let moves = |volume: &VolumeSpec| {
+                volume.kind == VolumeKind::Device && volume.source_path == Path::new(device)
+            };
+            let is_block =
+                std::fs::metadata(device).is_ok_and(|found| found.file_type().is_block_device());
+            if is_block && !plan.volumes.iter().any(moves) {
+                return Err(format!(
+                    "{} would be given the block device {device}, which is no volume of the plan",
                     planned.container.name
                 ));
             }

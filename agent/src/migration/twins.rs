@@ -5,6 +5,8 @@ use super::target::Target;
 use crate::containers::{How, ReadyRules, Runtime, RuntimeError, TwinSpec};
 use crate::model::ids::ContainerName;
 use crate::model::plan::{Plan, PlannedContainer, TwinState};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -46,12 +48,18 @@ impl Target {
             .runtime_for(plan)
             .await
             .map_err(|error| error.to_string())?;
+        let places = match self.plans().get(&plan.id) {
+            Some(known) => known.places.clone(),
+            None => Vec::new(),
+        };
+        let devices = self.attach(plan, &places).await;
+        let devices = &devices.map_err(|error| error.to_string())?;
         for step in &plan.order {
             let start = |name: &ContainerName| {
                 let planned = plan.container(name).cloned();
                 async move {
                     match planned {
-                        Some(planned) => self.start_twin(plan, &planned, runtime).await,
+                        Some(planned) => self.start_twin(plan, &planned, devices, runtime).await,
                         None => Ok(()),
                     }
                 }
@@ -75,6 +83,7 @@ impl Target {
         &self,
         plan: &Plan,
         planned: &PlannedContainer,
+        devices: &Devices,
         runtime: &Runtime,
     ) -> Result<(), String> {
         let name = &planned.container.name;
@@ -94,7 +103,7 @@ impl Target {
             not_carried: Vec::new(),
             error: None,
         };
-        let outcome = self.make_ready(planned, runtime, &mut twin).await;
+        let outcome = self.make_ready(planned, devices, runtime, &mut twin).await;
         twin.after = begun.elapsed();
         twin.error = outcome.as_ref().err().cloned();
         let mut plans = self.plans();
@@ -114,6 +123,7 @@ impl Target {
     pub(super) async fn make_ready(
         &self,
         planned: &PlannedContainer,
+        devices: &Devices,
         runtime: &Runtime,
         twin: &mut TwinState,
     ) -> Result<(), String> {
@@ -123,7 +133,7 @@ impl Target {
             Ok(_) => {}
             Err(error) if error.not_found() => {
                 let made = runtime
-                    .create_twin(&twin_spec(planned))
+                    .create_twin(&twin_spec(planned, devices))
                     .await
                     .map_err(|error| error.to_string())?;
                 twin.not_carried = made.not_carried;
@@ -152,10 +162,21 @@ impl Target {
     }
 }
 
+/// The target's block devices by the source's paths of them.
+pub(super) type Devices = BTreeMap<PathBuf, PathBuf>;
+
 /// What a planned container's twin is made of.
-pub(super) fn twin_spec(planned: &PlannedContainer) -> TwinSpec {
+pub(super) fn twin_spec(planned: &PlannedContainer, devices: &Devices) -> TwinSpec {
+    let mut inspect = planned.inspect.clone();
+    let given = inspect["HostConfig"]["Devices"].as_array_mut();
+    for device in given.into_iter().flatten() {
+        let path = device["PathOnHost"].as_str().map(Path::new);
+        if let Some(here) = path.and_then(|path| devices.get(path)) {
+            device["PathOnHost"] = here.to_string_lossy().into();
+        }
+    }
     TwinSpec {
-        inspect: planned.inspect.clone(),
+        inspect,
         networks: planned.networks.clone(),
         volumes: planned.volumes.clone(),
         keep_addresses: false,

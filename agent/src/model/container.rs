@@ -35,17 +35,20 @@ pub struct PublishedPort {
     pub udp: bool,
 }
 
-/// A directory of the host that the container sees.
+/// A directory, file or block device of the host that the container sees.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// Name of the runtime's volume; none for a bind mount.
     pub volume: Option<String>,
-    /// Directory (or file) on the host.
+    /// Path on the host.
     pub source: PathBuf,
     /// Where the container sees it.
     pub destination: PathBuf,
     /// Whether the container may write.
     pub writable: bool,
+    /// It is a block device that the container was given.
+    #[serde(default)]
+    pub device: bool,
 }
 
 /// One container, or one cgroup that holds processes without a runtime.

@@ -5,7 +5,7 @@
 
 use super::connection::{ConnectionError, Incoming, Receiver, Transmitter};
 use super::engine::{Engine, EngineChoice, engine};
-use super::finder::{self, Finder, Plain};
+use super::finder::{self, Finder};
 use super::frame::{FrameKind, HEADER_LEN, Header};
 use super::message::{Done, Failure, FailureCode, Held, Message};
 use super::payload::{Payload, PayloadKind};
@@ -15,6 +15,7 @@ use super::receive::{Complete, Reception, Session, Volume};
 use super::sender::proof;
 use crate::model::ids::{Epoch, Signature, VolumeId};
 use crate::volume::ScanError;
+use crate::volume::aligned::Aligned;
 use crate::volume::apply::{ApplyError, Parent};
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -163,7 +164,7 @@ struct Hand {
     engine: Box<dyn Engine>,
     parent: Parent,
     /// Where records are opened.
-    plain: Plain,
+    plain: Aligned,
     finder: Finder,
 }
 
@@ -172,7 +173,7 @@ impl Hand {
         Ok(Self {
             engine: engine(choice).map_err(|error| ReceiveError::Local(error.to_string()))?,
             parent: Parent::default(),
-            plain: Plain::default(),
+            plain: Aligned::default(),
             finder: Finder::default(),
         })
     }

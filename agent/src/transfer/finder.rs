@@ -1,33 +1,16 @@
 //! Finding offered blocks among those that this device holds.
 
-use super::payload::{ALIGNMENT, Block, Payload, Segment};
+use super::payload::{Block, Payload, Segment};
 use crate::model::ids::Signature;
+use crate::volume::aligned::Aligned;
 use crate::volume::block_map::BlockReader;
 use crate::volume::{BlockMap, BlockSize, Entry, FleetKey};
-
-/// Memory whose start is aligned for direct writes.
-#[derive(Default)]
-pub(super) struct Plain {
-    memory: Vec<u8>,
-}
-
-impl Plain {
-    /// `len` bytes of it.
-    pub(super) fn space(&mut self, len: usize) -> &mut [u8] {
-        if self.memory.len() < len + ALIGNMENT {
-            self.memory.resize(len + ALIGNMENT, 0);
-        }
-        let address = self.memory.as_ptr().addr();
-        let start = address.next_multiple_of(ALIGNMENT) - address;
-        &mut self.memory[start..start + len]
-    }
-}
 
 /// One thread's means to read held blocks.
 #[derive(Default)]
 pub(super) struct Finder {
     reader: BlockReader,
-    plain: Plain,
+    plain: Aligned,
 }
 
 /// Blocks of one file in a record.

@@ -8,6 +8,7 @@
 use super::frame::HEADER_LEN;
 use crate::model::ids::Signature;
 use crate::volume::BlockSize;
+use crate::volume::aligned::ALIGNMENT;
 use crate::volume::codec::{Malformed, Reader, put_short};
 use crate::volume::tree::{Entry, Kind, checked_path};
 
@@ -75,9 +76,6 @@ impl Block<'_> {
     }
 }
 
-/// The data of a segment begins at a multiple of this in its payload, so that the target can write it
-/// past its page cache: the alignment that direct I/O asks for on every usual disk.
-pub const ALIGNMENT: usize = 4096;
 /// Bytes of one block's descriptor.
 pub const DESCRIPTOR_LEN: usize = 33;
 
@@ -176,7 +174,8 @@ pub fn put_file(record: &mut Vec<u8>, entry: &Entry, blocks: &[Block<'_>]) {
 }
 
 /// Appends the head of a segment and room for `count` descriptors and returns where these begin; the
-/// data of its blocks follows them.
+/// data of its blocks follows them, at a multiple of [`ALIGNMENT`] in the payload, so that the target can
+/// write it past its page cache.
 pub fn put_segment(record: &mut Vec<u8>, path: &[u8], size: u64, first: u64, count: u32) -> usize {
     put_short(record, path);
     record.extend_from_slice(&size.to_le_bytes());

@@ -7,6 +7,7 @@ use super::queue::lock;
 use super::reading::{Fate, Reading, Waiting, fate};
 use super::source::{SourceError, add};
 use crate::model::ids::Signature;
+use crate::volume::aligned::Aligned;
 use crate::volume::scan::Holes;
 use crate::volume::sign::{self, ZERO};
 use crate::volume::walk::WalkError;
@@ -24,6 +25,8 @@ pub(super) struct Large {
     pub(super) file: File,
     pub(super) stat: FileStat,
     pub(super) size: u64,
+    /// Opened for direct reads.
+    pub(super) direct: bool,
     pub(super) holes: Holes,
     pub(super) blocks: Mutex<Vec<Signature>>,
     /// Pieces not yet read.
@@ -65,16 +68,8 @@ impl Reading<'_, '_> {
         if hollow {
             record[data..].fill(0);
         } else {
-            let mut reads = [Read {
-                file: large.file.as_fd(),
-                offset,
-                buffer: &mut record[data..],
-                once: true,
-                done: Ok(0),
-            }];
-            engine.read(&mut reads);
-            let [read] = reads;
-            let done = read.done.map_err(|e| {
+            let read = read_large(engine, large, offset, &mut record[data..]);
+            let done = read.map_err(|e| {
                 let action = "read a block of";
                 WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
             })?;
@@ -190,6 +185,36 @@ impl Reading<'_, '_> {
         lock(&self.outcomes).insert(large.step, Some(entry));
         Ok(())
     }
+}
+
+/// Reads bytes of a large file, of a device past its page cache: what lies there is older than what a file
+/// system or a device above this one has written.
+fn read_large(
+    engine: &mut dyn Engine,
+    large: &Large,
+    offset: u64,
+    into: &mut [u8],
+) -> io::Result<usize> {
+    let mut read_into = |buffer: &mut [u8]| {
+        let mut reads = [Read {
+            file: large.file.as_fd(),
+            offset,
+            buffer,
+            once: true,
+            done: Ok(0),
+        }];
+        engine.read(&mut reads);
+        let [read] = reads;
+        read.done
+    };
+    if !large.direct {
+        return read_into(into);
+    }
+    let mut memory = Aligned::default();
+    let aligned = memory.space(into.len());
+    let done = read_into(aligned)?;
+    into[..done].copy_from_slice(&aligned[..done]);
+    Ok(done)
 }
 
 /// The beginning of a piece's record and where its descriptors go.

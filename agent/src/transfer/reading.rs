@@ -15,11 +15,12 @@ use super::source::{Source, SourceError, Tally, add};
 use crate::model::ids::Signature;
 use crate::volume::block_map;
 use crate::volume::change::{Baseline, Step};
+use crate::volume::one::{One, stat_of};
 use crate::volume::scan::{self, Holes};
 use crate::volume::sign::{self, ZERO};
 use crate::volume::walk::{self, Found, WalkError, bare_entry, kind_of};
 use crate::volume::{Confined, Entry, Kind};
-use nix::sys::stat::{FileStat, SFlag, fstat};
+use nix::sys::stat::{FileStat, SFlag};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
@@ -185,6 +186,7 @@ impl<'s> Reading<'_, 's> {
             file,
             stat,
             size,
+            direct: self.root.one().is_some_and(One::is_device),
             holes,
             blocks: Mutex::new(vec![ZERO; usize::try_from(total).unwrap_or(0)]),
             left: AtomicU64::new(total.div_ceil(each)),
@@ -265,12 +267,13 @@ impl<'s> Reading<'_, 's> {
         files: &[(usize, &Found)],
         scratch: &mut Vec<u8>,
     ) -> Result<Option<Waiting>, SourceError> {
-        let paths: Vec<&[u8]> = files.iter().map(|(_, found)| &*found.path).collect();
+        let local = |path| self.root.local(path).unwrap_or(path);
+        let paths: Vec<&[u8]> = files.iter().map(|(_, found)| local(&*found.path)).collect();
         let opened = engine.open_files(self.root.fd(), &paths);
         let mut ready = Vec::with_capacity(files.len());
         let mut total = 0;
         for ((step, found), fd) in files.iter().zip(opened) {
-            let stat = fd.and_then(|fd| fstat(fd.as_fd()).map(|stat| (fd, stat)));
+            let stat = fd.and_then(|fd| stat_of(self.root, &fd).map(|stat| (fd, stat)));
             match stat {
                 Ok((fd, stat)) if kind_of(&stat) == SFlag::S_IFREG => {
                     // A file that outgrew its batch is read up to the size it was found with, and
@@ -444,7 +447,7 @@ impl<'s> Reading<'_, 's> {
     ) -> Result<Entry, SourceError> {
         let failed = |action, source: io::Error| WalkError::new(self.root, action, path, source);
         let xattrs = walk::read_xattrs(self.root, path, file)?;
-        let after = fstat(file.as_fd()).map_err(|e| failed("stat", e.into()))?;
+        let after = stat_of(self.root, file).map_err(|e| failed("stat", e.into()))?;
         let changed = size_of(&after) != size
             || (after.st_ctime, after.st_ctime_nsec) != (before.st_ctime, before.st_ctime_nsec);
         if changed {

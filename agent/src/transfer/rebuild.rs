@@ -5,9 +5,10 @@
 //! to the barriers.
 
 use super::engine::{Engine, Write};
-use super::payload::{ALIGNMENT, Block, EntryItem, Payload, Segment};
+use super::payload::{Block, EntryItem, Payload, Segment};
 use super::queue::lock;
 use crate::model::ids::Signature;
+use crate::volume::aligned::ALIGNMENT;
 use crate::volume::apply::{Access, ApplyError, Destination, Parent};
 use crate::volume::block_map::{self, Holder};
 use crate::volume::confined::split;
@@ -132,7 +133,7 @@ impl Rebuild {
             ..State::default()
         };
         Self {
-            root: destination.root().path().into(),
+            root: destination.directory_path().into(),
             destination,
             block_size,
             key,
@@ -197,7 +198,9 @@ impl Rebuild {
 
     /// Notes in the block map what was just written to `path`.
     fn note(&self, path: &[u8], first: u64, blocks: &[Block<'_>]) {
-        let Some(map) = &self.map else { return };
+        let (Some(map), Some(local)) = (&self.map, self.destination.file_path(path)) else {
+            return;
+        };
         let written: Vec<(Signature, u64)> = blocks
             .iter()
             .zip(first..)
@@ -213,7 +216,7 @@ impl Rebuild {
         if !written.is_empty() {
             let holder = Holder {
                 root: Arc::clone(&self.root),
-                path: path.into(),
+                path: local.into(),
             };
             map.add(holder, written);
         }

@@ -32,6 +32,8 @@ pub struct ReceiveVolume {
     pub name: String,
     /// Directory to rebuild it in; made if missing. What the source does not have is removed from it.
     pub destination: PathBuf,
+    /// It is one file or block device at `destination`, not a directory.
+    pub one: bool,
 }
 
 /// What a target admits.
@@ -349,7 +351,7 @@ impl Reception {
             volume.bytes_again.fetch_add(again, Ordering::Relaxed);
         }
         let spec = &volume.spec;
-        let destination = Destination::open(&spec.name, &spec.destination)?
+        let destination = Destination::open(&spec.name, &spec.destination, spec.one)?
             .taking_devices(self.options.device_nodes);
         let complete = complete.filter(|complete| complete.block_size == block_size);
         let (basis, tree) = match complete {

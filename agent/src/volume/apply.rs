@@ -4,6 +4,7 @@
 //! last write and a directory's after its last child; nothing is durable before [`Destination::sync`].
 
 use super::confined::{Confined, open_beneath, proc_path, split};
+use super::one::{CONTENT, One};
 use super::tree::{Entry, Kind, Timestamp, shown};
 use super::xattrs;
 use crate::model::units::Bytes;
@@ -137,11 +138,12 @@ impl Parent {
 }
 
 impl Destination {
-    /// Opens the directory of a volume, making it (and its parents) if it is missing.
+    /// Opens the directory of a volume, making it (and its parents) if it is missing; of a volume of `one`
+    /// piece, the file or device at `path`, with the directory around it.
     ///
     /// # Errors
     /// It cannot be made or opened.
-    pub fn open(volume: &str, path: &Path) -> Result<Self, ApplyError> {
+    pub fn open(volume: &str, path: &Path, one: bool) -> Result<Self, ApplyError> {
         let failed = |action: &str, source: io::Error| ApplyError {
             volume: volume.to_owned(),
             path: path.display().to_string(),
@@ -151,11 +153,16 @@ impl Destination {
             free: None,
             no_inodes: false,
         };
-        std::fs::create_dir_all(path).map_err(|e| failed("make the directory", e))?;
-        let root = Confined::open(path).map_err(|e| failed("open the directory", e.into()))?;
+        let directory = path.parent().filter(|_| one).unwrap_or(path);
+        std::fs::create_dir_all(directory).map_err(|e| failed("make the directory", e))?;
+        let root = if one {
+            Confined::open_one(path)
+        } else {
+            Confined::open(path).map_err(io::Error::from)
+        };
         Ok(Self {
             volume: volume.to_owned(),
-            root,
+            root: root.map_err(|e| failed("open the place of the volume", e))?,
             devices: false,
         })
     }
@@ -164,6 +171,18 @@ impl Destination {
     #[must_use]
     pub fn taking_devices(self, devices: bool) -> Self {
         Self { devices, ..self }
+    }
+
+    fn is_device(&self) -> bool {
+        self.root.one().is_some_and(One::is_device)
+    }
+
+    /// A volume of one piece has nothing else to make, and a device cannot be removed.
+    fn changes_names(&self, path: &[u8]) -> Result<(), ApplyError> {
+        if self.root.one().is_some() {
+            return Err(self.failed("make or remove", path, 0, Errno::EPERM));
+        }
+        Ok(())
     }
 
     /// The volume's name.
@@ -178,11 +197,36 @@ impl Destination {
         &self.root
     }
 
+    /// The directory's path; of a volume of one piece, that of the directory around it.
+    #[must_use]
+    pub fn directory_path(&self) -> &Path {
+        let path = self.root.path();
+        path.parent()
+            .filter(|_| self.root.one().is_some())
+            .unwrap_or(path)
+    }
+
+    /// Where `path` of the volume lies below that; none on a device.
+    #[must_use]
+    pub fn file_path<'p>(&'p self, path: &'p [u8]) -> Option<&'p [u8]> {
+        self.root.local(path).ok().filter(|_| !self.is_device())
+    }
+
     /// Whether nothing lies in the directory.
     ///
     /// # Errors
     /// It cannot be listed.
     pub fn is_empty(&self) -> Result<bool, ApplyError> {
+        if self.root.one().is_some() {
+            return match self
+                .root
+                .open_beneath(CONTENT, OFlag::O_PATH, Mode::empty())
+            {
+                Ok(_) => Ok(false),
+                Err(Errno::ENOENT) => Ok(true),
+                Err(error) => Err(self.failed("open", CONTENT, 0, error)),
+            };
+        }
         let mut names = std::fs::read_dir(fd_path(self.root.fd()))
             .map_err(|e| self.failed("list", b"", 0, e))?;
         Ok(names.next().is_none())
@@ -210,19 +254,19 @@ impl Destination {
     }
 
     fn with_parent<'p, T>(
-        &self,
+        &'p self,
         cache: &mut Parent,
         path: &'p [u8],
         act: impl FnOnce(BorrowedFd<'_>, &'p OsStr) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
-        let (parent, name) = split(path);
+        let (parent, name) = split(self.root.local(path)?);
         let known = cache
             .open
             .as_ref()
             .is_some_and(|(open, _)| **open == *parent);
         if !known {
             let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
-            let fd = self.root.open_beneath(parent, flags, Mode::empty())?;
+            let fd = open_beneath(self.root.fd(), parent, flags, Mode::empty())?;
             cache.open = Some((parent.into(), fd));
         }
         match &cache.open {
@@ -236,6 +280,7 @@ impl Destination {
     /// # Errors
     /// It exists and cannot be removed.
     pub fn remove(&self, cache: &mut Parent, path: &[u8]) -> Result<(), ApplyError> {
+        self.changes_names(path)?;
         match self.with_parent(cache, path, remove_all) {
             Ok(()) | Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
             Err(error) => Err(self.failed("remove", path, 0, error)),
@@ -250,6 +295,7 @@ impl Destination {
         if path.is_empty() {
             return Ok(());
         }
+        self.changes_names(path)?;
         let is_directory = |dir: BorrowedFd<'_>, name: &OsStr| {
             let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
             open_beneath(dir, name.as_bytes(), flags, Mode::empty()).is_ok()
@@ -272,6 +318,7 @@ impl Destination {
     /// # Errors
     /// It cannot be made; an entry of another kind is an error too.
     pub fn special(&self, cache: &mut Parent, entry: &Entry) -> Result<(), ApplyError> {
+        self.changes_names(&entry.path)?;
         let permissions = Mode::from_bits_truncate(entry.mode);
         let is_device = match entry.kind {
             // Device 0:0 is the whiteout of overlay file systems and nobody's.
@@ -336,6 +383,7 @@ impl Destination {
     /// # Errors
     /// It cannot be made.
     pub fn link(&self, cache: &mut Parent, path: &[u8], primary: &[u8]) -> Result<(), ApplyError> {
+        self.changes_names(path)?;
         let failed = |e: Errno| self.failed("link", path, 0, e);
         let (from, from_name) = self.root.parent(primary).map_err(failed)?;
         self.with_parent(cache, path, |dir, name| {
@@ -358,13 +406,14 @@ impl Destination {
         path: &[u8],
         access: Access,
     ) -> Result<File, ApplyError> {
+        let device = self.is_device();
         self.with_parent(cache, path, |dir, name| match access {
-            Access::New => make_file(dir, name),
-            Access::InPlace => open_existing(dir, name, OFlag::empty()),
-            Access::Direct => match open_existing(dir, name, OFlag::O_DIRECT) {
-                Err(Errno::EINVAL) => open_existing(dir, name, OFlag::empty()),
+            Access::New if !device => make_file(dir, name),
+            Access::Direct => match open_existing(dir, name, OFlag::O_DIRECT, device) {
+                Err(Errno::EINVAL) => open_existing(dir, name, OFlag::empty(), device),
                 other => other,
             },
+            _ => open_existing(dir, name, OFlag::empty(), device),
         })
         .map(File::from)
         .map_err(|e| self.failed("open", path, 0, e))
@@ -398,13 +447,19 @@ impl Destination {
         let past = || failed(Errno::EFBIG.into());
         let start = i64::try_from(offset).map_err(|_| past())?;
         let length = i64::try_from(len).map_err(|_| past())?;
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match fallocate(file, flags, start, length) {
-            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
-                file.write_all_at(&vec![0; len], offset).map_err(failed)
+        let (hole, keep) = (
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            FallocateFlags::FALLOC_FL_KEEP_SIZE,
+        );
+        let missing = |e| matches!(e, Errno::EOPNOTSUPP | Errno::ENOSYS);
+        // A device that cannot unmap can be told to write zeros, or told so by the kernel.
+        for how in [hole | keep, FallocateFlags::FALLOC_FL_ZERO_RANGE | keep] {
+            match fallocate(file, how, start, length) {
+                Err(error) if missing(error) => {}
+                other => return other.map_err(|e| failed(e.into())),
             }
-            other => other.map_err(|e| failed(e.into())),
         }
+        file.write_all_at(&vec![0; len], offset).map_err(failed)
     }
 
     /// Gives an open, written file its metadata, and its size unless it has it (`whole`).
@@ -412,6 +467,9 @@ impl Destination {
     /// # Errors
     /// One of them could not be set.
     pub fn finish_file(&self, file: &File, entry: &Entry, whole: bool) -> Result<(), ApplyError> {
+        if self.is_device() {
+            return Ok(());
+        }
         if !whole {
             let size = i64::try_from(entry.size()).unwrap_or(i64::MAX);
             ftruncate(file, size).map_err(|e| self.failed("set the size of", &entry.path, 0, e))?;
@@ -424,6 +482,9 @@ impl Destination {
     /// # Errors
     /// It is missing, or something could not be set.
     pub fn finish_directory(&self, entry: &Entry) -> Result<(), ApplyError> {
+        if self.root.one().is_some() {
+            return Ok(());
+        }
         let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
         let dir = self
             .root
@@ -455,6 +516,12 @@ impl Destination {
     /// # Errors
     /// The write-back failed: what was acknowledged may not be on the disk.
     pub fn sync(&self) -> Result<(), ApplyError> {
+        if self.is_device() {
+            return self
+                .file(&mut Parent::default(), CONTENT, Access::InPlace)?
+                .sync_all()
+                .map_err(|e| self.failed("write back", CONTENT, 0, e));
+        }
         nix::unistd::syncfs(self.root.fd()).map_err(|e| self.failed("write back", b"", 0, e))
     }
 }
@@ -471,12 +538,22 @@ fn make_file(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
     }
 }
 
-fn open_existing(dir: BorrowedFd<'_>, name: &OsStr, extra: OFlag) -> Result<OwnedFd, Errno> {
+fn open_existing(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    extra: OFlag,
+    device: bool,
+) -> Result<OwnedFd, Errno> {
     let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | extra;
     let fd = open_beneath(dir, name.as_bytes(), flags, Mode::empty())?;
     let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
+    let wanted = if device {
+        SFlag::S_IFBLK
+    } else {
+        SFlag::S_IFREG
+    };
     // Someone else put a device or FIFO there meanwhile: never write into it.
-    if kind != SFlag::S_IFREG {
+    if kind != wanted {
         return Err(Errno::EEXIST);
     }
     Ok(fd)

@@ -1,19 +1,22 @@
 //! A directory that no path can leave: every open goes through `openat2` with `RESOLVE_BENEATH`
 //! and `RESOLVE_NO_SYMLINKS`, so neither `..` nor a link planted meanwhile leads outside.
 
+use super::one::One;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
 use std::ffi::OsStr;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// An open directory beneath which paths are resolved.
+/// An open directory beneath which paths are resolved; of a volume of one piece, the directory that holds it.
 #[derive(Debug)]
 pub struct Confined {
     fd: OwnedFd,
     path: PathBuf,
+    one: Option<One>,
 }
 
 impl Confined {
@@ -30,7 +33,39 @@ impl Confined {
         Ok(Self {
             fd,
             path: path.to_owned(),
+            one: None,
         })
+    }
+
+    /// Opens the directory of a volume of one piece, which lies at `path` or will; no other name there can
+    /// be reached.
+    ///
+    /// # Errors
+    /// As [`One::find`] and [`Confined::open`].
+    pub fn open_one(path: &Path) -> io::Result<Self> {
+        let (parent, one) = One::find(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            one: Some(one),
+            ..Self::open(&parent)?
+        })
+    }
+
+    /// The piece, when the volume is of one.
+    #[must_use]
+    pub fn one(&self) -> Option<&One> {
+        self.one.as_ref()
+    }
+
+    /// The name beneath the directory by which `path` of the volume is opened.
+    ///
+    /// # Errors
+    /// `ENOENT` for what a volume of one piece does not have.
+    pub fn local<'p>(&'p self, path: &'p [u8]) -> Result<&'p [u8], Errno> {
+        match &self.one {
+            Some(one) if !path.is_empty() => Ok(one.local(path).ok_or(Errno::ENOENT)?.as_bytes()),
+            _ => Ok(path),
+        }
     }
 
     /// The directory's own path, for messages.
@@ -50,15 +85,15 @@ impl Confined {
     /// # Errors
     /// The error number of `openat2`; `EXDEV` or `ELOOP` for a path that would leave.
     pub fn open_beneath(&self, path: &[u8], flags: OFlag, mode: Mode) -> Result<OwnedFd, Errno> {
-        open_beneath(self.fd.as_fd(), path, flags, mode)
+        open_beneath(self.fd.as_fd(), self.local(path)?, flags, mode)
     }
 
     /// Opens the directory that holds `path` and returns it with the last component.
     ///
     /// # Errors
     /// As [`Confined::open_beneath`].
-    pub fn parent<'p>(&self, path: &'p [u8]) -> Result<(OwnedFd, &'p OsStr), Errno> {
-        let (parent, name) = split(path);
+    pub fn parent<'p>(&'p self, path: &'p [u8]) -> Result<(OwnedFd, &'p OsStr), Errno> {
+        let (parent, name) = split(self.local(path)?);
         let fd = self.open_beneath(parent, OFlag::O_DIRECTORY | OFlag::O_RDONLY, Mode::empty())?;
         Ok((fd, OsStr::from_bytes(name)))
     }

@@ -1,17 +1,19 @@
-//! Directory trees: scanning, change detection between epochs, and rebuilding them on the target; the
-//! block map of what a device holds.
+//! Volumes: scanning, change detection between epochs, and rebuilding them on the target; the block map
+//! of what a device holds. A block device or image is a tree of one file ([`one`]).
 //!
 //! Invariants: no path leaves the volume's directory (every open is confined beneath it, without
 //! following symbolic links); zero blocks and holes are marks, never bytes; the root of a volume is
 //! defined once ([`tree::TreeState::root_of`]) and computed by source and target on their own.
-//! Non-goals here: the wire, sealing, block devices.
+//! Non-goals here: the wire, sealing.
 
+pub mod aligned;
 pub mod apply;
 pub mod block_map;
 pub mod change;
 pub mod codec;
 pub mod confined;
 pub mod measure;
+pub mod one;
 pub mod scan;
 pub mod sign;
 pub mod tree;

@@ -1,17 +1,18 @@
 //! A whole tree read and signed in one go: what a target already holds, or what a proof compares.
 
+use super::aligned::Aligned;
 use super::change::Baseline;
 use super::confined::Confined;
+use super::one::{One, stat_of};
 use super::sign::{self, BlockSize, FleetKey};
 use super::tree::{Entry, Exception, Kind, TreeState};
 use super::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
 use nix::fcntl::OFlag;
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+use nix::sys::stat::{FileStat, Mode, SFlag};
 use nix::unistd::{Whence, lseek};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -33,7 +34,8 @@ pub fn scan(
     let walk = walk::walk(&root)?;
     let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
     let mut entries = Vec::with_capacity(walk.found.len());
-    let mut buffer = vec![0; usize::try_from(block_size.bytes()).unwrap_or(1 << 20)];
+    let mut memory = Aligned::default();
+    let buffer = memory.space(usize::try_from(block_size.bytes()).unwrap_or(1 << 20));
     for found in &walk.found {
         let racy = baseline.is_racy(&found.stat);
         if kind_of(&found.stat) != SFlag::S_IFREG {
@@ -48,7 +50,7 @@ pub fn scan(
             }
             primaries.insert(identity, found.path.clone());
         }
-        entries.push(scan_file(&root, found, key, block_size, &mut buffer, racy)?);
+        entries.push(scan_file(&root, found, key, block_size, buffer, racy)?);
     }
     Ok((TreeState::new(key, block_size, entries), walk.skipped))
 }
@@ -82,20 +84,24 @@ fn scan_file(
     Ok(entry)
 }
 
-/// Opens a regular file for reading, without touching its access time where that is allowed.
+/// Opens a regular file for reading, without touching its access time where that is allowed; a device for
+/// direct reads.
 ///
 /// # Errors
 /// It cannot be opened, or is no longer a regular file (then [`WalkError::vanished`] holds).
 pub fn open_file(root: &Confined, path: &[u8]) -> Result<(File, FileStat), ScanError> {
     let failed = |action, source: io::Error| WalkError::new(root, action, path, source);
     // O_NONBLOCK: should a FIFO have taken the place, opening must not wait for a writer.
-    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+    let mut flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+    if root.one().is_some_and(One::is_device) {
+        flags |= OFlag::O_DIRECT;
+    }
     let fd = match root.open_beneath(path, flags | OFlag::O_NOATIME, Mode::empty()) {
         Err(nix::errno::Errno::EPERM) => root.open_beneath(path, flags, Mode::empty()),
         other => other,
     }
     .map_err(|e| failed("open", e.into()))?;
-    let stat = fstat(fd.as_fd()).map_err(|e| failed("stat", e.into()))?;
+    let stat = stat_of(root, &fd).map_err(|e| failed("stat", e.into()))?;
     if kind_of(&stat) != SFlag::S_IFREG {
         return Err(failed("read", nix::errno::Errno::ENXIO.into()));
     }

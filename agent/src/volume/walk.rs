@@ -4,6 +4,7 @@
 //! in it; nothing is followed, nothing but directories is opened.
 
 use super::confined::{Confined, proc_path};
+use super::one::{self, One};
 use super::tree::{Entry, Exception, Kind, PATH_CAP, Seen, Timestamp, XATTRS_CAP, shown};
 use super::xattrs;
 use nix::errno::Errno;
@@ -86,8 +87,13 @@ pub fn kind_of(stat: &FileStat) -> SFlag {
 /// # Errors
 /// A directory that exists but cannot be read.
 pub fn walk(root: &Confined) -> Result<Walk, WalkError> {
-    let stat = fstat(root.fd()).map_err(|e| WalkError::new(root, "stat", b"", e))?;
     let mut walk = Walk::default();
+    if let Some(one) = root.one() {
+        walk.found =
+            one::found(root, one).map_err(|e| WalkError::new(root, "open", one::CONTENT, e))?;
+        return Ok(walk);
+    }
+    let stat = fstat(root.fd()).map_err(|e| WalkError::new(root, "stat", b"", e))?;
     walk.found.push(Found {
         path: Box::default(),
         stat,
@@ -204,6 +210,9 @@ pub fn hard_link(path: &[u8], stat: &FileStat, primary: &[u8], racy: bool) -> En
 pub fn special_entry(root: &Confined, found: &Found, racy: bool) -> Result<Entry, WalkError> {
     let failed = |action, source: io::Error| WalkError::new(root, action, &found.path, source);
     let kind_bits = kind_of(&found.stat);
+    if root.one().is_some() {
+        return Ok(bare_entry(&found.path, &found.stat, Kind::Directory, racy));
+    }
     if kind_bits == SFlag::S_IFDIR {
         let dir = root
             .open_beneath(
@@ -250,6 +259,9 @@ pub fn read_xattrs<C: xattrs::Carrier + ?Sized>(
     carrier: &C,
 ) -> Result<Vec<super::tree::Xattr>, WalkError> {
     let failed = |source| WalkError::new(root, "read the attributes of", path, source);
+    if root.one().is_some_and(One::is_device) {
+        return Ok(Vec::new());
+    }
     let xattrs = xattrs::read(carrier).map_err(failed)?;
     let bytes: usize = xattrs
         .iter()
@@ -262,15 +274,19 @@ pub fn read_xattrs<C: xattrs::Carrier + ?Sized>(
     Ok(xattrs)
 }
 
-/// Opens a volume's directory for walking.
+/// Opens a volume for walking: a directory, or one file or block device.
 ///
 /// # Errors
-/// It cannot be opened as a directory.
+/// It cannot be opened as such.
 pub fn open_root(path: &Path) -> Result<Confined, WalkError> {
-    Confined::open(path).map_err(|error| WalkError {
+    let opened = match Confined::open(path) {
+        Err(Errno::ENOTDIR) => Confined::open_one(path),
+        other => other.map_err(io::Error::from),
+    };
+    opened.map_err(|source| WalkError {
         action: "open",
         path: ".".to_owned(),
         root: path.to_owned(),
-        source: error.into(),
+        source,
     })
 }

@@ -178,7 +178,7 @@ fn a_name_too_long_for_the_target_is_named_and_nothing_is_left_out_in_silence() 
     assert!(report.skipped.is_empty());
     assert_eq!(fs::read(deep.join(&long)).unwrap(), b"x");
 
-    let error = crate::volume::apply::Destination::open("data", &bench.target)
+    let error = crate::volume::apply::Destination::open("data", &bench.target, false)
         .unwrap()
         .failed("open", long.as_bytes(), 0, nix::errno::Errno::ENAMETOOLONG)
         .to_string();
@@ -238,7 +238,7 @@ fn device_nodes_are_made_only_where_the_operator_allowed_them() {
             .find(|entry| *entry.path == *name)
             .unwrap()
     };
-    let open = || Destination::open("data", &bench.target).unwrap();
+    let open = || Destination::open("data", &bench.target, false).unwrap();
     open()
         .special(&mut Parent::default(), entry(b"whiteout"))
         .unwrap();

@@ -3,6 +3,7 @@
 mod dedup;
 mod disks;
 mod faults;
+mod one;
 mod paths;
 
 use super::*;
@@ -99,6 +100,11 @@ impl Bench {
     }
 
     pub(super) fn admit_target(&self, destination: &Path) {
+        self.admit(destination, false);
+    }
+
+    /// Admits a volume, perhaps of one piece.
+    pub(super) fn admit(&self, destination: &Path, one: bool) {
         self.server.admit_receive(ReceivePlan {
             plan: self.plan.clone(),
             link_key: LinkKey(TO_TARGET),
@@ -108,6 +114,7 @@ impl Bench {
                 id: VolumeId(1),
                 name: "data".to_owned(),
                 destination: destination.to_owned(),
+                one,
             }],
         });
     }
@@ -167,6 +174,7 @@ impl Bench {
             size: Bytes(0),
             entries: 0,
             device_nodes: 0,
+            changes: Default::default(),
         }
     }
 

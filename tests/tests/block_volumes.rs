@@ -1,0 +1,210 @@
+//! Containers over a block device and over a disk image move with the bytes of both.
+
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use lifeboat_tests::boxes;
+use lifeboat_tests::disk::{Disk, output};
+use lifeboat_tests::shop::{self, CONTAINER, SOURCE, TARGET, says};
+use xtask::crew::{Crew, Device};
+use xtask::lab::{Host, Lab};
+use xtask::process::wait_for;
+
+/// Where a target keeps the images of devices.
+const IMAGES: &str = "/var/lib/lifeboat/images";
+
+/// The disk image that the container mounts as a single file.
+const IMAGE: &str = "/srv/shop/disk.img";
+
+/// Block of 512 bytes at which the container keeps how many blocks it has written below it.
+const COUNTER: u64 = 20_000;
+
+/// Detaches what is left over images below a host's [`IMAGES`]; to be dropped before the lab.
+struct Attached(PathBuf);
+
+impl Attached {
+    fn devices(&self) -> Vec<String> {
+        let images = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        images
+            .flat_map(|image| {
+                let path = image.path();
+                let arguments = ["--noheadings", "--output", "NAME", "--associated"];
+                let names = output(
+                    "losetup",
+                    &[&arguments[..], &[path.to_str().expect("plain")]].concat(),
+                );
+                names.lines().map(str::to_owned).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        for device in self.devices() {
+            let _ = Command::new("losetup").args(["-d", &device]).status();
+        }
+    }
+}
+
+/// Starts the container over device and image: it counts on from what it finds on the device, and writes each
+/// number to its own place of both.
+fn open(crew: &Crew, device: &str) -> Result<()> {
+    let host = crew.host(SOURCE)?;
+    host.run(["sh", "-c", &format!("mkdir -p /srv/shop && truncate -s 12M {IMAGE} && dd if=/dev/urandom of={IMAGE} bs=1M seek=8 count=4 conv=notrunc 2>&1")])?;
+    let write = format!(
+        "cd /tmp; n=$(busybox dd if=/dev/xvda bs=512 skip={COUNTER} count=1 2>/dev/null | busybox tr -d '\\0')
+        while :; do n=$((n+1)); echo $n >n
+        for disk in /dev/xvda /disk.img; do busybox dd if=n of=$disk bs=512 seek=$n conv=notrunc,fsync 2>/dev/null; done
+        busybox dd if=n of=/dev/xvda bs=512 seek={COUNTER} conv=notrunc,fsync 2>/dev/null
+        sleep 0.1; done"
+    );
+    let arguments = [
+        "--restart=always",
+        &format!("--device={device}:/dev/xvda"),
+        &format!("--volume={IMAGE}:/disk.img"),
+    ];
+    boxes::start(host, CONTAINER, &arguments, &["sh", "-c", &write])?;
+    shop::known(crew)
+}
+
+fn text_at(path: &Path, block: u64) -> Result<String> {
+    let mut bytes = [0; 512];
+    fs::File::open(path)
+        .and_then(|file| file.read_exact_at(&mut bytes, block * 512))
+        .with_context(|| format!("{} at block {block}", path.display()))?;
+    let text = String::from_utf8_lossy(&bytes);
+    Ok(text.trim_end_matches('\0').trim().to_owned())
+}
+
+fn counter(path: &Path) -> Result<u64> {
+    let text = text_at(path, COUNTER)?;
+    text.parse()
+        .with_context(|| format!("{} counts {text:?}", path.display()))
+}
+
+fn counts_on(path: &Path, from: u64) -> Result<()> {
+    wait_for("the container's count", Duration::from_secs(30), || {
+        Ok((counter(path).unwrap_or(0) > from).then_some(()))
+    })
+}
+
+fn fleet(lab: &Lab, allowed: Option<&str>) -> Result<Crew> {
+    let mut devices = [Device::new(SOURCE), Device::new(TARGET)];
+    let line = allowed.map(|device| format!("block_roots: [{device}]"));
+    devices[0].migration.extend(line);
+    Crew::start(lab, shop::DUPLICATOR, &devices)
+}
+
+fn left_on(target: &Host) -> Vec<PathBuf> {
+    let images = fs::read_dir(target.path(IMAGES)).into_iter().flatten();
+    images.flatten().map(|entry| entry.path()).collect()
+}
+
+#[test]
+fn a_container_moves_with_its_block_device_and_its_disk_image() -> Result<()> {
+    let Some(lab) = shop::lab("block", &[])? else {
+        return Ok(());
+    };
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "moved", 24) else {
+        return Ok(());
+    };
+    let kept = "dd if=/dev/urandom of=\"$0\" bs=1M seek=12 count=6 oflag=direct 2>&1";
+    output("sh", &["-c", kept, disk.device()]);
+    let (source, target) = (lab.host(SOURCE)?, lab.host(TARGET)?);
+    let attached = Attached(target.path(IMAGES));
+    let crew = fleet(&lab, Some(disk.device()))?;
+    open(&crew, disk.device())?;
+    counts_on(&disk.device, 3)?;
+
+    let plan = crew.tell(SOURCE, &["plan", "--all"])?;
+    says(
+        &plan,
+        &[
+            disk.device(),
+            "24.0 MiB",
+            IMAGE,
+            "by reading every block again",
+        ],
+    )?;
+    // Given up on the way: the target is as it was.
+    let slow = lab.shape(target, Some(20)).and_then(|()| {
+        let mut asked = crew.begin(SOURCE, "given-up", &["evacuate", "--all", "--yes"])?;
+        wait_for("data on the target", Duration::from_secs(60), || {
+            Ok((!left_on(target).is_empty()).then_some(()))
+        })?;
+        let plan = shop::last_plan(&crew)?["plan"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        crew.tell(SOURCE, &["abort", &plan])?;
+        asked.wait()?;
+        lab.shape(target, None)
+    });
+    slow?;
+    let empty = || Ok((left_on(target).is_empty() && attached.devices().is_empty()).then_some(()));
+    wait_for("the target to be as it was", Duration::from_secs(30), empty)?;
+    ensure!(!target.path(IMAGE).exists(), "the image was left there");
+    counts_on(&disk.device, counter(&disk.device)?)?;
+
+    crew.tell(SOURCE, &["evacuate", "--all", "--yes"])
+        .with_context(|| format!("{}\n{}", crew.log(SOURCE), crew.log(TARGET)))?;
+    let devices = attached.devices();
+    ensure!(devices.len() == 1, "attached on the target: {devices:?}");
+    let there = PathBuf::from(&devices[0]);
+    let last = counter(&disk.device)?;
+    counts_on(&there, last + 2)?;
+    for number in 1..=last {
+        for place in [&there, &target.path(IMAGE)] {
+            let found = text_at(place, number)?;
+            ensure!(
+                found == number.to_string(),
+                "{}: {number} is {found:?}",
+                place.display()
+            );
+        }
+    }
+    let random = |path: &Path, mib: u64| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; 1 << 20];
+        fs::File::open(path)?.read_exact_at(&mut bytes, mib << 20)?;
+        Ok(bytes)
+    };
+    for mib in 11..19 {
+        ensure!(
+            random(&disk.device, mib)? == random(&there, mib)?,
+            "MiB {mib} differs"
+        );
+    }
+    let image = |host: &Host| random(&host.path(IMAGE), 10);
+    ensure!(image(source)? == image(target)?, "the image differs");
+    let id = shop::last_plan(&crew)?["plan"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    crew.tell(SOURCE, &["verify", &id])?;
+    let report = crew.tell(SOURCE, &["report", &id])?;
+    ensure!(
+        !report.contains("on the twin"),
+        "the twin differs from its source:\n{report}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_device_that_nobody_allowed_to_move_blocks_the_plan() -> Result<()> {
+    let Some(lab) = shop::lab("block-no", &[])? else {
+        return Ok(());
+    };
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "refused", 24) else {
+        return Ok(());
+    };
+    let crew = fleet(&lab, Some("/dev/nothing"))?;
+    open(&crew, disk.device())?;
+    let error = shop::refused(&crew)?;
+    says(&error, &[CONTAINER, disk.device(), "`block_roots`"])?;
+    shop::nothing_left_on(lab.host(TARGET)?)
+}
