@@ -2,27 +2,32 @@
 //! `cargo xtask bench transfer` measures and `cargo xtask soak transfer` kills.
 //!
 //! ```text
-//! MOVE_KEY=secret move_directory receive 10.0.0.2:7000 /into
+//! MOVE_KEY=secret move_directory receive 10.0.0.2:7000 /into /map
 //! MOVE_KEY=secret move_directory relay WAY 10.0.0.3:7000 /spool 10.0.0.2:7000
 //! MOVE_KEY=secret move_directory send [WAY] 10.0.0.2:7000 /from [10.0.0.3:7000]
+//! move_directory measure
 //! ```
 //! `WAY` is `direct` (without it, too), `spool`, `seal-return` or `seal-forward`; all but the first need a relay. All ends derive
 //! every key from `MOVE_KEY`; `MOVE_ENGINE` chooses `io-uring` or `threads`. Receiver and relay serve until they
-//! are killed; the receiver prints how far it is as lines of JSON. The sender prints its report as one.
-//! `MOVE_MAP=DIRECTORY` gives the receiver a block map there, as an agent has it.
+//! are killed; the receiver, whose block map is in `/map`, prints how far it is as lines of JSON. The sender
+//! prints its report as one, and sends what changed since for each line that it is given. `measure` prints what
+//! one core hashes and seals in a second.
 
 use lifeboat::model::ids::{Epoch, PlanId, VolumeId};
 use lifeboat::model::units::Bytes;
 use lifeboat::model::volume::{VolumeKind, VolumeSpec};
+use lifeboat::transfer::frame::{FrameKind, Header};
+use lifeboat::transfer::seal::Sealer;
 use lifeboat::transfer::{
     DataKey, DataPath, DataServer, EngineChoice, Hop, LinkKey, Options, ReceivePlan, ReceiveVolume,
     RelayPlan, Sender,
 };
-use lifeboat::volume::{BlockMap, FleetKey};
+use lifeboat::volume::{BlockMap, FleetKey, TreeState, sign};
 use std::error::Error;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -33,7 +38,8 @@ fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["receive", addr, into] => receive(addr.parse()?, Path::new(into)),
+        ["receive", addr, into, map] => receive(addr.parse()?, Path::new(into), Path::new(map)),
+        ["measure"] => measure(),
         ["relay", way, addr, spool, target] => {
             relay(way, addr.parse()?, Path::new(spool), target.parse()?)
         }
@@ -43,7 +49,7 @@ fn main() -> Outcome {
             send(way, target.parse()?, Path::new(from), Some(relay.parse()?))
         }
         _ => Err(
-            "use: receive ADDR DIRECTORY | relay WAY ADDR SPOOL TARGET | send [WAY] TARGET DIRECTORY [RELAY]"
+            "use: receive ADDR DIRECTORY MAP | relay WAY ADDR SPOOL TARGET | send [WAY] TARGET DIRECTORY [RELAY] | measure"
                 .into(),
         ),
     }
@@ -76,10 +82,9 @@ fn target_at(addr: SocketAddr) -> Result<Hop, &'static str> {
     Ok(Hop { addr, link_key })
 }
 
-fn receive(addr: SocketAddr, into: &Path) -> Outcome {
-    let map = std::env::var_os("MOVE_MAP").map(|directory| BlockMap::open(Path::new(&directory)));
-    let map = map.transpose()?.map(std::sync::Arc::new);
-    let server = DataServer::bind(addr, options(), map)?;
+fn receive(addr: SocketAddr, into: &Path, map: &Path) -> Outcome {
+    let map = Arc::new(BlockMap::open(map)?);
+    let server = DataServer::bind(addr, options(), Some(map))?;
     server.admit_receive(ReceivePlan {
         plan: plan(),
         link_key: LinkKey(key("link")?),
@@ -148,8 +153,64 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         changes: Default::default(),
     };
     let mut sender = Sender::new(plan(), path, FleetKey(key("fleet")?), options());
-    let (_, report) =
-        sender.send_epoch(&volume, Epoch(1), false, None, &std::sync::Arc::default())?;
-    println!("{}", serde_json::to_string(&report)?);
+    let mut state: Option<TreeState> = None;
+    for epoch in 1.. {
+        let progress = Arc::default();
+        let (sent, report) =
+            sender.send_epoch(&volume, Epoch(epoch), false, state.as_ref(), &progress)?;
+        state = Some(sent);
+        let mut report = serde_json::to_value(&report)?;
+        report["peak_memory_kib"] = peak_memory_kib().into();
+        println!("{report}");
+        if std::io::stdin().read_line(&mut String::new())? == 0 {
+            break;
+        }
+    }
     Ok(())
+}
+
+/// Highest resident memory of this process so far.
+fn peak_memory_kib() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// Bytes that one core hashes and seals in a second, in records of a megabyte.
+fn measure() -> Outcome {
+    let mut record = vec![1; 1 << 20];
+    let key = FleetKey([1; 32]);
+    let blake3 = speed(record.len(), |_| {
+        for block in record.chunks(64 << 10) {
+            std::hint::black_box(sign::signature(&key, block));
+        }
+    });
+    let sealer = Sealer::new(&plan(), &DataKey([2; 32]), &[3; 32]);
+    let seal = speed(record.len(), |number| {
+        record.truncate(1 << 20);
+        let header = Header {
+            kind: FrameKind::Sealed,
+            barrier: false,
+            length: 0,
+            volume: VolumeId(0),
+            epoch: Epoch(1),
+            number,
+            first_block: 0,
+        };
+        sealer.seal(&header, &mut record);
+    });
+    println!("{}", serde_json::json!({ "blake3": blake3, "seal": seal }));
+    Ok(())
+}
+
+fn speed(bytes: usize, mut work: impl FnMut(u64)) -> f64 {
+    let start = Instant::now();
+    let mut rounds = 0;
+    while start.elapsed() < Duration::from_secs(1) {
+        work(rounds);
+        rounds += 1;
+    }
+    (rounds * bytes as u64) as f64 / start.elapsed().as_secs_f64()
 }

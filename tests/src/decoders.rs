@@ -21,7 +21,7 @@ use lifeboat::transfer::engine::{Engine, Read, Write};
 use lifeboat::transfer::frame::{BODY_CAP, HEADER_LEN, Header};
 use lifeboat::transfer::hello;
 use lifeboat::transfer::message::Message;
-use lifeboat::transfer::payload::{Payload, PayloadKind};
+use lifeboat::transfer::payload::{self, Payload, PayloadKind};
 use lifeboat::volume::codec::Reader;
 use lifeboat::volume::{BlockSize, Entry};
 use serde::Serialize;
@@ -115,6 +115,13 @@ fn message(bytes: &[u8]) {
 }
 
 fn payload(bytes: &[u8]) {
+    let mut space = Vec::new();
+    let unpacked = payload::unpack(bytes, |len| {
+        assert!(len <= BODY_CAP, "a record of {len} bytes was believed");
+        space.resize(len, 0);
+        &mut space
+    });
+    let Ok(bytes) = unpacked else { return };
     let _ = PayloadKind::of(bytes);
     for kib in [64, 1024] {
         let Some(block_size) = BlockSize::new(kib << 10) else {

@@ -328,7 +328,7 @@ impl Soak<'_> {
         let start = Instant::now();
         let target = format!("{}:{TARGET_PORT}", to.address());
         let relay = format!("{}:{RELAY_PORT}", over.address());
-        let receiving = ["receive", &target, "/srv/copy"];
+        let receiving = ["receive", &target, "/srv/copy", "/srv/map"];
         let relaying = ["relay", way, &relay, "/srv/spool", &target];
         let mut sending = vec!["send", way, &target, SOURCE_DATA];
         sending.extend(relayed.then_some(relay.as_str()));
@@ -395,7 +395,7 @@ impl Soak<'_> {
         drop((receiver, carrier));
         self.compare()
             .with_context(|| format!("{way}, after {} kills:\n{}", run.kills, self.told()))?;
-        to.run(["rm", "-rf", "/srv/copy"])?;
+        to.run(["rm", "-rf", "/srv/copy", "/srv/map"])?;
         over.run(["rm", "-rf", "/srv/spool"])?;
         Ok(run)
     }

@@ -33,6 +33,12 @@ pub struct VolumeRound {
     pub wire: Bytes,
     /// Changed blocks that the target took from what it held elsewhere, and that were not sent.
     pub held_blocks: u64,
+    /// Bytes that were packed because the link was the limit, as they were before.
+    #[serde(default)]
+    pub packed_from: Bytes,
+    /// What was left of them.
+    #[serde(default)]
+    pub packed_to: Bytes,
     /// Processor time of the agent meanwhile, in all its threads.
     pub cpu: Duration,
     /// What was left out and why, for instance sockets.

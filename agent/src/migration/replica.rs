@@ -63,6 +63,8 @@ impl Replica {
             read: report.bytes_read,
             wire: report.bytes_on_wire,
             held_blocks: report.held_blocks,
+            packed_from: report.packed_from,
+            packed_to: report.packed_to,
             cpu: report.source_cpu,
             exceptions: report
                 .skipped

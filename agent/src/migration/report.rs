@@ -362,8 +362,12 @@ fn tell_volume(volume: &VolumeRound) -> String {
         0 => String::new(),
         blocks => format!(", {blocks} blocks the target held already"),
     };
+    let packed = match volume.packed_from {
+        Bytes(0) => String::new(),
+        from => format!(", {from} packed to {}", volume.packed_to),
+    };
     format!(
-        "  {} epoch {}: {} of {} entries, {}{held}, root {}…",
+        "  {} epoch {}: {} of {} entries, {}{held}{packed}, root {}…",
         volume.name,
         volume.epoch,
         volume.changed_entries,

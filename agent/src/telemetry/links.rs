@@ -46,13 +46,23 @@ struct Info {
     delivery_rate: Option<u64>,
     sent: u32,
     sent_again: u32,
+    waits: Waits,
+}
+
+/// For how long a connection has waited, in microseconds since it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Waits {
+    /// For the peer to confirm what was sent.
+    pub busy_us: u64,
+    /// Of that, because the peer had no room for more.
+    pub refused_us: u64,
 }
 
 /// Measures the way to `peer` on a connection of the agent to it. `device` is who is proven to be there.
 /// A connection counts once when it is measured at its end, or as it is now; one that is measured often
-/// counts with its latest state of each minute.
-pub fn measure(peer: IpAddr, device: Option<&str>, socket: BorrowedFd) {
-    let Ok(info) = info(socket) else { return };
+/// counts with its latest state of each minute. Returns what it waits for, where the kernel tells.
+pub fn measure(peer: IpAddr, device: Option<&str>, socket: BorrowedFd) -> Option<Waits> {
+    let info = info(socket).ok()?;
     let mut links = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
     if links.len() >= MOST_PEERS {
         let now = Instant::now();
@@ -66,6 +76,7 @@ pub fn measure(peer: IpAddr, device: Option<&str>, socket: BorrowedFd) {
         .entry(peer)
         .or_default()
         .take(Instant::now(), device, info);
+    Some(info.waits)
 }
 
 /// Adds what was measured within the last minute.
@@ -135,7 +146,7 @@ impl Link {
     }
 }
 
-const LENGTH: usize = 168;
+const LENGTH: usize = 184;
 
 fn info(socket: BorrowedFd) -> io::Result<Info> {
     let mut bytes = [0_u8; LENGTH];
@@ -154,7 +165,7 @@ fn info(socket: BorrowedFd) -> io::Result<Info> {
         return Err(io::Error::last_os_error());
     }
     if (length as usize) < LENGTH {
-        return Err(io::ErrorKind::Unsupported.into()); // before Linux 4.9
+        return Err(io::ErrorKind::Unsupported.into()); // before Linux 4.10
     }
     Ok(Info::decode(&bytes))
 }
@@ -166,11 +177,14 @@ impl Info {
             word.copy_from_slice(&bytes[at..at + 4]);
             u32::from_ne_bytes(word)
         };
-        let mut rate = [0; 8];
-        rate.copy_from_slice(&bytes[160..168]);
+        let long = |at: usize| {
+            let mut long = [0; 8];
+            long.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_ne_bytes(long)
+        };
         // The lowest bit of the eighth byte: the sender, not the link, was the limit.
         let link_was_the_limit = bytes[7] & 1 == 0;
-        let rate = u64::from_ne_bytes(rate);
+        let rate = long(160);
         Self {
             round_trip_us: word(68),
             deviation_us: word(72),
@@ -178,6 +192,10 @@ impl Info {
             delivery_rate: (link_was_the_limit && rate > 0).then_some(rate),
             sent: word(156),
             sent_again: word(100),
+            waits: Waits {
+                busy_us: long(168),
+                refused_us: long(176),
+            },
         }
     }
 }
@@ -221,6 +239,7 @@ mod tests {
             delivery_rate,
             sent,
             sent_again,
+            waits: Waits::default(),
         };
         let mut link = Link::default();
         link.take(later(0), None, measured(900, 100, 100, None));

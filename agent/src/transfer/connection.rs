@@ -4,6 +4,7 @@ use super::engine::{Engine, EngineChoice, NoEngine, engine};
 use super::frame::{FrameKind, HEADER_LEN, Header};
 use super::message::{Message, MessageError, MessageSeal};
 use crate::model::ids::{Epoch, VolumeId};
+use crate::volume::aligned::Aligned;
 use crate::volume::codec::Malformed;
 use nix::sys::socket::{setsockopt, sockopt};
 use std::io;
@@ -87,16 +88,39 @@ pub(super) fn split(
 }
 
 impl Receiver {
-    /// The next frame; `buffer` gives its memory to a record.
-    pub(super) fn next(&mut self, mut buffer: Vec<u8>) -> Result<Incoming, ConnectionError> {
+    fn head(&mut self) -> Result<Header, ConnectionError> {
         let mut head = [0; HEADER_LEN];
         let socket = self.socket.as_fd();
         self.engine.receive(socket, &mut head, self.patience)?;
-        let header = Header::decode(&head)?;
+        Ok(Header::decode(&head)?)
+    }
+
+    fn body(&mut self, body: &mut [u8]) -> io::Result<()> {
+        let socket = self.socket.as_fd();
+        self.engine.receive(socket, body, self.patience)
+    }
+
+    /// The next record's header, with its body in `plain`, where it can be opened and written from. Messages
+    /// are passed over.
+    pub(super) fn next_record(&mut self, plain: &mut Aligned) -> Result<Header, ConnectionError> {
+        loop {
+            let header = self.head()?;
+            let body = plain.space(header.length as usize);
+            self.body(body)?;
+            if header.kind != FrameKind::Control {
+                return Ok(header);
+            }
+            self.seal
+                .open(&header, plain.space(header.length as usize))?;
+        }
+    }
+
+    /// The next frame; `buffer` gives its memory to a record.
+    pub(super) fn next(&mut self, mut buffer: Vec<u8>) -> Result<Incoming, ConnectionError> {
+        let header = self.head()?;
         buffer.resize(HEADER_LEN + header.length as usize, 0);
-        buffer[..HEADER_LEN].copy_from_slice(&head);
-        self.engine
-            .receive(socket, &mut buffer[HEADER_LEN..], self.patience)?;
+        buffer[..HEADER_LEN].copy_from_slice(&header.encode());
+        self.body(&mut buffer[HEADER_LEN..])?;
         if header.kind == FrameKind::Control {
             let message = self.seal.open(&header, &buffer[HEADER_LEN..])?;
             return Ok(Incoming::Message(header.volume, header.epoch, message));

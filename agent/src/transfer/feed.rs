@@ -3,12 +3,12 @@
 //! Invariants: a record behind a barrier is applied only when everything before it was; a record is
 //! acknowledged only once it is applied, and applied once.
 
-use super::connection::{ConnectionError, Incoming, Receiver, Transmitter};
+use super::connection::{ConnectionError, Receiver, Transmitter};
 use super::engine::{Engine, EngineChoice, engine};
 use super::finder::{self, Finder};
-use super::frame::{FrameKind, HEADER_LEN, Header};
+use super::frame::{FrameKind, Header};
 use super::message::{Done, Failure, FailureCode, Held, Message};
-use super::payload::{Payload, PayloadKind};
+use super::payload::{self, Payload, PayloadKind};
 use super::queue::{Queue, lock};
 use super::rebuild::RebuildError;
 use super::receive::{Complete, Reception, Session, Volume};
@@ -163,8 +163,8 @@ pub(super) struct Feed<'a> {
 struct Hand {
     engine: Box<dyn Engine>,
     parent: Parent,
-    /// Where records are opened.
-    plain: Aligned,
+    /// Where records are unpacked.
+    unpacked: Aligned,
     finder: Finder,
 }
 
@@ -173,7 +173,7 @@ impl Hand {
         Ok(Self {
             engine: engine(choice).map_err(|error| ReceiveError::Local(error.to_string()))?,
             parent: Parent::default(),
-            plain: Aligned::default(),
+            unpacked: Aligned::default(),
             finder: Finder::default(),
         })
     }
@@ -181,11 +181,13 @@ impl Hand {
 
 /// Records waiting for a worker: with those being worked on, well under the sender's window.
 const WAITING_CAP: usize = 16;
+/// How often the target looks whether much is to be written back.
+const WRITE_BACK_STEP: Duration = Duration::from_millis(20);
 
 impl Feed<'_> {
     pub(super) fn run(&self, receiver: &mut Receiver) -> Result<(), ReceiveError> {
-        let queue: Queue<(Header, Vec<u8>)> = Queue::new(WAITING_CAP);
-        let spare: Mutex<Vec<Vec<u8>>> = Mutex::default();
+        let queue: Queue<(Header, Aligned)> = Queue::new(WAITING_CAP);
+        let spare: Mutex<Vec<Aligned>> = Mutex::default();
         let failed: Mutex<Option<ReceiveError>> = Mutex::default();
         let fail = |error: ReceiveError| {
             let mut first = lock(&failed);
@@ -204,8 +206,8 @@ impl Feed<'_> {
                 Ok(hand) => hand,
                 Err(error) => return fail(error),
             };
-            while let Some((header, record)) = queue.take() {
-                let result = self.record(&mut hand, &header, &record);
+            while let Some((header, mut record)) = queue.take() {
+                let result = self.record(&mut hand, &header, &mut record);
                 lock(&spare).push(record);
                 // Before it counts as done: a barrier that waits for it would miss it and tell of that.
                 let ended = result.map_err(fail).is_err();
@@ -216,7 +218,16 @@ impl Feed<'_> {
             }
         };
         let mut done = false;
+        let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Acquire) {
+                    if let Err(error) = self.session.rebuild.write_back() {
+                        return fail(error.into());
+                    }
+                    std::thread::sleep(WRITE_BACK_STEP);
+                }
+            });
             for _ in 0..self.reception.options.workers.max(1) {
                 scope.spawn(worker);
             }
@@ -225,6 +236,7 @@ impl Feed<'_> {
                 Err(error) => fail(error),
             }
             queue.close();
+            over.store(true, Ordering::Release);
         });
         let error = lock(&failed).take();
         match error {
@@ -248,15 +260,14 @@ impl Feed<'_> {
     fn take_in(
         &self,
         receiver: &mut Receiver,
-        queue: &Queue<(Header, Vec<u8>)>,
-        spare: &Mutex<Vec<Vec<u8>>>,
+        queue: &Queue<(Header, Aligned)>,
+        spare: &Mutex<Vec<Aligned>>,
     ) -> Result<bool, ReceiveError> {
         let mut hand = Hand::new(self.reception.options.engine)?;
         loop {
-            let buffer = lock(spare).pop().unwrap_or_default();
-            let (header, record) = match receiver.next(buffer) {
-                Ok(Incoming::Record(header, record)) => (header, record),
-                Ok(Incoming::Message(..)) => continue,
+            let mut record = lock(spare).pop().unwrap_or_default();
+            let header = match receiver.next_record(&mut record) {
+                Ok(header) => header,
                 Err(ConnectionError::Io(error)) => {
                     tracing::debug!(
                         volume = self.volume.spec.name,
@@ -294,7 +305,7 @@ impl Feed<'_> {
                 return Err(self.corrupt(header.number, what));
             }
             hand.parent.forget();
-            if self.record(&mut hand, &header, &record)? {
+            if self.record(&mut hand, &header, &mut record)? {
                 return Ok(true);
             }
             lock(spare).push(record);
@@ -323,16 +334,17 @@ impl Feed<'_> {
         &self,
         hand: &mut Hand,
         header: &Header,
-        record: &[u8],
+        record: &mut Aligned,
     ) -> Result<bool, ReceiveError> {
-        let body = &record[HEADER_LEN..];
         let bytes = self
             .session
             .opener
-            .open(header, body, hand.plain.space(body.len()))
+            .open(header, record.space(header.length as usize))
             .map_err(|error| self.corrupt(header.number, error.to_string()))?;
         let rebuild = &self.session.rebuild;
         let malformed = |_| self.protocol("a record is malformed");
+        let unpacked = &mut hand.unpacked;
+        let bytes = payload::unpack(bytes, |len| unpacked.space(len)).map_err(malformed)?;
         let kind = PayloadKind::of(bytes).map_err(malformed)?;
         if kind.is_parallel() == header.barrier {
             return Err(self.protocol("a record stands on the wrong side of a barrier"));

@@ -14,7 +14,7 @@ use super::queue::lock;
 use super::seal::{LinkKey, OpenFailed, Salt};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, VolumeId};
-use crate::telemetry::links;
+use crate::telemetry::links::{self, Waits};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -134,6 +134,17 @@ struct State {
     /// What the peer's first answer said to build upon, and its salt.
     agreed: Option<(Basis, Salt)>,
     spare: Vec<Vec<u8>>,
+    /// Bytes a second that the link took when it was last the limit, and when that was.
+    limit: Option<(u64, Instant)>,
+}
+
+impl State {
+    /// Keeps a buffer for the next record.
+    fn keep(&mut self, buffer: Vec<u8>) {
+        if self.spare.len() < SPARE_CAP {
+            self.spare.push(buffer);
+        }
+    }
 }
 
 struct Shared {
@@ -148,10 +159,19 @@ pub(super) struct Link {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Most used buffers that are kept.
+const SPARE_CAP: usize = 16;
 /// How often a waiting thread looks at the cancel flag.
 const TICK: Duration = Duration::from_millis(100);
 /// How often a link that sends is asked how it does.
 const MEASURED_EVERY: Duration = Duration::from_secs(1);
+/// How long a link counts as the limit after it was seen to be: less travels once records are packed, so that it
+/// may not show until they no longer are.
+const LIMIT_COUNTS: Duration = Duration::from_secs(15);
+/// Shares of a second, in percent, that a sender may have nothing to send and that a peer may take nothing on a
+/// link that is the limit.
+const IDLE: u128 = 10;
+const REFUSED: u64 = 30;
 
 impl Link {
     /// Connects, greets and begins; returns when the peer is ready.
@@ -169,6 +189,7 @@ impl Link {
                 acknowledged: 0,
                 agreed: None,
                 spare: Vec::new(),
+                limit: None,
             }),
             changed: Condvar::new(),
         });
@@ -258,6 +279,17 @@ impl Link {
         lock(&self.shared.state).spare.pop().unwrap_or_default()
     }
 
+    /// Bytes a second that the link takes, if it is what limits the transfer or was a moment ago.
+    pub(super) fn limit(&self) -> Option<u64> {
+        let limit = lock(&self.shared.state).limit;
+        limit.and_then(|(rate, seen)| (seen.elapsed() < LIMIT_COUNTS).then_some(rate))
+    }
+
+    /// Takes a used buffer back.
+    pub(super) fn give_back(&self, buffer: Vec<u8>) {
+        lock(&self.shared.state).keep(buffer);
+    }
+
     /// Waits for the target's word that the epoch is complete.
     pub(super) fn finish(&self) -> Result<Done, LinkError> {
         let mut state = lock(&self.shared.state);
@@ -334,10 +366,8 @@ impl Shared {
             if let Some(record) = state.window.remove(&number) {
                 state.bytes -= record.len();
                 state.moved = true;
-                if let Ok(buffer) = Arc::try_unwrap(record)
-                    && state.spare.len() < 16
-                {
-                    state.spare.push(buffer);
+                if let Ok(buffer) = Arc::try_unwrap(record) {
+                    state.keep(buffer);
                 }
             }
         }
@@ -501,7 +531,7 @@ impl Shared {
     fn transmit(&self, transmitter: &mut Transmitter, socket: &TcpStream) {
         let heartbeat = self.setup.options.patience / 4;
         let mut quiet_since = Instant::now();
-        let mut measured = Instant::now();
+        let mut measured = Measured::begin();
         let mut state = lock(&self.state);
         while state.broken.is_none() && state.over.is_none() {
             let next = state.unsent.pop_front();
@@ -512,6 +542,7 @@ impl Shared {
                     };
                     drop(state);
                     let sent = transmitter.record(&record);
+                    measured.bytes += record.len() as u64;
                     self.setup
                         .progress
                         .bytes_sent
@@ -523,16 +554,22 @@ impl Shared {
                     transmitter.message(self.setup.volume, self.setup.epoch, &Message::Ping)
                 }
                 None => {
+                    let idle = Instant::now();
                     state = self.wait(state, TICK);
+                    measured.idle += idle.elapsed();
                     continue;
                 }
             };
             quiet_since = Instant::now();
-            if quiet_since - measured >= MEASURED_EVERY {
-                measured = quiet_since;
-                links::measure(self.setup.hop.addr.ip(), None, socket.as_fd());
+            let mut limit = None;
+            if quiet_since - measured.since >= MEASURED_EVERY {
+                let waits = links::measure(self.setup.hop.addr.ip(), None, socket.as_fd());
+                limit = measured.limit(quiet_since, waits.unwrap_or_default());
             }
             state = lock(&self.state);
+            if let Some(rate) = limit {
+                state.limit = Some((rate, quiet_since));
+            }
             if let Err(error) = sent {
                 state.broken.get_or_insert(error.to_string());
             }
@@ -586,6 +623,44 @@ impl Shared {
                 return String::new();
             }
         }
+    }
+}
+
+/// What a sender did since the link was last measured.
+struct Measured {
+    since: Instant,
+    bytes: u64,
+    /// Nothing was there to be sent.
+    idle: Duration,
+    waits: Waits,
+}
+
+impl Measured {
+    fn begin() -> Self {
+        Self {
+            since: Instant::now(),
+            bytes: 0,
+            idle: Duration::ZERO,
+            waits: Waits::default(),
+        }
+    }
+
+    /// Begins anew; the bytes a second, if the link was the limit: there was always something to send, and the
+    /// peer was not what kept it back.
+    fn limit(&mut self, now: Instant, waits: Waits) -> Option<u64> {
+        let took = now - self.since;
+        let refused = waits.refused_us.saturating_sub(self.waits.refused_us);
+        let busy = waits.busy_us.saturating_sub(self.waits.busy_us);
+        let limited =
+            self.idle.as_millis() * 100 < took.as_millis() * IDLE && refused * 100 < busy * REFUSED;
+        let rate = (self.bytes as f64 / took.as_secs_f64()) as u64;
+        *self = Self {
+            since: now,
+            bytes: 0,
+            idle: Duration::ZERO,
+            waits,
+        };
+        limited.then_some(rate)
     }
 }
 

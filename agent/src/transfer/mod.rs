@@ -15,6 +15,7 @@ pub mod hello;
 pub mod link;
 pub mod message;
 mod offers;
+mod packing;
 pub mod payload;
 mod pieces;
 mod queue;

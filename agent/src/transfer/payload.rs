@@ -2,15 +2,16 @@
 //!
 //! Order in an epoch: removals → entries (directories, special files, the start of each large file)
 //! → files and segments in any order → finishes (large files, hard links) → end. Each arrow is a
-//! barrier. Invariants: every count is checked against the bytes that are there before anything is
+//! barrier. A payload may be packed. Invariants: every count is checked against the bytes that are there before anything is
 //! allocated; decoding never panics.
 
-use super::frame::HEADER_LEN;
+use super::frame::{BODY_CAP, HEADER_LEN};
 use crate::model::ids::Signature;
 use crate::volume::BlockSize;
 use crate::volume::aligned::ALIGNMENT;
 use crate::volume::codec::{Malformed, Reader, put_short};
 use crate::volume::tree::{Entry, Kind, checked_path};
+use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
 
 /// Kind of a payload: its first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,62 @@ impl PayloadKind {
             Some(6) => Ok(Self::End),
             _ => Err(Malformed("a record is of an unknown kind")),
         }
+    }
+}
+
+/// In the first byte of a payload: the rest is its length, then an LZ4 block.
+const PACKED: u8 = 0x80;
+/// Bytes before the LZ4 block of a packed payload.
+const PACKED_HEAD: usize = 5;
+
+/// The record with its payload packed, in the memory of `space`.
+#[must_use]
+pub fn pack(record: &[u8], mut space: Vec<u8>) -> Vec<u8> {
+    let (header, payload) = record.split_at(HEADER_LEN);
+    let Some((kind, rest)) = payload.split_first() else {
+        return record.to_vec();
+    };
+    let at = HEADER_LEN + PACKED_HEAD;
+    space.resize(at + get_maximum_output_size(rest.len()), 0);
+    space[..HEADER_LEN].copy_from_slice(header);
+    space[HEADER_LEN] = kind | PACKED;
+    // Records are far below 4 GiB.
+    let length = u32::try_from(rest.len()).unwrap_or(u32::MAX);
+    space[HEADER_LEN + 1..at].copy_from_slice(&length.to_le_bytes());
+    // Cannot fail: there is as much room as it may need.
+    let packed = compress_into(rest, &mut space[at..]).unwrap_or(usize::MAX);
+    space.truncate(at.saturating_add(packed));
+    space
+}
+
+/// The payload as it was before packing; `space` gives room for it.
+///
+/// # Errors
+/// It promises more than a record can hold, or does not unpack to what it promises.
+pub fn unpack<'p>(
+    payload: &'p [u8],
+    space: impl FnOnce(usize) -> &'p mut [u8],
+) -> Result<&'p [u8], Malformed> {
+    let Some((first, rest)) = payload
+        .split_first()
+        .filter(|(first, _)| **first & PACKED != 0)
+    else {
+        return Ok(payload);
+    };
+    let mut reader = Reader::new(rest);
+    let length = reader.u32()? as usize;
+    if length >= BODY_CAP {
+        return Err(Malformed(
+            "a packed record promises more than a record can hold",
+        ));
+    }
+    let unpacked = space(1 + length);
+    unpacked[0] = first & !PACKED;
+    match decompress_into(&rest[PACKED_HEAD - 1..], &mut unpacked[1..]) {
+        Ok(found) if found == length => Ok(unpacked),
+        _ => Err(Malformed(
+            "a packed record does not unpack to what it promises",
+        )),
     }
 }
 
@@ -372,6 +429,29 @@ mod tests {
             bytes.extend(rest);
             let decoded = Payload::decode(&bytes, BlockSize::default());
             prop_assert!(decoded.is_err() || (1..=6).contains(&kind));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn unpacking_any_bytes_never_panics_nor_takes_more_than_a_record(
+            kind in 0x80..0x88_u8,
+            length in prop_oneof![0..2000_u32, any::<u32>()],
+            rest in proptest::collection::vec(any::<u8>(), 0..500),
+        ) {
+            let mut bytes = vec![kind];
+            bytes.extend(length.to_le_bytes());
+            bytes.extend(rest);
+            let mut space = Vec::new();
+            let unpacked = unpack(&bytes, |asked| {
+                assert!(asked <= BODY_CAP);
+                space.resize(asked, 0);
+                &mut space
+            });
+            if let Ok(unpacked) = unpacked {
+                prop_assert_eq!(unpacked.len(), 1 + length as usize);
+                prop_assert_eq!(unpacked[0] & PACKED, 0);
+            }
         }
     }
 

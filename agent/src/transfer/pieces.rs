@@ -1,11 +1,14 @@
-//! Large files in pieces of at most a megabyte, read straight into the record that carries them.
+//! Large files in pieces of at most a megabyte, several read at a time and past the page cache: a disk is only
+//! fast with requests waiting, and what is read once should not push out what the workload needs.
 
 use super::engine::{Engine, Read};
+use super::frame::DATA_CAP;
 use super::message::Held;
 use super::payload::{self, Block, DESCRIPTOR_LEN, PayloadKind};
 use super::queue::lock;
 use super::reading::{Fate, Reading, Waiting, fate};
 use super::source::{SourceError, add};
+use super::uring::is_cached;
 use crate::model::ids::Signature;
 use crate::volume::aligned::Aligned;
 use crate::volume::scan::Holes;
@@ -14,7 +17,9 @@ use crate::volume::walk::WalkError;
 use nix::sys::stat::FileStat;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -23,80 +28,186 @@ pub(super) struct Large {
     pub(super) step: usize,
     pub(super) path: Box<[u8]>,
     pub(super) file: File,
+    /// The same file past the page cache, where its file system allows that.
+    pub(super) direct: Option<File>,
     pub(super) stat: FileStat,
     pub(super) size: u64,
-    /// Opened for direct reads.
-    pub(super) direct: bool,
+    /// A device: what lies in its page cache is older than what a file system or a device above it has written.
+    pub(super) device: bool,
     pub(super) holes: Holes,
     pub(super) blocks: Mutex<Vec<Signature>>,
     /// Pieces not yet read.
     pub(super) left: AtomicU64,
 }
 
+/// Pieces read at a time by each thread.
+pub(super) const TOGETHER: u64 = 8;
+
+/// Opens a file a second time, past the page cache; none where its file system refuses that.
+pub(super) fn open_direct(file: &File) -> Option<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = libc::O_DIRECT | libc::O_NOATIME;
+    File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(path)
+        .ok()
+}
+
 /// A run of blocks that was read.
 pub(super) struct Piece {
     file: Arc<Large>,
     first: u64,
-    /// A record with room for the descriptors, followed by the bytes of all blocks.
+    /// A record with room for the descriptors, followed by the bytes of the blocks that travel.
     record: Vec<u8>,
     descriptors: usize,
     data: usize,
     blocks: Vec<(Signature, Fate)>,
 }
 
+/// Where a piece lies in its file.
+struct Place {
+    first: u64,
+    count: u32,
+    offset: u64,
+    length: usize,
+    hollow: bool,
+}
+
 impl Reading<'_, '_> {
-    /// Reads a run of blocks straight into a record and sends what differs, or offers it first.
-    pub(super) fn read_piece(
+    /// Reads some pieces of a file at once, each at most a record full, and sends or offers what differs.
+    pub(super) fn read_pieces(
         &self,
         engine: &mut dyn Engine,
+        plain: &mut Aligned,
         large: &Arc<Large>,
-        first: u64,
-        count: u32,
-    ) -> Result<Option<Waiting>, SourceError> {
+        blocks: Range<u64>,
+    ) -> Result<Vec<Waiting>, SourceError> {
         let block_size = self.source.block_size;
-        let past = first + u64::from(count);
-        let lengths = (first..past).map(|index| block_size.length_of(large.size, index));
-        let total: usize = lengths.clone().sum();
-        let (head, descriptors) = head(large, first, count);
-        let data = head.len();
-        let mut record = self.source.outlet.buffer();
-        record.resize(data + total, 0);
-        record[..data].copy_from_slice(&head);
+        let each = DATA_CAP as u64 / block_size.bytes();
+        let mut places = Vec::new();
+        let mut first = blocks.start;
+        while first < blocks.end {
+            let count = each.min(blocks.end - first);
+            let lengths = (first..first + count).map(|at| block_size.length_of(large.size, at));
+            let (offset, length) = (first * block_size.bytes(), lengths.sum());
+            places.push(Place {
+                first,
+                // A record's worth of blocks.
+                count: u32::try_from(count).unwrap_or(1),
+                offset,
+                length,
+                hollow: large.holes.covers(offset, length as u64),
+            });
+            first += count;
+        }
+        let memory = plain.space(places.len() * DATA_CAP);
+        self.read_places(engine, large, &places, memory)?;
+        let mut waiting = Vec::new();
+        for (place, bytes) in places.iter().zip(memory.chunks(DATA_CAP)) {
+            waiting.extend(self.piece(large, place, &bytes[..place.length])?);
+        }
+        Ok(waiting)
+    }
 
-        let offset = first * block_size.bytes();
-        let hollow = large.holes.covers(offset, total as u64);
-        if hollow {
-            record[data..].fill(0);
-        } else {
-            let read = read_large(engine, large, offset, &mut record[data..]);
-            let done = read.map_err(|e| {
-                let action = "read a block of";
-                WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
-            })?;
+    /// Fills a part of `memory` for each place; what lies past the end of the file reads as zeros.
+    fn read_places(
+        &self,
+        engine: &mut dyn Engine,
+        large: &Large,
+        places: &[Place],
+        memory: &mut [u8],
+    ) -> Result<(), SourceError> {
+        let failed = |place: &Place, e: io::Error| {
+            let (action, offset) = ("read a block of", place.offset);
+            WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
+        };
+        let parts = places.iter().zip(memory.chunks_mut(DATA_CAP));
+        let (filled, parts): (Vec<_>, Vec<_>) = parts.partition(|(place, _)| !place.hollow);
+        for (place, part) in parts {
+            part[..place.length].fill(0);
+        }
+        let mut reads: Vec<Read<'_>> = Vec::with_capacity(filled.len());
+        let mut direct = Vec::with_capacity(filled.len());
+        for (place, part) in filled {
+            let cached = || is_cached(large.file.as_fd(), place.offset, place.length as u64);
+            let past = large.direct.as_ref().filter(|_| large.device || !cached());
+            // Direct reads are of whole sectors; the file's end cuts the last one short.
+            let length = if past.is_some() {
+                DATA_CAP
+            } else {
+                place.length
+            };
+            reads.push(Read {
+                file: past.unwrap_or(&large.file).as_fd(),
+                offset: place.offset,
+                buffer: &mut part[..length],
+                once: past.is_none(),
+                done: Ok(0),
+            });
+            direct.push((place, past.is_some()));
+        }
+        engine.read(&mut reads);
+        for (mut read, (place, direct)) in reads.into_iter().zip(direct) {
+            let refused = read
+                .done
+                .as_ref()
+                .is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL));
+            if direct && refused {
+                // A disk with larger sectors than 4096 bytes.
+                let mut again = [Read {
+                    file: large.file.as_fd(),
+                    offset: place.offset,
+                    buffer: &mut *read.buffer,
+                    once: true,
+                    done: Ok(0),
+                }];
+                engine.read(&mut again);
+                let [again] = again;
+                read.done = again.done;
+            }
+            let done = read.done.map_err(|e| failed(place, e))?.min(place.length);
             // The file shrank: the rest reads as zeros now and again in the next epoch.
-            record[data + done..].fill(0);
+            read.buffer[done..place.length].fill(0);
             self.source.progress.read(done as u64);
             add(&self.tally.bytes_read, done as u64);
         }
+        Ok(())
+    }
 
+    /// Signs the blocks of a piece and sends what differs, or offers it first.
+    fn piece(
+        &self,
+        large: &Arc<Large>,
+        place: &Place,
+        bytes: &[u8],
+    ) -> Result<Option<Waiting>, SourceError> {
+        let block_size = self.source.block_size;
+        let (mut record, descriptors) =
+            head(self.source.outlet.buffer(), large, place.first, place.count);
+        let data = record.len();
         let held = self.source.held.blocks(&large.path);
-        let mut blocks = Vec::with_capacity(count as usize);
-        let mut from = data;
-        for (index, length) in (first..).zip(lengths) {
-            let signature = if hollow {
+        let mut blocks = Vec::with_capacity(place.count as usize);
+        // At most 1 MiB by construction.
+        let size = usize::try_from(block_size.bytes()).unwrap_or(DATA_CAP);
+        for (bytes, index) in bytes.chunks(size).zip(place.first..) {
+            let signature = if place.hollow {
                 ZERO
             } else {
-                sign::signature(self.source.key, &record[from..from + length])
+                sign::signature(self.source.key, bytes)
             };
             let held = usize::try_from(index)
                 .ok()
                 .and_then(|index| held.get(index));
-            blocks.push((signature, fate(&signature, held)));
-            from += length;
+            let fate = fate(&signature, held);
+            if fate == Fate::Data {
+                record.extend_from_slice(bytes);
+            }
+            blocks.push((signature, fate));
         }
         let piece = Piece {
             file: Arc::clone(large),
-            first,
+            first: place.first,
             record,
             descriptors,
             data,
@@ -118,7 +229,8 @@ impl Reading<'_, '_> {
 
     fn offer_piece(&self, piece: &Piece) -> Result<u64, SourceError> {
         let count = u32::try_from(piece.blocks.len()).unwrap_or(0);
-        let (mut record, descriptors) = head(&piece.file, piece.first, count);
+        let buffer = self.source.outlet.buffer();
+        let (mut record, descriptors) = head(buffer, &piece.file, piece.first, count);
         for (at, (signature, fate)) in (descriptors..).step_by(DESCRIPTOR_LEN).zip(&piece.blocks) {
             let block = match fate {
                 Fate::Data => Block::Offered(*signature),
@@ -142,27 +254,31 @@ impl Reading<'_, '_> {
         let (mut from, mut to) = (data, data);
         let mut differs = false;
         for ((index, (signature, fate)), place) in (first..).zip(&blocks).zip(0..) {
+            let travels = *fate == Fate::Data;
             let length = self.source.block_size.length_of(file.size, index);
+            let range = from..if travels { from + length } else { from };
+            from = range.end;
             let found = answer.has(place);
-            let block = fate.block(*signature, &record[from..from + length]);
+            let block = fate.block(*signature, &record[range.clone()]);
             self.count(block, found);
             let block = if found { Block::Same } else { block };
             let at = descriptors + place * DESCRIPTOR_LEN;
             let descriptor = payload::descriptor(block);
-            let is_data = matches!(block, Block::Data(..));
             differs |= block != Block::Same;
-            if is_data {
-                if to != from {
-                    record.copy_within(from..from + length, to);
+            if travels && !found {
+                let length = range.len();
+                if to != range.start {
+                    record.copy_within(range, to);
                 }
                 to += length;
             }
             record[at..at + DESCRIPTOR_LEN].copy_from_slice(&descriptor);
-            from += length;
         }
         record.truncate(to);
         if differs {
             self.source.outlet.emit(record, false, first)?;
+        } else {
+            self.source.outlet.give_back(record);
         }
         let start = usize::try_from(first).unwrap_or(0);
         let signatures = blocks.iter().map(|(signature, _)| *signature);
@@ -187,39 +303,9 @@ impl Reading<'_, '_> {
     }
 }
 
-/// Reads bytes of a large file, of a device past its page cache: what lies there is older than what a file
-/// system or a device above this one has written.
-fn read_large(
-    engine: &mut dyn Engine,
-    large: &Large,
-    offset: u64,
-    into: &mut [u8],
-) -> io::Result<usize> {
-    let mut read_into = |buffer: &mut [u8]| {
-        let mut reads = [Read {
-            file: large.file.as_fd(),
-            offset,
-            buffer,
-            once: true,
-            done: Ok(0),
-        }];
-        engine.read(&mut reads);
-        let [read] = reads;
-        read.done
-    };
-    if !large.direct {
-        return read_into(into);
-    }
-    let mut memory = Aligned::default();
-    let aligned = memory.space(into.len());
-    let done = read_into(aligned)?;
-    into[..done].copy_from_slice(&aligned[..done]);
-    Ok(done)
-}
-
 /// The beginning of a piece's record and where its descriptors go.
-fn head(file: &Large, first: u64, count: u32) -> (Vec<u8>, usize) {
-    let mut head = payload::start(Vec::new(), PayloadKind::Segment);
+fn head(buffer: Vec<u8>, file: &Large, first: u64, count: u32) -> (Vec<u8>, usize) {
+    let mut head = payload::start(buffer, PayloadKind::Segment);
     let descriptors = payload::put_segment(&mut head, &file.path, file.size, first, count);
     (head, descriptors)
 }

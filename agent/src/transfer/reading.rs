@@ -9,10 +9,11 @@ use super::frame::{DATA_CAP, HEADER_LEN};
 use super::link::LinkError;
 use super::message::Held;
 use super::payload::{self, Block, PayloadKind};
-use super::pieces::{Large, Piece};
+use super::pieces::{self, Large, Piece};
 use super::queue::{Queue, lock};
 use super::source::{Source, SourceError, Tally, add};
 use crate::model::ids::Signature;
+use crate::volume::aligned::Aligned;
 use crate::volume::block_map;
 use crate::volume::change::{Baseline, Step};
 use crate::volume::one::{One, stat_of};
@@ -79,12 +80,8 @@ pub(super) fn send_files(
 enum Unit<'s> {
     /// Small files: their steps' indices.
     Small(Vec<(usize, &'s Found)>),
-    /// Blocks of a large file, from `first`.
-    Piece {
-        file: Arc<Large>,
-        first: u64,
-        count: u32,
-    },
+    /// Blocks of a large file.
+    Pieces(Arc<Large>, Range<u64>),
 }
 
 /// What was offered and waits for the target's answer.
@@ -183,10 +180,11 @@ impl<'s> Reading<'_, 's> {
         let large = Arc::new(Large {
             step,
             path: found.path.clone(),
+            direct: pieces::open_direct(&file),
             file,
             stat,
             size,
-            direct: self.root.one().is_some_and(One::is_device),
+            device: self.root.one().is_some_and(One::is_device),
             holes,
             blocks: Mutex::new(vec![ZERO; usize::try_from(total).unwrap_or(0)]),
             left: AtomicU64::new(total.div_ceil(each)),
@@ -196,16 +194,12 @@ impl<'s> Reading<'_, 's> {
         }
         let mut first = 0;
         while first < total {
-            let count = each.min(total - first);
-            let unit = Unit::Piece {
-                file: Arc::clone(&large),
-                first,
-                count: u32::try_from(count).unwrap_or(1),
-            };
+            let past = total.min(first + each * pieces::TOGETHER);
+            let unit = Unit::Pieces(Arc::clone(&large), first..past);
             if self.queue.push(unit).is_err() {
                 return Ok(false);
             }
-            first += count;
+            first = past;
         }
         Ok(true)
     }
@@ -215,13 +209,15 @@ impl<'s> Reading<'_, 's> {
             Ok(engine) => engine,
             Err(error) => return self.fail(LinkError::Local(error.to_string()).into()),
         };
-        let mut scratch = Vec::new();
+        let mut plain = Aligned::default();
         let mut waiting = VecDeque::new();
         while let Some(unit) = self.queue.take() {
             let result = match unit {
-                Unit::Small(files) => self.read_small(engine.as_mut(), &files, &mut scratch),
-                Unit::Piece { file, first, count } => {
-                    self.read_piece(engine.as_mut(), &file, first, count)
+                Unit::Small(files) => self
+                    .read_small(engine.as_mut(), &files, &mut plain)
+                    .map(Vec::from_iter),
+                Unit::Pieces(file, blocks) => {
+                    self.read_pieces(engine.as_mut(), &mut plain, &file, blocks)
                 }
             };
             self.queue.done();
@@ -265,7 +261,7 @@ impl<'s> Reading<'_, 's> {
         &self,
         engine: &mut dyn Engine,
         files: &[(usize, &Found)],
-        scratch: &mut Vec<u8>,
+        plain: &mut Aligned,
     ) -> Result<Option<Waiting>, SourceError> {
         let local = |path| self.root.local(path).unwrap_or(path);
         let paths: Vec<&[u8]> = files.iter().map(|(_, found)| local(&*found.path)).collect();
@@ -293,10 +289,8 @@ impl<'s> Reading<'_, 's> {
                 }
             }
         }
-        if scratch.len() < total {
-            scratch.resize(total, 0);
-        }
-        let mut rest = &mut scratch[..total];
+        let scratch = plain.space(total);
+        let mut rest = &mut *scratch;
         let mut reads: Vec<Read<'_>> = Vec::with_capacity(ready.len());
         for (_, _, file, _, length) in &ready {
             let (buffer, tail) = std::mem::take(&mut rest).split_at_mut(*length);
@@ -320,6 +314,9 @@ impl<'s> Reading<'_, 's> {
         self.source.progress.read(total as u64);
         add(&self.tally.bytes_read, total as u64);
         let mut record = payload::start(self.source.outlet.buffer(), PayloadKind::Files);
+        // What a batch may come to, so that nothing is moved while the record grows.
+        record.reserve(total + ready.len() * 256);
+        let mut outcomes = Vec::with_capacity(ready.len());
         let empty = record.len();
         let offering = self.source.outlet.offers.is_due();
         let mut offered = OfferedFiles::default();
@@ -340,8 +337,9 @@ impl<'s> Reading<'_, 's> {
                     self.put_small(&mut record, &entry, &fates, bytes)?;
                 }
             }
-            lock(&self.outcomes).insert(step, Some(entry));
+            outcomes.push((step, Some(entry)));
         }
+        lock(&self.outcomes).extend(outcomes);
         if record.len() > empty {
             self.source.outlet.emit(record, false, 0)?;
         }

@@ -18,6 +18,7 @@ use crate::volume::{BlockMap, BlockSize, Entry, FleetKey, Kind, TreeState};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::os::fd::AsFd;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -58,6 +59,8 @@ pub(super) struct Rebuild {
     pub(super) bytes_written: AtomicU64,
     /// Of those, bytes that were here already.
     pub(super) bytes_again: AtomicU64,
+    /// Bytes written through the page cache since the last write-back.
+    cached: AtomicU64,
     refuses_direct: AtomicBool,
 }
 
@@ -141,6 +144,7 @@ impl Rebuild {
             state: Mutex::new(state),
             bytes_written: AtomicU64::new(0),
             bytes_again: AtomicU64::new(0),
+            cached: AtomicU64::new(0),
             refuses_direct: AtomicBool::new(false),
         }
     }
@@ -401,7 +405,7 @@ impl Rebuild {
             let runs = runs(self.block_size, memories, 0, blocks);
             writes.extend(runs.map(|(offset, bytes)| (&*entry.path, file, offset, bytes)));
         }
-        self.write(engine, &writes)?;
+        self.write(engine, &writes, false)?;
         for ((file, entry), ((_, blocks), held)) in
             open.iter().zip(&finished).zip(files.iter().zip(&held))
         {
@@ -468,12 +472,12 @@ impl Rebuild {
                 .map(move |&(offset, bytes)| (&**path, file, offset, bytes));
             places.collect::<Vec<Place<'_>>>()
         };
-        match self.write(engine, &place(&file)) {
+        match self.write(engine, &place(&file), access == Access::Direct) {
             Err(RebuildError::Apply(error)) if access == Access::Direct && error.is_alignment() => {
                 // A disk with larger sectors than 4096 bytes.
                 self.refuses_direct.store(true, Ordering::Relaxed);
                 let file = self.destination.file(parent, path, Access::InPlace)?;
-                self.write(engine, &place(&file))?;
+                self.write(engine, &place(&file), false)?;
             }
             other => other?,
         }
@@ -509,13 +513,19 @@ impl Rebuild {
         Ok(())
     }
 
-    fn write(&self, engine: &mut dyn Engine, writes: &[Place<'_>]) -> Result<(), RebuildError> {
+    fn write(
+        &self,
+        engine: &mut dyn Engine,
+        writes: &[Place<'_>],
+        direct: bool,
+    ) -> Result<(), RebuildError> {
         let mut pending: Vec<Write<'_>> = writes
             .iter()
             .map(|(_, file, offset, bytes)| Write {
                 file: file.as_fd(),
                 offset: *offset,
                 bytes,
+                direct,
                 done: Ok(()),
             })
             .collect();
@@ -529,6 +539,19 @@ impl Rebuild {
             total += needed;
         }
         self.bytes_written.fetch_add(total, Ordering::Relaxed);
+        if !direct {
+            self.cached.fetch_add(total, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Writes back what lies in the page cache, if it is much: so the end of the epoch has less to wait for,
+    /// and the disk holds the network back before the memory is full.
+    pub(super) fn write_back(&self) -> Result<(), RebuildError> {
+        if self.cached.load(Ordering::Relaxed) >= WRITE_BACK {
+            self.cached.store(0, Ordering::Relaxed);
+            self.destination.sync()?;
+        }
         Ok(())
     }
 
@@ -599,15 +622,23 @@ impl Rebuild {
                 self.destination.finish_directory(entry)?;
             }
         }
-        self.destination.sync()?;
-        if let Some(map) = &self.map {
-            map.flush();
-        }
         let tree = std::mem::take(&mut state.tree);
-        let root = TreeState::root_of(&self.key, self.block_size, tree.values());
+        let root = std::thread::scope(|scope| {
+            let root =
+                scope.spawn(|| TreeState::root_of(&self.key, self.block_size, tree.values()));
+            self.destination.sync()?;
+            if let Some(map) = &self.map {
+                map.flush();
+            }
+            // A panic of the thread is passed on.
+            Ok::<_, RebuildError>(root.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })?;
         Ok((root, tree))
     }
 }
+
+/// Bytes in the page cache that are written back before the end of an epoch.
+const WRITE_BACK: u64 = 32 << 20;
 
 /// Bytes for a place in a file.
 type Place<'a> = (&'a [u8], &'a std::fs::File, u64, &'a [u8]);

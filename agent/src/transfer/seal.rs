@@ -101,26 +101,14 @@ impl Sealer {
         record.extend_from_slice(tag.as_ref());
     }
 
-    /// Opens a record's body into `space`, which must be as long as the payload or longer, and returns
-    /// the payload at its start. (Not in place: the target chooses where the bytes lie, because direct
-    /// writes want them aligned.)
+    /// Opens a record's body in place and returns the payload at its start.
     ///
     /// # Errors
-    /// [`OpenFailed`], and what is in `space` is then worthless.
-    pub fn open<'s>(
-        &self,
-        header: &Header,
-        body: &[u8],
-        space: &'s mut [u8],
-    ) -> Result<&'s [u8], OpenFailed> {
-        let length = body.len().checked_sub(SEAL_LEN).ok_or(OpenFailed)?;
-        let (sealed, tag) = body.split_at(length);
-        let payload = space.get_mut(..length).ok_or(OpenFailed)?;
+    /// [`OpenFailed`], and what is in `body` is then worthless.
+    pub fn open<'b>(&self, header: &Header, body: &'b mut [u8]) -> Result<&'b [u8], OpenFailed> {
         let aad = Aad::from(self.associated(header));
-        self.key
-            .open_separate_gather(nonce(header.number), aad, sealed, tag, payload)
-            .map_err(|_| OpenFailed)?;
-        Ok(payload)
+        let opened = self.key.open_in_place(nonce(header.number), aad, body);
+        opened.map(|payload| &*payload).map_err(|_| OpenFailed)
     }
 
     fn associated(&self, header: &Header) -> Vec<u8> {
@@ -279,9 +267,9 @@ mod tests {
             let at = at.index(record.len());
             record[at] ^= 1 << bit;
             let opener = Sealer::new(&PlanId::from("plan"), &DataKey([1; 32]), &[2; 32]);
-            let (head, body) = record.split_at(HEADER_LEN);
-            let opened = Header::decode(head.try_into().unwrap())
-                .map(|header| opener.open(&header, body, &mut [0; 600]).is_ok());
+            let (head, body) = record.split_at_mut(HEADER_LEN);
+            let opened = Header::decode((&*head).try_into().unwrap())
+                .map(|header| opener.open(&header, body).is_ok());
             prop_assert!(!matches!(opened, Ok(true)));
         }
     }
@@ -292,9 +280,8 @@ mod tests {
         let header = Header::decode(record[..HEADER_LEN].try_into().unwrap()).unwrap();
         let open = |plan: &str, key: u8, salt: u8| {
             let opener = Sealer::new(&PlanId::from(plan), &DataKey([key; 32]), &[salt; 32]);
-            let mut space = [0; 99];
             opener
-                .open(&header, &record[HEADER_LEN..], &mut space)
+                .open(&header, &mut record[HEADER_LEN..].to_vec())
                 .map(<[u8]>::to_vec)
         };
         assert_eq!(open("plan", 1, 2).unwrap(), b"secret");

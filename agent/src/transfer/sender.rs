@@ -7,6 +7,7 @@ use super::frame::{FrameKind, Header};
 use super::link::{Event, Handler, Hop, Link, LinkError, LinkSetup, Opened};
 use super::message::{Basis, Done, Held as Answer, Message};
 use super::offers::Offers;
+use super::packing::Packing;
 use super::payload::{self, PayloadKind};
 use super::seal::{DataKey, NoRandom, Salt, Sealer, Tagger, random};
 use super::source::{Held, Source};
@@ -140,6 +141,12 @@ pub struct EpochReport {
     pub bytes_read: Bytes,
     /// Bytes of records.
     pub bytes_on_wire: Bytes,
+    /// Bytes of payloads that were packed because the link was the limit, as they were before.
+    #[serde(default)]
+    pub packed_from: Bytes,
+    /// What was left of them.
+    #[serde(default)]
+    pub packed_to: Bytes,
     /// Processor time of this process from the beginning of the epoch to its end, in all threads.
     pub source_cpu: Duration,
     /// What was left out on purpose.
@@ -179,6 +186,7 @@ pub(super) struct Outlet {
     /// The link on which the target answers offers.
     answering: Arc<Link>,
     pub(super) offers: Offers,
+    packing: Packing,
 }
 
 enum Protection {
@@ -191,6 +199,11 @@ impl Outlet {
     /// A buffer for a record.
     pub(super) fn buffer(&self) -> Vec<u8> {
         self.link.buffer()
+    }
+
+    /// Takes a buffer back that no record needed.
+    pub(super) fn give_back(&self, buffer: Vec<u8>) {
+        self.link.give_back(buffer);
     }
 
     /// Numbers, protects and sends a record; waits while too much is in flight.
@@ -227,10 +240,15 @@ impl Outlet {
     fn push(
         &self,
         number: u64,
-        mut record: Vec<u8>,
+        record: Vec<u8>,
         barrier: bool,
         first_block: u64,
     ) -> Result<(), LinkError> {
+        let limit = self.link.limit();
+        let (mut record, unused) = self.packing.pack(record, limit, || self.link.buffer());
+        if let Some(unused) = unused {
+            self.link.give_back(unused);
+        }
         let mut header = Header {
             kind: FrameKind::Sealed,
             barrier,
@@ -409,6 +427,8 @@ impl Sender {
             changeset: Bytes(tally.changeset.into_inner()),
             bytes_read: Bytes(tally.bytes_read.into_inner()),
             bytes_on_wire: Bytes(0),
+            packed_from: Bytes(outlet.packing.before.load(Ordering::Relaxed)),
+            packed_to: Bytes(outlet.packing.after.load(Ordering::Relaxed)),
             source_cpu: Duration::ZERO,
             skipped: tally.skipped,
             duration: Duration::ZERO,
@@ -450,6 +470,7 @@ impl Sender {
             epoch,
             answering: Arc::clone(last),
             offers: Offers::new(opened.holdings),
+            packing: Packing::default(),
         };
         let route = || match &self.path {
             DataPath::Direct { target, data_key } => {

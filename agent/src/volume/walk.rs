@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 /// Reading a tree failed.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +83,18 @@ pub fn kind_of(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
+/// Threads that walk: the second one's work fills the first one's waits for the disk.
+const THREADS: usize = 2;
+
+/// Directories that are still to be walked.
+#[derive(Default)]
+struct Pending {
+    paths: Vec<Box<[u8]>>,
+    /// Being walked, which may add to `paths`.
+    busy: usize,
+    failed: Option<WalkError>,
+}
+
 /// Walks everything beneath `root`, crossing mount points as the containers do.
 ///
 /// # Errors
@@ -98,15 +111,58 @@ pub fn walk(root: &Confined) -> Result<Walk, WalkError> {
         path: Box::default(),
         stat,
     });
-    let mut pending: Vec<Box<[u8]>> = vec![Box::default()];
-    while let Some(path) = pending.pop() {
-        match walk_directory(root, &path, &mut walk, &mut pending) {
-            Err(error) if error.vanished() && !path.is_empty() => {}
-            other => other?,
+    let pending = Mutex::new(Pending {
+        paths: vec![Box::default()],
+        ..Pending::default()
+    });
+    let changed = Condvar::new();
+    std::thread::scope(|scope| {
+        let walking = || walk_some(root, &pending, &changed);
+        let others: Vec<_> = (1..THREADS).map(|_| scope.spawn(walking)).collect();
+        let mut parts = vec![walking()];
+        // A panic of a thread is passed on by the scope.
+        parts.extend(others.into_iter().filter_map(|other| other.join().ok()));
+        for part in parts {
+            walk.found.extend(part.found);
+            walk.skipped.extend(part.skipped);
         }
+    });
+    let failed = pending
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner)
+        .failed;
+    if let Some(error) = failed {
+        return Err(error);
     }
     walk.found.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     Ok(walk)
+}
+
+/// Walks pending directories until there are no more.
+fn walk_some(root: &Confined, pending: &Mutex<Pending>, changed: &Condvar) -> Walk {
+    let mut walk = Walk::default();
+    let mut state = pending.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        if state.failed.is_some() || (state.paths.is_empty() && state.busy == 0) {
+            return walk;
+        }
+        let Some(path) = state.paths.pop() else {
+            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        };
+        state.busy += 1;
+        drop(state);
+        let mut below = Vec::new();
+        let result = walk_directory(root, &path, &mut walk, &mut below);
+        state = pending.lock().unwrap_or_else(PoisonError::into_inner);
+        state.busy -= 1;
+        state.paths.append(&mut below);
+        match result {
+            Err(error) if !error.vanished() || path.is_empty() => state.failed = Some(error),
+            _ => {}
+        }
+        changed.notify_all();
+    }
 }
 
 fn walk_directory(

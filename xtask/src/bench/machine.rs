@@ -35,18 +35,9 @@ pub(super) fn limits() -> Result<String> {
             first_word("/proc/loadavg").unwrap_or_else(|| "unknown".into()),
         ),
     ];
-    for (name, mode) in [("disk, writing", "write"), ("disk, reading", "read")] {
-        let speed = disk(a, mode).unwrap_or_else(|error| format!("not measured: {error:#}"));
-        rows.push((
-            name,
-            format!("{speed} (fio, O_DIRECT, 1 MiB, 32 in flight)"),
-        ));
+    for (name, speed) in measured(a, b)?.0 {
+        rows.push((name, format!("{:.2} GB/s", speed / 1e9)));
     }
-    let link = link(a, b).unwrap_or_else(|error| format!("not measured: {error:#}"));
-    rows.push((
-        "link between two lab hosts",
-        format!("{link} (iperf3, one stream)"),
-    ));
     lab.down()?;
 
     let mut text = String::from("## Machine\n\n| what | |\n|---|---|\n");
@@ -87,7 +78,50 @@ fn first_word(file: &str) -> Option<String> {
     text.split_whitespace().next().map(str::to_owned)
 }
 
-fn disk(host: &Host, mode: &str) -> Result<String> {
+/// Speeds that nothing which moves data can exceed, in bytes a second.
+#[derive(Debug, Clone)]
+pub(super) struct Limits(Vec<(&'static str, f64)>);
+
+impl Limits {
+    /// These and some more.
+    pub(super) fn with(&self, more: impl IntoIterator<Item = (&'static str, f64)>) -> Self {
+        Self(self.0.iter().copied().chain(more).collect())
+    }
+
+    /// The lowest of them.
+    pub(super) fn slowest(&self) -> (&'static str, f64) {
+        let all = self.0.iter().copied();
+        all.min_by(|a, b| a.1.total_cmp(&b.1))
+            .unwrap_or(("none", f64::INFINITY))
+    }
+
+    pub(super) fn listed(&self) -> String {
+        let each = self
+            .0
+            .iter()
+            .map(|(name, speed)| format!("{name} {:.2} GB/s", speed / 1e9));
+        each.collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// Measures disk and link.
+pub(super) fn measured(from: &Host, to: &Host) -> Result<Limits> {
+    let limits = vec![
+        (
+            "disk, writing (fio, O_DIRECT, 1 MiB, 32 in flight)",
+            disk(from, "write")?,
+        ),
+        ("disk, reading (the same)", disk(from, "read")?),
+        (
+            "link between two lab hosts (iperf3, one stream)",
+            link(from, to)?,
+        ),
+    ];
+    from.run(["rm", "/srv/fio"])?;
+    Ok(Limits(limits))
+}
+
+fn disk(host: &Host, mode: &str) -> Result<f64> {
     let mode_option = format!("--rw={mode}");
     let text = host.run([
         "fio",
@@ -104,13 +138,12 @@ fn disk(host: &Host, mode: &str) -> Result<String> {
         "--output-format=json",
     ])?;
     let report: Value = serde_json::from_str(&text).context("fio printed no JSON")?;
-    let bytes = report["jobs"][0][mode]["bw_bytes"]
+    report["jobs"][0][mode]["bw_bytes"]
         .as_f64()
-        .context("fio reports no bandwidth")?;
-    Ok(format!("{:.2} GB/s", bytes / 1e9))
+        .context("fio reports no bandwidth")
 }
 
-fn link(from: &Host, to: &Host) -> Result<String> {
+fn link(from: &Host, to: &Host) -> Result<f64> {
     let address = to.address().to_string();
     let mut server = to.spawn_logged("iperf3", ["iperf3", "--server"])?;
     wait_for("iperf3's port", Duration::from_secs(5), || {
@@ -124,5 +157,5 @@ fn link(from: &Host, to: &Host) -> Result<String> {
     let bits = report["end"]["sum_received"]["bits_per_second"]
         .as_f64()
         .context("iperf3 reports no rate")?;
-    Ok(format!("{:.1} Gbit/s = {:.2} GB/s", bits / 1e9, bits / 8e9))
+    Ok(bits / 8.0)
 }

@@ -36,6 +36,9 @@ pub struct Arguments {
     /// Once and with a tenth of the data: shows that it works, no figures to keep.
     #[arg(long)]
     short: bool,
+    /// Runs of each transfer, of which the median counts.
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
     /// Set-up and build are done (how the task calls itself as root).
     #[arg(long, hide = true)]
     built: bool,
@@ -44,7 +47,7 @@ pub struct Arguments {
 /// What can be measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Subject {
-    /// A large file and many small ones, sealed, against rsync over ssh.
+    /// Lifeboat's data plane, sealed, against rsync and tar over ssh and nbdcopy.
     Transfer,
     /// The pause at the switch under the demo's load.
     Pause,
@@ -112,7 +115,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
     keep(machine::limits()?);
     for subject in subjects {
         keep(match subject {
-            Subject::Transfer => transfer::measure(arguments.short)?,
+            Subject::Transfer => transfer::measure(arguments.short, arguments.runs)?,
             Subject::Pause => pause::measure(arguments.short)?,
             Subject::Agent => agent::measure(arguments.short)?,
             Subject::Programs => programs::measure(arguments.short)?,

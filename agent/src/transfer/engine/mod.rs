@@ -14,7 +14,7 @@ use std::time::Duration;
 
 pub use super::uring::UringEngine;
 pub use threads::ThreadEngine;
-pub(super) use threads::open_for_reading;
+pub(super) use threads::{open_for_reading, write_whole};
 
 /// Which engine does the work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -53,6 +53,8 @@ pub struct Write<'a> {
     pub offset: u64,
     /// The bytes.
     pub bytes: &'a [u8],
+    /// The file was opened past the page cache.
+    pub direct: bool,
     /// Whether all of them were written.
     pub done: io::Result<()>,
 }
@@ -163,6 +165,7 @@ mod tests {
                     file: file.as_fd(),
                     offset: 3,
                     bytes,
+                    direct: bytes.len() % 2 == 1,
                     done: Ok(()),
                 })
                 .collect();

@@ -48,19 +48,7 @@ impl Engine for ThreadEngine {
 
     fn write(&mut self, writes: &mut [Write<'_>]) {
         for write in writes {
-            let mut done = 0;
-            write.done = loop {
-                if done == write.bytes.len() {
-                    break Ok(());
-                }
-                let offset = i64::try_from(write.offset + done as u64).unwrap_or(i64::MAX);
-                match pwrite(write.file, &write.bytes[done..], offset) {
-                    Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
-                    Ok(n) => done += n,
-                    Err(Errno::EINTR) => {}
-                    Err(error) => break Err(error.into()),
-                }
-            };
+            write.done = write_whole(write);
         }
     }
 
@@ -100,6 +88,21 @@ impl Engine for ThreadEngine {
         }
         Ok(())
     }
+}
+
+/// Writes all bytes of one write.
+pub(in super::super) fn write_whole(write: &Write<'_>) -> io::Result<()> {
+    let mut done = 0;
+    while done < write.bytes.len() {
+        let offset = i64::try_from(write.offset + done as u64).unwrap_or(i64::MAX);
+        match pwrite(write.file, &write.bytes[done..], offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => done += n,
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Waits until the socket is ready for `events`, or fails, or `patience` is over.

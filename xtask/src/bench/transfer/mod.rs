@@ -1,0 +1,334 @@
+//! Lifeboat's data plane between two lab hosts against its peers: a large file, many small ones, a real tree,
+//! a change, a second copy, and half of the work delegated.
+//!
+//! Every run starts with a cold cache and, but for the change, an empty destination and an empty block map;
+//! Lifeboat and its peers take turns. Lifeboat's acknowledgement comes after the receiver's `syncfs`; its peers
+//! leave their data in the page cache, so a `sync -f` of the destination is measured beside them. Destinations
+//! of small files are kept until the end: ext4 avoids inodes deleted in the last minutes, at a price that
+//! would fall on whoever comes next.
+
+mod data;
+mod sides;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::machine::{self, Limits};
+use super::{goal, median};
+use crate::lab::{Lab, LabSpec};
+use crate::process::output;
+use crate::setup;
+use sides::{Ours, Pair, Theirs, cold};
+
+/// Bytes of the large file, and files of 4 KiB in the tree.
+const LARGE: u64 = 4 << 30;
+const FILES: usize = 50_000;
+/// Sizes of the file that changes, what of it is there at first, and what changes: 1 % of the smallest.
+const CHANGING: [u64; 3] = [8 << 30, 16 << 30, 32 << 30];
+const THERE: u64 = 1 << 30;
+const CHANGED: u64 = CHANGING[0] / 100;
+/// Resident memory allowed on either side, in MiB.
+const PEAK: f64 = 256.0;
+
+const GIB: f64 = (1_u64 << 30) as f64;
+
+struct Bench<'l> {
+    pair: Pair<'l>,
+    runs: usize,
+    limits: Limits,
+    /// Highest resident memory so far: source and target.
+    peaks: (f64, f64),
+}
+
+pub(super) fn measure(short: bool, runs: usize) -> Result<String> {
+    setup::provide("qemu-nbd", "qemu-utils", "peer of the figures")?;
+    setup::provide("nbdcopy", "libnbd-bin", "peer of the figures")?;
+    let (scale, runs) = if short { (10, 1) } else { (1, runs) };
+    let lab = Lab::up(&LabSpec {
+        name: format!("transfer-{}", std::process::id()),
+        hosts: ["from", "to", "over"].map(machine::bare).into(),
+    })?;
+    let pair = Pair {
+        from: lab.host("from")?,
+        to: lab.host("to")?,
+        over: lab.host("over")?,
+    };
+    pair.start_ssh()?;
+    let mut bench = Bench {
+        limits: machine::measured(pair.from, pair.to)?,
+        pair,
+        runs,
+        peaks: (0.0, 0.0),
+    };
+    let mut text = format!(
+        "## Transfer\n\nSealed, between two lab hosts that share two cores and a disk, cold cache and empty \
+         destination in every run; median of {runs}. Lifeboat counts until the receiver has acknowledged that \
+         everything is on disk; a peer's ratio is with a `sync -f` after it, the one in brackets without.\n\n"
+    );
+    text.push_str(&bench.table(LARGE / scale, FILES / scale as usize)?);
+    text.push_str(&bench.changes(scale)?);
+    let (source, target) = bench.peaks;
+    text.push_str(&format!(
+        "Highest resident memory in all of these: source {source:.0} MiB, target {target:.0} MiB ({}).\n",
+        goal("at most 256 MiB", source.max(target) <= PEAK)
+    ));
+    lab.down()?;
+    Ok(text)
+}
+
+/// One peer's name and how it copies from a directory to another.
+type Peer<'p> = (
+    &'static str,
+    f64,
+    Box<dyn Fn(&str, &str) -> Result<Theirs> + 'p>,
+);
+
+/// What of a subject is needed once all are measured.
+struct Measured {
+    ours: Vec<Ours>,
+    theirs: BTreeMap<&'static str, Vec<Theirs>>,
+}
+
+fn middle<T>(runs: &[T], figure: impl Fn(&T) -> f64) -> f64 {
+    median(&runs.iter().map(figure).collect::<Vec<_>>())
+}
+
+impl Bench<'_> {
+    /// Runs of Lifeboat and `peers`, taking turns.
+    fn compare(&mut self, source: &str, keep: bool, peers: &[Peer<'_>]) -> Result<Measured> {
+        let mut measured = Measured {
+            ours: Vec::new(),
+            theirs: BTreeMap::new(),
+        };
+        let pair = &self.pair;
+        for run in 0..self.runs {
+            for turn in 0..=peers.len() {
+                let who = (turn + run) % (peers.len() + 1);
+                let out = format!("{source}-{who}-{run}");
+                if who == 0 {
+                    let ours = pair.lifeboat(source, &out)?;
+                    eprintln!("bench: {source}: {ours:.2?}");
+                    measured.ours.push(ours);
+                    if run == 0 {
+                        pair.same(source, &out)?;
+                    }
+                } else {
+                    let (name, _, copy) = &peers[who - 1];
+                    let theirs = copy(source, &out)?;
+                    eprintln!("bench: {source}: {name} {theirs:.2?}");
+                    measured.theirs.entry(name).or_default().push(theirs);
+                }
+                if !keep {
+                    pair.to.run(["rm", "-rf", &out])?;
+                }
+            }
+        }
+        self.peak(&measured.ours);
+        Ok(measured)
+    }
+
+    fn peak(&mut self, runs: &[Ours]) {
+        for run in runs {
+            self.peaks.0 = self.peaks.0.max(run.source_peak);
+            self.peaks.1 = self.peaks.1.max(run.target_peak);
+        }
+    }
+
+    /// The large file, the small files and the real tree.
+    fn table(&mut self, large: u64, files: usize) -> Result<String> {
+        let pair = self.pair;
+        let from = pair.from;
+        fs::create_dir(from.path("/srv/file"))?;
+        data::write_large(&from.path("/srv/file/random"), large)?;
+        data::write_tree(&from.path("/srv/small"), files)?;
+        let real = data::copy_rust_sources(&from.path("/srv/real"))?;
+        let rsync = || -> Peer<'_> {
+            let copy = |source: &str, out: &str| pair.rsync(source, out, &["-W"]);
+            ("rsync over ssh", 5.0, Box::new(copy))
+        };
+        let tar: Peer<'_> = (
+            "tar over ssh",
+            3.0,
+            Box::new(|source, out| pair.tar(source, out)),
+        );
+        let nbd: Peer<'_> = (
+            "nbdcopy, not sealed",
+            2.0,
+            Box::new(|source, out| pair.nbdcopy(&format!("{source}/random"), out)),
+        );
+        let subjects: [(String, &str, bool, Vec<Peer<'_>>); 3] = [
+            (
+                format!("one file of {} MiB", large >> 20),
+                "/srv/file",
+                false,
+                vec![rsync(), nbd],
+            ),
+            (
+                format!("{files} files of 4 KiB"),
+                "/srv/small",
+                true,
+                vec![rsync(), tar],
+            ),
+            (real, "/srv/real", true, vec![rsync()]),
+        ];
+        let mut text = String::from(
+            "| data | Lifeboat | peer | peer's time | peer ÷ Lifeboat | goal |\n|---|---|---|---|---|---|\n",
+        );
+        let mut rest = String::new();
+        for (what, source, keep, peers) in &subjects {
+            let measured = self.compare(source, *keep, peers)?;
+            let ours = middle(&measured.ours, |run| run.seconds);
+            for (name, least, _) in peers {
+                let theirs = &measured.theirs[name];
+                let durable = middle(theirs, |run| run.durable);
+                let copied = middle(theirs, |run| run.copied);
+                text.push_str(&format!(
+                    "| {what} | {ours:.2} s | {name} | {durable:.2} s | {:.1} ({:.1}) | {} |\n",
+                    durable / ours,
+                    copied / ours,
+                    goal(&format!("at least {least:.0}"), durable / ours >= *least)
+                ));
+            }
+            if *source == "/srv/file" {
+                rest.push_str(&self.large(&measured, large)?);
+            }
+        }
+        Ok(format!("{text}\n{rest}"))
+    }
+
+    /// What else the large file tells: how near the machine's limits, the source's processor time, half of the
+    /// work delegated, and a second volume with the same content.
+    fn large(&mut self, measured: &Measured, bytes: u64) -> Result<String> {
+        let gib = bytes as f64 / GIB;
+        let speed = bytes as f64 / middle(&measured.ours, |run| run.seconds);
+        let limits = self.limits.with(processor(self.pair.from)?);
+        let (limit, slowest) = limits.slowest();
+        let cpu = middle(&measured.ours, |run| run.cpu) / gib;
+        let rsync = middle(&measured.theirs["rsync over ssh"], |run| run.cpu) / gib;
+        let mut delegated = Vec::new();
+        for run in 0..self.runs {
+            let out = format!("/srv/delegated-{run}");
+            let ours = self.pair.delegated("/srv/file", &out)?;
+            eprintln!("bench: delegated: {ours:.2?}");
+            delegated.push(ours);
+            self.pair.to.run(["rm", "-rf", &out])?;
+        }
+        let less = middle(&delegated, |run| run.cpu) / gib;
+        let (first, second) = ("/srv/first", "/srv/second");
+        self.pair
+            .begin("/srv/file", first, "/srv/shared.map")?
+            .0
+            .end()?;
+        cold()?;
+        let (sender, again) = self.pair.begin("/srv/file", second, "/srv/shared.map")?;
+        sender.end()?;
+        self.pair.same(first, second)?;
+        self.pair.to.run(["rm", "-rf", first, second])?;
+        self.peak(&[again]);
+        let share = again.wire / again.read;
+        Ok(format!(
+            "| the large file | | goal |\n|---|---|---|\n\
+             | speed | {:.2} GB/s, {:.0} % of the slowest limit ({limit}, {:.2} GB/s) | {} |\n\
+             | the source's processor time for each GiB | {cpu:.2} s; rsync and ssh {rsync:.2} s | {} |\n\
+             | the same with `encrypt` and `transfer` delegated | {less:.2} s | {} |\n\
+             | the same file as a second volume | {:.2} % of its bytes on the wire, {:.2} s | {} |\n\n\
+             Limits beside it: {}.\n\n",
+            speed / 1e9,
+            100.0 * speed / slowest,
+            slowest / 1e9,
+            goal("at least 60 %", speed >= 0.6 * slowest),
+            goal("at most a third", cpu <= rsync / 3.0),
+            goal("at most half", less <= cpu / 2.0),
+            100.0 * share,
+            again.seconds,
+            goal("under 1 %", share < 0.01),
+            limits.listed(),
+        ))
+    }
+
+    /// 1 % of a large file changed since the last epoch.
+    fn changes(&mut self, scale: u64) -> Result<String> {
+        let mut text = String::from(
+            "| since the last epoch | file | Lifeboat | of it the source's processor time | rsync --inplace --no-whole-file | rsync ÷ Lifeboat | goal |\n\
+             |---|---|---|---|---|---|---|\n",
+        );
+        for (number, size) in CHANGING.into_iter().enumerate() {
+            let (size, there) = (size / scale, THERE / scale);
+            let changed = CHANGED / scale;
+            let (source, out) = (
+                format!("/srv/sparse-{number}"),
+                format!("/srv/sparse-out-{number}"),
+            );
+            fs::create_dir(self.pair.from.path(&source))?;
+            let file = self.pair.from.path(&source).join("disk");
+            data::write_sparse(&file, size, there)?;
+            let map = format!("{out}.map");
+            let (mut sender, _) = self.pair.begin(&source, &out, &map)?;
+            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            for run in 0..self.runs {
+                let peer = format!("{out}-rsync");
+                let first = number == 0 && (run == 0 || run + 1 == self.runs);
+                if first {
+                    let (from, to) = (self.pair.to.path(&out), self.pair.to.path(&peer));
+                    let mut copy = Command::new("cp");
+                    copy.args(["-a", "--sparse=always"]).arg(from).arg(&to);
+                    output(&mut copy)?;
+                }
+                data::change(&file, size, changed, run)?;
+                cold()?;
+                ours.push(sender.next()?);
+                if first {
+                    let how = ["--inplace", "--no-whole-file"];
+                    theirs.push(self.pair.rsync(&source, &peer, &how)?);
+                    self.pair.to.run(["rm", "-rf", &peer])?;
+                }
+            }
+            sender.end()?;
+            self.pair.same(&source, &out)?;
+            self.peak(&ours);
+            eprintln!("bench: changed: lifeboat {ours:.2?}, rsync {theirs:.2?}");
+            let (seconds, cpu) = (
+                middle(&ours, |run| run.seconds),
+                middle(&ours, |run| run.cpu),
+            );
+            let peer = middle(&theirs, |run| run.durable);
+            let ratio = if theirs.is_empty() {
+                " | | ".to_owned()
+            } else {
+                let met = goal("at least 20", peer / seconds >= 20.0);
+                format!("{peer:.2} s | {:.1} | {met}", peer / seconds)
+            };
+            text.push_str(&format!(
+                "| {} MiB in places of 64 KiB | {} GiB, of which {} MiB are not holes | {seconds:.2} s | {cpu:.2} s | {ratio} |\n",
+                changed >> 20,
+                size as f64 / GIB,
+                there >> 20,
+            ));
+            let used = [self.pair.from.path(&source), self.pair.to.path(&out)];
+            for used in used {
+                fs::remove_dir_all(&used)
+                    .with_context(|| format!("cannot remove {}", used.display()))?;
+            }
+        }
+        Ok(format!("{text}\n"))
+    }
+}
+
+/// What one core hashes and seals in a second, by the program that moves.
+fn processor(host: &crate::lab::Host) -> Result<[(&'static str, f64); 2]> {
+    let text = host.run([sides::program()?, "measure".into()])?;
+    let speeds: Value = serde_json::from_str(&text).context("no speeds of the processor")?;
+    let speed = |name: &str| {
+        speeds[name]
+            .as_f64()
+            .with_context(|| format!("no speed of {name}"))
+    };
+    Ok([
+        ("BLAKE3, one core", speed("blake3")?),
+        ("AES-256-GCM, one core", speed("seal")?),
+    ])
+}
