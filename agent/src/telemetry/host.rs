@@ -194,6 +194,11 @@ impl Host {
         self.bandwidth
             .read(root, now, read, bandwidth::Bandwidth::read);
         self.ecc.read(root, now, read, ecc::Ecc::read);
+        for (metric, subject, _) in &read.values {
+            if *metric == "kernel.read_only_remounts" && subject.per == Per::Disk {
+                self.filesystems.family().went_read_only(&subject.name);
+            }
+        }
         let filesystems = filesystems::Filesystems::read;
         self.filesystems.read(root, now, read, filesystems);
         let raid = |(): &mut (), look: Look, read: &mut HostReading| raid::read(look, read);

@@ -128,7 +128,7 @@ catalogue! {
     "filesystem.errors" Events [Device Mount] "errors that the file system found" from "/sys/fs/ext4/*/errors_count, /sys/fs/btrfs/*/devinfo/*/error_stats";
     "filesystem.known_errors" Count [Device Mount] "the same since the file system was made or its counters reset" from "as above";
     "filesystem.read_only" Count [Device Mount]
-        "1 for a file system that went read-only by itself or shut down" from "/proc/self/mountinfo";
+        "1 for a file system that went read-only by itself or shut down" from "/proc/self/mountinfo, /dev/kmsg";
 
     "network.errors" Events [Device Interface] "receive and transmit errors" from "/proc/net/dev";
     "network.drops" Events [Device Interface] "receive and transmit drops" from "/proc/net/dev";

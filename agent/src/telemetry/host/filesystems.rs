@@ -8,7 +8,8 @@ use nix::sys::statvfs::{Statvfs, statvfs};
 use procfs::FromRead;
 use procfs::process::{MountInfo, MountInfos};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The slope is that of this long, so that one large file does not make a forecast.
@@ -34,16 +35,26 @@ pub struct Filesystems {
     clock: Duration,
     mounts: BTreeMap<String, Mount>,
     errors: Counters,
+    /// Devices of which the kernel's log told since the last reading that they take no writes any more.
+    told: BTreeSet<String>,
 }
 
 #[derive(Default)]
 struct Mount {
     /// It has been seen taking writes: a later read-only state is then no choice of the operator.
     was_writable: bool,
+    /// The mount's id when the log told that it went read-only: Linux 6.12, and older kernels that took over
+    /// its d3476f3dad4a, show it in no option until 6.14 brought `emergency_ro`.
+    told: Option<i32>,
     history: VecDeque<(Duration, u64)>,
 }
 
 impl Filesystems {
+    /// Takes in that the kernel's log told of a device's file system going read-only.
+    pub fn went_read_only(&mut self, device: &str) {
+        self.told.insert(device.to_owned());
+    }
+
     pub fn read(&mut self, look: Look, reading: &mut HostReading) {
         self.clock += look.elapsed;
         queues::offline(look, reading);
@@ -63,12 +74,17 @@ impl Filesystems {
                 continue;
             }
             let point = mount.mount_point.to_string_lossy().into_owned();
-            if let Some(source) = &mount.mount_source {
-                names.insert(name(Path::new(source)), point.clone());
+            for name in kernel_names(look, mount) {
+                if self.told.remove(&name) {
+                    let state = self.mounts.entry(point.clone()).or_default();
+                    state.told = Some(mount.mnt_id);
+                }
+                names.insert(name, point.clone());
             }
             self.mount(look, reading, mount, &point);
             present.insert(point);
         }
+        self.told.clear();
         self.mounts.retain(|point, _| present.contains(point));
         for (metric, worst) in [
             ("disk.used", f64::max as fn(f64, f64) -> f64),
@@ -91,7 +107,7 @@ impl Filesystems {
 
     fn mount(&mut self, look: Look, reading: &mut HostReading, mount: &MountInfo, point: &str) {
         let state = self.mounts.entry(point.to_owned()).or_default();
-        let read_only = is_read_only(mount);
+        let read_only = is_read_only(mount) || state.told == Some(mount.mnt_id);
         state.was_writable |= !read_only;
         if !state.was_writable {
             return; // meant to be read only
@@ -171,6 +187,17 @@ impl Filesystems {
             reading.absent(&["filesystem.errors", "filesystem.known_errors"], why);
         }
     }
+}
+
+/// What sysfs may call the device of a mount, which is often mounted by another name, as
+/// `/dev/mapper/vg-data` for `dm-0`. The number of a btrfs is none of a device.
+fn kernel_names(look: Look, mount: &MountInfo) -> impl Iterator<Item = String> {
+    let linked = |path: PathBuf| fs::read_link(path).ok().map(|to| name(&to));
+    let source = mount.mount_source.as_deref().unwrap_or_default();
+    let by_number = linked(look.path("sys/dev/block").join(&mount.majmin));
+    let by_link = linked(look.path(source.trim_start_matches('/')));
+    let itself = Some(name(Path::new(source)));
+    [by_number, by_link, itself].into_iter().flatten()
 }
 
 fn keeps_data(mount: &MountInfo) -> bool {
@@ -300,6 +327,50 @@ mod tests {
         let (_root, mut host) = recorded(&[("proc/self/mountinfo", &mounts("ro"))]);
         let first = host.read(&[], LATER);
         assert_eq!(value(&first, "filesystem.read_only", "/"), None);
+    }
+
+    #[test]
+    fn a_file_system_that_only_the_log_tells_of_is_read_only_until_it_is_mounted_anew() {
+        let mounts = MOUNTS.replace("SUPER", "rw");
+        let (root, mut host) = recorded(&[("proc/self/mountinfo", &mounts), ("dev/kmsg", "")]);
+        let first = host.read(&[], LATER);
+        assert_eq!(value(&first, "filesystem.read_only", "/"), Some(0.0));
+        let told = "2,9,200,-;EXT4-fs (sda1): Remounting filesystem read-only\n";
+        write(root.path(), &[("dev/kmsg", told)]);
+        for _ in 0..2 {
+            let read = host.read(&[], LATER);
+            assert_eq!(value(&read, "filesystem.read_only", "/"), Some(1.0));
+            assert_eq!(value(&read, "filesystem.read_only", "/srv"), Some(0.0));
+        }
+        let anew = mounts.replace("22 1 254:1", "31 1 254:1");
+        write(root.path(), &[("proc/self/mountinfo", &anew)]);
+        let last = host.read(&[], LATER);
+        assert_eq!(value(&last, "filesystem.read_only", "/"), Some(0.0));
+    }
+
+    #[test]
+    fn errors_of_a_mapped_device_are_those_of_its_mount() {
+        let mounts = "22 1 253:0 / /srv rw,relatime - ext4 /dev/mapper/vg-data rw
+23 1 0:45 / /home rw - btrfs /dev/mapper/vg-home rw
+";
+        let (root, mut host) = recorded(&[
+            ("proc/self/mountinfo", mounts),
+            ("sys/fs/ext4/dm-0/errors_count", "4\n"),
+            ("sys/fs/btrfs/6f7e/devinfo/1/error_stats", "write_errs 2\n"),
+            ("sys/fs/btrfs/6f7e/devices/dm-1/dev", "253:1\n"),
+        ]);
+        for (at, to) in [
+            ("sys/dev/block/253:0", "../../devices/virtual/block/dm-0"),
+            ("dev/mapper/vg-home", "../dm-1"),
+        ] {
+            let at = root.path().join(at);
+            fs::create_dir_all(at.parent().expect("a directory")).expect("made");
+            std::os::unix::fs::symlink(to, at).expect("linked");
+        }
+        let read = host.read(&[], LATER);
+        assert_eq!(value(&read, "filesystem.known_errors", "/srv"), Some(4.0));
+        assert_eq!(value(&read, "filesystem.known_errors", "/home"), Some(2.0));
+        assert_eq!(value(&read, "filesystem.known_errors", "dm-0"), None);
     }
 
     #[test]
