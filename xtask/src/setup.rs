@@ -30,7 +30,7 @@ const fn need(package: &'static str, shown_by: &'static str, why: &'static str) 
 }
 
 /// Names without a slash are programs, looked for on PATH and where root's programs are.
-const NEEDS: [Need; 32] = [
+const NEEDS: [Need; 34] = [
     need("gcc", "gcc", "C parts of crates (SQLite, AWS-LC)"),
     need("libc6-dev", "/usr/include/stdlib.h", "C parts of crates"),
     need("podman", "podman", "containers of lab hosts"),
@@ -61,6 +61,8 @@ const NEEDS: [Need; 32] = [
     need("nftables", "nft", "loss and partition in the lab"),
     need("util-linux", "nsenter", "namespaces of lab hosts"),
     need("procps", "ps", "the lab's own tests"),
+    need("libnbd-bin", "nbdinfo", "NBD clients of the tests"),
+    need("qemu-utils", "qemu-io", "NBD clients of the tests"),
     need("fio", "fio", "disk fault of the lab"),
     need("e2fsprogs", "mkfs.ext4", "disks of the tests"),
     need("xfsprogs", "mkfs.xfs", "disks of the tests"),

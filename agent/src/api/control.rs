@@ -2,9 +2,11 @@
 
 use crate::fleet::server::{ErrorAnswer, PeerIdentity};
 use crate::migration::paired::{Paired, RelayError};
+use crate::migration::provide::{ProvideError, Provider};
 use crate::migration::target::{Target, TargetError};
 use crate::model::control::{
-    Dismiss, Offer, OfferAccepted, Owns, RelayAccepted, RelayRequest, TakeOver, TargetStatus,
+    Dismiss, Offer, OfferAccepted, Owns, Provided, RelayAccepted, RelayRequest, TakeOver,
+    TargetStatus,
 };
 use crate::model::ids::PlanId;
 use axum::extract::{Path, State};
@@ -13,16 +15,18 @@ use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use std::sync::Arc;
 
-/// The two roles that answer.
+/// The roles that answer.
 #[derive(Clone)]
 pub struct Roles {
     /// As target.
     pub target: Arc<Target>,
     /// As paired device.
     pub paired: Arc<Paired>,
+    /// As source of a plan that asks for data on demand.
+    pub provider: Arc<Provider>,
 }
 
-/// Routes of the target and paired roles.
+/// Routes of all roles.
 pub fn router(roles: Roles) -> Router {
     Router::new()
         .route("/v1/plans/{plan}/offer", post(offer))
@@ -33,6 +37,7 @@ pub fn router(roles: Roles) -> Router {
         .route("/v1/plans/{plan}", get(status))
         .route("/v1/plans/{plan}/relay", post(relay))
         .route("/v1/plans/{plan}/relay/end", post(relay_end))
+        .route("/v1/plans/{plan}/provide", post(provide))
         .with_state(roles)
 }
 
@@ -53,6 +58,11 @@ fn refused(error: TargetError) -> ErrorAnswer {
     };
     tracing::warn!("refused: {error}");
     ErrorAnswer::new(status, error)
+}
+
+fn not_provided(error: ProvideError) -> ErrorAnswer {
+    tracing::warn!("refused: {error}");
+    ErrorAnswer::new(StatusCode::FORBIDDEN, error)
 }
 
 fn not_relayed(error: RelayError) -> ErrorAnswer {
@@ -145,4 +155,13 @@ async fn relay_end(
 ) -> Answer<()> {
     let ended = paired.end(&peer.device, &plan);
     ended.map(Json).map_err(not_relayed)
+}
+
+async fn provide(
+    State(Roles { provider, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Path(plan): Path<PlanId>,
+) -> Answer<Provided> {
+    let provided = provider.provide(&peer.device, &plan);
+    provided.map(Json).map_err(not_provided)
 }

@@ -2,6 +2,7 @@
 
 use crate::health::{Policy, Stage};
 use crate::migration::PlanStatus;
+use crate::migration::access::{Access, AccessError, ServeRequest, Served};
 use crate::migration::delegator::{Delegator, DelegatorError};
 use crate::migration::events::Approval;
 use crate::migration::pause::{Pause, Pauses};
@@ -9,7 +10,7 @@ use crate::migration::planner::Request;
 use crate::migration::report::Report;
 use crate::migration::verify::Verification;
 use crate::migration::view::HostView;
-use crate::model::ids::PlanId;
+use crate::model::ids::{PlanId, VolumeId};
 use crate::model::metric::Sample;
 use crate::model::plan::Plan;
 use crate::model::units::UnixMillis;
@@ -47,6 +48,8 @@ pub struct Context {
     pub pauses: Arc<Pauses>,
     /// Whether a degraded verdict starts a plan by itself.
     pub automatic: bool,
+    /// What is served of plans of which this device is the target; none outside of a fleet.
+    pub access: Option<Arc<Access>>,
 }
 
 /// Everything `lifeboat status` shows.
@@ -177,6 +180,26 @@ impl From<DelegatorError> for Refused {
     }
 }
 
+impl From<AccessError> for Refused {
+    fn from(error: AccessError) -> Self {
+        let (status, because) = match &error {
+            AccessError::Unknown(_) | AccessError::NoVolume { .. } | AccessError::NotServed(_) => {
+                (StatusCode::NOT_FOUND, Because::Other)
+            }
+            AccessError::Served(_) | AccessError::Owned(_) => (StatusCode::CONFLICT, Because::Plan),
+            AccessError::Source(_) => (StatusCode::BAD_GATEWAY, Because::Device),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, Because::Other),
+        };
+        Self(
+            status,
+            Refusal {
+                error: error.to_string(),
+                because,
+            },
+        )
+    }
+}
+
 /// Serves the API until the listener's task is dropped. The socket is made anew with mode 0600.
 ///
 /// # Errors
@@ -205,6 +228,9 @@ fn router(context: Context) -> Router {
         .route("/v1/plans/{plan}/approve", post(approve))
         .route("/v1/plans/{plan}/report", get(report))
         .route("/v1/plans/{plan}/verify", post(verify))
+        .route("/v1/plans/{plan}/serve", post(serve_volume))
+        .route("/v1/plans/{plan}/volumes/{volume}/end", post(end_serving))
+        .route("/v1/served", get(served))
         .route("/v1/samples", get(samples))
         .route("/v1/policy/reload", post(reload))
         .route("/v1/policy/pause", post(pause))
@@ -369,6 +395,34 @@ async fn verify(
     Path(plan): Path<PlanId>,
 ) -> Result<Json<Verification>, Refused> {
     Ok(Json(context.delegator.verify(&plan).await?))
+}
+
+async fn served(State(context): State<Context>) -> Json<Vec<Served>> {
+    Json(
+        context
+            .access
+            .map_or_else(Vec::new, |access| access.served()),
+    )
+}
+
+async fn serve_volume(
+    State(context): State<Context>,
+    Path(plan): Path<PlanId>,
+    Json(request): Json<ServeRequest>,
+) -> Result<Json<Served>, Refused> {
+    let access = context.access.ok_or(DelegatorError::NoFleet)?;
+    // The store is made to its end, also when the caller hangs up in the middle.
+    let served = tokio::spawn(async move { access.serve(&plan, request).await });
+    let served = served.await.map_err(AccessError::Task)?;
+    Ok(Json(served?))
+}
+
+async fn end_serving(
+    State(context): State<Context>,
+    Path((plan, volume)): Path<(PlanId, VolumeId)>,
+) -> Result<Json<()>, Refused> {
+    let access = context.access.ok_or(DelegatorError::NoFleet)?;
+    Ok(Json(access.end(&plan, volume).await?))
 }
 
 async fn reload(State(context): State<Context>) -> Result<Json<String>, Refused> {

@@ -19,6 +19,7 @@ mod plans;
 mod policy;
 mod record;
 mod relations;
+mod serve;
 mod status;
 mod trace;
 
@@ -61,6 +62,7 @@ enum Command {
     Evacuate(evacuate::Arguments),
     Status(status::Arguments),
     Explain(explain::Arguments),
+    Serve(serve::Arguments),
     /// Stops a plan that is not released yet and rolls it back.
     Abort(plans::Arguments),
     /// Approves a plan as one of the roles that the policy names.
@@ -122,6 +124,7 @@ pub fn main() -> ExitCode {
         Command::Explain(arguments) => explain::run(&arguments, &context),
         Command::Record(arguments) => record::run(&arguments, &context),
         Command::Trace(arguments) => trace::run(&arguments, &context),
+        Command::Serve(arguments) => serve::run(&arguments, &context),
         Command::Abort(arguments) => plans::abort(&arguments, &context),
         Command::Approve(arguments) => plans::approve(&arguments, &context),
         Command::Report(arguments) => plans::report(&arguments, &context),

@@ -15,9 +15,11 @@ use crate::fleet::compare::Compared;
 use crate::fleet::identity::Identity;
 use crate::fleet::registry::Heartbeat;
 use crate::fleet::server::ControlServer;
+use crate::migration::access::Access;
 use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
 use crate::migration::pause::Pauses;
+use crate::migration::provide::Provider;
 use crate::migration::target::Target;
 use crate::model::ids::DeviceId;
 use crate::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
@@ -147,8 +149,8 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         view: view.clone(),
         troubles: std::sync::Mutex::default(),
     };
-    let delegator = match &config.fleet {
-        None => Arc::new(Delegator::new(Arc::new(parts))),
+    let (delegator, access) = match &config.fleet {
+        None => (Arc::new(Delegator::new(Arc::new(parts))), None),
         Some(fleet_config) => {
             let fleet = join_fleet(&config, fleet_config)?;
             let data = SocketAddr::from(([0, 0, 0, 0], fleet_config.data_port));
@@ -186,11 +188,15 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         policy: senses.policy(),
         pauses,
         automatic,
+        access: access.clone(),
     };
     let socket = config.socket.clone();
     let api = tokio::spawn(local::serve(socket.clone(), context));
     tracing::info!(device = config.device, socket = %socket.display(), "agent runs");
     let ended = wait(&senses, api).await;
+    if let Some(access) = access {
+        access.stop().await;
+    }
     driver.stop(STOP_TIME).await;
     stop.cancel();
     let _ = tokio::fs::remove_file(&socket).await;
@@ -264,9 +270,9 @@ async fn serve_fleet(
     parts: Arc<Parts>,
     senses: &Senses,
     stop: &CancellationToken,
-) -> Result<Arc<Delegator>, AgentError> {
+) -> Result<(Arc<Delegator>, Option<Arc<Access>>), AgentError> {
     let Some(fleet) = &parts.fleet else {
-        return Ok(Arc::new(Delegator::new(parts)));
+        return Ok((Arc::new(Delegator::new(parts)), None));
     };
     let advertised = fleet.identity.advertise();
     let data = fleet_config
@@ -286,9 +292,15 @@ async fn serve_fleet(
             what: format!("control on {listen}"),
             error: error.to_string(),
         })?;
-    let routes = fleet::agent::router(pairings).merge(control::router(Roles { target, paired }));
-    tokio::spawn(server.serve(routes, stop.clone()));
     let delegator = Arc::new(Delegator::new(parts.clone()));
+    let access = Arc::new(Access::new(target.clone(), pairings.clone()));
+    let provider = Arc::new(Provider::new(delegator.clone(), data));
+    let routes = fleet::agent::router(pairings).merge(control::router(Roles {
+        target,
+        paired,
+        provider,
+    }));
+    tokio::spawn(server.serve(routes, stop.clone()));
     // Before the first heartbeat, which names the plans that are under way.
     delegator.resume();
     let (client, duplicator) = (fleet.client.clone(), fleet.identity.duplicator().clone());
@@ -310,7 +322,7 @@ async fn serve_fleet(
         move |answer| hearing.hear(answer),
         stop.clone(),
     ));
-    Ok(delegator)
+    Ok((delegator, Some(access)))
 }
 
 fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbeat {

@@ -52,6 +52,8 @@ pub struct Authorisation {
     pub volumes: Vec<VolumeId>,
     /// Until when.
     pub expires: UnixMillis,
+    /// The control address of the source.
+    pub peer: PeerAddress,
 }
 
 /// A token was refused, or could not be issued.
@@ -319,6 +321,7 @@ impl PairedState {
                 actions: notice.actions.clone(),
                 volumes: notice.volumes.clone(),
                 expires: notice.expires,
+                peer: notice.peer.clone(),
             })
     }
 }

@@ -146,6 +146,15 @@ impl Active {
         status.paired = plan.paired.as_ref().map(|chosen| chosen.device.clone());
     }
 
+    pub(super) fn plan(&self) -> Plan {
+        locked(&self.word).plan.clone()
+    }
+
+    /// The device that was allocated as target.
+    pub(super) fn target(&self) -> Option<DeviceId> {
+        locked(&self.status).target.clone()
+    }
+
     pub(super) fn phase(&self) -> String {
         locked(&self.status).phase.clone()
     }

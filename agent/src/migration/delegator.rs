@@ -460,7 +460,7 @@ impl Delegator {
     }
 
     /// Waits until a plan of this life has ended.
-    async fn ended(&self, plan: &PlanId) {
+    pub(super) async fn ended(&self, plan: &PlanId) {
         let active = locked(&self.plans).get(plan).cloned();
         while active
             .as_ref()

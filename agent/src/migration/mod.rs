@@ -4,6 +4,7 @@
 //! failure rolls the source back to how it was, after it every failure is retried until the target has
 //! what it owns. Non-goals: deciding when to move (health) and who may help (fleet).
 
+pub mod access;
 mod active;
 mod admission;
 mod allocation;
@@ -19,6 +20,7 @@ pub mod paired;
 pub mod pause;
 mod places;
 pub mod planner;
+pub mod provide;
 mod rehearsal;
 mod replica;
 pub mod report;

@@ -39,6 +39,17 @@ pub struct OfferAccepted {
     pub images_present: Vec<VolumeId>,
 }
 
+/// Source → target: blocks of the plan's volumes are given out on demand.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Provided {
+    /// Where.
+    pub data: SocketAddr,
+    /// Proves to the source that a data connection is the target's.
+    pub link_key: Secret,
+    /// Blocks are sealed under this key.
+    pub data_key: Secret,
+}
+
 /// Source → paired device, after authorisation: do these actions.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelayRequest {

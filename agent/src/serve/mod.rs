@@ -1,7 +1,23 @@
-//! Answers requests while and after the data moves: forwarding of published ports.
+//! Answers requests while and after the data moves: forwarding of published ports; volumes on the target
+//! before their data is there, as NBD exports.
 //!
-//! Non-goals of this version: NBD, HTTP ranges, and UDP (callers report UDP ports as not forwarded).
+//! Non-goals of this version: HTTP ranges, and UDP (callers report UDP ports as not forwarded).
 
+mod fill;
 mod forward;
+mod nbd;
+mod presence;
+mod store;
+#[cfg(test)]
+mod tests;
 
+/// A way into a served volume; dropped, it ends and what uses it gets errors.
+pub trait FrontEnd: Send {
+    /// Where it is, as a client or person names it.
+    fn at(&self) -> String;
+}
+
+pub use fill::{Filler, Hot};
 pub use forward::{ForwardError, Forwarder, Traffic};
+pub use nbd::{NbdAddress, NbdError, NbdServer};
+pub use store::{Figures, Store, StoreError};

@@ -3,6 +3,7 @@
 //! Invariants: every message is authenticated with a key of its own connection and its position in
 //! it, so none can be forged, changed, replayed or reordered; decoding never panics.
 
+use super::fetch::wire::Fetch;
 use super::frame::{FrameKind, HEADER_LEN, Header};
 use super::seal::{OpenFailed, Salt, TAG_LEN};
 use crate::model::ids::{Epoch, Signature, VolumeId};
@@ -176,6 +177,8 @@ pub enum Message {
     Ping,
     /// Receiver: which offered blocks it had.
     Held(Held),
+    /// Either end of a connection that fetches on demand.
+    Fetch(Fetch),
 }
 
 const HAVE_CAP: usize = 4096;
@@ -256,6 +259,10 @@ impl Message {
                 out.push(9);
                 out.extend_from_slice(&held.number.to_le_bytes());
                 put_short(out, &held.bits);
+            }
+            Self::Fetch(fetch) => {
+                out.push(10);
+                fetch.encode(out);
             }
         }
     }
@@ -346,6 +353,7 @@ impl Message {
                 number: reader.u64()?,
                 bits: reader.short()?.to_vec(),
             }),
+            10 => Self::Fetch(Fetch::decode(&mut reader)?),
             _ => return Err(Malformed("a message is of an unknown kind")),
         };
         if !reader.is_empty() {

@@ -9,6 +9,7 @@
 mod connection;
 pub mod engine;
 mod feed;
+pub mod fetch;
 mod finder;
 pub mod frame;
 pub mod hello;
@@ -35,6 +36,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 pub use engine::EngineChoice;
+pub use fetch::{ProvidePlan, ProvideVolume};
 pub use link::{Hop, LinkError};
 pub use receive::{ReceivePlan, ReceiveProgress, ReceiveVolume};
 pub use relay::RelayPlan;

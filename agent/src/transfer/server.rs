@@ -7,6 +7,7 @@
 use super::Options;
 use super::connection;
 use super::engine::engine;
+use super::fetch::{ProvidePlan, Provision};
 use super::hello;
 use super::queue::lock;
 use super::receive::{ReceivePlan, ReceiveProgress, Reception};
@@ -41,6 +42,7 @@ pub struct BindError {
 enum Admission {
     Receive(Arc<Reception>),
     Relay(Arc<Relay>),
+    Provide(Arc<Provision>),
 }
 
 impl Admission {
@@ -48,6 +50,7 @@ impl Admission {
         match self {
             Self::Receive(reception) => reception.link_key(),
             Self::Relay(relay) => relay.link_key(),
+            Self::Provide(provision) => provision.link_key(),
         }
     }
 
@@ -55,6 +58,7 @@ impl Admission {
         match self {
             Self::Receive(reception) => reception.dismiss(),
             Self::Relay(relay) => relay.dismiss(),
+            Self::Provide(provision) => provision.dismiss(),
         }
     }
 }
@@ -135,6 +139,14 @@ impl DataServer {
         let name = plan.plan.clone();
         let relay = Relay::new(plan, self.shared.options.clone());
         self.admit(name, Admission::Relay(Arc::new(relay)));
+    }
+
+    /// Lets a plan's target fetch blocks of its volumes from here on demand. Replaces an admission of the
+    /// same plan.
+    pub fn admit_provide(&self, plan: ProvidePlan) {
+        let name = plan.plan.clone();
+        let provision = Provision::new(plan, self.shared.options.clone());
+        self.admit(name, Admission::Provide(Arc::new(provision)));
     }
 
     fn admit(&self, plan: PlanId, admission: Admission) {
@@ -251,6 +263,7 @@ fn serve(shared: &Arc<Shared>, socket: &Arc<TcpStream>, place: u64) -> Result<()
     match admission {
         Admission::Receive(reception) => reception.serve(receiver, transmitter, socket),
         Admission::Relay(relay) => relay.serve(receiver, transmitter, socket),
+        Admission::Provide(provision) => provision.serve(receiver, transmitter, socket),
     }
     Ok(())
 }

@@ -1,0 +1,416 @@
+//! The target's side of access before arrival: volumes of a plan that is under way, served on this device while
+//! their data is still on the source.
+//!
+//! Invariants: until the switch the source owns (rule 1), so what is served is a copy of its own: what is
+//! written to it stays here and never reaches the source or the twin. It ends with the plan. Non-goal: the
+//! copy that the twin will run on, which the data plane makes.
+
+use super::active::locked;
+use super::journal::plan_directory;
+use super::target::Target;
+use crate::fleet::agent::PairedState;
+use crate::model::control::Provided;
+use crate::model::fleet::{PeerAddress, Role};
+use crate::model::ids::{PlanId, VolumeId};
+use crate::model::plan::Plan;
+use crate::model::trace::Trace;
+use crate::model::volume::VolumeKind;
+use crate::serve::{
+    Figures, Filler, FrontEnd, Hot, NbdAddress, NbdError, NbdServer, Store, StoreError,
+};
+use crate::transfer::fetch::{FetchPlan, Grant};
+use crate::transfer::{DataKey, Hop, LinkKey};
+use crate::volume::FleetKey;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// How a volume is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum How {
+    /// Its files as NBD exports.
+    Nbd(NbdAddress),
+}
+
+/// A request to serve a volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServeRequest {
+    /// Name of the volume.
+    pub volume: String,
+    /// How.
+    pub how: How,
+    /// Whether nobody may write.
+    pub read_only: bool,
+    /// How long a read of what is not here waits for the source before it fails.
+    pub patience: Duration,
+    /// File of an access trace: what it found hottest is fetched first.
+    pub trace: Option<PathBuf>,
+    /// Whether what nobody asks for is fetched too.
+    pub fill: bool,
+}
+
+/// A served volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Served {
+    /// Plan.
+    pub plan: PlanId,
+    /// Volume.
+    pub volume: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Where it is served.
+    pub at: String,
+    /// Whether nobody may write.
+    pub read_only: bool,
+    /// What was fetched so far.
+    pub figures: Figures,
+}
+
+/// Why a volume is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    /// The plan is not known here.
+    #[error(
+        "no plan {0} is under way with this device as its target; `lifeboat status` on its source tells the plan and the target"
+    )]
+    Unknown(PlanId),
+    /// The switch is over.
+    #[error("plan {0} was taken over: its volumes are whole here, and the twins use them")]
+    Owned(PlanId),
+    /// The plan has no such volume.
+    #[error("plan {plan} has no volume {volume}; it has: {has}")]
+    NoVolume {
+        /// Plan.
+        plan: PlanId,
+        /// Asked for.
+        volume: String,
+        /// Volumes it has.
+        has: String,
+    },
+    /// It is served already.
+    #[error("it is served already at {0}; end that first with `lifeboat serve PLAN VOLUME --end`")]
+    Served(String),
+    /// It is not served.
+    #[error("that volume is not served; `lifeboat serve` lists what is")]
+    NotServed(VolumeId),
+    /// The source cannot be asked.
+    #[error("{0}")]
+    Source(String),
+    /// The store.
+    #[error("{0}")]
+    Store(StoreError),
+    /// NBD.
+    #[error("{0}")]
+    Nbd(#[from] NbdError),
+    /// The trace.
+    #[error(
+        "cannot use the access trace {path}: {error}; record one with `lifeboat record --trace`"
+    )]
+    Trace {
+        /// File.
+        path: PathBuf,
+        /// Why.
+        error: String,
+    },
+    /// A thread cannot be started, or the copy cannot be removed.
+    #[error("cannot {doing}: {error}")]
+    System {
+        /// What.
+        doing: String,
+        /// Cause.
+        error: std::io::Error,
+    },
+    /// A task of this process died.
+    #[error("internal task failed: {0}; see the agent's log")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl From<StoreError> for AccessError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Fetch(error) => Self::Source(error.to_string()),
+            error => Self::Store(error),
+        }
+    }
+}
+
+struct Serving {
+    name: String,
+    read_only: bool,
+    front: Box<dyn FrontEnd>,
+    filler: Option<Filler>,
+    store: Arc<Store>,
+    directory: PathBuf,
+}
+
+impl Serving {
+    /// Ends it in the order in which its parts use each other; waits for their threads.
+    fn close(self) -> PathBuf {
+        // Readers that wait for the source get their error now.
+        self.store.detach();
+        drop(self.front);
+        drop(self.filler);
+        self.directory
+    }
+}
+
+type Key = (PlanId, VolumeId);
+
+/// What this device serves of plans of which it is the target.
+pub struct Access {
+    target: Arc<Target>,
+    pairings: Arc<PairedState>,
+    serving: Mutex<BTreeMap<Key, Serving>>,
+    /// One at a time: what is found free must still be free when it is taken.
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// How often it is looked whether a plan is over.
+const LOOK: Duration = Duration::from_secs(1);
+
+impl Access {
+    /// Nothing is served at first.
+    #[must_use]
+    pub fn new(target: Arc<Target>, pairings: Arc<PairedState>) -> Self {
+        Self {
+            target,
+            pairings,
+            serving: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// What is served.
+    #[must_use]
+    pub fn served(&self) -> Vec<Served> {
+        let serving = locked(&self.serving);
+        serving
+            .iter()
+            .map(|(key, serving)| described(key, serving))
+            .collect()
+    }
+
+    /// Serves a volume; takes up the copy that an earlier life of the agent left.
+    ///
+    /// # Errors
+    /// [`AccessError`].
+    pub async fn serve(
+        self: &Arc<Self>,
+        id: &PlanId,
+        request: ServeRequest,
+    ) -> Result<Served, AccessError> {
+        let _turn = self.turn.lock().await;
+        let (plan, source) = self.plan(id)?;
+        let volumes = plan.volumes.iter();
+        let mut volumes = volumes.filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)));
+        let volume = volumes.clone().find(|volume| volume.name == request.volume);
+        let volume = volume.ok_or_else(|| AccessError::NoVolume {
+            plan: id.clone(),
+            volume: request.volume.clone(),
+            has: volumes
+                .by_ref()
+                .map(|volume| volume.name.as_str())
+                .collect::<Vec<_>>()
+                .join(", "),
+        })?;
+        let key = (id.clone(), volume.id);
+        if let Some(known) = locked(&self.serving).get(&key) {
+            return Err(AccessError::Served(known.front.at()));
+        }
+        let parts = &self.target.parts;
+        let directory = plan_directory(&parts.state, "target", id)
+            .join("served")
+            .join(volume.id.to_string());
+        let fleet = parts
+            .fleet
+            .as_ref()
+            .ok_or_else(|| AccessError::Unknown(id.clone()))?;
+        let fetch = FetchPlan {
+            plan: id.clone(),
+            volume: volume.id,
+            fleet_key: FleetKey(*fleet.identity.fleet_key()),
+            admit: self.admit(&source, id),
+        };
+        let (name, options) = (volume.name.clone(), parts.transfer.clone());
+        let serving =
+            tokio::task::spawn_blocking(move || open(name, directory, fetch, &options, request));
+        let serving = serving.await??;
+        let served = described(&key, &serving);
+        tracing::info!(plan = %id, volume = served.name, at = served.at, "serves a volume before its data is here");
+        locked(&self.serving).insert(key.clone(), serving);
+        tokio::spawn(self.clone().until_over(key));
+        Ok(served)
+    }
+
+    /// The plan, of which this device is the target and which owns nothing here yet, and its source.
+    fn plan(&self, id: &PlanId) -> Result<(Plan, PeerAddress), AccessError> {
+        let unknown = || AccessError::Unknown(id.clone());
+        let plan = {
+            let plans = self.target.plans();
+            let known = plans.get(id).ok_or_else(unknown)?;
+            if known.owns.is_some() {
+                return Err(AccessError::Owned(id.clone()));
+            }
+            known.plan.clone()
+        };
+        let lent = self.pairings.authorised(id, &plan.source);
+        let lent = lent.filter(|lent| lent.role == Role::Target);
+        Ok((plan, lent.ok_or_else(unknown)?.peer))
+    }
+
+    /// Asks the source over the control channel to let this device fetch.
+    fn admit(
+        &self,
+        source: &PeerAddress,
+        id: &PlanId,
+    ) -> Box<dyn Fn() -> Result<Grant, String> + Send + Sync> {
+        let (parts, source) = (self.target.parts.clone(), source.clone());
+        let path = format!("/v1/plans/{id}/provide");
+        let runtime = tokio::runtime::Handle::current();
+        Box::new(move || {
+            let fleet = parts.fleet.as_ref().ok_or("this device is in no fleet")?;
+            let asked = fleet.client.post::<_, Provided>(&source, &path, &());
+            // Called from threads of the data plane, which may wait.
+            let provided = runtime.block_on(asked).map_err(|error| error.to_string())?;
+            Ok(Grant {
+                hop: Hop {
+                    addr: provided.data,
+                    link_key: LinkKey(provided.link_key.0),
+                },
+                data_key: DataKey(provided.data_key.0),
+            })
+        })
+    }
+
+    /// Stops serving a volume and removes the copy with what was written to it.
+    ///
+    /// # Errors
+    /// It is not served, or the copy cannot be removed.
+    pub async fn end(&self, plan: &PlanId, volume: VolumeId) -> Result<(), AccessError> {
+        let serving = locked(&self.serving).remove(&(plan.clone(), volume));
+        let serving = serving.ok_or(AccessError::NotServed(volume))?;
+        let removed = tokio::task::spawn_blocking(move || {
+            let directory = serving.close();
+            std::fs::remove_dir_all(&directory).map_err(|error| AccessError::System {
+                doing: format!("remove {}", directory.display()),
+                error,
+            })
+        });
+        removed.await?
+    }
+
+    async fn until_over(self: Arc<Self>, key: Key) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if !locked(&self.serving).contains_key(&key) {
+                return;
+            }
+            let under_way = {
+                let plans = self.target.plans();
+                plans.get(&key.0).is_some_and(|known| known.owns.is_none())
+            };
+            if !under_way {
+                tracing::info!(plan = %key.0, volume = %key.1, "the plan is over; the volume is not served any more");
+                if let Err(error) = self.end(&key.0, key.1).await {
+                    tracing::error!("after the plan was over: {error}");
+                }
+                return;
+            }
+        }
+    }
+
+    /// Stops serving everything; the copies stay for the next life of the agent.
+    pub async fn stop(&self) {
+        let all = std::mem::take(&mut *locked(&self.serving));
+        let closing = tokio::task::spawn_blocking(move || {
+            for serving in all.into_values() {
+                serving.close();
+            }
+        });
+        if let Err(error) = closing.await {
+            tracing::error!("internal task failed: {error}");
+        }
+    }
+}
+
+fn described((plan, volume): &Key, serving: &Serving) -> Served {
+    Served {
+        plan: plan.clone(),
+        volume: *volume,
+        name: serving.name.clone(),
+        at: serving.front.at(),
+        read_only: serving.read_only,
+        figures: serving.store.figures(),
+    }
+}
+
+fn open(
+    name: String,
+    directory: PathBuf,
+    fetch: FetchPlan,
+    options: &crate::transfer::Options,
+    request: ServeRequest,
+) -> Result<Serving, AccessError> {
+    let ServeRequest {
+        how,
+        read_only,
+        patience,
+        trace,
+        fill,
+        ..
+    } = request;
+    let hot = trace
+        .as_deref()
+        .map(hottest)
+        .transpose()?
+        .unwrap_or_default();
+    let store = Store::open(&directory, &name, fetch, options, patience)?;
+    let front: Box<dyn FrontEnd> = match how {
+        How::Nbd(address) => Box::new(NbdServer::bind(&address, Arc::clone(&store), read_only)?),
+    };
+    let filler = fill.then(|| Filler::start(&store, hot)).transpose();
+    let filler = filler.map_err(|error| AccessError::System {
+        doing: "start the background".to_owned(),
+        error,
+    })?;
+    Ok(Serving {
+        name,
+        read_only,
+        front,
+        filler,
+        store,
+        directory,
+    })
+}
+
+/// What a trace found hottest, neighbours as one range.
+fn hottest(path: &Path) -> Result<Vec<Hot>, AccessError> {
+    let failed = |error: String| AccessError::Trace {
+        path: path.to_owned(),
+        error,
+    };
+    let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+    let trace = Trace::decode(&bytes).map_err(|error| failed(error.to_string()))?;
+    let extent = trace.extent.0;
+    let mut hot: Vec<Hot> = Vec::new();
+    for (file, number, _) in trace.hottest(|_| true) {
+        let path = &trace.files[file as usize].path;
+        let offset = number.saturating_mul(extent);
+        match hot.last_mut() {
+            Some(last)
+                if last.path == *path && last.offset.saturating_add(last.length) == offset =>
+            {
+                last.length += extent;
+            }
+            _ => hot.push(Hot {
+                path: path.clone(),
+                offset,
+                length: extent,
+            }),
+        }
+    }
+    Ok(hot)
+}

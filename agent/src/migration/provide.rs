@@ -1,0 +1,110 @@
+//! The source's side of access before arrival: it lets the target of a plan that is under way fetch blocks.
+//!
+//! Invariants: only the device that the plan names as its target is let in, and only until the plan is over.
+
+use super::active::locked;
+use super::delegator::Delegator;
+use crate::model::control::{Provided, Secret};
+use crate::model::ids::{DeviceId, PlanId};
+use crate::model::volume::VolumeKind;
+use crate::transfer::{DataKey, LinkKey, ProvidePlan, ProvideVolume};
+use crate::volume::FleetKey;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+/// Why the source gives nothing out.
+#[derive(Debug, thiserror::Error)]
+pub enum ProvideError {
+    /// No such plan is under way with the peer as its target.
+    #[error("no plan {plan} with target {peer} is under way on this source")]
+    NotTarget {
+        /// Plan.
+        plan: PlanId,
+        /// Who asked.
+        peer: DeviceId,
+    },
+    /// No data plane.
+    #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
+    NoFleet,
+}
+
+/// Gives out blocks of this source's plans.
+pub struct Provider {
+    delegator: Arc<Delegator>,
+    data: SocketAddr,
+    provided: Mutex<BTreeMap<PlanId, Provided>>,
+}
+
+impl Provider {
+    /// For the plans of `delegator`; `data` is the address of the data plane that peers are told.
+    #[must_use]
+    pub fn new(delegator: Arc<Delegator>, data: SocketAddr) -> Self {
+        Self {
+            delegator,
+            data,
+            provided: Mutex::default(),
+        }
+    }
+
+    /// Lets the target of a plan in; asked again it gives the same keys, for as long as the plan lasts.
+    ///
+    /// # Errors
+    /// The peer is not the target of a plan that is under way.
+    pub fn provide(
+        self: &Arc<Self>,
+        peer: &DeviceId,
+        plan: &PlanId,
+    ) -> Result<Provided, ProvideError> {
+        let parts = self.delegator.parts();
+        let (Some(data), Some(fleet)) = (&parts.data, &parts.fleet) else {
+            return Err(ProvideError::NoFleet);
+        };
+        let active = locked(&self.delegator.plans).get(plan).cloned();
+        let active = active
+            .filter(|active| {
+                !active.ended.load(Ordering::Acquire) && active.target().as_ref() == Some(peer)
+            })
+            .ok_or_else(|| ProvideError::NotTarget {
+                plan: plan.clone(),
+                peer: peer.clone(),
+            })?;
+        let mut provided = locked(&self.provided);
+        if let Some(known) = provided.get(plan) {
+            return Ok(known.clone());
+        }
+        let new = Provided {
+            data: self.data,
+            link_key: Secret(rand::random()),
+            data_key: Secret(rand::random()),
+        };
+        let volumes = active.plan().volumes.into_iter();
+        data.admit_provide(ProvidePlan {
+            plan: plan.clone(),
+            link_key: LinkKey(new.link_key.0),
+            data_key: DataKey(new.data_key.0),
+            fleet_key: FleetKey(*fleet.identity.fleet_key()),
+            volumes: volumes
+                // An image is exported for its journey alone.
+                .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)))
+                .map(|volume| ProvideVolume {
+                    id: volume.id,
+                    path: volume.source_path,
+                })
+                .collect(),
+        });
+        tracing::info!(%plan, target = %peer, "gives out blocks on demand");
+        provided.insert(plan.clone(), new.clone());
+        tokio::spawn(self.clone().until_over(plan.clone()));
+        Ok(new)
+    }
+
+    async fn until_over(self: Arc<Self>, plan: PlanId) {
+        self.delegator.ended(&plan).await;
+        if let Some(data) = &self.delegator.parts().data {
+            data.dismiss(&plan);
+        }
+        locked(&self.provided).remove(&plan);
+    }
+}

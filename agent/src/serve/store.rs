@@ -1,0 +1,808 @@
+//! A volume on the target before its data is there: what is absent is fetched when it is read, what is written
+//! here wins over what arrives later.
+//!
+//! Layout of its directory: `data`, the tree with sparse files; `origins`, one more name of each file that
+//! still lacks pages, so that it is found wherever it was renamed to; `index`, which origin is which file of
+//! the source; `live` and `durable`, the presence. Invariants: bytes go to disk before their mark; an arrival
+//! touches only pages that are absent; nobody waits longer than the patience. Non-goals: who owns the volume.
+
+use super::presence::{PAGE, PAGES, Presence, WHOLE};
+use crate::transfer::Options;
+use crate::transfer::fetch::{
+    Arrivals, BLOCK, Class, FetchError, FetchPlan, Fetcher, Place, Refusal,
+};
+use crate::volume::apply::{Access, ApplyError, Destination, Parent};
+use crate::volume::codec::{Reader, put_short};
+use crate::volume::{Confined, Entry, Kind};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::stat::{fstat, futimens};
+use nix::sys::time::TimeSpec;
+use std::collections::{HashMap, VecDeque};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirEntryExt, FileExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::time::{Duration, Instant};
+
+const SHARDS: usize = 64;
+/// Origins kept open for what arrives.
+const OPEN_CAP: usize = 256;
+/// Files of which the rest is fetched next, because somebody reads them.
+const RECENT_CAP: usize = 64;
+
+/// A volume cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The source cannot be asked.
+    #[error("{0}")]
+    Fetch(#[from] FetchError),
+    /// The tree cannot be made.
+    #[error("{0}")]
+    Apply(#[from] ApplyError),
+    /// A file of the store.
+    #[error("cannot {doing} in {directory}: {error}; free space or repair the file system there")]
+    File {
+        /// What.
+        doing: &'static str,
+        /// The store's directory.
+        directory: PathBuf,
+        /// Cause.
+        error: io::Error,
+    },
+}
+
+/// A file as the source has it.
+pub(super) struct Origin {
+    /// Its path there.
+    pub(super) path: Arc<[u8]>,
+    /// Its size there, bytes.
+    pub(super) size: u64,
+    /// Number of its first block among all.
+    pub(super) first: u64,
+}
+
+impl Origin {
+    pub(super) fn blocks(&self) -> u64 {
+        self.size.div_ceil(BLOCK)
+    }
+
+    /// Pages that a block has.
+    fn real(&self, block: u64) -> u16 {
+        let length = self.size.saturating_sub(block * BLOCK).min(BLOCK);
+        mask(0, length.div_ceil(PAGE))
+    }
+}
+
+/// What is known of a block that was asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    For(Class),
+    Refused(Refusal),
+}
+
+#[derive(Default)]
+struct Shard {
+    asked: Mutex<HashMap<Place, Asked>>,
+    changed: Condvar,
+}
+
+/// What a store has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Figures {
+    /// Bytes of the volume's files on the source.
+    pub bytes: u64,
+    /// Bytes that are not here yet.
+    pub absent: u64,
+    /// Blocks fetched because somebody waited for them.
+    pub on_demand: u64,
+    /// Blocks fetched before anybody asked.
+    pub ahead: u64,
+    /// Blocks that the source did not give: gone there, or unreadable.
+    pub refused: u64,
+    /// Whether it has let go of the source: all that is wanted is here.
+    pub detached: bool,
+}
+
+/// The volume.
+pub struct Store {
+    directory: PathBuf,
+    data: Confined,
+    pub(super) origins: Vec<Origin>,
+    numbers: RwLock<HashMap<u64, u32>>,
+    pub(super) presence: Presence,
+    shards: [Shard; SHARDS],
+    /// Held for reading by who writes pages of a file, for writing by who cuts it.
+    cuts: [RwLock<()>; SHARDS],
+    open: Mutex<HashMap<u32, Arc<File>>>,
+    fetcher: Mutex<Option<Arc<Fetcher>>>,
+    patience: Duration,
+    pub(super) recent: Mutex<VecDeque<u32>>,
+    pub(super) window: Window,
+    on_demand: AtomicU64,
+    ahead: AtomicU64,
+    refused: AtomicU64,
+}
+
+/// Questions of the background that are open.
+#[derive(Default)]
+pub(super) struct Window {
+    pub(super) open: Mutex<u64>,
+    pub(super) changed: Condvar,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain values, whole after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Hands on what arrives, for as long as the store lives.
+struct Inlet(Weak<Store>);
+
+impl Arrivals for Inlet {
+    fn arrived(&self, class: Class, place: Place, block: Result<&[u8], Refusal>) {
+        if let Some(store) = self.0.upgrade() {
+            store.take(class, place, block);
+        }
+    }
+}
+
+impl Store {
+    /// Opens the store in `directory`, or makes it from the source's list of the volume. Reads of what is
+    /// absent wait for `patience`.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(
+        directory: &Path,
+        volume: &str,
+        plan: FetchPlan,
+        options: &Options,
+        patience: Duration,
+    ) -> Result<Arc<Self>, StoreError> {
+        let failed = |doing| {
+            let directory = directory.to_owned();
+            move |error| StoreError::File {
+                doing,
+                directory,
+                error,
+            }
+        };
+        let origins = match read_index(directory).map_err(failed("read the index"))? {
+            Some(origins) => origins,
+            None => {
+                let entries = Fetcher::list(&plan, options)?;
+                make(directory, volume, &entries)?
+            }
+        };
+        let blocks = origins.last().map_or(0, |last| last.first + last.blocks());
+        let real = origins
+            .iter()
+            .flat_map(|origin| (0..origin.blocks()).map(|block| origin.real(block)));
+        let presence =
+            Presence::open(directory, blocks, real).map_err(failed("keep the presence"))?;
+        let numbers = numbers(directory).map_err(failed("list the origins"))?;
+        let data = Confined::open(&directory.join("data"))
+            .map_err(|error| failed("open the data")(error.into()))?;
+        let store = Arc::new(Self {
+            directory: directory.to_owned(),
+            data,
+            origins,
+            numbers: RwLock::new(numbers),
+            presence,
+            shards: std::array::from_fn(|_| Shard::default()),
+            cuts: std::array::from_fn(|_| RwLock::new(())),
+            open: Mutex::default(),
+            fetcher: Mutex::default(),
+            patience,
+            recent: Mutex::default(),
+            window: Window::default(),
+            on_demand: AtomicU64::new(0),
+            ahead: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        });
+        if store.presence.absent() > 0 {
+            let inlet: Arc<dyn Arrivals> = Arc::new(Inlet(Arc::downgrade(&store)));
+            let fetcher = Fetcher::start(plan, options.clone(), &inlet)
+                .map_err(failed("start threads for the store"))?;
+            *locked(&store.fetcher) = Some(Arc::new(fetcher));
+        }
+        Ok(store)
+    }
+
+    /// The tree.
+    #[must_use]
+    pub fn data(&self) -> &Confined {
+        &self.data
+    }
+
+    /// What it has done so far.
+    #[must_use]
+    pub fn figures(&self) -> Figures {
+        Figures {
+            bytes: self.origins.iter().map(|origin| origin.size).sum(),
+            absent: self.presence.absent() * PAGE,
+            on_demand: self.on_demand.load(Ordering::Relaxed),
+            ahead: self.ahead.load(Ordering::Relaxed),
+            refused: self.refused.load(Ordering::Relaxed),
+            detached: locked(&self.fetcher).is_none(),
+        }
+    }
+
+    /// Ends its connections to the source; what is absent then stays so.
+    pub fn detach(&self) {
+        // Dropped outside of the lock: it waits for threads that may want it.
+        let fetcher = locked(&self.fetcher).take();
+        drop(fetcher);
+    }
+
+    /// Number of the origin that the file with this inode number is, while pages of it may be absent.
+    #[must_use]
+    pub fn number(&self, inode: u64) -> Option<u32> {
+        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
+        numbers.get(&inode).copied()
+    }
+
+    /// Whether every page of an origin is here.
+    #[must_use]
+    pub fn is_whole(&self, number: u32) -> bool {
+        self.origins
+            .get(number as usize)
+            .is_none_or(|origin| (0..origin.blocks()).all(|block| self.missing(origin, block) == 0))
+    }
+
+    fn missing(&self, origin: &Origin, block: u64) -> u16 {
+        origin.real(block) & !self.presence.of(origin.first + block)
+    }
+
+    /// Reads; fewer bytes than asked only at the end of the file.
+    ///
+    /// # Errors
+    /// What is absent did not come in time (`EIO`), or the disk's error.
+    pub fn read(
+        &self,
+        file: &File,
+        number: Option<u32>,
+        buffer: &mut [u8],
+        offset: u64,
+    ) -> io::Result<usize> {
+        if let Some(number) = number {
+            self.ensure(number, offset, buffer.len() as u64)?;
+        }
+        let mut done = 0;
+        while done < buffer.len() {
+            match file.read_at(&mut buffer[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Whether a read would wait for the source.
+    #[must_use]
+    pub fn waits(&self, number: Option<u32>, offset: u64, length: u64) -> bool {
+        let origin = number.and_then(|number| self.origins.get(number as usize));
+        origin.is_some_and(|origin| !self.absent_blocks(origin, offset, length).is_empty())
+    }
+
+    /// Writes all of it.
+    ///
+    /// # Errors
+    /// As [`Self::read`]: the rest of a page that is written in part must be here.
+    pub fn write(
+        &self,
+        file: &File,
+        number: Option<u32>,
+        bytes: &[u8],
+        offset: u64,
+    ) -> io::Result<()> {
+        self.change(number, offset, bytes.len() as u64, |from, length| {
+            let start = (from - offset) as usize;
+            file.write_all_at(&bytes[start..start + length as usize], from)
+        })
+    }
+
+    /// Makes a range read as zeros: as a hole, or allocated; never changes the file's size.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn zero(
+        &self,
+        file: &File,
+        number: Option<u32>,
+        offset: u64,
+        length: u64,
+        hole: bool,
+    ) -> io::Result<()> {
+        let mode = if hole {
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE
+        } else {
+            FallocateFlags::FALLOC_FL_ZERO_RANGE
+        };
+        self.change(number, offset, length, |from, length| {
+            let flags = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            match fallocate(file, flags, signed(from), signed(length)) {
+                // A file system without holes.
+                Err(nix::errno::Errno::EOPNOTSUPP) => {
+                    let end = fstat(file)?.st_size.unsigned_abs().min(from + length);
+                    let zeros = vec![0; end.saturating_sub(from) as usize];
+                    file.write_all_at(&zeros, from)
+                }
+                other => Ok(other?),
+            }
+        })
+    }
+
+    /// Does `act` to a range block by block, each guarded against what arrives, and marks its pages.
+    fn change(
+        &self,
+        number: Option<u32>,
+        offset: u64,
+        length: u64,
+        act: impl Fn(u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let end = offset.saturating_add(length);
+        let known = number.and_then(|number| {
+            let origin = self.origins.get(number as usize)?;
+            Some((number, origin))
+        });
+        let Some((number, origin)) = known else {
+            return act(offset, length);
+        };
+        if self.absent_blocks(origin, offset, length).is_empty() {
+            return act(offset, length);
+        }
+        if !offset.is_multiple_of(PAGE) {
+            self.ensure(number, offset, 1)?;
+        }
+        if !end.is_multiple_of(PAGE) && end < origin.size {
+            self.ensure(number, end - 1, 1)?;
+        }
+        let _cut = self
+            .cut(number)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut from = offset;
+        while from < end {
+            let block = from / BLOCK;
+            if block >= origin.blocks() {
+                return act(from, end - from);
+            }
+            let to = end.min((block + 1) * BLOCK);
+            let place = Place {
+                file: number,
+                block,
+            };
+            let _turn = locked(&self.shard(place).asked);
+            act(from, to - from)?;
+            let start = block * BLOCK;
+            let pages = mask((from - start) / PAGE, (to - start).div_ceil(PAGE));
+            let new = pages & self.missing(origin, block);
+            if new != 0 {
+                self.presence.mark(origin.first + block, new)?;
+            }
+            from = to;
+        }
+        Ok(())
+    }
+
+    /// Sets the size of a file.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn truncate(&self, file: &File, number: Option<u32>, size: u64) -> io::Result<()> {
+        let known = number.and_then(|number| {
+            let origin = self.origins.get(number as usize)?;
+            Some((number, origin))
+        });
+        let Some((number, origin)) = known.filter(|(_, origin)| size < origin.size) else {
+            return file.set_len(size);
+        };
+        if !size.is_multiple_of(PAGE) {
+            self.ensure(number, size, 1)?;
+        }
+        let _cut = self
+            .cut(number)
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        for block in size / BLOCK..origin.blocks() {
+            let start = block * BLOCK;
+            let kept = size.saturating_sub(start).div_ceil(PAGE);
+            let new = self.missing(origin, block) & !mask(0, kept);
+            if new != 0 {
+                self.presence.mark(origin.first + block, new)?;
+            }
+        }
+        file.set_len(size)
+    }
+
+    /// Makes a file durable with the presence of its pages.
+    ///
+    /// # Errors
+    /// The disk's error.
+    pub fn sync(&self, file: &File, number: Option<u32>) -> io::Result<()> {
+        let origin = number.and_then(|number| self.origins.get(number as usize));
+        let soft = origin.map(|origin| {
+            let blocks = origin.first..origin.first + origin.blocks();
+            self.presence.soft(blocks)
+        });
+        file.sync_all()?;
+        soft.map_or(Ok(()), |soft| self.presence.harden(&soft))
+    }
+
+    fn cut(&self, number: u32) -> &RwLock<()> {
+        &self.cuts[number as usize % SHARDS]
+    }
+
+    fn shard(&self, place: Place) -> &Shard {
+        let mixed = u64::from(place.file)
+            .wrapping_mul(31)
+            .wrapping_add(place.block);
+        &self.shards[(mixed % SHARDS as u64) as usize]
+    }
+
+    /// Blocks of the range of which pages of the range are absent.
+    fn absent_blocks(&self, origin: &Origin, offset: u64, length: u64) -> Vec<u64> {
+        let end = offset.saturating_add(length).min(origin.size);
+        if offset >= end || self.presence.absent() == 0 {
+            return Vec::new();
+        }
+        let blocks = offset / BLOCK..end.div_ceil(BLOCK);
+        blocks
+            .filter(|&block| {
+                let start = block * BLOCK;
+                let first = offset.saturating_sub(start) / PAGE;
+                let pages = mask(first, (end - start).min(BLOCK).div_ceil(PAGE));
+                pages & self.missing(origin, block) != 0
+            })
+            .collect()
+    }
+
+    /// Waits until a range is here: all of its blocks are asked for at once.
+    fn ensure(&self, number: u32, offset: u64, length: u64) -> io::Result<()> {
+        let Some(origin) = self.origins.get(number as usize) else {
+            return Ok(());
+        };
+        let wanted = self.absent_blocks(origin, offset, length);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        self.note_recent(number);
+        for &block in &wanted {
+            self.ask(Class::Demand, number, block);
+        }
+        let until = Instant::now() + self.patience;
+        for block in wanted {
+            let place = Place {
+                file: number,
+                block,
+            };
+            let shard = self.shard(place);
+            let mut asked = locked(&shard.asked);
+            loop {
+                match asked.get(&place) {
+                    // It came, or everything of it was written here.
+                    None => break,
+                    Some(Asked::Refused(_)) => {
+                        return Err(nix::errno::Errno::EIO.into());
+                    }
+                    Some(Asked::For(_)) => {}
+                }
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(nix::errno::Errno::EIO.into());
+                }
+                let waited = shard.changed.wait_timeout(asked, left);
+                asked = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        Ok(())
+    }
+
+    fn note_recent(&self, number: u32) {
+        let mut recent = locked(&self.recent);
+        if recent.back() != Some(&number) {
+            recent.retain(|known| *known != number);
+            recent.push_back(number);
+            if recent.len() > RECENT_CAP {
+                recent.pop_front();
+            }
+        }
+    }
+
+    /// Asks the source for a block unless it was; whether it was asked for now.
+    pub(super) fn ask(&self, class: Class, number: u32, block: u64) -> bool {
+        let place = Place {
+            file: number,
+            block,
+        };
+        let Some(origin) = self.origins.get(number as usize) else {
+            return false;
+        };
+        {
+            let mut asked = locked(&self.shard(place).asked);
+            if self.missing(origin, block) == 0 {
+                return false;
+            }
+            match (asked.get(&place), class) {
+                (Some(Asked::For(Class::Demand)), _) | (Some(_), Class::Background) => {
+                    return false;
+                }
+                _ => asked.insert(place, Asked::For(class)),
+            };
+        }
+        let fetcher = locked(&self.fetcher).clone();
+        match fetcher {
+            Some(fetcher) => fetcher.ask(class, place, &origin.path),
+            // Detached: nothing will come any more.
+            None => self.take(class, place, Err(Refusal::Gone)),
+        }
+        true
+    }
+
+    /// Takes what arrived.
+    fn take(&self, class: Class, place: Place, block: Result<&[u8], Refusal>) {
+        let taken = block.map(|bytes| self.keep(place, bytes));
+        let shard = self.shard(place);
+        {
+            let mut asked = locked(&shard.asked);
+            match taken {
+                Ok(Ok(())) => {
+                    let counter = match class {
+                        Class::Demand => &self.on_demand,
+                        Class::Background => &self.ahead,
+                    };
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    asked.remove(&place);
+                }
+                Ok(Err(error)) => {
+                    tracing::error!(directory = %self.directory.display(), "cannot keep a fetched block: {error}");
+                    asked.insert(place, Asked::Refused(Refusal::Unreadable));
+                }
+                Err(why) => {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    asked.insert(place, Asked::Refused(why));
+                }
+            }
+            shard.changed.notify_all();
+        }
+        if class == Class::Background {
+            let mut open = locked(&self.window.open);
+            *open = open.saturating_sub(1);
+            self.window.changed.notify_all();
+        }
+    }
+
+    /// Writes the pages of an arrived block that are absent.
+    fn keep(&self, place: Place, bytes: &[u8]) -> io::Result<()> {
+        let Some(origin) = self.origins.get(place.file as usize) else {
+            return Ok(());
+        };
+        let _cut = self
+            .cut(place.file)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let file = self.origin_file(place.file)?;
+        let _turn = locked(&self.shard(place).asked);
+        let missing = self.missing(origin, place.block);
+        if missing == 0 {
+            return Ok(());
+        }
+        let before = fstat(&file)?;
+        let start = place.block * BLOCK;
+        let mut page = 0;
+        while page < PAGES {
+            let run = (missing >> page).trailing_ones();
+            if run == 0 {
+                page += 1;
+                continue;
+            }
+            let from = u64::from(page) * PAGE;
+            let to = (u64::from(page + run) * PAGE).min(origin.size - start);
+            page += run;
+            // A file that shrank on the source since it was listed ends in zeros.
+            let there = bytes.len() as u64;
+            if from < there {
+                let part = &bytes[from as usize..to.min(there) as usize];
+                file.write_all_at(part, start + from)?;
+            }
+            if to > there {
+                let zeros = from.max(there);
+                let flags =
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                match fallocate(&file, flags, signed(start + zeros), signed(to - zeros)) {
+                    // Absent pages are holes that were never written: zeros already.
+                    Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        // Arriving is no modification.
+        let time = TimeSpec::new(before.st_mtime, before.st_mtime_nsec);
+        futimens(&file, &TimeSpec::UTIME_OMIT, &time)?;
+        self.presence.mark(origin.first + place.block, missing)
+    }
+
+    /// The file of an origin, wherever it is named now.
+    pub(super) fn origin_file(&self, number: u32) -> io::Result<Arc<File>> {
+        if let Some(file) = locked(&self.open).get(&number) {
+            return Ok(Arc::clone(file));
+        }
+        let path = self.origin_path(number);
+        let file = Arc::new(OpenOptions::new().read(true).write(true).open(path)?);
+        let mut open = locked(&self.open);
+        if open.len() >= OPEN_CAP {
+            open.clear();
+        }
+        open.insert(number, Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn origin_path(&self, number: u32) -> PathBuf {
+        self.directory.join("origins").join(number.to_string())
+    }
+
+    /// Lets go of an origin that is whole and durable, or that has no name any more: it is a plain file then.
+    ///
+    /// # Errors
+    /// It cannot be made durable, or its name among the origins cannot be removed.
+    pub(super) fn settle(&self, number: u32) -> io::Result<()> {
+        let path = self.origin_path(number);
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        self.sync(&file, Some(number))?;
+        let inode = fstat(&file)?.st_ino;
+        std::fs::remove_file(&path)?;
+        locked(&self.open).remove(&number);
+        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
+        numbers.remove(&inode);
+        Ok(())
+    }
+
+    /// Whether an origin was removed here: nobody needs its pages.
+    pub(super) fn is_removed(&self, number: u32) -> bool {
+        self.origin_file(number)
+            .and_then(|file| Ok(fstat(&*file)?))
+            .is_ok_and(|stat| stat.st_nlink == 1)
+    }
+}
+
+/// Bits `from..to` of a block's pages.
+fn mask(from: u64, to: u64) -> u16 {
+    let below = |count: u64| match count {
+        0..=15 => (1_u16 << count) - 1,
+        _ => WHOLE,
+    };
+    below(to) & !below(from)
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+/// Makes the tree with sparse files; what an attempt before left is removed.
+fn make(directory: &Path, volume: &str, entries: &[Entry]) -> Result<Vec<Origin>, StoreError> {
+    let failed = |doing| {
+        let directory = directory.to_owned();
+        move |error| StoreError::File {
+            doing,
+            directory,
+            error,
+        }
+    };
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("remove what an earlier attempt left")(error));
+        }
+        _ => {}
+    }
+    let names = directory.join("origins");
+    std::fs::create_dir_all(&names).map_err(failed("make directories"))?;
+    let data = Destination::open(volume, &directory.join("data"))?;
+    let mut parent = Parent::default();
+    let mut origins: Vec<Origin> = Vec::new();
+    for entry in entries {
+        match &entry.kind {
+            Kind::Directory => data.directory(&mut parent, &entry.path)?,
+            Kind::HardLink(primary) => data.link(&mut parent, &entry.path, primary)?,
+            Kind::File { size, .. } => {
+                let file = data.file(&mut parent, &entry.path, Access::New)?;
+                data.finish_file(&file, entry, false)?;
+                if *size == 0 {
+                    continue;
+                }
+                let first = origins.last().map_or(0, |last| last.first + last.blocks());
+                let name = names.join(origins.len().to_string());
+                let here =
+                    crate::volume::confined::proc_path(data.root().fd(), std::ffi::OsStr::new(""));
+                let path = here.join(bytes_path(&entry.path));
+                std::fs::hard_link(path, name).map_err(failed("name an origin"))?;
+                origins.push(Origin {
+                    path: (*entry.path).into(),
+                    size: *size,
+                    first,
+                });
+            }
+            Kind::Symlink(_) | Kind::Fifo | Kind::CharDevice(_) | Kind::BlockDevice(_) => {
+                data.special(&mut parent, entry)?;
+            }
+        }
+    }
+    for entry in entries.iter().rev() {
+        if entry.kind == Kind::Directory {
+            data.finish_directory(entry)?;
+        }
+    }
+    write_index(directory, &origins).map_err(failed("write the index"))?;
+    Ok(origins)
+}
+
+fn bytes_path(path: &[u8]) -> &Path {
+    use std::os::unix::ffi::OsStrExt;
+    Path::new(std::ffi::OsStr::from_bytes(path))
+}
+
+/// The index is written last: where it is, the tree is whole.
+fn write_index(directory: &Path, origins: &[Origin]) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    for origin in origins {
+        bytes.extend_from_slice(&origin.size.to_le_bytes());
+        put_short(&mut bytes, &origin.path);
+    }
+    bytes.extend_from_slice(blake3::hash(&bytes).as_bytes());
+    let new = directory.join("index.new");
+    std::fs::write(&new, bytes)?;
+    let whole = File::open(directory)?;
+    nix::unistd::syncfs(&whole)?;
+    std::fs::rename(new, directory.join("index"))?;
+    whole.sync_all()
+}
+
+fn read_index(directory: &Path) -> io::Result<Option<Vec<Origin>>> {
+    let bytes = match std::fs::read(directory.join("index")) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let Some((bytes, check)) = bytes.split_last_chunk::<32>() else {
+        return Ok(None);
+    };
+    if blake3::hash(bytes) != blake3::Hash::from(*check) {
+        return Ok(None);
+    }
+    let mut reader = Reader::new(bytes);
+    let mut origins: Vec<Origin> = Vec::new();
+    let mut first = 0;
+    while !reader.is_empty() {
+        let (Ok(size), Ok(path)) = (reader.u64(), reader.short()) else {
+            return Ok(None);
+        };
+        let origin = Origin {
+            path: path.into(),
+            size,
+            first,
+        };
+        first += origin.blocks();
+        origins.push(origin);
+    }
+    Ok(Some(origins))
+}
+
+/// Which origin each inode is.
+fn numbers(directory: &Path) -> io::Result<HashMap<u64, u32>> {
+    let mut numbers = HashMap::new();
+    for name in std::fs::read_dir(directory.join("origins"))? {
+        let name = name?;
+        if let Some(number) = name.file_name().to_str().and_then(|name| name.parse().ok()) {
+            numbers.insert(name.ino(), number);
+        }
+    }
+    Ok(numbers)
+}

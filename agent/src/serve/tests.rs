@@ -1,0 +1,450 @@
+//! A served volume over loopback: real files, real sockets, a link with a delay that can be cut.
+
+use super::*;
+use crate::model::ids::{PlanId, VolumeId};
+use crate::transfer::fetch::{FetchPlan, Grant};
+use crate::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
+use crate::volume::FleetKey;
+use rand::rngs::StdRng;
+use rand::{Rng, RngCore, SeedableRng};
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// Carries connections to `to`, each byte so much later; cut, it carries none.
+struct Wire {
+    addr: SocketAddr,
+    cut: Arc<AtomicBool>,
+    ends: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Wire {
+    fn to(to: SocketAddr, delay: Duration) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let wire = Self {
+            addr: listener.local_addr().unwrap(),
+            cut: Arc::default(),
+            ends: Arc::default(),
+        };
+        let (cut, ends) = (Arc::clone(&wire.cut), Arc::clone(&wire.ends));
+        std::thread::spawn(move || {
+            for caller in listener.incoming().flatten() {
+                if cut.load(Ordering::Acquire) {
+                    continue;
+                }
+                let Ok(callee) = TcpStream::connect(to) else {
+                    continue;
+                };
+                for (from, into) in [(&caller, &callee), (&callee, &caller)] {
+                    from.set_nodelay(true).unwrap();
+                    let (from, into) = (from.try_clone().unwrap(), into.try_clone().unwrap());
+                    ends.lock().unwrap().push(from.try_clone().unwrap());
+                    carry(from, into, delay);
+                }
+            }
+        });
+        wire
+    }
+
+    fn cut(&self, cut: bool) {
+        self.cut.store(cut, Ordering::Release);
+        for end in self.ends.lock().unwrap().drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+fn carry(mut from: TcpStream, mut into: TcpStream, delay: Duration) {
+    let (sender, receiver) = channel::<(Instant, Vec<u8>)>();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(n @ 1..) = from.read(&mut buffer) {
+            if sender
+                .send((Instant::now() + delay, buffer[..n].to_vec()))
+                .is_err()
+            {
+                return;
+            }
+        }
+    });
+    std::thread::spawn(move || {
+        for (due, bytes) in receiver {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            if into.write_all(&bytes).is_err() {
+                break;
+            }
+        }
+        let _ = into.shutdown(Shutdown::Both);
+    });
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+    source: PathBuf,
+    _server: DataServer,
+    wire: Wire,
+}
+
+impl Bench {
+    fn new(delay: Duration) -> Self {
+        // On the disk under test; `/tmp` may be a tmpfs without holes.
+        let dir = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/../target")).unwrap();
+        let source = dir.path().join("source");
+        fs::create_dir(&source).unwrap();
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let server = DataServer::bind(loopback, options(), None).unwrap();
+        server.admit_provide(ProvidePlan {
+            plan: PlanId::from("plan"),
+            link_key: LinkKey([1; 32]),
+            data_key: DataKey([2; 32]),
+            fleet_key: FleetKey([3; 32]),
+            volumes: vec![ProvideVolume {
+                id: VolumeId(1),
+                path: source.clone(),
+            }],
+        });
+        let wire = Wire::to(server.addr(), delay);
+        Self {
+            dir,
+            source,
+            _server: server,
+            wire,
+        }
+    }
+
+    fn open(&self, patience: Duration) -> Arc<Store> {
+        let addr = self.wire.addr;
+        let plan = FetchPlan {
+            plan: PlanId::from("plan"),
+            volume: VolumeId(1),
+            fleet_key: FleetKey([3; 32]),
+            admit: Box::new(move || {
+                Ok(Grant {
+                    hop: Hop {
+                        addr,
+                        link_key: LinkKey([1; 32]),
+                    },
+                    data_key: DataKey([2; 32]),
+                })
+            }),
+        };
+        let directory = self.dir.path().join("store");
+        Store::open(&directory, "data", plan, &options(), patience).unwrap()
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) {
+        fs::write(self.source.join(name), bytes).unwrap();
+    }
+}
+
+fn options() -> Options {
+    Options {
+        patience: Duration::from_secs(2),
+        backoff: Duration::from_millis(20),
+        ..Options::default()
+    }
+}
+
+fn random(seed: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    StdRng::seed_from_u64(seed).fill_bytes(&mut bytes);
+    bytes
+}
+
+/// A file of the served tree with the number of its origin.
+struct Served {
+    file: File,
+    number: Option<u32>,
+}
+
+fn served(store: &Store, name: &str) -> Served {
+    let path = format!(
+        "/proc/self/fd/{}/{name}",
+        std::os::fd::AsRawFd::as_raw_fd(&store.data().fd())
+    );
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let number = store.number(file.metadata().unwrap().ino());
+    Served { file, number }
+}
+
+impl Served {
+    fn read(&self, store: &Store, offset: u64, length: usize) -> std::io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        let read = store.read(&self.file, self.number, &mut bytes, offset)?;
+        bytes.truncate(read);
+        Ok(bytes)
+    }
+}
+
+fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let until = Instant::now() + LONG;
+    while !done() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn is_eio<T: std::fmt::Debug>(result: std::io::Result<T>) -> bool {
+    result.is_err_and(|error| error.raw_os_error() == Some(nix::errno::Errno::EIO as i32))
+}
+
+#[test]
+fn a_tree_is_there_at_once_and_its_bytes_come_when_they_are_read() {
+    let bench = Bench::new(Duration::ZERO);
+    let big = random(1, 1_000_003);
+    bench.file("big", &big);
+    bench.file("small", b"hello");
+    bench.file("empty", b"");
+    let hole = File::create(bench.source.join("hole")).unwrap();
+    hole.set_len(5 << 20).unwrap();
+    hole.write_all_at(b"end", (5 << 20) - 3).unwrap();
+    fs::create_dir(bench.source.join("deep")).unwrap();
+    bench.file("deep/other", &random(2, 70_000));
+    fs::hard_link(bench.source.join("big"), bench.source.join("deep/big")).unwrap();
+    std::os::unix::fs::symlink("small", bench.source.join("link")).unwrap();
+
+    let store = bench.open(LONG);
+    let before = store.figures();
+    assert_eq!((before.on_demand, before.ahead), (0, 0));
+    assert!(before.absent >= before.bytes && !before.detached);
+    let file = served(&store, "big");
+    assert_eq!(file.file.metadata().unwrap().len(), big.len() as u64);
+    assert_eq!(file.read(&store, 999_999, 100).unwrap(), big[999_999..]);
+    assert_eq!(
+        file.read(&store, 65_000, 2000).unwrap(),
+        big[65_000..67_000]
+    );
+    assert_eq!(store.figures().on_demand, 3, "two blocks and the last one");
+    let linked = served(&store, "deep/big");
+    assert_eq!(linked.number, file.number);
+    assert_eq!(linked.read(&store, 0, 10).unwrap(), big[..10]);
+    let zeros = served(&store, "hole").read(&store, 1 << 20, 4096).unwrap();
+    assert_eq!(zeros, [0; 4096]);
+
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("everything to be here", || store.figures().detached);
+    drop(filler);
+    let path = |root: &Path| {
+        let status = std::process::Command::new("diff")
+            .args(["--recursive", "--no-dereference"])
+            .arg(&bench.source)
+            .arg(root)
+            .status();
+        assert!(status.unwrap().success());
+    };
+    path(&bench.dir.path().join("store/data"));
+    let is = |name: &str| fs::metadata(bench.dir.path().join(name)).unwrap();
+    assert_eq!(
+        is("store/data/big").mtime_nsec(),
+        is("source/big").mtime_nsec()
+    );
+    assert_eq!(
+        is("store/data/big").nlink(),
+        2,
+        "nothing of the store is left on it"
+    );
+    assert!(is("store/data/hole").blocks() < 1000, "holes are holes");
+}
+
+#[test]
+fn whatever_is_written_before_during_and_after_an_arrival_wins() {
+    const LENGTH: usize = 3_000_001;
+    for seed in 0..4 {
+        let bench = Bench::new(Duration::from_millis(1));
+        let mut model = random(seed, LENGTH);
+        bench.file("image", &model);
+        let store = bench.open(LONG);
+        let file = served(&store, "image");
+        let mut chance = StdRng::seed_from_u64(seed);
+        let mut filler = None;
+        for step in 0..250 {
+            if step == 40 {
+                filler = Some(Filler::start(&store, Vec::new()).unwrap());
+            }
+            let at = chance.random_range(0..model.len().max(1));
+            let length = if chance.random_bool(0.5) {
+                chance.random_range(1..9000)
+            } else {
+                chance.random_range(1..200_000)
+            };
+            let end = (at + length).min(model.len());
+            match chance.random_range(0..10) {
+                0..4 => {
+                    let read = file.read(&store, at as u64, length).unwrap();
+                    assert!(read == model[at..end], "seed {seed}, step {step}, at {at}");
+                }
+                4..8 => {
+                    let bytes = random(step, length);
+                    if model.len() < at + length {
+                        model.resize(at + length, 0);
+                    }
+                    model[at..at + length].copy_from_slice(&bytes);
+                    store
+                        .write(&file.file, file.number, &bytes, at as u64)
+                        .unwrap();
+                }
+                8 => {
+                    let hole = chance.random_bool(0.5);
+                    model[at..end].fill(0);
+                    store
+                        .zero(&file.file, file.number, at as u64, (end - at) as u64, hole)
+                        .unwrap();
+                }
+                _ => {
+                    let size = chance.random_range(LENGTH / 2..LENGTH + 100_000);
+                    model.resize(size, 0);
+                    store
+                        .truncate(&file.file, file.number, size as u64)
+                        .unwrap();
+                }
+            }
+        }
+        wait("everything to be here", || store.figures().detached);
+        drop(filler);
+        assert!(
+            fs::read(bench.dir.path().join("store/data/image")).unwrap() == model,
+            "seed {seed}"
+        );
+        assert!(fs::read(bench.source.join("image")).unwrap() == random(seed, LENGTH));
+    }
+}
+
+#[test]
+fn what_came_and_what_was_written_is_there_when_the_store_is_opened_again() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(7, 500_000);
+    bench.file("image", &bytes);
+    let store = bench.open(LONG);
+    let file = served(&store, "image");
+    file.read(&store, 0, 4096).unwrap();
+    store
+        .write(&file.file, file.number, b"mine", 100_000)
+        .unwrap();
+    let absent = store.figures().absent;
+    store.detach();
+    drop(store);
+
+    bench.wire.cut(true);
+    let store = bench.open(Duration::from_millis(300));
+    assert_eq!(store.figures().absent, absent);
+    let file = served(&store, "image");
+    assert_eq!(file.read(&store, 0, 4096).unwrap(), bytes[..4096]);
+    assert_eq!(file.read(&store, 100_000, 4).unwrap(), b"mine");
+    assert!(is_eio(file.read(&store, 300_000, 4)));
+}
+
+#[test]
+fn without_the_link_a_read_waits_then_fails_and_goes_on_when_it_is_back() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(9, 2_000_000);
+    bench.file("image", &bytes);
+    let store = bench.open(Duration::from_millis(400));
+    let file = served(&store, "image");
+    assert_eq!(file.read(&store, 0, 10).unwrap(), bytes[..10]);
+    bench.wire.cut(true);
+    let began = Instant::now();
+    assert!(is_eio(file.read(&store, 1_000_000, 10)));
+    assert!(began.elapsed() >= Duration::from_millis(400), "it waited");
+    assert_eq!(
+        file.read(&store, 5, 10).unwrap(),
+        bytes[5..15],
+        "what is here is"
+    );
+    store
+        .write(&file.file, file.number, &[4; 4096], 8192 * 100)
+        .unwrap();
+    bench.wire.cut(false);
+    wait("the link", || file.read(&store, 1_000_000, 10).is_ok());
+    assert_eq!(
+        file.read(&store, 1_000_000, 10).unwrap(),
+        bytes[1_000_000..1_000_010]
+    );
+    assert_eq!(file.read(&store, 8192 * 100, 4096).unwrap(), [4; 4096]);
+}
+
+#[test]
+fn a_file_that_is_gone_on_the_source_is_an_error_and_no_zeros() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("gone", &random(3, 100_000));
+    bench.file("stays", &random(4, 100_000));
+    let store = bench.open(LONG);
+    fs::remove_file(bench.source.join("gone")).unwrap();
+    assert!(is_eio(served(&store, "gone").read(&store, 0, 10)));
+    let stays = served(&store, "stays").read(&store, 0, 100_000).unwrap();
+    assert!(stays == random(4, 100_000));
+    assert!(store.figures().refused > 0);
+}
+
+#[test]
+fn what_a_trace_found_hot_comes_first_and_what_is_read_goes_before_the_rest() {
+    let bench = Bench::new(Duration::from_millis(2));
+    for name in ["a", "b", "c"] {
+        bench.file(name, &random(5, 8 << 20));
+    }
+    let store = bench.open(LONG);
+    let hot = Hot {
+        path: b"c".to_vec(),
+        offset: 4 << 20,
+        length: 1 << 20,
+    };
+    let first = served(&store, "a");
+    let filler = Filler::start(&store, vec![hot]).unwrap();
+    let last = served(&store, "c");
+    let (hot_from, hot_length) = (4 << 20, 1 << 20);
+    wait("the hot range", || {
+        !store.waits(last.number, hot_from, hot_length)
+    });
+    assert!(
+        store.waits(first.number, 0, 8 << 20),
+        "the hot range came before the first file"
+    );
+    wait("everything to be here", || store.figures().detached);
+    drop(filler);
+}
+
+#[test]
+fn many_random_reads_share_the_round_trips() {
+    const READS: usize = 512;
+    let round_trip = Duration::from_millis(30);
+    let bench = Bench::new(round_trip / 2);
+    let bytes = random(8, 64 << 20);
+    bench.file("image", &bytes);
+    let store = bench.open(LONG);
+    let file = served(&store, "image");
+    let mut chance = StdRng::seed_from_u64(1);
+    let places: Vec<u64> = (0..READS)
+        .map(|_| chance.random_range(0..(64 << 20) / 4096) * 4096)
+        .collect();
+    file.read(&store, 0, 1).unwrap();
+    let began = Instant::now();
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..64 {
+            scope.spawn(|| {
+                while let Some(&place) = places.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let read = file.read(&store, place, 4096).unwrap();
+                    assert!(read == bytes[place as usize..place as usize + 4096]);
+                }
+            });
+        }
+    });
+    let took = began.elapsed();
+    let alone = round_trip * READS as u32;
+    println!(
+        "{READS} random reads of 4 KiB, 64 at a time, round trip {round_trip:?}: {took:?}; one after another {alone:?}"
+    );
+    // One in the other's wake would take all of it; at this depth a sixty-fourth is possible.
+    assert!(took < alone / 4, "{took:?}");
+}

@@ -1,0 +1,16 @@
+//! On-demand fetch: the target asks the source for the blocks that are wanted now, before they arrive
+//! by themselves.
+//!
+//! Invariants: many requests are outstanding at a time, so that the round trip does not rule; what is
+//! wanted now has a connection of its own and goes before the rest; every block is sealed for this
+//! device and checked by its signature; a wanted path stays beneath the volume. Non-goals: where the
+//! blocks are kept, and when a reader gives up (the store's).
+
+mod source;
+mod target;
+pub mod wire;
+
+pub(super) use source::Provision;
+pub use source::{ProvidePlan, ProvideVolume};
+pub use target::{Arrivals, FetchError, FetchPlan, Fetcher, Grant, Place};
+pub use wire::{BLOCK, Class, Refusal};

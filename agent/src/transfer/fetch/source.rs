@@ -1,0 +1,436 @@
+//! The source's side: lists a volume and gives out its blocks, what is wanted now before the rest.
+//!
+//! Invariants: at most [`WAITING_CAP`] questions of a connection wait; the background gets a block in
+//! every [`GIVE_WAY`] at least, however much is wanted now. The containers may go on writing: a block
+//! is what it was when it was read.
+
+use super::wire::{Answer, BLOCK, Class, Fetch, Refusal, Want};
+use crate::model::ids::{Epoch, PlanId, VolumeId};
+use crate::transfer::Options;
+use crate::transfer::connection::{Incoming, Receiver, Transmitter};
+use crate::transfer::frame::{DATA_CAP, FrameKind, HEADER_LEN, Header};
+use crate::transfer::message::Message;
+use crate::transfer::queue::{Queue, lock};
+use crate::transfer::seal::{DataKey, LinkKey, Salt, Sealer, random};
+use crate::volume::scan::{open_file, read_full};
+use crate::volume::sign::{ZERO, signature};
+use crate::volume::walk::{self, WalkError, bare_entry, hard_link, kind_of};
+use crate::volume::{Confined, Entry, FleetKey, Kind};
+use nix::sys::stat::{SFlag, fstat};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+/// Questions of one connection that wait; the peer then sends no more until some are answered.
+const WAITING_CAP: usize = 4096;
+/// Files kept open.
+const OPEN_CAP: usize = 128;
+/// Longest time for which a block of the background gives way to what is wanted now.
+const GIVE_WAY: Duration = Duration::from_millis(20);
+
+/// A volume that may be asked for.
+#[derive(Clone, Debug)]
+pub struct ProvideVolume {
+    /// Its number within the plan.
+    pub id: VolumeId,
+    /// Its directory, or a block device or image file.
+    pub path: PathBuf,
+}
+
+/// What the target of a plan may ask this source for.
+#[derive(Clone, Debug)]
+pub struct ProvidePlan {
+    /// The plan.
+    pub plan: PlanId,
+    /// Proves that a connection is the target's.
+    pub link_key: LinkKey,
+    /// Blocks are sealed under this key.
+    pub data_key: DataKey,
+    /// Blocks are signed with this key.
+    pub fleet_key: FleetKey,
+    /// The volumes.
+    pub volumes: Vec<ProvideVolume>,
+}
+
+/// An admitted [`ProvidePlan`].
+pub(in crate::transfer) struct Provision {
+    plan: ProvidePlan,
+    options: Options,
+    /// Questions that somebody waits for.
+    demand: AtomicUsize,
+    over: AtomicBool,
+    sockets: Mutex<Vec<Weak<TcpStream>>>,
+}
+
+enum Job {
+    List,
+    Block(Want),
+}
+
+impl Provision {
+    pub(in crate::transfer) fn new(plan: ProvidePlan, options: Options) -> Self {
+        Self {
+            plan,
+            options,
+            demand: AtomicUsize::new(0),
+            over: AtomicBool::new(false),
+            sockets: Mutex::default(),
+        }
+    }
+
+    pub(in crate::transfer) fn link_key(&self) -> LinkKey {
+        self.plan.link_key.clone()
+    }
+
+    pub(in crate::transfer) fn dismiss(&self) {
+        self.over.store(true, Ordering::Release);
+        for socket in lock(&self.sockets).iter().filter_map(Weak::upgrade) {
+            // It may be closed already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Serves one agreed connection until it ends.
+    pub(in crate::transfer) fn serve(
+        &self,
+        receiver: Receiver,
+        transmitter: Transmitter,
+        socket: &Arc<TcpStream>,
+    ) {
+        {
+            let mut sockets = lock(&self.sockets);
+            sockets.retain(|socket| socket.strong_count() > 0);
+            sockets.push(Arc::downgrade(socket));
+        }
+        if self.over.load(Ordering::Acquire) {
+            return;
+        }
+        if let Err(error) = self.talk(receiver, transmitter) {
+            tracing::debug!(plan = %self.plan.plan, "fetching connection ended: {error}");
+        }
+    }
+
+    fn talk(&self, mut receiver: Receiver, mut transmitter: Transmitter) -> Result<(), String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let first = receiver.next(Vec::new()).map_err(|e| text(&e))?;
+        let Incoming::Message(id, _, Message::Fetch(Fetch::Open(class))) = first else {
+            return Err("it does not say what it is for".to_owned());
+        };
+        let volume = self.plan.volumes.iter().find(|volume| volume.id == id);
+        let volume = volume.ok_or_else(|| format!("the plan has no volume {id}"))?;
+        let salt: Salt = random().map_err(|e| text(&e))?;
+        let opened = Message::Fetch(Fetch::Opened(salt));
+        transmitter
+            .message(id, Epoch(0), &opened)
+            .map_err(|e| text(&e))?;
+        let shelf = Shelf::open(volume).map_err(|e| text(&e))?;
+        let desk = Desk {
+            provision: self,
+            volume: id,
+            class,
+            shelf,
+            sealer: Sealer::new(&self.plan.plan, &self.plan.data_key, &salt),
+            number: AtomicU64::new(0),
+            transmitter: Mutex::new(transmitter),
+            jobs: Queue::new(WAITING_CAP),
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..self.options.workers.max(1) {
+                scope.spawn(|| desk.work());
+            }
+            let ended = desk.hear(&mut receiver);
+            desk.jobs.close();
+            lock(&desk.transmitter).shut();
+            ended
+        })
+    }
+}
+
+/// One connection.
+struct Desk<'a> {
+    provision: &'a Provision,
+    volume: VolumeId,
+    class: Class,
+    shelf: Shelf,
+    sealer: Sealer,
+    /// Number of the next record: none is used twice under the connection's salt.
+    number: AtomicU64,
+    transmitter: Mutex<Transmitter>,
+    jobs: Queue<Job>,
+}
+
+impl Desk<'_> {
+    fn hear(&self, receiver: &mut Receiver) -> Result<(), String> {
+        loop {
+            match receiver.next(Vec::new()).map_err(|e| e.to_string())? {
+                Incoming::Message(_, _, Message::Ping) => {
+                    let said =
+                        lock(&self.transmitter).message(self.volume, Epoch(0), &Message::Ping);
+                    said.map_err(|e| e.to_string())?;
+                }
+                Incoming::Message(_, _, Message::Fetch(Fetch::List)) => self.put(Job::List)?,
+                Incoming::Message(_, _, Message::Fetch(Fetch::Want(wants))) => {
+                    for want in wants {
+                        self.put(Job::Block(want))?;
+                    }
+                }
+                _ => return Err("a message came out of order".to_owned()),
+            }
+        }
+    }
+
+    fn put(&self, job: Job) -> Result<(), String> {
+        if self.class == Class::Demand {
+            self.provision.demand.fetch_add(1, Ordering::AcqRel);
+        }
+        self.jobs.push(job).map_err(|_| {
+            self.answered();
+            "its workers are gone".to_owned()
+        })
+    }
+
+    fn answered(&self) {
+        if self.class == Class::Demand {
+            self.provision.demand.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn work(&self) {
+        let mut buffer = vec![0; BLOCK as usize];
+        let mut record = Vec::with_capacity(HEADER_LEN + BLOCK as usize + 64);
+        let mut broken = false;
+        // After an error the rest is only counted off.
+        while let Some(job) = self.jobs.take() {
+            if !broken {
+                self.give_way();
+                let done = match job {
+                    Job::List => self.list(&mut record),
+                    Job::Block(want) => self.block(&want, &mut buffer, &mut record),
+                };
+                if let Err(error) = done {
+                    tracing::debug!("fetching connection: {error}");
+                    broken = true;
+                    lock(&self.transmitter).shut();
+                    self.jobs.close();
+                }
+            }
+            self.answered();
+            self.jobs.done();
+        }
+    }
+
+    fn give_way(&self) {
+        if self.class == Class::Demand {
+            return;
+        }
+        let until = Instant::now() + GIVE_WAY;
+        while self.provision.demand.load(Ordering::Acquire) > 0 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn block(
+        &self,
+        want: &Want,
+        buffer: &mut [u8],
+        record: &mut Vec<u8>,
+    ) -> Result<(), std::io::Error> {
+        let number = want.number;
+        let answer = match self.shelf.read(&want.path, want.block * BLOCK, buffer) {
+            Ok(length) => {
+                let bytes = &buffer[..length];
+                let signature = signature(&self.provision.plan.fleet_key, bytes);
+                Answer::Block {
+                    number,
+                    signature,
+                    bytes: if signature == ZERO { &[] } else { bytes },
+                }
+            }
+            Err(error) => Answer::Refused {
+                number,
+                why: if error.vanished() {
+                    Refusal::Gone
+                } else {
+                    tracing::warn!("wanted by the target: {error}");
+                    Refusal::Unreadable
+                },
+            },
+        };
+        self.send(&answer, record)
+    }
+
+    fn list(&self, record: &mut Vec<u8>) -> Result<(), std::io::Error> {
+        let listed = self.shelf.list().map_err(|error| {
+            tracing::warn!("listing a volume for the target: {error}");
+            std::io::Error::other(error.to_string())
+        })?;
+        let mut entries = listed.into_iter().peekable();
+        loop {
+            let (mut batch, mut size, mut layout) = (Vec::new(), 0, Vec::new());
+            while let Some(entry) = entries.peek() {
+                layout.clear();
+                entry.encode(&mut layout);
+                // One entry with all its attributes fits a record by itself.
+                if !batch.is_empty() && size + layout.len() > DATA_CAP / 2 {
+                    break;
+                }
+                size += layout.len();
+                batch.extend(entries.next());
+            }
+            let last = entries.peek().is_none();
+            let answer = Answer::Entries {
+                last,
+                entries: batch,
+            };
+            self.send(&answer, record)?;
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    fn send(&self, answer: &Answer<'_>, record: &mut Vec<u8>) -> Result<(), std::io::Error> {
+        record.clear();
+        record.resize(HEADER_LEN, 0);
+        answer.encode(record);
+        let header = Header {
+            kind: FrameKind::Sealed,
+            barrier: false,
+            length: 0,
+            volume: self.volume,
+            epoch: Epoch(0),
+            number: self.number.fetch_add(1, Ordering::Relaxed),
+            first_block: 0,
+        };
+        self.sealer.seal(&header, record);
+        lock(&self.transmitter).record(record)
+    }
+}
+
+/// A volume's files, opened as they are asked for.
+struct Shelf {
+    root: Root,
+    open: Mutex<HashMap<Box<[u8]>, Arc<File>>>,
+}
+
+enum Root {
+    Tree(Confined),
+    /// A block device or image, known by its file name.
+    Single(Box<[u8]>, Arc<File>),
+}
+
+impl Shelf {
+    fn open(volume: &ProvideVolume) -> Result<Self, std::io::Error> {
+        let root = if std::fs::metadata(&volume.path)?.is_dir() {
+            Root::Tree(Confined::open(&volume.path)?)
+        } else {
+            let name = volume.path.file_name().unwrap_or_default().as_bytes();
+            Root::Single(name.into(), Arc::new(File::open(&volume.path)?))
+        };
+        Ok(Self {
+            root,
+            open: Mutex::default(),
+        })
+    }
+
+    /// Reads a block and returns its length.
+    fn read(&self, path: &[u8], offset: u64, buffer: &mut [u8]) -> Result<usize, WalkError> {
+        let root = match &self.root {
+            Root::Tree(root) => root,
+            Root::Single(name, file) => {
+                return if **name == *path {
+                    read_full(file, buffer, offset).map_err(|e| failed(path, e))
+                } else {
+                    Err(failed(path, nix::errno::Errno::ENOENT.into()))
+                };
+            }
+        };
+        let known = lock(&self.open).get(path).cloned();
+        // A file that was replaced or removed since is looked up anew.
+        let known = known.filter(|file| fstat(file).is_ok_and(|stat| stat.st_nlink > 0));
+        let file = match known {
+            Some(file) => file,
+            None => {
+                let file = Arc::new(open_file(root, path)?.0);
+                let mut open = lock(&self.open);
+                if open.len() >= OPEN_CAP {
+                    open.clear();
+                }
+                open.insert(path.into(), Arc::clone(&file));
+                file
+            }
+        };
+        read_full(&file, buffer, offset).map_err(|e| WalkError::new(root, "read", path, e))
+    }
+
+    fn list(&self) -> Result<Vec<Entry>, WalkError> {
+        let root = match &self.root {
+            Root::Tree(root) => root,
+            Root::Single(name, file) => return single(name, file),
+        };
+        let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
+        let mut entries = Vec::new();
+        for found in walk::walk(root)?.found {
+            let entry = if kind_of(&found.stat) == SFlag::S_IFREG {
+                let identity = (found.stat.st_dev, found.stat.st_ino);
+                if let Some(primary) = primaries.get(&identity) {
+                    Ok(hard_link(&found.path, &found.stat, primary, false))
+                } else {
+                    if found.stat.st_nlink > 1 {
+                        primaries.insert(identity, found.path.clone());
+                    }
+                    file_entry(root, &found.path)
+                }
+            } else {
+                walk::special_entry(root, &found, false)
+            };
+            match entry {
+                Ok(entry) => entries.push(entry),
+                Err(error) if error.vanished() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(entries)
+    }
+}
+
+fn failed(path: &[u8], source: std::io::Error) -> WalkError {
+    WalkError {
+        action: "read",
+        path: String::from_utf8_lossy(path).into_owned(),
+        root: PathBuf::new(),
+        source,
+    }
+}
+
+fn file_entry(root: &Confined, path: &[u8]) -> Result<Entry, WalkError> {
+    let (file, stat) = open_file(root, path)?;
+    let kind = Kind::File {
+        size: u64::try_from(stat.st_size).unwrap_or(0),
+        blocks: Vec::new(),
+    };
+    let mut entry = bare_entry(path, &stat, kind, false);
+    entry.xattrs = walk::read_xattrs(root, path, &file)?;
+    Ok(entry)
+}
+
+/// A device or image as a directory with one file.
+fn single(name: &[u8], file: &File) -> Result<Vec<Entry>, WalkError> {
+    let stat = fstat(file).map_err(|e| failed(name, e.into()))?;
+    // The size of a block device is where its end is.
+    let mut end: &File = file;
+    let size = end
+        .seek(SeekFrom::End(0))
+        .map_err(|error| failed(name, error))?;
+    let mut directory = bare_entry(b"", &stat, Kind::Directory, false);
+    directory.mode = 0o700;
+    let blocks = Vec::new();
+    let image = bare_entry(name, &stat, Kind::File { size, blocks }, false);
+    Ok(vec![directory, image])
+}

@@ -1,0 +1,477 @@
+//! The target's side: one connection for what is wanted now, one for the rest, each with many questions
+//! outstanding.
+//!
+//! Invariants: a question is asked again on every new connection until it is answered; a lost link is
+//! tried again with back-off for as long as questions are open; nothing is handed on that does not open
+//! or does not bear its signature.
+
+use super::wire::{Answer, Class, Fetch, Refusal, Want};
+use crate::model::ids::{Epoch, PlanId, VolumeId};
+use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
+use crate::transfer::engine::engine;
+use crate::transfer::hello::{self, HelloError};
+use crate::transfer::link::Hop;
+use crate::transfer::message::Message;
+use crate::transfer::queue::lock;
+use crate::transfer::seal::{DataKey, Sealer};
+use crate::transfer::{Options, frame::HEADER_LEN};
+use crate::volume::sign::{ZERO, signature};
+use crate::volume::{Entry, FleetKey};
+use std::collections::HashMap;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Longest pause between two tries to reach the source.
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// Where the source gives out blocks, and the keys for it.
+#[derive(Clone, Debug)]
+pub struct Grant {
+    /// Its data address with the key of its door.
+    pub hop: Hop,
+    /// What blocks are sealed with.
+    pub data_key: DataKey,
+}
+
+/// A block of a file: the number that the caller gave the file, and the block's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// File.
+    pub file: u32,
+    /// Block.
+    pub block: u64,
+}
+
+/// Who takes what arrives. Called from the connections' threads; must not ask for more from there.
+pub trait Arrivals: Send + Sync {
+    /// A block: its bytes (fewer than a block at the end of the file, none for zeros), or why it does not
+    /// come.
+    fn arrived(&self, class: Class, place: Place, block: Result<&[u8], Refusal>);
+}
+
+/// What is fetched from.
+pub struct FetchPlan {
+    /// Plan.
+    pub plan: PlanId,
+    /// Volume.
+    pub volume: VolumeId,
+    /// Blocks are signed with this key.
+    pub fleet_key: FleetKey,
+    /// Asks the source to let this device in; asked again when it does not (it was started anew).
+    pub admit: Box<dyn Fn() -> Result<Grant, String> + Send + Sync>,
+}
+
+/// The source cannot be asked now. Trying again can help.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// It lets nobody in.
+    #[error("the source does not give out the volume: {0}")]
+    NotAdmitted(String),
+    /// The link failed.
+    #[error("the link to the source failed: {0}; check the network and the agent there")]
+    Link(String),
+}
+
+struct Shared {
+    plan: FetchPlan,
+    options: Options,
+    grant: Mutex<Option<Grant>>,
+    next: AtomicU64,
+    over: AtomicBool,
+    lanes: [Lane; 2],
+}
+
+struct Lane {
+    class: Class,
+    state: Mutex<LaneState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct LaneState {
+    pending: HashMap<u64, (Place, Arc<[u8]>)>,
+    line: Option<Line>,
+}
+
+/// The sending half of a live connection.
+struct Line {
+    transmitter: Arc<Mutex<Transmitter>>,
+    socket: Arc<TcpStream>,
+}
+
+/// Fetches blocks of one volume until it is dropped.
+pub struct Fetcher {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Fetcher {
+    /// Starts; connections are made when something is asked for.
+    ///
+    /// # Errors
+    /// Threads cannot be started.
+    pub fn start(
+        plan: FetchPlan,
+        options: Options,
+        arrivals: &Arc<dyn Arrivals>,
+    ) -> std::io::Result<Self> {
+        let lane = |class| Lane {
+            class,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        };
+        let shared = Arc::new(Shared {
+            plan,
+            options,
+            grant: Mutex::default(),
+            next: AtomicU64::new(0),
+            over: AtomicBool::new(false),
+            lanes: [lane(Class::Demand), lane(Class::Background)],
+        });
+        let mut fetcher = Self {
+            shared: Arc::clone(&shared),
+            threads: Vec::new(),
+        };
+        for at in 0..2 {
+            let (shared, arrivals) = (Arc::clone(&shared), Arc::clone(arrivals));
+            let thread = std::thread::Builder::new()
+                .name("lifeboat-fetch".to_owned())
+                .spawn(move || shared.run(&shared.lanes[at], arrivals.as_ref()))?;
+            fetcher.threads.push(thread);
+        }
+        let thread = std::thread::Builder::new()
+            .name("lifeboat-ping".to_owned())
+            .spawn(move || shared.ping())?;
+        fetcher.threads.push(thread);
+        Ok(fetcher)
+    }
+
+    /// Asks for a block of the file at `path`; the answer goes to the arrivals.
+    pub fn ask(&self, class: Class, place: Place, path: &Arc<[u8]>) {
+        let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let lane = &self.shared.lanes[usize::from(class == Class::Background)];
+        let line = {
+            let mut state = lock(&lane.state);
+            state.pending.insert(number, (place, Arc::clone(path)));
+            lane.changed.notify_all();
+            let line = state.line.as_ref();
+            line.map(|line| Arc::clone(&line.transmitter))
+        };
+        if let Some(transmitter) = line {
+            let want = Want {
+                number,
+                path: (**path).into(),
+                block: place.block,
+            };
+            self.shared.say(&transmitter, Fetch::Want(vec![want]));
+        }
+    }
+
+    /// Every entry of the volume in path order, files without block signatures, over a connection of its
+    /// own.
+    ///
+    /// # Errors
+    /// The source cannot be asked.
+    pub fn list(plan: &FetchPlan, options: &Options) -> Result<Vec<Entry>, FetchError> {
+        let link = |error: &dyn std::fmt::Display| FetchError::Link(error.to_string());
+        let grant = (plan.admit)().map_err(FetchError::NotAdmitted)?;
+        let (_socket, mut receiver, mut transmitter, opener) =
+            connect(plan, &grant, options, Class::Demand).map_err(|e| link(&e))?;
+        let question = Message::Fetch(Fetch::List);
+        transmitter
+            .message(plan.volume, Epoch(0), &question)
+            .map_err(|e| link(&e))?;
+        let mut listed = Vec::new();
+        let mut space = Vec::new();
+        let mut record = Vec::new();
+        // Walking a large tree takes longer than a peer may be silent.
+        let until = Instant::now() + LIST_TIME;
+        loop {
+            transmitter
+                .message(plan.volume, Epoch(0), &Message::Ping)
+                .map_err(|e| link(&e))?;
+            match receiver.next(std::mem::take(&mut record)) {
+                Ok(Incoming::Message(_, _, Message::Ping)) => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Ok(Incoming::Record(header, bytes)) => {
+                    record = bytes;
+                    let body = &record[HEADER_LEN..];
+                    space.resize(body.len(), 0);
+                    let plain = opener
+                        .open(&header, body, &mut space)
+                        .map_err(|e| link(&e))?;
+                    match Answer::decode(plain).map_err(|e| link(&e))? {
+                        Answer::Entries { last, entries } => {
+                            listed.extend(entries);
+                            if last {
+                                return Ok(listed);
+                            }
+                        }
+                        _ => return Err(FetchError::Link("an answer came unasked".to_owned())),
+                    }
+                }
+                Ok(_) => return Err(FetchError::Link("a message came unasked".to_owned())),
+                Err(error) => return Err(link(&error)),
+            }
+            if Instant::now() > until {
+                return Err(FetchError::Link("listing took too long".to_owned()));
+            }
+        }
+    }
+}
+
+/// A tree of millions of files on a slow disk takes minutes to walk.
+const LIST_TIME: Duration = Duration::from_secs(1800);
+
+impl Drop for Fetcher {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::Release);
+        for lane in &self.shared.lanes {
+            let state = lock(&lane.state);
+            if let Some(line) = &state.line {
+                // It may be closed already.
+                let _ = line.socket.shutdown(Shutdown::Both);
+            }
+            lane.changed.notify_all();
+        }
+        for thread in self.threads.drain(..) {
+            // The last user may be one of them, at an arrival.
+            if thread.thread().id() == std::thread::current().id() {
+                continue;
+            }
+            if thread.join().is_err() {
+                tracing::error!("a fetching thread panicked; this is a bug");
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// A failure shows on the receiving half.
+    fn say(&self, transmitter: &Mutex<Transmitter>, message: Fetch) {
+        let mut transmitter = lock(transmitter);
+        let message = Message::Fetch(message);
+        let said = transmitter.message(self.plan.volume, Epoch(0), &message);
+        if said.is_err() {
+            transmitter.shut();
+        }
+    }
+
+    fn ping(&self) {
+        let step = Duration::from_millis(100);
+        let mut next = Instant::now();
+        while !self.is_over() {
+            std::thread::sleep(step);
+            if Instant::now() < next {
+                continue;
+            }
+            next = Instant::now() + self.options.patience / 4;
+            for lane in &self.lanes {
+                let line = {
+                    let state = lock(&lane.state);
+                    let line = state.line.as_ref();
+                    line.map(|line| Arc::clone(&line.transmitter))
+                };
+                if let Some(transmitter) = line {
+                    let mut transmitter = lock(&transmitter);
+                    let said = transmitter.message(self.plan.volume, Epoch(0), &Message::Ping);
+                    if said.is_err() {
+                        transmitter.shut();
+                    }
+                }
+            }
+        }
+    }
+
+    fn run(&self, lane: &Lane, arrivals: &dyn Arrivals) {
+        let mut backoff = self.options.backoff;
+        loop {
+            {
+                let mut state = lock(&lane.state);
+                while state.pending.is_empty() && !self.is_over() {
+                    state = lane
+                        .changed
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+            if self.is_over() {
+                return;
+            }
+            let mut answered = false;
+            let ended = self.connected(lane, arrivals, &mut answered);
+            lock(&lane.state).line = None;
+            if self.is_over() {
+                return;
+            }
+            if answered {
+                backoff = self.options.backoff;
+            }
+            tracing::info!(plan = %self.plan.plan, class = ?lane.class, "fetching from the source: {ended}; trying again");
+            let until = Instant::now() + backoff;
+            while Instant::now() < until && !self.is_over() {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    /// One connection from its beginning to its end, and why it ended.
+    fn connected(&self, lane: &Lane, arrivals: &dyn Arrivals, answered: &mut bool) -> String {
+        let grant = match self.grant() {
+            Ok(grant) => grant,
+            Err(error) => return error,
+        };
+        let (socket, mut receiver, transmitter, opener) =
+            match connect(&self.plan, &grant, &self.options, lane.class) {
+                Ok(connected) => connected,
+                Err(error) => {
+                    // Its keys may be of an earlier life of the source.
+                    *lock(&self.grant) = None;
+                    return error;
+                }
+            };
+        let transmitter = Arc::new(Mutex::new(transmitter));
+        let open: Vec<Want> = {
+            let mut state = lock(&lane.state);
+            state.line = Some(Line {
+                transmitter: Arc::clone(&transmitter),
+                socket,
+            });
+            let pending = state.pending.iter();
+            pending
+                .map(|(number, (place, path))| Want {
+                    number: *number,
+                    path: (**path).into(),
+                    block: place.block,
+                })
+                .collect()
+        };
+        if self.is_over() {
+            return String::new();
+        }
+        // Said from another thread: the source answers while the questions are still being asked.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for wants in open.chunks(ASKED_AT_ONCE) {
+                    self.say(&transmitter, Fetch::Want(wants.to_vec()));
+                }
+            });
+            let ended = self.receive(lane, arrivals, &mut receiver, &opener, answered);
+            lock(&transmitter).shut();
+            ended
+        })
+    }
+
+    fn grant(&self) -> Result<Grant, String> {
+        let mut grant = lock(&self.grant);
+        if let Some(grant) = &*grant {
+            return Ok(grant.clone());
+        }
+        let new = (self.plan.admit)()?;
+        *grant = Some(new.clone());
+        Ok(new)
+    }
+
+    fn receive(
+        &self,
+        lane: &Lane,
+        arrivals: &dyn Arrivals,
+        receiver: &mut Receiver,
+        opener: &Sealer,
+        answered: &mut bool,
+    ) -> String {
+        let mut record = Vec::new();
+        let mut space = Vec::new();
+        loop {
+            let header = match receiver.next(std::mem::take(&mut record)) {
+                Ok(Incoming::Message(_, _, Message::Ping)) => continue,
+                Ok(Incoming::Message(..)) => return "a message came out of order".to_owned(),
+                Ok(Incoming::Record(header, bytes)) => {
+                    record = bytes;
+                    header
+                }
+                Err(error) => return error.to_string(),
+            };
+            let body = &record[HEADER_LEN..];
+            if space.len() < body.len() {
+                space.resize(body.len(), 0);
+            }
+            let plain = match opener.open(&header, body, &mut space) {
+                Ok(plain) => plain,
+                Err(error) => return error.to_string(),
+            };
+            let (number, block) = match Answer::decode(plain) {
+                Ok(Answer::Block {
+                    number,
+                    signature: said,
+                    bytes,
+                }) => {
+                    let zeros = said == ZERO && bytes.is_empty();
+                    if !zeros && signature(&self.plan.fleet_key, bytes) != said {
+                        return "a block does not bear its signature".to_owned();
+                    }
+                    (number, Ok(bytes))
+                }
+                Ok(Answer::Refused { number, why }) => (number, Err(why)),
+                Ok(Answer::Entries { .. }) => return "a list came unasked".to_owned(),
+                Err(error) => return error.to_string(),
+            };
+            *answered = true;
+            let known = lock(&lane.state).pending.remove(&number);
+            if let Some((place, _)) = known {
+                arrivals.arrived(lane.class, place, block);
+            }
+        }
+    }
+}
+
+/// Questions in one message.
+const ASKED_AT_ONCE: usize = 32;
+
+type Connected = (Arc<TcpStream>, Receiver, Transmitter, Sealer);
+
+fn connect(
+    plan: &FetchPlan,
+    grant: &Grant,
+    options: &Options,
+    class: Class,
+) -> Result<Connected, String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let patience = options.patience;
+    let Hop { addr, link_key } = &grant.hop;
+    let socket = TcpStream::connect_timeout(addr, patience).map_err(|e| text(&e))?;
+    connection::tune(&socket, patience).map_err(|e| text(&e))?;
+    let socket = Arc::new(socket);
+    let mut greeter = engine(options.engine).map_err(|e| text(&e))?;
+    let key = hello::call(
+        greeter.as_mut(),
+        socket.as_fd(),
+        &plan.plan,
+        link_key,
+        patience,
+    )
+    .map_err(|error: HelloError| text(&error))?;
+    let (mut receiver, mut transmitter) =
+        connection::split(&socket, &key, true, options.engine, patience).map_err(|e| text(&e))?;
+    let open = Message::Fetch(Fetch::Open(class));
+    transmitter
+        .message(plan.volume, Epoch(0), &open)
+        .map_err(|e| text(&e))?;
+    match receiver.next(Vec::new()).map_err(|e| text(&e))? {
+        Incoming::Message(_, _, Message::Fetch(Fetch::Opened(salt))) => {
+            let opener = Sealer::new(&plan.plan, &grant.data_key, &salt);
+            Ok((socket, receiver, transmitter, opener))
+        }
+        _ => Err("the source answered out of order".to_owned()),
+    }
+}

@@ -1,0 +1,276 @@
+//! What both ends of a fetching connection say: questions as authenticated messages, answers as sealed
+//! records.
+//!
+//! Invariants: decoding never panics; a question is small, an answer at most one block or one batch of
+//! entries.
+
+use crate::model::ids::Signature;
+use crate::transfer::seal::Salt;
+use crate::volume::Entry;
+use crate::volume::codec::{Malformed, Reader, put_short};
+use crate::volume::tree::checked_path;
+
+/// Bytes that one question asks for: small enough for random reads, large enough for bulk.
+pub const BLOCK: u64 = 64 << 10;
+
+/// Questions in one message.
+const WANTS_CAP: usize = 64;
+
+/// How urgent the questions of a connection are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Somebody waits for it.
+    Demand,
+    /// Nobody does yet.
+    Background,
+}
+
+/// One block of one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// Names the question in its answer.
+    pub number: u64,
+    /// Path below the volume.
+    pub path: Box<[u8]>,
+    /// Number of the block in the file.
+    pub block: u64,
+}
+
+/// A message of a fetching connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fetch {
+    /// Target: what this connection is for.
+    Open(Class),
+    /// Source: ready; the salt of its records.
+    Opened(Salt),
+    /// Target: list the volume.
+    List,
+    /// Target: send these.
+    Want(Vec<Want>),
+}
+
+impl Fetch {
+    /// Appends its layout.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Open(class) => out.extend_from_slice(&[1, u8::from(*class == Class::Background)]),
+            Self::Opened(salt) => {
+                out.push(2);
+                out.extend_from_slice(salt);
+            }
+            Self::List => out.push(3),
+            Self::Want(wants) => {
+                out.push(4);
+                let count = u16::try_from(wants.len()).unwrap_or(u16::MAX);
+                out.extend_from_slice(&count.to_le_bytes());
+                for want in wants {
+                    out.extend_from_slice(&want.number.to_le_bytes());
+                    out.extend_from_slice(&want.block.to_le_bytes());
+                    put_short(out, &want.path);
+                }
+            }
+        }
+    }
+
+    /// From its layout.
+    ///
+    /// # Errors
+    /// The first rule that the bytes break.
+    pub fn decode(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(match reader.u8()? {
+            1 => Self::Open(match reader.u8()? {
+                0 => Class::Demand,
+                1 => Class::Background,
+                _ => return Err(Malformed("a class of fetching is unknown")),
+            }),
+            2 => Self::Opened(reader.array()?),
+            3 => Self::List,
+            4 => {
+                let count = usize::from(reader.u16()?);
+                if count > WANTS_CAP {
+                    return Err(Malformed("more blocks are wanted at once than the cap"));
+                }
+                let mut wants = Vec::with_capacity(count);
+                for _ in 0..count {
+                    let (number, block) = (reader.u64()?, reader.u64()?);
+                    if block > i64::MAX as u64 / BLOCK {
+                        return Err(Malformed("a block lies where no file can reach"));
+                    }
+                    wants.push(Want {
+                        number,
+                        path: checked_path(reader.short()?)?,
+                        block,
+                    });
+                }
+                Self::Want(wants)
+            }
+            _ => return Err(Malformed("a fetching message is of an unknown kind")),
+        })
+    }
+}
+
+/// Why a block does not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its file is not there any more.
+    Gone,
+    /// It cannot be read.
+    Unreadable,
+}
+
+/// The plain content of a sealed record.
+#[derive(Debug)]
+pub enum Answer<'a> {
+    /// Entries of the volume in path order; the last of them in the `last` batch.
+    Entries {
+        /// Whether no more follow.
+        last: bool,
+        /// The entries; files without block signatures.
+        entries: Vec<Entry>,
+    },
+    /// A block: its bytes, none for zeros.
+    Block {
+        /// Number of the question.
+        number: u64,
+        /// Signature of the bytes.
+        signature: Signature,
+        /// The bytes, fewer than a block at the end of the file.
+        bytes: &'a [u8],
+    },
+    /// It does not come.
+    Refused {
+        /// Number of the question.
+        number: u64,
+        /// Why.
+        why: Refusal,
+    },
+}
+
+impl<'a> Answer<'a> {
+    /// Appends its layout.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Entries { last, entries } => {
+                out.extend_from_slice(&[1, u8::from(*last)]);
+                for entry in entries {
+                    entry.encode(out);
+                }
+            }
+            Self::Block {
+                number,
+                signature,
+                bytes,
+            } => {
+                out.push(2);
+                out.extend_from_slice(&number.to_le_bytes());
+                out.extend_from_slice(&signature.0);
+                out.extend_from_slice(bytes);
+            }
+            Self::Refused { number, why } => {
+                out.push(3);
+                out.extend_from_slice(&number.to_le_bytes());
+                out.push(u8::from(*why == Refusal::Unreadable));
+            }
+        }
+    }
+
+    /// From its layout.
+    ///
+    /// # Errors
+    /// The first rule that the bytes break.
+    pub fn decode(bytes: &'a [u8]) -> Result<Self, Malformed> {
+        let mut reader = Reader::new(bytes);
+        let answer = match reader.u8()? {
+            1 => {
+                let last = reader.u8()? != 0;
+                let mut entries = Vec::new();
+                while !reader.is_empty() {
+                    entries.push(Entry::decode(&mut reader)?);
+                }
+                Self::Entries { last, entries }
+            }
+            2 => {
+                let number = reader.u64()?;
+                let signature = Signature(reader.array()?);
+                let rest = &bytes[1 + 8 + 32..];
+                reader.bytes(rest.len())?;
+                if rest.len() as u64 > BLOCK {
+                    return Err(Malformed("a fetched block is longer than a block"));
+                }
+                Self::Block {
+                    number,
+                    signature,
+                    bytes: rest,
+                }
+            }
+            3 => Self::Refused {
+                number: reader.u64()?,
+                why: match reader.u8()? {
+                    0 => Refusal::Gone,
+                    _ => Refusal::Unreadable,
+                },
+            },
+            _ => return Err(Malformed("an answer is of an unknown kind")),
+        };
+        if !reader.is_empty() {
+            return Err(Malformed("bytes are left over after an answer"));
+        }
+        Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn messages_and_answers_survive_their_layout() {
+        let wants = (0..3)
+            .map(|n| Want {
+                number: n,
+                path: b"a/b".as_slice().into(),
+                block: n << 20,
+            })
+            .collect();
+        for message in [
+            Fetch::Open(Class::Demand),
+            Fetch::Open(Class::Background),
+            Fetch::Opened([3; 32]),
+            Fetch::List,
+            Fetch::Want(wants),
+        ] {
+            let mut bytes = Vec::new();
+            message.encode(&mut bytes);
+            let mut reader = Reader::new(&bytes);
+            assert_eq!(Fetch::decode(&mut reader).unwrap(), message);
+            assert!(reader.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_wanted_path_that_leaves_the_volume_is_malformed() {
+        for path in [b"../etc".as_slice(), b"/etc", b"a//b", b"a/.."] {
+            let mut bytes = Vec::new();
+            Fetch::Want(vec![Want {
+                number: 1,
+                path: path.into(),
+                block: 0,
+            }])
+            .encode(&mut bytes);
+            assert!(Fetch::decode(&mut Reader::new(&bytes)).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_any_bytes_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Fetch::decode(&mut Reader::new(&bytes));
+            if let Ok(answer) = Answer::decode(&bytes) {
+                let mut again = Vec::new();
+                answer.encode(&mut again);
+                prop_assert!(again.len() <= bytes.len());
+            }
+        }
+    }
+}

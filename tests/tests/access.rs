@@ -1,0 +1,180 @@
+//! Access before arrival: a plan's target serves a volume whose data is still on the source.
+
+use anyhow::{Context as _, Result, ensure};
+use lifeboat_tests::stage::{PATIENCE, SOURCE, Service, Stage, TARGET, device};
+use serde_json::Value;
+use std::fs;
+use xtask::crew::Device;
+use xtask::lab::Host;
+use xtask::process::wait_for;
+
+const CACHE: Service = Service {
+    name: "cache",
+    port: 6379,
+};
+
+/// Holds at once and for good: the plan is prepared and stays so.
+const POLICY: &str = "version: 1
+name: ahead
+thresholds:
+  alive:
+    metric: memory.used_bytes
+    above: 1MiB
+    for: 1s
+degraded:
+  - any: [alive]
+    stage: prepare
+";
+
+const SOCKET: &str = "/run/served.sock";
+const IMAGE: u64 = 16 << 20;
+
+#[test]
+fn a_volume_is_read_and_written_on_the_target_before_its_data_is_there() -> Result<()> {
+    let source = Device {
+        policy: Some(POLICY.into()),
+        migration: vec!["prepare_pause_seconds: 1".into()],
+        ..Device::new(SOURCE)
+    };
+    let Some(stage) = Stage::up("access", &[source, device(TARGET, None)], &[CACHE])? else {
+        return Ok(());
+    };
+    let (source, target) = (stage.source()?.clone(), stage.target()?.clone());
+    let image = format!("{}/image", CACHE.notes());
+    source.run([
+        "sh",
+        "-c",
+        &format!("head -c {IMAGE} /dev/urandom >{image}"),
+    ])?;
+    let plan = wait_for("a prepared plan", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let plans = status["plans"].as_array().cloned().unwrap_or_default();
+        let held = plans.iter().find(|plan| plan["phase"] == "prepared");
+        Ok(held.and_then(|plan| plan["plan"].as_str().map(str::to_owned)))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    let volume = volume(&source, &plan)?;
+
+    nbd(&stage, &target, &plan, &volume).with_context(|| stage.crew.log(TARGET))?;
+    ensure!(
+        fs::read(source.path(&image))?.len() as u64 == IMAGE,
+        "the source's file changed its size"
+    );
+    stage.writes_go_on(&CACHE)
+}
+
+/// Name of the volume that is the service's bind mount, from the source's journal.
+fn volume(source: &Host, plan: &str) -> Result<String> {
+    let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
+    let text = fs::read_to_string(source.path(&journal)).context(journal)?;
+    let first: Value = serde_json::from_str(text.lines().next().unwrap_or_default())?;
+    let volumes = first["event"]["plan"]["volumes"].as_array().cloned();
+    let volumes = volumes.unwrap_or_default();
+    let notes = volumes
+        .iter()
+        .find(|volume| volume["source_path"] == CACHE.notes().as_str());
+    let name = notes.and_then(|volume| volume["name"].as_str());
+    name.map(str::to_owned)
+        .with_context(|| format!("{volumes:#?}"))
+}
+
+/// The tools that people use speak to it, and nothing of what they write reaches the source.
+fn nbd(stage: &Stage, target: &Host, plan: &str, volume: &str) -> Result<()> {
+    let serve = |more: &[&str]| {
+        stage
+            .crew
+            .tell(TARGET, &[&["serve", plan, volume], more].concat())
+    };
+    let address = format!("unix:{SOCKET}");
+    let refused = serve(&["--nbd", "0.0.0.0:10809"]).map_err(|error| format!("{error:#}"));
+    ensure!(
+        refused
+            .as_ref()
+            .is_err_and(|error| error.contains("nobody beyond this host")),
+        "{refused:?}"
+    );
+    println!(
+        "{}",
+        serve(&["--nbd", &address, "--no-fill", "--patience", "10"])?
+    );
+    ensure!(
+        figures(stage)?["on_demand"] == 0,
+        "something was fetched unasked"
+    );
+
+    let uri = format!("nbd+unix:///image?socket={SOCKET}");
+    let listed = target.run([
+        "nbdinfo",
+        "--list",
+        &format!("nbd+unix:///?socket={SOCKET}"),
+    ])?;
+    ensure!(
+        listed.contains("export=\"image\"") && listed.contains("export=\"deep/random\""),
+        "{listed}"
+    );
+    let size = target.run(["nbdinfo", "--size", &uri])?;
+    ensure!(size.trim() == IMAGE.to_string(), "{size}");
+    target.run([
+        "fio",
+        "--name=reads",
+        "--ioengine=nbd",
+        &format!("--uri={uri}"),
+        "--rw=randread",
+        "--bs=4k",
+        "--iodepth=32",
+        &format!("--size={IMAGE}"),
+        "--io_size=2M",
+    ])?;
+    let after = figures(stage)?;
+    ensure!(
+        after["on_demand"].as_u64() > Some(0) && after["absent"].as_u64() > Some(0),
+        "{after}"
+    );
+    target.run(["nbdcopy", &uri, "/tmp/copy"])?;
+    let source = stage.source()?;
+    let image = source.path(&format!("{}/image", CACHE.notes()));
+    let plain = fs::read(&image)?;
+    ensure!(
+        fs::read(target.path("/tmp/copy"))? == plain,
+        "the copy differs from the source"
+    );
+
+    // `uri` of qemu: the same.
+    let commands = [
+        "write -P 0xab 1M 70000",
+        "write -z 3M 1M",
+        "discard 5M 1M",
+        "flush",
+        "read -P 0xab 1M 70000",
+        "read -P 0 3M 1M",
+        "read -P 0 5M 1M",
+    ];
+    let mut io = vec!["qemu-io", "-f", "raw"];
+    for command in &commands {
+        io.extend(["-c", command]);
+    }
+    io.push(&uri);
+    let said = target.run(&io)?;
+    ensure!(!said.contains("failed"), "{said}");
+    target.run(["qemu-img", "convert", "-O", "raw", &uri, "/tmp/written"])?;
+    let mut model = plain.clone();
+    model[1 << 20..(1 << 20) + 70_000].fill(0xab);
+    model[3 << 20..4 << 20].fill(0);
+    model[5 << 20..6 << 20].fill(0);
+    ensure!(
+        fs::read(target.path("/tmp/written"))? == model,
+        "what was written is not what is read"
+    );
+    ensure!(fs::read(&image)? == plain, "the source was written to");
+
+    stage.crew.tell(TARGET, &["serve", plan, volume, "--end"])?;
+    ensure!(!target.path(SOCKET).exists(), "the socket is still there");
+    let listed = stage.crew.tell(TARGET, &["serve"])?;
+    ensure!(listed.contains("nothing is served"), "{listed}");
+    Ok(())
+}
+
+fn figures(stage: &Stage) -> Result<Value> {
+    let (_, served) = stage.crew.ask(TARGET, &["serve"])?;
+    Ok(served[0]["figures"].clone())
+}
