@@ -6,6 +6,7 @@
 mod fill;
 mod forward;
 mod nbd;
+mod origins;
 mod presence;
 mod store;
 #[cfg(test)]
@@ -20,4 +21,5 @@ pub trait FrontEnd: Send {
 pub use fill::{Filler, Hot};
 pub use forward::{ForwardError, Forwarder, Traffic};
 pub use nbd::{NbdAddress, NbdError, NbdServer};
-pub use store::{Figures, Store, StoreError};
+pub use origins::StoreError;
+pub use store::{Figures, Store};

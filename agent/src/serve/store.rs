@@ -6,21 +6,18 @@
 //! the source; `live` and `durable`, the presence. Invariants: bytes go to disk before their mark; an arrival
 //! touches only pages that are absent; nobody waits longer than the patience. Non-goals: who owns the volume.
 
-use super::presence::{PAGE, PAGES, Presence, WHOLE};
+use super::origins::{Origin, StoreError, make, mask, numbers, read_index};
+use super::presence::{PAGE, PAGES, Presence};
 use crate::transfer::Options;
-use crate::transfer::fetch::{
-    Arrivals, BLOCK, Class, FetchError, FetchPlan, Fetcher, Place, Refusal,
-};
-use crate::volume::apply::{Access, ApplyError, Destination, Parent};
-use crate::volume::codec::{Reader, put_short};
-use crate::volume::{Confined, Entry, Kind};
+use crate::transfer::fetch::{Arrivals, BLOCK, Class, FetchPlan, Fetcher, Place, Refusal};
+use crate::volume::Confined;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::{fstat, futimens};
 use nix::sys::time::TimeSpec;
 use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirEntryExt, FileExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -31,49 +28,6 @@ const SHARDS: usize = 64;
 const OPEN_CAP: usize = 256;
 /// Files of which the rest is fetched next, because somebody reads them.
 const RECENT_CAP: usize = 64;
-
-/// A volume cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The source cannot be asked.
-    #[error("{0}")]
-    Fetch(#[from] FetchError),
-    /// The tree cannot be made.
-    #[error("{0}")]
-    Apply(#[from] ApplyError),
-    /// A file of the store.
-    #[error("cannot {doing} in {directory}: {error}; free space or repair the file system there")]
-    File {
-        /// What.
-        doing: &'static str,
-        /// The store's directory.
-        directory: PathBuf,
-        /// Cause.
-        error: io::Error,
-    },
-}
-
-/// A file as the source has it.
-pub(super) struct Origin {
-    /// Its path there.
-    pub(super) path: Arc<[u8]>,
-    /// Its size there, bytes.
-    pub(super) size: u64,
-    /// Number of its first block among all.
-    pub(super) first: u64,
-}
-
-impl Origin {
-    pub(super) fn blocks(&self) -> u64 {
-        self.size.div_ceil(BLOCK)
-    }
-
-    /// Pages that a block has.
-    fn real(&self, block: u64) -> u16 {
-        let length = self.size.saturating_sub(block * BLOCK).min(BLOCK);
-        mask(0, length.div_ceil(PAGE))
-    }
-}
 
 /// What is known of a block that was asked for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -674,135 +628,6 @@ impl Store {
     }
 }
 
-/// Bits `from..to` of a block's pages.
-fn mask(from: u64, to: u64) -> u16 {
-    let below = |count: u64| match count {
-        0..=15 => (1_u16 << count) - 1,
-        _ => WHOLE,
-    };
-    below(to) & !below(from)
-}
-
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
-}
-
-/// Makes the tree with sparse files; what an attempt before left is removed.
-fn make(directory: &Path, volume: &str, entries: &[Entry]) -> Result<Vec<Origin>, StoreError> {
-    let failed = |doing| {
-        let directory = directory.to_owned();
-        move |error| StoreError::File {
-            doing,
-            directory,
-            error,
-        }
-    };
-    match std::fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(failed("remove what an earlier attempt left")(error));
-        }
-        _ => {}
-    }
-    let names = directory.join("origins");
-    std::fs::create_dir_all(&names).map_err(failed("make directories"))?;
-    let data = Destination::open(volume, &directory.join("data"))?;
-    let mut parent = Parent::default();
-    let mut origins: Vec<Origin> = Vec::new();
-    for entry in entries {
-        match &entry.kind {
-            Kind::Directory => data.directory(&mut parent, &entry.path)?,
-            Kind::HardLink(primary) => data.link(&mut parent, &entry.path, primary)?,
-            Kind::File { size, .. } => {
-                let file = data.file(&mut parent, &entry.path, Access::New)?;
-                data.finish_file(&file, entry, false)?;
-                if *size == 0 {
-                    continue;
-                }
-                let first = origins.last().map_or(0, |last| last.first + last.blocks());
-                let name = names.join(origins.len().to_string());
-                let here =
-                    crate::volume::confined::proc_path(data.root().fd(), std::ffi::OsStr::new(""));
-                let path = here.join(bytes_path(&entry.path));
-                std::fs::hard_link(path, name).map_err(failed("name an origin"))?;
-                origins.push(Origin {
-                    path: (*entry.path).into(),
-                    size: *size,
-                    first,
-                });
-            }
-            Kind::Symlink(_) | Kind::Fifo | Kind::CharDevice(_) | Kind::BlockDevice(_) => {
-                data.special(&mut parent, entry)?;
-            }
-        }
-    }
-    for entry in entries.iter().rev() {
-        if entry.kind == Kind::Directory {
-            data.finish_directory(entry)?;
-        }
-    }
-    write_index(directory, &origins).map_err(failed("write the index"))?;
-    Ok(origins)
-}
-
-fn bytes_path(path: &[u8]) -> &Path {
-    use std::os::unix::ffi::OsStrExt;
-    Path::new(std::ffi::OsStr::from_bytes(path))
-}
-
-/// The index is written last: where it is, the tree is whole.
-fn write_index(directory: &Path, origins: &[Origin]) -> io::Result<()> {
-    let mut bytes = Vec::new();
-    for origin in origins {
-        bytes.extend_from_slice(&origin.size.to_le_bytes());
-        put_short(&mut bytes, &origin.path);
-    }
-    bytes.extend_from_slice(blake3::hash(&bytes).as_bytes());
-    let new = directory.join("index.new");
-    std::fs::write(&new, bytes)?;
-    let whole = File::open(directory)?;
-    nix::unistd::syncfs(&whole)?;
-    std::fs::rename(new, directory.join("index"))?;
-    whole.sync_all()
-}
-
-fn read_index(directory: &Path) -> io::Result<Option<Vec<Origin>>> {
-    let bytes = match std::fs::read(directory.join("index")) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let Some((bytes, check)) = bytes.split_last_chunk::<32>() else {
-        return Ok(None);
-    };
-    if blake3::hash(bytes) != blake3::Hash::from(*check) {
-        return Ok(None);
-    }
-    let mut reader = Reader::new(bytes);
-    let mut origins: Vec<Origin> = Vec::new();
-    let mut first = 0;
-    while !reader.is_empty() {
-        let (Ok(size), Ok(path)) = (reader.u64(), reader.short()) else {
-            return Ok(None);
-        };
-        let origin = Origin {
-            path: path.into(),
-            size,
-            first,
-        };
-        first += origin.blocks();
-        origins.push(origin);
-    }
-    Ok(Some(origins))
-}
-
-/// Which origin each inode is.
-fn numbers(directory: &Path) -> io::Result<HashMap<u64, u32>> {
-    let mut numbers = HashMap::new();
-    for name in std::fs::read_dir(directory.join("origins"))? {
-        let name = name?;
-        if let Some(number) = name.file_name().to_str().and_then(|name| name.parse().ok()) {
-            numbers.insert(name.ino(), number);
-        }
-    }
-    Ok(numbers)
 }

@@ -106,10 +106,16 @@ impl Bench {
             link_key: LinkKey([1; 32]),
             data_key: DataKey([2; 32]),
             fleet_key: FleetKey([3; 32]),
-            volumes: vec![ProvideVolume {
-                id: VolumeId(1),
-                path: source.clone(),
-            }],
+            volumes: vec![
+                ProvideVolume {
+                    id: VolumeId(1),
+                    path: source.clone(),
+                },
+                ProvideVolume {
+                    id: VolumeId(2),
+                    path: source.join("disk.img"),
+                },
+            ],
         });
         let wire = Wire::to(server.addr(), delay);
         Self {
@@ -121,10 +127,14 @@ impl Bench {
     }
 
     fn open(&self, patience: Duration) -> Arc<Store> {
+        self.open_volume(VolumeId(1), patience)
+    }
+
+    fn open_volume(&self, volume: VolumeId, patience: Duration) -> Arc<Store> {
         let addr = self.wire.addr;
         let plan = FetchPlan {
             plan: PlanId::from("plan"),
-            volume: VolumeId(1),
+            volume,
             fleet_key: FleetKey([3; 32]),
             admit: Box::new(move || {
                 Ok(Grant {
@@ -447,4 +457,17 @@ fn many_random_reads_share_the_round_trips() {
     );
     // One in the other's wake would take all of it; at this depth a sixty-fourth is possible.
     assert!(took < alone / 4, "{took:?}");
+}
+
+#[test]
+fn a_volume_of_one_file_is_a_tree_with_that_file() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(6, 300_000);
+    bench.file("disk.img", &bytes);
+    bench.file("neighbour", b"not of this volume");
+    let store = bench.open_volume(VolumeId(2), LONG);
+    let file = served(&store, "content");
+    assert!(file.read(&store, 1000, 300_000).unwrap() == bytes[1000..]);
+    let data = bench.dir.path().join("store/data");
+    assert_eq!(fs::read_dir(data).unwrap().count(), 1);
 }

@@ -12,6 +12,7 @@ use crate::transfer::frame::{DATA_CAP, FrameKind, HEADER_LEN, Header};
 use crate::transfer::message::Message;
 use crate::transfer::queue::{Queue, lock};
 use crate::transfer::seal::{DataKey, LinkKey, Salt, Sealer, random};
+use crate::volume::aligned::Aligned;
 use crate::volume::scan::{open_file, read_full};
 use crate::volume::sign::{ZERO, signature};
 use crate::volume::walk::{self, WalkError, bare_entry, hard_link, kind_of};
@@ -19,9 +20,7 @@ use crate::volume::{Confined, Entry, FleetKey, Kind};
 use nix::sys::stat::{SFlag, fstat};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
 use std::net::{Shutdown, TcpStream};
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -202,7 +201,8 @@ impl Desk<'_> {
     }
 
     fn work(&self) {
-        let mut buffer = vec![0; BLOCK as usize];
+        let mut memory = Aligned::default();
+        let buffer = memory.space(BLOCK as usize);
         let mut record = Vec::with_capacity(HEADER_LEN + BLOCK as usize + 64);
         let mut broken = false;
         // After an error the rest is only counted off.
@@ -211,7 +211,7 @@ impl Desk<'_> {
                 self.give_way();
                 let done = match job {
                     Job::List => self.list(&mut record),
-                    Job::Block(want) => self.block(&want, &mut buffer, &mut record),
+                    Job::Block(want) => self.block(&want, buffer, &mut record),
                 };
                 if let Err(error) = done {
                     tracing::debug!("fetching connection: {error}");
@@ -315,42 +315,21 @@ impl Desk<'_> {
 
 /// A volume's files, opened as they are asked for.
 struct Shelf {
-    root: Root,
+    root: Confined,
     open: Mutex<HashMap<Box<[u8]>, Arc<File>>>,
 }
 
-enum Root {
-    Tree(Confined),
-    /// A block device or image, known by its file name.
-    Single(Box<[u8]>, Arc<File>),
-}
-
 impl Shelf {
-    fn open(volume: &ProvideVolume) -> Result<Self, std::io::Error> {
-        let root = if std::fs::metadata(&volume.path)?.is_dir() {
-            Root::Tree(Confined::open(&volume.path)?)
-        } else {
-            let name = volume.path.file_name().unwrap_or_default().as_bytes();
-            Root::Single(name.into(), Arc::new(File::open(&volume.path)?))
-        };
+    fn open(volume: &ProvideVolume) -> Result<Self, WalkError> {
         Ok(Self {
-            root,
+            root: walk::open_root(&volume.path)?,
             open: Mutex::default(),
         })
     }
 
     /// Reads a block and returns its length.
     fn read(&self, path: &[u8], offset: u64, buffer: &mut [u8]) -> Result<usize, WalkError> {
-        let root = match &self.root {
-            Root::Tree(root) => root,
-            Root::Single(name, file) => {
-                return if **name == *path {
-                    read_full(file, buffer, offset).map_err(|e| failed(path, e))
-                } else {
-                    Err(failed(path, nix::errno::Errno::ENOENT.into()))
-                };
-            }
-        };
+        let root = &self.root;
         let known = lock(&self.open).get(path).cloned();
         // A file that was replaced or removed since is looked up anew.
         let known = known.filter(|file| fstat(file).is_ok_and(|stat| stat.st_nlink > 0));
@@ -370,10 +349,7 @@ impl Shelf {
     }
 
     fn list(&self) -> Result<Vec<Entry>, WalkError> {
-        let root = match &self.root {
-            Root::Tree(root) => root,
-            Root::Single(name, file) => return single(name, file),
-        };
+        let root = &self.root;
         let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
         let mut entries = Vec::new();
         for found in walk::walk(root)?.found {
@@ -400,15 +376,6 @@ impl Shelf {
     }
 }
 
-fn failed(path: &[u8], source: std::io::Error) -> WalkError {
-    WalkError {
-        action: "read",
-        path: String::from_utf8_lossy(path).into_owned(),
-        root: PathBuf::new(),
-        source,
-    }
-}
-
 fn file_entry(root: &Confined, path: &[u8]) -> Result<Entry, WalkError> {
     let (file, stat) = open_file(root, path)?;
     let kind = Kind::File {
@@ -418,19 +385,4 @@ fn file_entry(root: &Confined, path: &[u8]) -> Result<Entry, WalkError> {
     let mut entry = bare_entry(path, &stat, kind, false);
     entry.xattrs = walk::read_xattrs(root, path, &file)?;
     Ok(entry)
-}
-
-/// A device or image as a directory with one file.
-fn single(name: &[u8], file: &File) -> Result<Vec<Entry>, WalkError> {
-    let stat = fstat(file).map_err(|e| failed(name, e.into()))?;
-    // The size of a block device is where its end is.
-    let mut end: &File = file;
-    let size = end
-        .seek(SeekFrom::End(0))
-        .map_err(|error| failed(name, error))?;
-    let mut directory = bare_entry(b"", &stat, Kind::Directory, false);
-    directory.mode = 0o700;
-    let blocks = Vec::new();
-    let image = bare_entry(name, &stat, Kind::File { size, blocks }, false);
-    Ok(vec![directory, image])
 }

@@ -1,0 +1,194 @@
+//! The tree of a served volume as it is made from the source's list: everything but the bytes of its files, and
+//! the index of which file is which of the source.
+//!
+//! Invariant: the index is written last, so where it is the tree is whole.
+
+use super::presence::{PAGE, WHOLE};
+use crate::transfer::fetch::{BLOCK, FetchError};
+use crate::volume::apply::{Access, ApplyError, Destination, Parent};
+use crate::volume::codec::{Reader, put_short};
+use crate::volume::confined::proc_path;
+use crate::volume::{Entry, Kind};
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirEntryExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A volume cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The source cannot be asked.
+    #[error("{0}")]
+    Fetch(#[from] FetchError),
+    /// The tree cannot be made.
+    #[error("{0}")]
+    Apply(#[from] ApplyError),
+    /// A file of the store.
+    #[error("cannot {doing} in {directory}: {error}; free space or repair the file system there")]
+    File {
+        /// What.
+        doing: &'static str,
+        /// The store's directory.
+        directory: PathBuf,
+        /// Cause.
+        error: io::Error,
+    },
+}
+
+/// A file as the source has it.
+pub(super) struct Origin {
+    /// Its path there.
+    pub(super) path: Arc<[u8]>,
+    /// Its size there, bytes.
+    pub(super) size: u64,
+    /// Number of its first block among all.
+    pub(super) first: u64,
+}
+
+impl Origin {
+    pub(super) fn blocks(&self) -> u64 {
+        self.size.div_ceil(BLOCK)
+    }
+
+    /// Pages that a block has.
+    pub(super) fn real(&self, block: u64) -> u16 {
+        let length = self.size.saturating_sub(block * BLOCK).min(BLOCK);
+        mask(0, length.div_ceil(PAGE))
+    }
+}
+
+/// Bits `from..to` of a block's pages.
+pub(super) fn mask(from: u64, to: u64) -> u16 {
+    let below = |count: u64| match count {
+        0..=15 => (1_u16 << count) - 1,
+        _ => WHOLE,
+    };
+    below(to) & !below(from)
+}
+
+/// Makes the tree with sparse files; what an attempt before left is removed.
+pub(super) fn make(
+    directory: &Path,
+    volume: &str,
+    entries: &[Entry],
+) -> Result<Vec<Origin>, StoreError> {
+    let failed = |doing| {
+        let directory = directory.to_owned();
+        move |error| StoreError::File {
+            doing,
+            directory,
+            error,
+        }
+    };
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failed("remove what an earlier attempt left")(error));
+        }
+        _ => {}
+    }
+    let names = directory.join("origins");
+    std::fs::create_dir_all(&names).map_err(failed("make directories"))?;
+    let data = Destination::open(volume, &directory.join("data"), false)?;
+    let mut parent = Parent::default();
+    let mut origins: Vec<Origin> = Vec::new();
+    for entry in entries {
+        match &entry.kind {
+            Kind::Directory => data.directory(&mut parent, &entry.path)?,
+            Kind::HardLink(primary) => data.link(&mut parent, &entry.path, primary)?,
+            Kind::File { size, .. } => {
+                let file = data.file(&mut parent, &entry.path, Access::New)?;
+                data.finish_file(&file, entry, false)?;
+                if *size == 0 {
+                    continue;
+                }
+                let first = origins.last().map_or(0, |last| last.first + last.blocks());
+                let name = names.join(origins.len().to_string());
+                let here = proc_path(data.root().fd(), OsStr::new(""));
+                let path = here.join(bytes_path(&entry.path));
+                std::fs::hard_link(path, name).map_err(failed("name an origin"))?;
+                origins.push(Origin {
+                    path: (*entry.path).into(),
+                    size: *size,
+                    first,
+                });
+            }
+            Kind::Symlink(_) | Kind::Fifo | Kind::CharDevice(_) | Kind::BlockDevice(_) => {
+                data.special(&mut parent, entry)?;
+            }
+        }
+    }
+    for entry in entries.iter().rev() {
+        if entry.kind == Kind::Directory {
+            data.finish_directory(entry)?;
+        }
+    }
+    write_index(directory, &origins).map_err(failed("write the index"))?;
+    Ok(origins)
+}
+
+fn bytes_path(path: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(path))
+}
+
+/// The index is written last: where it is, the tree is whole.
+fn write_index(directory: &Path, origins: &[Origin]) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    for origin in origins {
+        bytes.extend_from_slice(&origin.size.to_le_bytes());
+        put_short(&mut bytes, &origin.path);
+    }
+    bytes.extend_from_slice(blake3::hash(&bytes).as_bytes());
+    let new = directory.join("index.new");
+    std::fs::write(&new, bytes)?;
+    let whole = File::open(directory)?;
+    nix::unistd::syncfs(&whole)?;
+    std::fs::rename(new, directory.join("index"))?;
+    whole.sync_all()
+}
+
+/// The files of the source that the tree was made from; none when it was not made whole.
+pub(super) fn read_index(directory: &Path) -> io::Result<Option<Vec<Origin>>> {
+    let bytes = match std::fs::read(directory.join("index")) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let Some((bytes, check)) = bytes.split_last_chunk::<32>() else {
+        return Ok(None);
+    };
+    if blake3::hash(bytes) != blake3::Hash::from(*check) {
+        return Ok(None);
+    }
+    let mut reader = Reader::new(bytes);
+    let mut origins: Vec<Origin> = Vec::new();
+    let mut first = 0;
+    while !reader.is_empty() {
+        let (Ok(size), Ok(path)) = (reader.u64(), reader.short()) else {
+            return Ok(None);
+        };
+        let origin = Origin {
+            path: path.into(),
+            size,
+            first,
+        };
+        first += origin.blocks();
+        origins.push(origin);
+    }
+    Ok(Some(origins))
+}
+
+/// Which origin each inode is.
+pub(super) fn numbers(directory: &Path) -> io::Result<HashMap<u64, u32>> {
+    let mut numbers = HashMap::new();
+    for name in std::fs::read_dir(directory.join("origins"))? {
+        let name = name?;
+        if let Some(number) = name.file_name().to_str().and_then(|name| name.parse().ok()) {
+            numbers.insert(name.ino(), number);
+        }
+    }
+    Ok(numbers)
+}
