@@ -186,7 +186,6 @@ impl Fetcher {
             .message(plan.volume, Epoch(0), &question)
             .map_err(|e| link(&e))?;
         let mut listed = Vec::new();
-        let mut space = Vec::new();
         let mut record = Vec::new();
         // Walking a large tree takes longer than a peer may be silent.
         let until = Instant::now() + LIST_TIME;
@@ -200,10 +199,8 @@ impl Fetcher {
                 }
                 Ok(Incoming::Record(header, bytes)) => {
                     record = bytes;
-                    let body = &record[HEADER_LEN..];
-                    space.resize(body.len(), 0);
                     let plain = opener
-                        .open(&header, body, &mut space)
+                        .open(&header, &mut record[HEADER_LEN..])
                         .map_err(|e| link(&e))?;
                     match Answer::decode(plain).map_err(|e| link(&e))? {
                         Answer::Entries { last, entries } => {
@@ -391,7 +388,6 @@ impl Shared {
         answered: &mut bool,
     ) -> String {
         let mut record = Vec::new();
-        let mut space = Vec::new();
         loop {
             let header = match receiver.next(std::mem::take(&mut record)) {
                 Ok(Incoming::Message(_, _, Message::Ping)) => continue,
@@ -402,11 +398,7 @@ impl Shared {
                 }
                 Err(error) => return error.to_string(),
             };
-            let body = &record[HEADER_LEN..];
-            if space.len() < body.len() {
-                space.resize(body.len(), 0);
-            }
-            let plain = match opener.open(&header, body, &mut space) {
+            let plain = match opener.open(&header, &mut record[HEADER_LEN..]) {
                 Ok(plain) => plain,
                 Err(error) => return error.to_string(),
             };
