@@ -226,7 +226,7 @@ impl Bench<'_> {
         cold()?;
         let (sender, again) = self.pair.begin("/srv/file", second, "/srv/shared.map")?;
         sender.end()?;
-        self.pair.same(first, second)?;
+        self.pair.same("/srv/file", second)?;
         self.pair.to.run(["rm", "-rf", first, second])?;
         self.peak(&[again]);
         let share = again.wire / again.read;
