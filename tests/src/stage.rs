@@ -66,12 +66,14 @@ impl Stage {
     ///
     /// # Errors
     /// A step failed.
-    pub fn up(name: &str, devices: &[Device; 2], services: &[Service]) -> Result<Option<Self>> {
+    pub fn up(name: &str, devices: &[Device], services: &[Service]) -> Result<Option<Self>> {
         if !is_root() {
             eprintln!("skipped: lab hosts need root");
             return Ok(None);
         }
-        let lab = Lab::up(&LabSpec::of(name, &[SOURCE, TARGET, OFFICE]))?;
+        let mut hosts: Vec<&str> = devices.iter().map(|device| device.name.as_str()).collect();
+        hosts.push(OFFICE);
+        let lab = Lab::up(&LabSpec::of(name, &hosts))?;
         let source = lab.host(SOURCE)?;
         images::load_some(source, &["redis"])?;
         for service in services {

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::process::Command;
-use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 use xtask::lab::{Host, HostSpec, Lab, LabSpec};
 use xtask::process::{is_root, log_tail, wait_for};
 
@@ -211,7 +211,7 @@ async fn a_docker_twin_is_its_source_field_by_field_and_runs() -> Result<()> {
 
     let (archive, copy) = (a.path("/srv/image.tar"), b.path("/srv/image.tar"));
     source
-        .export_image(spec.image_reference(), &archive, &AtomicU64::new(0))
+        .export_image(spec.image_reference(), &archive, &[], |_| Duration::ZERO)
         .await?;
     fs::copy(&archive, &copy)?;
     let loaded = target
@@ -253,5 +253,36 @@ async fn a_docker_twin_is_its_source_field_by_field_and_runs() -> Result<()> {
         names == mounted && names.len() == 3,
         "{names:?} {mounted:?}"
     );
+
+    // Upon an image that the target has, only what is new travels.
+    let grow = "head -c 2000000 /dev/urandom >/grown";
+    docker(a, &["run", "--name", "grower", "box:1", "sh", "-c", grow])?;
+    docker(a, &["commit", "grower", "grown:1"])?;
+    let id = source.image_id("grown:1").await?.context("committed")?;
+    let layers = source.image_layers("grown:1").await?;
+    let held = &layers[..layers.len() - 1];
+    let known = target.all_layers().await?;
+    ensure!(known.iter().any(|here| here.starts_with(held)), "{known:?}");
+    let whole = source.image_size("grown:1").await?;
+    let length = source
+        .export_image("grown:1", &archive, held, |_| Duration::ZERO)
+        .await?;
+    println!("{length} bytes for an image of {whole}");
+    ensure!(
+        (2_000_000..2_100_000).contains(&length),
+        "{length} of {whole}"
+    );
+    fs::copy(&archive, &copy)?;
+    let loaded = target.load_image(&copy, &id, "grown:1").await?;
+    ensure!(loaded.id == id && !loaded.was_present);
+    let sum = [
+        "run",
+        "--rm",
+        "grown:1",
+        "sh",
+        "-c",
+        "md5sum /grown /bin/sh",
+    ];
+    ensure!(docker(a, &sum)? == docker(b, &sum)?);
     Ok(())
 }

@@ -89,7 +89,7 @@ async fn offer(
     Extension(peer): Peer,
     Json(offer): Json<Offer>,
 ) -> Answer<OfferAccepted> {
-    whole(async move { target.offer(&peer.device, offer.plan).await }).await
+    whole(async move { target.offer(&peer.device, offer).await }).await
 }
 
 async fn revise(

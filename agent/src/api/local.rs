@@ -13,7 +13,7 @@ use crate::migration::view::HostView;
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::metric::Sample;
 use crate::model::plan::Plan;
-use crate::model::units::UnixMillis;
+use crate::model::units::{Bytes, UnixMillis};
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
@@ -114,6 +114,13 @@ pub struct EvacuateRequest {
 pub struct ApproveRequest {
     /// Role.
     pub role: String,
+}
+
+/// A new limit for a plan under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LimitRequest {
+    /// Most bytes a second that its copy may read; none: no limit.
+    pub limit: Option<Bytes>,
 }
 
 /// A request to let nothing move by itself for a while.
@@ -226,6 +233,7 @@ fn router(context: Context) -> Router {
         .route("/v1/evacuate", post(evacuate))
         .route("/v1/plans/{plan}/abort", post(abort))
         .route("/v1/plans/{plan}/approve", post(approve))
+        .route("/v1/plans/{plan}/limit", post(limit))
         .route("/v1/plans/{plan}/report", get(report))
         .route("/v1/plans/{plan}/verify", post(verify))
         .route("/v1/plans/{plan}/serve", post(serve_volume))
@@ -325,9 +333,11 @@ async fn evacuate(
     Json(ask): Json<EvacuateRequest>,
 ) -> Result<Json<PlanId>, Refused> {
     let mut request = ask.request;
-    request.guards.max_evacuating = (context.policy)()
-        .and_then(|policy| policy.guards.fleet_max_evacuating)
-        .filter(|_| !ask.ignore_storm_guard);
+    if let Some(policy) = (context.policy)() {
+        let max_evacuating = policy.guards.fleet_max_evacuating;
+        request.guards.max_evacuating = max_evacuating.filter(|_| !ask.ignore_storm_guard);
+        request.guards.limit = request.guards.limit.or(policy.guards.limit);
+    }
     Ok(Json(context.delegator.evacuate(&request).await?))
 }
 
@@ -343,6 +353,14 @@ async fn approve(
     };
     context.delegator.approve(&plan, approval.clone())?;
     Ok(Json(approval))
+}
+
+async fn limit(
+    State(context): State<Context>,
+    Path(plan): Path<PlanId>,
+    Json(LimitRequest { limit }): Json<LimitRequest>,
+) -> Result<Json<()>, Refused> {
+    Ok(Json(context.delegator.limit(&plan, limit)?))
 }
 
 /// Who is at the other end of the socket, by the kernel's word.

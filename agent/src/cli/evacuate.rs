@@ -8,6 +8,7 @@ use crate::api::local::{EvacuateRequest, Status};
 use crate::migration::report::{Report, State};
 use crate::model::ids::PlanId;
 use crate::model::plan::Plan;
+use crate::model::units::Bytes;
 use std::io::{BufRead, IsTerminal, Write};
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ pub struct Arguments {
     /// Go on also when `fleet_max_evacuating` of the policy forbids one more evacuation now.
     #[arg(long)]
     ignore_storm_guard: bool,
+    /// Most bytes a second that the copy may read, such as 20MiB; instead of the policy's.
+    #[arg(long, value_name = "RATE", value_parser = crate::health::rate)]
+    limit: Option<Bytes>,
     /// Do not ask.
     #[arg(long)]
     yes: bool,
@@ -26,7 +30,8 @@ pub struct Arguments {
 
 /// Runs the evacuation to its end.
 pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
-    let request = arguments.selection.request();
+    let mut request = arguments.selection.request();
+    request.guards.limit = arguments.limit;
     ask(&context.socket, async |agent| {
         if !arguments.yes {
             let plan: Plan = agent

@@ -1,6 +1,6 @@
 //! A plan's progress in one line: phase, amount, rate and remaining time, from one look to the next.
 
-use crate::migration::PlanStatus;
+use crate::migration::{Limits, PlanStatus};
 use crate::model::units::{Bytes, human_duration};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -56,11 +56,12 @@ impl Meter {
         };
         let trouble = plan.trouble.as_ref();
         format!(
-            "plan {}: {}: {done} of about {total} read, {} sent, {}/s{remaining}{}",
+            "plan {}: {}: {done} of about {total} read, {} sent, {}/s{}{remaining}{}",
             plan.plan,
             plan.phase,
             plan.bytes_sent,
             Bytes(self.rate as u64),
+            limited(&plan.limits),
             trouble.map_or_else(String::new, |text| format!(" [retrying: {text}]")),
         )
     }
@@ -84,4 +85,27 @@ impl Meter {
             eprintln!();
         }
     }
+}
+
+/// The least limit and whose it is, and what the workload loses.
+fn limited(limits: &Limits) -> String {
+    let all = [
+        (limits.cap, "limit"),
+        (limits.advance, "copy in advance"),
+        (limits.workload, "spares the workload"),
+    ];
+    let least = all
+        .into_iter()
+        .filter_map(|(rate, whose)| Some((rate?, whose)))
+        .min_by_key(|(rate, _)| *rate);
+    let lost = limits.workload_loss_percent;
+    let lost = lost.map_or_else(String::new, |percent| format!(", it loses {percent} %"));
+    least.map_or_else(String::new, |(rate, whose)| {
+        let lost = if limits.workload.is_some() {
+            &*lost
+        } else {
+            ""
+        };
+        format!(" of at most {rate}/s ({whose}{lost})")
+    })
 }

@@ -65,6 +65,8 @@ enum Command {
     Serve(serve::Arguments),
     /// Stops a plan that is not released yet and rolls it back.
     Abort(plans::Arguments),
+    /// Changes how fast the copy of a plan under way may read.
+    Limit(plans::Limit),
     /// Approves a plan as one of the roles that the policy names.
     Approve(plans::Approval),
     /// Tells what a plan did, with figures.
@@ -126,6 +128,7 @@ pub fn main() -> ExitCode {
         Command::Trace(arguments) => trace::run(&arguments, &context),
         Command::Serve(arguments) => serve::run(&arguments, &context),
         Command::Abort(arguments) => plans::abort(&arguments, &context),
+        Command::Limit(arguments) => plans::limit(&arguments, &context),
         Command::Approve(arguments) => plans::approve(&arguments, &context),
         Command::Report(arguments) => plans::report(&arguments, &context),
         Command::Verify(arguments) => plans::verify(&arguments, &context),

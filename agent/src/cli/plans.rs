@@ -2,7 +2,7 @@
 
 use super::daemon::ask;
 use super::{Context, Failure, Outcome};
-use crate::api::local::ApproveRequest;
+use crate::api::local::{ApproveRequest, LimitRequest};
 use crate::migration::events;
 use crate::migration::report::Report;
 use crate::migration::verify::Verification;
@@ -42,6 +42,45 @@ pub fn abort(arguments: &Arguments, context: &Context) -> Outcome {
             "plan {} is being rolled back; `lifeboat report {}` tells when it is",
             arguments.plan, arguments.plan
         );
+    }
+    Ok(())
+}
+
+/// A plan and its limit.
+#[derive(clap::Args)]
+pub struct Limit {
+    #[command(flatten)]
+    plan: Arguments,
+    /// Most bytes a second, such as 20MiB, or `none`.
+    #[arg(value_name = "RATE", value_parser = limit_or_none)]
+    rate: LimitRequest,
+}
+
+fn limit_or_none(text: &str) -> Result<LimitRequest, String> {
+    let limit = match text {
+        "none" => None,
+        text => Some(crate::health::rate(text)?),
+    };
+    Ok(LimitRequest { limit })
+}
+
+/// Changes the limit of a plan.
+pub fn limit(arguments: &Limit, context: &Context) -> Outcome {
+    let path = arguments.plan.path("limit")?;
+    let () = ask(&context.socket, async |agent| {
+        agent
+            .post(&path, &arguments.rate)
+            .await
+            .map_err(Failure::of)
+    })?;
+    if context.json {
+        println!("{}", serde_json::to_string(&arguments.rate)?);
+        return Ok(());
+    }
+    let plan = &arguments.plan.plan;
+    match arguments.rate.limit {
+        Some(limit) => println!("plan {plan} reads at most {limit} a second"),
+        None => println!("plan {plan} reads without limit"),
     }
     Ok(())
 }

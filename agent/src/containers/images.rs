@@ -2,16 +2,17 @@
 //!
 //! Invariants: nothing is pulled; an image that was loaded is only reported as such when the runtime
 //! then shows exactly the id the source had.
-//! Non-goals: splitting an archive into its layers.
+//! Non-goals: which layers another device holds.
 
 use super::client::{Runtime, RuntimeError, escape};
+use super::layers::{Change, Sieve};
 use futures_util::StreamExt as _;
 use serde_json::Value;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::fs::File;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _, AsyncWriteExt as _};
 
 /// Piece in which an archive is read from its file.
 const PIECE: usize = 256 << 10;
@@ -81,6 +82,40 @@ impl Runtime {
         Ok(image["Size"].as_u64().unwrap_or(0))
     }
 
+    /// Diff ids of an image's layers, the lowest first.
+    ///
+    /// # Errors
+    /// When the runtime fails or has no such image.
+    pub async fn image_layers(&self, image: &str) -> Result<Vec<String>, RuntimeError> {
+        let path = format!("/images/{}/json", escape(image));
+        let image: Value = self.get(&path, &format!("look at image {image}")).await?;
+        let layers = image["RootFS"]["Layers"].as_array().into_iter().flatten();
+        Ok(layers
+            .filter_map(|layer| layer.as_str().map(str::to_owned))
+            .collect())
+    }
+
+    /// The layers of every image that is there.
+    ///
+    /// # Errors
+    /// When the runtime fails.
+    pub async fn all_layers(&self) -> Result<Vec<Vec<String>>, RuntimeError> {
+        let images: Value = self.get("/images/json", "list the images").await?;
+        let mut all = Vec::new();
+        for image in images.as_array().into_iter().flatten() {
+            let Some(id) = image["Id"].as_str() else {
+                continue;
+            };
+            match self.image_layers(id).await {
+                Ok(layers) => all.push(layers),
+                // Removed meanwhile.
+                Err(error) if error.not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
+    }
+
     /// Whether the image with this id is there.
     ///
     /// # Errors
@@ -90,8 +125,9 @@ impl Runtime {
     }
 
     /// Writes an image as one archive to a new file; returns its length in bytes. The reference travels
-    /// inside. The archive is the runtime's own: Docker's format, which keeps the image id. `written`
-    /// grows with the file.
+    /// inside. The archive is the runtime's own: Docker's format, which keeps the image id. `written` is told
+    /// of the bytes of each piece, and says how long to wait before the next. The layers `without` are left out:
+    /// only a runtime that holds them can load the archive.
     ///
     /// # Errors
     /// When the runtime has no such image, or the file cannot be written; the file may then be partial.
@@ -99,7 +135,8 @@ impl Runtime {
         &self,
         reference: &str,
         into: &Path,
-        written: &AtomicU64,
+        without: &[String],
+        written: impl Fn(u64) -> Duration,
     ) -> Result<u64, ImageError> {
         let file_error = |source| ImageError::File {
             path: into.to_owned(),
@@ -111,15 +148,17 @@ impl Runtime {
             .await?;
         let mut pieces = Box::pin(pieces);
         let mut file = File::create(into).await.map_err(file_error)?;
-        let mut length = 0;
+        let mut sieve = Sieve::new(without);
         while let Some(piece) = pieces.next().await {
             let piece = piece?;
-            file.write_all(&piece).await.map_err(file_error)?;
-            length += piece.len() as u64;
-            written.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            for change in sieve.feed(&piece) {
+                make(&mut file, change).await.map_err(file_error)?;
+            }
+            tokio::time::sleep(written(piece.len() as u64)).await;
         }
         file.sync_all().await.map_err(file_error)?;
-        Ok(length)
+        let written = file.metadata().await.map_err(file_error)?;
+        Ok(written.len())
     }
 
     /// Loads an archive made by [`Runtime::export_image`], unless the image is there already, and gives
@@ -186,6 +225,17 @@ impl Runtime {
         self.post(&path, None, &format!("tag image {id} as {reference}"))
             .await
             .map(|_| ())
+    }
+}
+
+async fn make(file: &mut File, change: Change) -> io::Result<()> {
+    match change {
+        Change::Append(bytes) => file.write_all(&bytes).await,
+        Change::CutTo(length) => {
+            file.flush().await?;
+            file.set_len(length).await?;
+            file.seek(io::SeekFrom::Start(length)).await.map(drop)
+        }
     }
 }
 

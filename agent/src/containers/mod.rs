@@ -16,6 +16,7 @@ mod fence;
 mod follow;
 mod images;
 pub mod inspect;
+mod layers;
 pub mod ops;
 mod ready;
 mod resources;

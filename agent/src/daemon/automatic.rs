@@ -214,6 +214,7 @@ impl Automatic {
             approval_timeout: policy.guards.approval_timeout,
             proceed_on_timeout: policy.guards.on_timeout == OnTimeout::Proceed,
             max_evacuating: policy.guards.fleet_max_evacuating,
+            limit: policy.guards.limit,
         });
         let evidence = verdict.evidence.iter();
         Request {

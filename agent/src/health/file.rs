@@ -2,7 +2,7 @@
 
 use super::form::{self, FileCondition, FileDegraded, FileGuards, FilePolicy, FileTerm, Scalar};
 use super::policy::{Condition, Degraded, Delegation, Guards, Policy};
-use super::quantity::{quantity, span};
+use super::quantity::{quantity, rate, span};
 use crate::model::action::Actions;
 use crate::model::locate::{Fault, Field};
 use crate::model::metric::Unit;
@@ -259,7 +259,11 @@ impl Check<'_> {
                 "0 leaves nobody time to approve: write a span such as 15m",
             );
         }
+        let limit = entry
+            .limit
+            .and_then(|limit| self.ok(&field.at("limit"), rate(&limit.0)));
         Guards {
+            limit,
             hold,
             fleet_max_evacuating,
             approvals: entry.approvals,

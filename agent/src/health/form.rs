@@ -283,6 +283,9 @@ pub(super) struct FileGuards {
     /// What to do then. Default: abort.
     #[serde(default)]
     pub on_timeout: OnTimeout,
+    /// Most bytes a second that a copy may read, such as 20MiB. Default: no limit.
+    #[serde(default)]
+    pub limit: Option<Scalar>,
 }
 
 /// A quantity with its unit, such as 40ms, 3GiB, 85%, 85C, 120/s or a plain number.

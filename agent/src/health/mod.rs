@@ -40,7 +40,7 @@ pub use policy::{
     Among, Condition, Degraded, Delegation, Guards, Limit, Measure, OnTimeout, Policy, PolicyError,
     Rule, Severity, Stage, Threshold,
 };
-pub use quantity::{in_unit, span};
+pub use quantity::{in_unit, rate, span};
 pub(crate) use reading::median;
 pub use recording::{Encoder, MAGIC, RecordingEnd, RecordingError, RecordingHeader, recorded};
 pub use replay::{ReplaySummary, Replayed, replay};

@@ -2,6 +2,7 @@
 
 use crate::model::action::Actions;
 use crate::model::metric::{Metric, Per, Unit};
+use crate::model::units::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -349,6 +350,8 @@ pub struct Guards {
     pub approval_timeout: Duration,
     /// What to do then.
     pub on_timeout: OnTimeout,
+    /// Most bytes a second that a copy may read; none: no limit.
+    pub limit: Option<Bytes>,
 }
 
 impl Default for Guards {
@@ -359,6 +362,7 @@ impl Default for Guards {
             approvals: Vec::new(),
             approval_timeout: Duration::from_mins(15),
             on_timeout: OnTimeout::default(),
+            limit: None,
         }
     }
 }

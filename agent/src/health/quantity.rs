@@ -72,6 +72,20 @@ pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
     Ok(number * factor)
 }
 
+/// Reads bytes a second, such as `20MiB`.
+///
+/// # Errors
+/// What would be right.
+pub fn rate(text: &str) -> Result<Bytes, String> {
+    let bytes = quantity(text.trim().trim_end_matches("/s"), Unit::Bytes)?;
+    if bytes < 1024.0 {
+        return Err(format!(
+            "`{text}` a second would never end: write a rate such as 20MiB"
+        ));
+    }
+    Ok(Bytes(bytes as u64))
+}
+
 /// Reads a quantity, or one relative to the part's own limit: `device-limit - 5C`.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use super::moving::MoveError;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{MigrationEvent, Plan, PlanGuards, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
-use crate::transfer::Progress;
+use crate::transfer::{Limit, Progress};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,8 +46,24 @@ pub struct PlanStatus {
     /// Roles that have not approved it yet.
     #[serde(default)]
     pub awaits: Vec<String>,
+    /// What slows the copy.
+    #[serde(default)]
+    pub limits: Limits,
     /// The last thing that went wrong and is being retried.
     pub trouble: Option<String>,
+}
+
+/// What slows a copy; each in bytes a second that it may read.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// An operator's or the policy's word.
+    pub cap: Option<Bytes>,
+    /// Stage `prepare`.
+    pub advance: Option<Bytes>,
+    /// The workload's share.
+    pub workload: Option<Bytes>,
+    /// What the workload loses, as far as can be told, in percent; none while it is not watched.
+    pub workload_loss_percent: Option<f64>,
 }
 
 /// One plan under way.
@@ -75,6 +91,8 @@ struct Word {
     renewed: bool,
     /// Approvals that are not journalled yet.
     approvals: Vec<Approval>,
+    /// A changed limit that is not journalled yet.
+    limited: Option<Option<Bytes>>,
 }
 
 #[derive(Default)]
@@ -86,6 +104,14 @@ struct Cancel {
 }
 
 const STOPPED: &str = "the agent was stopped";
+
+/// The progress of a plan that has not begun, with its limit.
+fn capped(plan: &Plan) -> Progress {
+    let progress = Progress::default();
+    let limit = plan.guards.limit.map(|limit| limit.0);
+    progress.pace.set(Limit::Cap, limit);
+    progress
+}
 
 /// The phase of a plan that waits for the next life of the agent.
 pub(super) const SUSPENDED: &str = "suspended";
@@ -112,9 +138,10 @@ impl Active {
                 twins: Vec::new(),
                 held,
                 awaits: Vec::new(),
+                limits: Limits::default(),
                 trouble: None,
             }),
-            progress: Arc::new(Progress::default()),
+            progress: Arc::new(capped(plan)),
             exported: Arc::default(),
             cancel: Mutex::default(),
             stop: CancellationToken::new(),
@@ -124,6 +151,7 @@ impl Active {
                 plan: plan.clone(),
                 renewed: false,
                 approvals: Vec::new(),
+                limited: None,
             }),
             told: Notify::new(),
             ended: AtomicBool::new(false),
@@ -181,8 +209,9 @@ impl Active {
         if word.cleared || self.ended.load(Ordering::Acquire) {
             return false;
         }
+        self.cap(plan.guards.limit);
         (word.held, word.renewed, word.plan) = (false, true, plan);
-        self.progress.set_pace(0);
+        self.progress.pace.set(Limit::Advance, None);
         self.told.notify_one();
         true
     }
@@ -212,6 +241,44 @@ impl Active {
 
     pub(super) fn approvals(&self) -> Vec<Approval> {
         std::mem::take(&mut locked(&self.word).approvals)
+    }
+
+    /// Changes how fast the copy may read.
+    pub(super) fn limit(&self, limit: Option<Bytes>) {
+        self.cap(limit);
+        let mut word = locked(&self.word);
+        word.plan.guards.limit = limit;
+        word.limited = Some(limit);
+    }
+
+    fn cap(&self, limit: Option<Bytes>) {
+        let limit = limit.map(|limit| limit.0);
+        self.progress.pace.set(Limit::Cap, limit);
+    }
+
+    /// A limit that was changed and is not journalled yet.
+    pub(super) fn limited(&self) -> Option<Option<Bytes>> {
+        locked(&self.word).limited.take()
+    }
+
+    /// Slows the copy for the workload's sake; with what it loses now, 0–1.
+    pub(super) fn spare_workload(&self, rate: Option<u64>, loss: Option<f64>) {
+        self.progress.pace.set(Limit::Workload, rate);
+        let percent = loss.map(|loss| (loss * 1000.0).round() / 10.0);
+        locked(&self.status).limits.workload_loss_percent = percent;
+    }
+
+    /// Whether it copies beside the workload now.
+    pub(super) fn copies(&self) -> bool {
+        matches!(
+            locked(&self.status).phase.as_str(),
+            "export images" | "replicate" | "replicate in advance"
+        )
+    }
+
+    /// Bytes read of volumes and images so far.
+    pub(super) fn copied(&self) -> u64 {
+        self.progress.bytes_read.load(Ordering::Relaxed) + self.exported.load(Ordering::Relaxed)
     }
 
     pub(super) fn awaits(&self, roles: &[String]) {
@@ -310,6 +377,10 @@ impl Active {
         let mut status = locked(&self.status).clone();
         status.held = self.held();
         status.bytes_read = Bytes(self.progress.bytes_read.load(Ordering::Relaxed));
+        let limit = |limit| self.progress.pace.get(limit).map(Bytes);
+        status.limits.cap = limit(Limit::Cap);
+        status.limits.advance = limit(Limit::Advance);
+        status.limits.workload = limit(Limit::Workload);
         status.images.0 = Bytes(self.exported.load(Ordering::Relaxed));
         status.bytes_sent = Bytes(self.progress.bytes_sent.load(Ordering::Relaxed));
         status

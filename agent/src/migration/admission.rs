@@ -7,13 +7,15 @@ use super::journal::plan_directory;
 use super::keys;
 use super::places::{image_id, is_one, name_of};
 use super::target::{Target, TargetError};
+use crate::containers::{Runtime, RuntimeError};
 use crate::model::control::{OfferAccepted, Secret};
-use crate::model::ids::PlanId;
+use crate::model::ids::{PlanId, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::volume::VolumeKind;
 use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveVolume};
 use crate::volume::FleetKey;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// What the source needs to know to send.
@@ -78,6 +80,7 @@ impl Target {
     pub(super) async fn accepted_before(
         &self,
         plan: &Plan,
+        layers: &BTreeMap<VolumeId, Vec<String>>,
     ) -> Result<Option<OfferAccepted>, TargetError> {
         let known = self.plans().get(&plan.id).and_then(|known| {
             let same = known.accepted && known.plan.volumes == plan.volumes;
@@ -105,6 +108,24 @@ impl Target {
             known.plan = plan.clone();
         }
         tracing::info!(plan = %plan.id, source = %plan.source, "its source goes on");
-        Ok(Some(self.accepted(keys, images_present)))
+        let layers_present = layers_held(runtime, layers).await?;
+        Ok(Some(self.accepted(keys, images_present, layers_present)))
     }
+}
+
+/// How many of the lowest layers of each image a runtime holds, as a chain: a layer upon another one is none.
+pub(super) async fn layers_held(
+    runtime: &Runtime,
+    wanted: &BTreeMap<VolumeId, Vec<String>>,
+) -> Result<BTreeMap<VolumeId, usize>, RuntimeError> {
+    let here = runtime.all_layers().await?;
+    let same = |one: &[String], other: &[String]| {
+        let pairs = one.iter().zip(other);
+        pairs.take_while(|(one, other)| one == other).count()
+    };
+    let held = |layers: &Vec<String>| here.iter().map(|here| same(here, layers)).max();
+    Ok(wanted
+        .iter()
+        .map(|(volume, layers)| (*volume, held(layers).unwrap_or(0)))
+        .collect())
 }

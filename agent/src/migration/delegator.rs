@@ -434,6 +434,21 @@ impl Delegator {
             .collect()
     }
 
+    /// Changes how fast the copy of a plan under way may read.
+    ///
+    /// # Errors
+    /// The plan is unknown or over.
+    pub fn limit(&self, plan: &PlanId, limit: Option<Bytes>) -> Result<(), DelegatorError> {
+        let active = locked(&self.plans).get(plan).cloned();
+        let active = active.ok_or_else(|| DelegatorError::UnknownPlan(plan.clone()))?;
+        let status = active.status();
+        if status.over {
+            return Err(DelegatorError::Over(plan.clone(), status.phase));
+        }
+        active.limit(limit);
+        Ok(())
+    }
+
     /// Asks a plan to stop and roll back.
     ///
     /// # Errors
@@ -643,6 +658,7 @@ pub(super) fn plan_of(entries: &[super::journal::Entry<SourceEvent>]) -> Option<
             }
             SourceEvent::NotPaired { .. } => plan.delegated = Actions::default(),
             SourceEvent::GoesOn { plan: renewed } => plan = (**renewed).clone(),
+            SourceEvent::Limited { limit } => plan.guards.limit = *limit,
             _ => {}
         }
     }

@@ -98,6 +98,9 @@ pub enum SourceEvent {
     Prepared {
         /// Image volumes that it holds already.
         images_present: Vec<VolumeId>,
+        /// How many of the lowest layers of each other image volume it holds.
+        #[serde(default)]
+        layers_present: BTreeMap<VolumeId, usize>,
     },
     /// One round of replication is on the target.
     Round {
@@ -134,6 +137,11 @@ pub enum SourceEvent {
     GoesOn {
         /// The plan as of now: containers and order may have changed, volumes have not.
         plan: Box<Plan>,
+    },
+    /// An operator changed how fast it may read.
+    Limited {
+        /// Bytes a second; none: no limit.
+        limit: Option<Bytes>,
     },
     /// A new life of the agent goes on with it; what had been fenced and frozen runs again.
     Resumed,

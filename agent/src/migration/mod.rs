@@ -13,6 +13,8 @@ pub mod delegator;
 mod devices;
 pub mod events;
 mod faults;
+mod foreground;
+mod guard;
 pub mod journal;
 mod keys;
 mod moving;
@@ -36,6 +38,6 @@ mod twins;
 pub mod verify;
 pub mod view;
 
-pub use active::PlanStatus;
+pub use active::{Limits, PlanStatus};
 pub use moving::NOT_APPROVED;
 pub use settings::Settings;

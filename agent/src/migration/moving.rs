@@ -196,6 +196,10 @@ impl Done {
 impl Move {
     pub(super) fn append(&mut self, event: SourceEvent) -> Result<(), JournalError> {
         let now = self.delegator.now();
+        if let Some(limit) = self.active.limited() {
+            self.plan.guards.limit = limit;
+            self.journal.append(now, SourceEvent::Limited { limit })?;
+        }
         self.done.note(now, &event);
         self.moved.note(&event);
         self.journal.append(now, event)

@@ -184,9 +184,13 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(paired.explanation.iter().map(|line| format!("  {line}")));
             lines
         }
-        SourceEvent::Prepared { images_present } => vec![format!(
-            "target is ready to receive; it holds {} of the images already",
-            images_present.len()
+        SourceEvent::Prepared {
+            images_present,
+            layers_present,
+        } => vec![format!(
+            "target is ready to receive; it holds {} of the images already, and {} layers of others",
+            images_present.len(),
+            layers_present.values().sum::<usize>()
         )],
         SourceEvent::Round {
             round,
@@ -218,6 +222,8 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(tell_plan(plan));
             lines
         }
+        SourceEvent::Limited { limit: None } => vec!["no longer limited".into()],
+        SourceEvent::Limited { limit: Some(limit) } => vec![format!("limited to {limit}/s")],
         SourceEvent::Resumed => vec!["resumed: the agent here was started anew".into()],
         SourceEvent::GivenUp { .. } => vec!["rolling back".into()],
         SourceEvent::Fencing => vec!["restart policies off".into()],
@@ -337,6 +343,8 @@ fn tell_plan(plan: &Plan) -> Vec<String> {
         .collect();
     lines.push(format!("  start order: {}", steps.join(" → ")));
     lines.push(format!("  delegated: {}", plan.delegated));
+    let limit = plan.guards.limit.iter();
+    lines.extend(limit.map(|limit| format!("  limited to {limit}/s")));
     lines.extend(plan.notes.iter().map(|note| format!("  note: {note}")));
     lines
 }

@@ -16,6 +16,10 @@ pub struct Settings {
     pub prepare_rate_bytes: u64,
     /// At stage `prepare`: least time between two rounds of the copy; nine times the last round's at least.
     pub prepare_pause_seconds: u64,
+    /// What the source's own workload may lose to the copy, in percent; 100: it is not spared.
+    pub workload_loss_max_percent: f64,
+    /// Bytes a second that the copy may read however much the workload loses.
+    pub rate_min_bytes: u64,
     /// A container without health check and service ports is ready after this many seconds.
     pub settle_seconds: u64,
     /// A twin that is not ready after this many seconds is reported as failed.
@@ -44,6 +48,8 @@ impl Default for Settings {
             // What the slowest link we plan for carries: the copy in advance must not hurt a sick disk.
             prepare_rate_bytes: 16 << 20,
             prepare_pause_seconds: 60,
+            workload_loss_max_percent: 30.0,
+            rate_min_bytes: 16 << 20,
             settle_seconds: 30,
             ready_timeout_seconds: 120,
             disable_io_uring: false,

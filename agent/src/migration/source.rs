@@ -8,6 +8,7 @@ use super::allocation;
 use super::clearance::LOOK;
 use super::delegator::{FleetContext, target_peer};
 use super::events::{ContainerFence, SourceEvent};
+use super::foreground;
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
 use super::switch::Released;
@@ -19,18 +20,21 @@ use crate::model::control::{
     Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
 };
 use crate::model::fleet::PeerAddress;
+use crate::model::ids::VolumeId;
 use crate::model::plan::{Chosen, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease};
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
-use crate::transfer::{DataKey, DataPath, Hop, LinkKey, Sender};
+use crate::transfer::{DataKey, DataPath, Hop, Limit, LinkKey, Sender};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Runs a plan to its end or back to its beginning; one that was begun in an earlier life of the agent goes on
 /// with what arrived.
 pub(super) async fn run(mut core: Move) {
     let active = core.active.clone();
+    let _spared = foreground::spare(&core.delegator, &active);
     match up_to_release(&mut core).await {
         Ok(released) => released.finish().await,
         Err(_) if active.suspended() => core.suspend().await,
@@ -161,6 +165,7 @@ impl<'a> Allocated<'a> {
         let client = core.client()?;
         let offer = Offer {
             plan: core.plan.clone(),
+            layers: layers(core).await?,
         };
         let accepted: OfferAccepted = core.call(client, &target, "offer", &offer).await?;
         let route = match &paired {
@@ -180,10 +185,12 @@ impl<'a> Allocated<'a> {
         };
         core.append(SourceEvent::Prepared {
             images_present: accepted.images_present.clone(),
+            layers_present: accepted.layers_present.clone(),
         })?;
         let mut volumes = core.plan.volumes.clone();
         volumes.retain(|volume| !accepted.images_present.contains(&volume.id));
-        export_images(core, &volumes).await?;
+        let held = held_layers(&offer.layers, &accepted.layers_present);
+        export_images(core, &volumes, &held).await?;
         let key = *core.fleet()?.identity.fleet_key();
         let sender = core.delegator.sender(&core.plan.id, route, &key);
         Ok(Prepared {
@@ -235,8 +242,40 @@ fn hop(addr: SocketAddr, key: &Secret) -> Hop {
     }
 }
 
-/// Exports each image once; they travel as one archive each.
-async fn export_images(core: &Move, volumes: &[VolumeSpec]) -> Result<(), MoveError> {
+/// The layers of each image of the plan.
+async fn layers(core: &Move) -> Result<BTreeMap<VolumeId, Vec<String>>, MoveError> {
+    let mut layers = BTreeMap::new();
+    for volume in &core.plan.volumes {
+        let owner = volume.containers.first();
+        if matches!(volume.kind, VolumeKind::Image(_))
+            && let Some(planned) = owner.and_then(|name| core.plan.container(name))
+        {
+            let runtime = core.delegator.runtime_of(planned)?;
+            let of_image = runtime.image_layers(&planned.container.image_id).await?;
+            layers.insert(volume.id, of_image);
+        }
+    }
+    Ok(layers)
+}
+
+/// The lowest layers of each image, as many as the target holds.
+fn held_layers(
+    layers: &BTreeMap<VolumeId, Vec<String>>,
+    held: &BTreeMap<VolumeId, usize>,
+) -> BTreeMap<VolumeId, Vec<String>> {
+    let lowest = |(volume, layers): (&VolumeId, &Vec<String>)| {
+        let count = held.get(volume).copied().unwrap_or(0);
+        (*volume, layers.iter().take(count).cloned().collect())
+    };
+    layers.iter().map(lowest).collect()
+}
+
+/// Exports each image once, without the layers that the target holds; they travel as one archive each.
+async fn export_images(
+    core: &Move,
+    volumes: &[VolumeSpec],
+    held: &BTreeMap<VolumeId, Vec<String>>,
+) -> Result<(), MoveError> {
     let images = volumes.iter().filter_map(|volume| match &volume.kind {
         VolumeKind::Image(reference) => Some((volume, reference)),
         _ => None,
@@ -246,7 +285,8 @@ async fn export_images(core: &Move, volumes: &[VolumeSpec]) -> Result<(), MoveEr
         return Ok(());
     }
     core.enter("export images")?;
-    let exported = core.active.exporting(total);
+    slow_down(core);
+    let (exported, progress) = (core.active.exporting(total), core.active.progress());
     for (volume, reference) in images {
         let directory = &volume.source_path;
         tokio::fs::create_dir_all(directory)
@@ -259,7 +299,11 @@ async fn export_images(core: &Move, volumes: &[VolumeSpec]) -> Result<(), MoveEr
         if let Some(planned) = owner.and_then(|name| core.plan.container(name)) {
             let runtime = core.delegator.runtime_of(planned)?;
             let archive = directory.join(IMAGE_FILE);
-            let export = runtime.export_image(reference, &archive, &exported);
+            let without = held.get(&volume.id).map_or(&[][..], Vec::as_slice);
+            let export = runtime.export_image(reference, &archive, without, |bytes| {
+                exported.fetch_add(bytes, Ordering::Relaxed);
+                progress.pace.take(bytes, Instant::now())
+            });
             core.active.unless_cancelled(export).await?;
         }
     }
@@ -333,13 +377,7 @@ async fn prepare_in_advance(
     let progress = core.active.progress();
     let mut whole = true;
     loop {
-        if core.active.held() {
-            progress.set_pace(settings.prepare_rate_bytes);
-            // The word to evacuate, which lifts the pace, may have come in between.
-            if !core.active.held() {
-                progress.set_pace(0);
-            }
-        }
+        slow_down(core);
         core.enter("replicate in advance")?;
         let (_, took) = replicate_round(core, replica, volumes, whole).await?;
         if std::mem::take(&mut whole) {
@@ -354,11 +392,22 @@ async fn prepare_in_advance(
                     return Err(MoveError::PreparedTooLong);
                 }
             } else if core.cleared().await? {
-                progress.set_pace(0);
+                progress.pace.set(Limit::Advance, None);
                 return Ok(());
             }
             core.active.heard(LOOK).await;
         }
+    }
+}
+
+/// Keeps a copy in advance to its rate.
+fn slow_down(core: &Move) {
+    let pace = &core.active.progress().pace;
+    let rate = core.delegator.settings().prepare_rate_bytes;
+    pace.set(Limit::Advance, core.active.held().then_some(rate));
+    // The word to evacuate, which lifts the limit, may have come in between.
+    if !core.active.held() {
+        pace.set(Limit::Advance, None);
     }
 }
 
@@ -394,6 +443,7 @@ async fn replicate_round(
 async fn revise(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
     let offer = Offer {
         plan: core.plan.clone(),
+        layers: BTreeMap::new(),
     };
     core.call(core.client()?, target, "revise", &offer).await
 }

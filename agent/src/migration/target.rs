@@ -3,7 +3,7 @@
 //! Invariants: without a good release nothing is started (rule 4); ownership is on disk before it is
 //! said; what a plan made here is removed again when it ends without ownership, and nothing else is.
 
-use super::admission::Keys;
+use super::admission::{Keys, layers_held};
 use super::delegator::{Parts, plan_ids};
 use super::events::{Place, TargetEvent};
 use super::journal::{Entry, Journal, JournalError, plan_directory};
@@ -12,7 +12,7 @@ use super::places::{check_room, name_of, remove_places};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
 use crate::model::container::State;
-use crate::model::control::{OfferAccepted, Owns, TargetStatus};
+use crate::model::control::{Offer, OfferAccepted, Owns, TargetStatus};
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Plan, TwinState, VolumeRelease};
@@ -169,7 +169,8 @@ impl Target {
     ///
     /// # Errors
     /// The plan is not for us, something is in the way, or there is too little space.
-    pub async fn offer(&self, peer: &DeviceId, plan: Plan) -> Result<OfferAccepted, TargetError> {
+    pub async fn offer(&self, peer: &DeviceId, offer: Offer) -> Result<OfferAccepted, TargetError> {
+        let Offer { plan, layers } = offer;
         let _turn = self.turn(peer).await;
         let _offer = self.offers.lock().await;
         self.check_ours(peer, &plan)?;
@@ -178,7 +179,7 @@ impl Target {
         {
             return Err(TargetError::Owned(plan.id));
         }
-        if let Some(accepted) = self.accepted_before(&plan).await? {
+        if let Some(accepted) = self.accepted_before(&plan, &layers).await? {
             return Ok(accepted);
         }
         // A source runs one plan at a time: what it left unowned here is over.
@@ -188,6 +189,7 @@ impl Target {
         }
         let runtime = self.runtime_for(&plan).await?;
         Self::check_names(&plan, runtime).await?;
+        let layers_present = layers_held(runtime, &layers).await?;
         let directory = plan_directory(&self.parts.state, "target", &plan.id);
         let (mut journal, _) = Journal::open(&directory)?;
         let (mut places, mut images_present) = (Vec::new(), Vec::new());
@@ -238,15 +240,21 @@ impl Target {
                 accepted: true,
             },
         );
-        Ok(self.accepted(keys, images_present))
+        Ok(self.accepted(keys, images_present, layers_present))
     }
 
-    pub(super) fn accepted(&self, keys: Keys, images_present: Vec<VolumeId>) -> OfferAccepted {
+    pub(super) fn accepted(
+        &self,
+        keys: Keys,
+        images_present: Vec<VolumeId>,
+        layers_present: BTreeMap<VolumeId, usize>,
+    ) -> OfferAccepted {
         OfferAccepted {
             data: self.data,
             link_key: keys.link,
             data_key: keys.data,
             images_present,
+            layers_present,
         }
     }
 

@@ -5,6 +5,7 @@ use super::ids::{DeviceId, PlanId, VolumeId};
 use super::plan::{Plan, SignedRelease, TwinState, VolumeRelease};
 use super::units::Bytes;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ impl std::fmt::Debug for Secret {
 pub struct Offer {
     /// The plan with everything the twins need.
     pub plan: Plan,
+    /// Diff ids of the layers of each image volume, the lowest first.
+    pub layers: BTreeMap<VolumeId, Vec<String>>,
 }
 
 /// Target → source: ready to receive.
@@ -37,6 +40,8 @@ pub struct OfferAccepted {
     pub data_key: Secret,
     /// Image volumes that the target holds already.
     pub images_present: Vec<VolumeId>,
+    /// How many of the lowest layers of each other image volume it holds.
+    pub layers_present: BTreeMap<VolumeId, usize>,
 }
 
 /// Source → target: blocks of the plan's volumes are given out on demand.

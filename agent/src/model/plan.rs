@@ -96,6 +96,8 @@ pub struct PlanGuards {
     pub proceed_on_timeout: bool,
     /// Share of the fleet's live devices, in percent, that may evacuate at a time; none: no limit.
     pub max_evacuating: Option<f64>,
+    /// Most bytes a second that the copy may read; none: no limit.
+    pub limit: Option<Bytes>,
 }
 
 /// The whole plan.

@@ -74,6 +74,15 @@ impl Histogram {
         self.slots.iter().sum()
     }
 
+    /// About the sum of the counted values: each as the middle of its slot.
+    #[must_use]
+    pub fn sum(&self) -> f64 {
+        let slots = self.slots.iter().enumerate();
+        slots
+            .map(|(slot, &count)| count as f64 * 1.5 * 2f64.powi(slot as i32))
+            .sum()
+    }
+
     /// The value, in nanoseconds, below which `percent` (0–100) of the counted values lie; none when
     /// nothing was counted. Exact to its slot (a factor of two), interpolated within it.
     #[must_use]

@@ -8,7 +8,7 @@ use crate::volume::aligned::Aligned;
 use crate::volume::codec::Malformed;
 use nix::sys::socket::{setsockopt, sockopt};
 use std::io;
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,6 +52,32 @@ pub(super) struct Transmitter {
     engine: Box<dyn Engine>,
     seal: MessageSeal,
     patience: Duration,
+}
+
+/// What a data connection carries, and how the network may treat it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// The copy: less than best effort, RFC 8622 (LE, 000001).
+    Background,
+}
+
+impl Class {
+    /// The traffic class octet: the differentiated services field above two bits of congestion notification.
+    fn octet(self) -> i32 {
+        match self {
+            Self::Background => 0b00_0001 << 2,
+        }
+    }
+}
+
+/// Marks what a socket sends with its class.
+pub(super) fn mark(socket: &TcpStream, class: Class) -> io::Result<()> {
+    let octet = class.octet();
+    match socket.local_addr()? {
+        SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4Tos, &octet)?,
+        SocketAddr::V6(_) => setsockopt(socket, sockopt::Ipv6TClass, &octet)?,
+    }
+    Ok(())
 }
 
 /// Sets what every data socket needs: no delay for small messages, and the kernel's own notice of a

@@ -5,7 +5,7 @@
 //! the window is capped; a record is released only by an acknowledgement; after the retries are used
 //! up the link fails for good and says why.
 
-use super::connection::{self, ConnectionError, Incoming, Transmitter};
+use super::connection::{self, Class, ConnectionError, Incoming, Transmitter};
 use super::engine::engine;
 use super::frame::Header;
 use super::hello::{self, HelloError};
@@ -459,6 +459,7 @@ impl Shared {
         let socket = TcpStream::connect_timeout(&hop.addr, patience)
             .map_err(|error| Ended::Away(error.to_string()))?;
         connection::tune(&socket, patience).map_err(broken)?;
+        connection::mark(&socket, Class::Background).map_err(broken)?;
         let socket = Arc::new(socket);
         let mut greeter = engine(options.engine).map_err(fatal)?;
         let key = hello::call(

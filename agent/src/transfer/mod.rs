@@ -17,6 +17,7 @@ pub mod link;
 pub mod message;
 mod offers;
 mod packing;
+pub mod pace;
 pub mod payload;
 mod pieces;
 mod queue;
@@ -32,12 +33,12 @@ mod spool;
 pub mod uring;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use engine::EngineChoice;
 pub use fetch::{ProvidePlan, ProvideVolume};
 pub use link::{Hop, LinkError};
+pub use pace::{Limit, Pace};
 pub use receive::{ReceivePlan, ReceiveProgress, ReceiveVolume};
 pub use relay::RelayPlan;
 pub use seal::{DataKey, LinkKey};
@@ -92,11 +93,9 @@ pub struct Progress {
     pub bytes_sent: AtomicU64,
     /// Entries looked at.
     pub entries: AtomicU64,
+    /// How fast it may read.
+    pub pace: Pace,
     cancelled: AtomicBool,
-    /// Most bytes read a second; 0: no limit.
-    pace: AtomicU64,
-    /// When the next bytes may be read, while there is a limit.
-    due: Mutex<Option<std::time::Instant>>,
 }
 
 /// How soon a reader that waits for its turn hears that the limit is lifted.
@@ -108,26 +107,13 @@ impl Progress {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// Limits reading to so many bytes a second; 0 lifts the limit, also for readers that wait.
-    pub fn set_pace(&self, bytes_a_second: u64) {
-        self.pace.store(bytes_a_second, Ordering::Relaxed);
-    }
-
     /// Counts bytes that were read, and waits as long as the pace asks for.
     fn read(&self, bytes: u64) {
         self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
-        let pace = self.pace.load(Ordering::Relaxed);
-        if pace == 0 {
-            return;
-        }
-        let now = std::time::Instant::now;
-        let due = {
-            let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-            let from = due.unwrap_or_else(now).max(now());
-            *due.insert(from + Duration::from_secs_f64(bytes as f64 / pace as f64))
-        };
-        while self.pace.load(Ordering::Relaxed) > 0 && !self.is_cancelled() {
-            let left = due.saturating_duration_since(now());
+        let now = Instant::now();
+        let due = now + self.pace.take(bytes, now);
+        while self.pace.rate().is_some() && !self.is_cancelled() {
+            let left = due.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }

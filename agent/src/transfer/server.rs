@@ -5,7 +5,7 @@
 //! is capped.
 
 use super::Options;
-use super::connection;
+use super::connection::{self, Class};
 use super::engine::engine;
 use super::fetch::{ProvidePlan, Provision};
 use super::hello;
@@ -272,6 +272,7 @@ fn greet(shared: &Shared, socket: &TcpStream) -> Result<(Admission, [u8; 32]), S
     let options = &shared.options;
     socket.set_nonblocking(false)?;
     connection::tune(socket, options.patience)?;
+    connection::mark(socket, Class::Background)?;
     let mut greeter = engine(options.engine)?;
     let find = |plan: &PlanId| {
         let admission = lock(&shared.plans).get(plan).cloned()?;

@@ -208,7 +208,7 @@ fn a_wrong_link_key_is_refused_at_once_and_says_so() {
         },
         data_key: DataKey(DATA),
     };
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let error = bench.send(&mut bench.sender(path), 1, None).unwrap_err();
     assert!(error.to_string().contains("refused"), "{error}");
     assert!(started.elapsed() < Duration::from_secs(1));
@@ -271,7 +271,7 @@ fn a_dead_target_is_noticed_in_seconds() {
     options.retries = 1;
     options.patience = Duration::from_millis(500);
     let mut sender = Sender::new(bench.plan.clone(), path, FleetKey(FLEET), options);
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let error = bench.send(&mut sender, 1, None).unwrap_err();
     assert!(started.elapsed() < Duration::from_secs(4));
     assert!(error.to_string().contains("failed 2 times"), "{error}");
@@ -333,7 +333,7 @@ fn silent_strangers_make_room_for_an_admitted_peer() {
 fn a_peer_that_drips_its_greeting_is_cut_off() {
     let bench = Bench::new(EngineChoice::Auto);
     let mut socket = TcpStream::connect(bench.server.addr()).unwrap();
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     // Each byte comes in time; the whole does not.
     let dripped = (0..100).find(|_| {
         std::thread::sleep(Duration::from_millis(100));
@@ -395,7 +395,7 @@ fn a_full_target_is_named_with_what_is_needed_and_free_and_a_roomier_one_works()
             "{text}"
         );
         // The sender may hear of it before the receiver's worker has written it down.
-        let since = std::time::Instant::now();
+        let since = Instant::now();
         let failed = || {
             bench.server.progress(&bench.plan).unwrap()[0]
                 .failure

@@ -247,7 +247,7 @@ fn a_cancelled_epoch_ends_soon() {
         canceller.cancel();
     });
     let mut sender = bench.sender(bench.path(Way::Direct));
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let result = sender.send_epoch(&bench.volume(), Epoch(1), false, None, &progress);
     thread.join().unwrap();
     assert!(result.is_err());

@@ -1,0 +1,103 @@
+//! Devices that are killed in the middle of the copy: the plan goes on from what arrived, at the rate it was
+//! limited to.
+
+use anyhow::{Context as _, Result, ensure};
+use lifeboat_tests::stage::{PATIENCE, SOURCE, Service, Stage, TARGET, device};
+use serde_json::Value;
+use xtask::crew::wait_for_end;
+use xtask::process::wait_for;
+
+const CACHE: Service = Service {
+    name: "cache",
+    port: 6379,
+};
+/// Behind the target by its name, which decides between equals.
+const HELPER: &str = "wing";
+
+/// Random bytes to move beside the image.
+const BULK: u64 = 64 << 20;
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn source_and_target_are_killed_in_the_copy_and_the_plan_goes_on_from_what_arrived() -> Result<()> {
+    goes_on("resumed-direct", &[], &[SOURCE, TARGET])
+}
+
+#[test]
+fn all_three_devices_are_killed_in_the_copy_over_a_spool_and_the_plan_goes_on() -> Result<()> {
+    let delegate = ["--delegate", "transfer"];
+    goes_on("resumed-spool", &delegate, &[HELPER, SOURCE, TARGET])
+}
+
+/// Evacuates with a limit, kills each of `killed` at another point of the copy, and counts what the target's
+/// interface took.
+fn goes_on(name: &str, delegate: &[&str], killed: &[&str]) -> Result<()> {
+    let mut devices = vec![device(SOURCE, None), device(TARGET, None)];
+    if !delegate.is_empty() {
+        devices.push(device(HELPER, None));
+    }
+    let Some(mut stage) = Stage::up(name, &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let (source, target) = (stage.source()?.clone(), stage.target()?.clone());
+    let big = format!("head -c {BULK} /dev/urandom >{}/big", CACHE.notes());
+    source.run(["sh", "-c", &big])?;
+    let mut evacuate = vec!["evacuate", CACHE.name, "--yes", "--limit", "16MiB"];
+    evacuate.extend(delegate);
+    stage.crew.begin(SOURCE, "evacuate", &evacuate)?;
+    let plan = stage.plan()?;
+
+    let from = copied(&stage, &plan)?;
+    let before = target.received()?;
+    let share = BULK / (killed.len() as u64 + 1);
+    for (place, device) in killed.iter().enumerate() {
+        let wanted = before + share * (place as u64 + 1);
+        wait_for("a part of the copy", PATIENCE, || {
+            Ok((target.received()? >= wanted).then_some(()))
+        })
+        .with_context(|| stage.crew.log(SOURCE))?;
+        stage.crew.kill_agent(device)?;
+        stage.crew.start_agent(device)?;
+        stage.writes_go_on(&CACHE)?;
+    }
+    let limits = limits(&stage, &plan)?;
+    ensure!(limits["cap"] == 16 * MIB, "{limits}");
+    stage.crew.tell(SOURCE, &["limit", &plan, "none"])?;
+
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)?;
+    let timeline = report["timeline"].to_string();
+    ensure!(
+        report["state"] == "completed" && timeline.contains("no longer limited"),
+        "{report:#}"
+    );
+    let took = target.received()? - before;
+    println!("{from} bytes before; of {BULK} bytes the target took {took}");
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    // Records that were cut, the client's writes, and words of the control channel come on top.
+    ensure!(took < BULK + BULK / 8, "{took} bytes for {BULK}");
+    stage.lab.down()
+}
+
+/// Waits until the bulk is being copied; bytes that were read until then.
+fn copied(stage: &Stage, plan: &str) -> Result<u64> {
+    wait_for("the copy", PATIENCE, || {
+        let status = status(stage, plan)?;
+        let read = status["bytes_read"].as_u64().unwrap_or_default();
+        Ok((status["phase"] == "replicate" && read > 0).then_some(read))
+    })
+    .with_context(|| stage.crew.log(SOURCE))
+}
+
+fn limits(stage: &Stage, plan: &str) -> Result<Value> {
+    Ok(status(stage, plan)?["limits"].clone())
+}
+
+fn status(stage: &Stage, plan: &str) -> Result<Value> {
+    let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+    let plans = status["plans"].as_array().cloned().unwrap_or_default();
+    Ok(plans
+        .into_iter()
+        .find(|known| known["plan"] == plan)
+        .unwrap_or_default())
+}
