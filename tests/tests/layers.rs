@@ -32,7 +32,14 @@ fn a_base_image_that_the_target_has_costs_nothing() -> Result<()> {
     source.podman(["commit", "--quiet", "grower", "localhost/grown:1"])?;
     source.podman(["rm", "grower"])?;
     let entry = "--entrypoint=[\"sleep\", \"1000\"]";
-    let run = ["run", "--detach", "--name", "grown", entry, "localhost/grown:1"];
+    let run = [
+        "run",
+        "--detach",
+        "--name",
+        "grown",
+        entry,
+        "localhost/grown:1",
+    ];
     source.podman(run)?;
     let sum = ["exec", "grown", "sh", "-c", "md5sum /grown /bin/sh"];
     let before = source.podman(sum)?;
