@@ -1,10 +1,11 @@
 //! An image upon a base that the target holds: only what is new of it goes over the wire.
 
 use anyhow::{Context as _, Result, ensure};
-use lifeboat_tests::stage::{SOURCE, Stage, TARGET, device};
+use lifeboat_tests::stage::{PATIENCE, SOURCE, Stage, TARGET, device};
 use serde_json::Value;
 use std::fs;
 use xtask::images;
+use xtask::process::wait_for;
 
 /// Random bytes upon the base.
 const GROWN: u64 = 2_000_000;
@@ -46,6 +47,13 @@ fn a_base_image_that_the_target_has_costs_nothing() -> Result<()> {
     let size = source.podman(["image", "inspect", "--format", "{{.Size}}", base])?;
     let size: u64 = size.trim().parse()?;
 
+    wait_for("the container in the agent's eyes", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let seen = status["view"]["containers"]
+            .to_string()
+            .contains("\"grown\"");
+        Ok(seen.then_some(()))
+    })?;
     stage.crew.tell(SOURCE, &["evacuate", "grown", "--yes"])?;
     ensure!(target.podman(sum)? == before, "the twin's image differs");
     let plan = stage.plan()?;

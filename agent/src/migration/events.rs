@@ -98,9 +98,9 @@ pub enum SourceEvent {
     Prepared {
         /// Image volumes that it holds already.
         images_present: Vec<VolumeId>,
-        /// How many of the lowest layers of each other image volume it holds.
+        /// How many layers of the other images it holds.
         #[serde(default)]
-        layers_present: BTreeMap<VolumeId, usize>,
+        layers_present: usize,
     },
     /// One round of replication is on the target.
     Round {

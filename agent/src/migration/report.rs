@@ -190,7 +190,7 @@ fn tell(event: &SourceEvent) -> Vec<String> {
         } => vec![format!(
             "target is ready to receive; it holds {} of the images already, and {} layers of others",
             images_present.len(),
-            layers_present.values().sum::<usize>()
+            layers_present
         )],
         SourceEvent::Round {
             round,

@@ -185,7 +185,7 @@ impl<'a> Allocated<'a> {
         };
         core.append(SourceEvent::Prepared {
             images_present: accepted.images_present.clone(),
-            layers_present: accepted.layers_present.clone(),
+            layers_present: accepted.layers_present.values().sum(),
         })?;
         let mut volumes = core.plan.volumes.clone();
         volumes.retain(|volume| !accepted.images_present.contains(&volume.id));

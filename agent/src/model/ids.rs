@@ -1,6 +1,7 @@
 //! Names of things. Newtypes, so that one cannot be handed over as another.
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
 
 macro_rules! string_id {
@@ -59,9 +60,34 @@ impl PlanId {
 }
 
 /// A volume's number within its plan, as it stands in every record's associated data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
 pub struct VolumeId(pub u32);
+
+impl<'de> Deserialize<'de> for VolumeId {
+    /// A number, or one as text: JSON's keys are text, which serde does not undo inside a tagged enum.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Number;
+
+        impl Visitor<'_> for Number {
+            type Value = VolumeId;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a volume's number")
+            }
+
+            fn visit_u64<E: Error>(self, number: u64) -> Result<VolumeId, E> {
+                u32::try_from(number).map(VolumeId).map_err(E::custom)
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<VolumeId, E> {
+                text.parse().map(VolumeId).map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_any(Number)
+    }
+}
 
 impl fmt::Display for VolumeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -104,5 +130,26 @@ impl fmt::Display for Signature {
 impl fmt::Debug for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Signature({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn volumes_are_keys_of_maps_in_journals_too() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "event")]
+        enum Event {
+            Planned { epochs: BTreeMap<VolumeId, Epoch> },
+        }
+        let epochs = BTreeMap::from([(VolumeId(7), Epoch(3))]);
+        let event = Event::Planned { epochs };
+        let text = serde_json::to_string(&event).unwrap();
+        assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), event);
+        assert_eq!(serde_json::from_str::<VolumeId>("7").unwrap(), VolumeId(7));
+        assert!(serde_json::from_str::<VolumeId>("4294967296").is_err());
     }
 }
