@@ -14,7 +14,7 @@ const CACHE: Service = Service {
 /// Behind the target by its name, which decides between equals.
 const HELPER: &str = "wing";
 
-/// Random bytes to move beside the image.
+/// Random bytes to move beside the image, most of what moves.
 const BULK: u64 = 64 << 20;
 const MIB: u64 = 1 << 20;
 
@@ -47,8 +47,8 @@ fn goes_on(name: &str, delegate: &[&str], killed: &[&str]) -> Result<()> {
     stage.crew.begin(SOURCE, "evacuate", &evacuate)?;
     let plan = stage.plan()?;
 
-    let from = copied(&stage, &plan)?;
     let before = target.received()?;
+    let total = copied(&stage, &plan)?;
     let share = BULK / (killed.len() as u64 + 1);
     for (place, device) in killed.iter().enumerate() {
         let wanted = before + share * (place as u64 + 1);
@@ -71,20 +71,21 @@ fn goes_on(name: &str, delegate: &[&str], killed: &[&str]) -> Result<()> {
         "{report:#}"
     );
     let took = target.received()? - before;
-    println!("{from} bytes before; of {BULK} bytes the target took {took}");
+    println!("the target took {took} bytes for {total}");
     stage.writes_go_on(&CACHE)?;
     stage.check_data(&CACHE)?;
     // Records that were cut, the client's writes, and words of the control channel come on top.
-    ensure!(took < BULK + BULK / 8, "{took} bytes for {BULK}");
+    ensure!(took < total + total / 8, "{took} bytes for {total}");
     stage.lab.down()
 }
 
-/// Waits until the bulk is being copied; bytes that were read until then.
+/// Waits until the volumes are being copied; the bytes of all of them.
 fn copied(stage: &Stage, plan: &str) -> Result<u64> {
     wait_for("the copy", PATIENCE, || {
         let status = status(stage, plan)?;
         let read = status["bytes_read"].as_u64().unwrap_or_default();
-        Ok((status["phase"] == "replicate" && read > 0).then_some(read))
+        let copies = status["phase"] == "replicate" && read > 0;
+        Ok(status["bytes_total"].as_u64().filter(|_| copies))
     })
     .with_context(|| stage.crew.log(SOURCE))
 }
