@@ -154,6 +154,34 @@ fn a_pause_missing_approvals_and_the_storm_guard_hold_an_automatic_evacuation_ba
     stage.check_data(&CACHE)
 }
 
+#[test]
+fn what_nobody_approves_in_time_goes_on_where_the_policy_says_proceed() -> Result<()> {
+    let source = Device {
+        policy: Some(policy(false, "2s")),
+        migration: Vec::new(),
+        ..Device::new(SOURCE)
+    };
+    let Some(stage) = Stage::up("proceeds", &[source, device(TARGET, None)], &[CACHE])? else {
+        return Ok(());
+    };
+    let crew = &stage.crew;
+    let proceeds = policy(true, "2s\n  on_timeout: proceed");
+    reload(crew, &proceeds, "degraded")?;
+    let plan = wait_for("a plan", PATIENCE, || {
+        let plans = plans(crew)?;
+        let plan = plans.first().and_then(|plan| plan["plan"].as_str());
+        Ok(plan.map(str::to_owned))
+    })
+    .with_context(|| crew.log(SOURCE))?;
+    let report = wait_for_end(crew, SOURCE, &plan, PATIENCE)?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    says(
+        &report.to_string(),
+        &["not approved in time by oncall: the policy says to proceed"],
+    )?;
+    stage.check_data(&CACHE)
+}
+
 /// Enters into the duplicator's registry that `device` evacuates, for good.
 fn evacuates(office: &Host, device: &'static str) -> Result<()> {
     // `/proc/PID/root/`, as all paths of a lab host.

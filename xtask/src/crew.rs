@@ -143,7 +143,7 @@ impl Crew {
         self.launch_agent(device, environment)?;
         wait_for(
             "the agent's first view of its host",
-            Duration::from_secs(20),
+            Duration::from_secs(60),
             || {
                 let status = self.ask(device, &["status"])?;
                 Ok(status.1["view"]["snapshot"]["at"]

@@ -11,6 +11,7 @@ mod overhead;
 mod pause;
 mod programs;
 mod relations;
+mod replay;
 mod storm;
 mod tools;
 mod transfer;
@@ -65,11 +66,13 @@ pub enum Subject {
     Verdict,
     /// Start order and groups of 100,000 containers with 1,000,000 edges.
     Order,
+    /// A day of recording under a policy.
+    Replay,
     /// Relations found among containers whose relations are known; writes docs/relations-accuracy.md.
     Relations,
 }
 
-const ALL: [Subject; 9] = [
+const ALL: [Subject; 10] = [
     Subject::Transfer,
     Subject::Pause,
     Subject::Agent,
@@ -79,6 +82,7 @@ const ALL: [Subject; 9] = [
     Subject::Crowd,
     Subject::Verdict,
     Subject::Order,
+    Subject::Replay,
 ];
 
 /// Sets up, builds for release, measures as root and prints Markdown.
@@ -124,6 +128,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
             Subject::Crowd => crowd::measure(arguments.short)?,
             Subject::Verdict => verdict::measure(arguments.short)?,
             Subject::Order => order::measure(arguments.short)?,
+            Subject::Replay => replay::measure(arguments.short)?,
             Subject::Relations => relations::measure()?,
         });
     }
