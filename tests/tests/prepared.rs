@@ -109,6 +109,20 @@ fn what_was_prepared_is_freed_at_recovery_and_saves_the_evacuation_the_copy() ->
     );
     ensure!(state(&source)? == untouched, "the container was touched");
 
+    // The target dies too; a later round finds it again, and what it holds.
+    let before = copied.len();
+    stage.crew.kill_agent(TARGET)?;
+    stage.crew.start_agent(TARGET)?;
+    let copied = wait_for("a round after the target's death", PATIENCE, || {
+        let copied = rounds(&plan)?;
+        Ok((copied.len() > before + 1).then_some(copied))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    let again: u64 = copied[before..].iter().map(|round| round.1).sum();
+    ensure!(again < BULK / 4, "{again} bytes again: {copied:?}");
+    ensure!(prepared(&stage, "")? == plan, "another plan");
+    ensure!(state(&source)? == untouched, "the container was touched");
+
     overload(&stage, STARVED)?;
     wait_for("the word to evacuate", PATIENCE, || {
         Ok(moved(&source, &plan)?.1.map(drop))
