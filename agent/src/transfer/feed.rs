@@ -384,7 +384,7 @@ impl Feed<'_> {
         let plan = &self.reception.plan;
         let mut done = Done {
             root: own,
-            entries: tree.len() as u64,
+            entries: tree.entries(),
             proof: [0; 32],
         };
         let id = self.volume.spec.id;

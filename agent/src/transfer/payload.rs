@@ -1,8 +1,9 @@
 //! What a record says once it is opened: removals, entries, file contents, and the end of an epoch.
 //!
-//! Order in an epoch: removals → entries (directories, special files, the start of each large file)
-//! → files and segments in any order → finishes (large files, hard links) → end. Each arrow is a
-//! barrier. A payload may be packed. Invariants: every count is checked against the bytes that are there before anything is
+//! Order in an epoch, for one window of paths after the other: removals → entries (directories, special
+//! files, the start of each large file) → files and segments in any order → finishes (large files, hard
+//! links); after the last window the end. Each arrow is a barrier. A payload may be packed. Invariants:
+//! every count is checked against the bytes that are there before anything is
 //! allocated; decoding never panics.
 
 use super::frame::{BODY_CAP, HEADER_LEN};

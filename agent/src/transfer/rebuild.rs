@@ -13,18 +13,15 @@ use crate::volume::apply::{Access, ApplyError, Destination, Parent};
 use crate::volume::block_map::{self, Holder};
 use crate::volume::confined::split;
 use crate::volume::sign::{self, ZERO};
-use crate::volume::tree::shown;
-use crate::volume::{BlockMap, BlockSize, Entry, FleetKey, Kind, TreeState};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Bound;
+use crate::volume::state::EntryMap;
+use crate::volume::tree::{RootHasher, shown};
+use crate::volume::{BlockMap, BlockSize, Entry, FleetKey, Kind};
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-
-/// Entries by path.
-pub(super) type Tree = BTreeMap<Box<[u8]>, Entry>;
 
 /// Why a payload was not applied.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +63,7 @@ pub(super) struct Rebuild {
 
 #[derive(Default)]
 struct State {
-    tree: Tree,
+    tree: EntryMap,
     /// Paths found here that the source has not named yet; empty when it builds upon this tree.
     unnamed: BTreeSet<Box<[u8]>>,
     /// Large files whose pieces are arriving.
@@ -98,13 +95,11 @@ impl State {
         let mut below = path.to_vec();
         below.push(b'/');
         let mut gone = vec![Box::from(path)];
-        let range = (Bound::Included(below.as_slice()), Bound::Unbounded);
+        let paths = self.tree.paths_from(&below);
         gone.extend(
-            self.tree
-                .range::<[u8], _>(range)
-                .map(|(path, _)| path)
+            paths
                 .take_while(|path| path.starts_with(&below))
-                .cloned(),
+                .map(Box::from),
         );
         for path in gone {
             self.tree.remove(&path);
@@ -122,11 +117,11 @@ impl Rebuild {
         block_size: BlockSize,
         key: FleetKey,
         map: Option<Arc<BlockMap>>,
-        tree: Tree,
+        tree: EntryMap,
         remove_unnamed: bool,
     ) -> Self {
         let unnamed = if remove_unnamed {
-            tree.keys().cloned().collect()
+            tree.paths().map(Box::from).collect()
         } else {
             BTreeSet::new()
         };
@@ -152,8 +147,8 @@ impl Rebuild {
     /// The signatures of every file here, each under a name that `name` makes of its path.
     pub(super) fn held(&self, name: impl Fn(&[u8]) -> [u8; 32]) -> Vec<([u8; 32], Vec<Signature>)> {
         let state = lock(&self.state);
-        let files = state.tree.values().filter_map(|entry| match &entry.kind {
-            Kind::File { blocks, .. } => Some((name(&entry.path), blocks.clone())),
+        let files = state.tree.iter().filter_map(|entry| match entry.kind {
+            Kind::File { blocks, .. } => Some((name(&entry.path), blocks)),
             _ => None,
         });
         files.collect()
@@ -274,7 +269,7 @@ impl Rebuild {
             state.touch_parent(path);
         }
         state.name(path);
-        state.tree.insert(path.clone(), entry.clone());
+        state.tree.insert(entry);
         Ok(())
     }
 
@@ -286,13 +281,13 @@ impl Rebuild {
         dense: bool,
     ) -> Result<(), RebuildError> {
         let mut state = lock(&self.state);
-        let building = match state.tree.get(path).map(|old| &old.kind) {
+        let building = match state.tree.get(path).map(|old| old.kind) {
             Some(Kind::File { blocks, .. }) => Building {
-                blocks: blocks.iter().copied().map(Some).collect(),
+                blocks: blocks.into_iter().map(Some).collect(),
                 fresh: false,
             },
             old => {
-                if old == Some(&Kind::Directory) {
+                if old == Some(Kind::Directory) {
                     parent.forget();
                     state.forget(path);
                 }
@@ -363,8 +358,8 @@ impl Rebuild {
             files
                 .iter()
                 .map(
-                    |(entry, _)| match state.tree.get(&entry.path).map(|e| &e.kind) {
-                        Some(Kind::File { blocks, .. }) => Some(blocks.clone()),
+                    |(entry, _)| match state.tree.get(&entry.path).map(|e| e.kind) {
+                        Some(Kind::File { blocks, .. }) => Some(blocks),
                         Some(Kind::Directory) => {
                             state.forget(&entry.path);
                             None
@@ -419,7 +414,7 @@ impl Rebuild {
                 state.touch_parent(&entry.path);
             }
             state.name(&entry.path);
-            state.tree.insert(entry.path.clone(), entry);
+            state.tree.insert(&entry);
         }
         Ok(())
     }
@@ -562,12 +557,12 @@ impl Rebuild {
             let mut entry = entry.clone();
             match &mut entry.kind {
                 Kind::HardLink(primary) => {
-                    let old = state.tree.get(path).map(|old| &old.kind);
-                    if old == Some(&Kind::Directory) {
+                    let old = state.tree.get(path).map(|old| old.kind);
+                    if old == Some(Kind::Directory) {
                         parent.forget();
                         state.forget(path);
                     }
-                    let known = state.tree.get(&*primary).map(|first| &first.kind);
+                    let known = state.tree.get(primary).map(|first| first.kind);
                     if !matches!(known, Some(Kind::File { .. })) {
                         return Err(self.disagree("there is no first name for the link", path));
                     }
@@ -595,14 +590,14 @@ impl Rebuild {
                 _ => {}
             }
             state.name(path);
-            state.tree.insert(path.clone(), entry);
+            state.tree.insert(&entry);
         }
         Ok(())
     }
 
     /// Removes what the source did not name, sets the directories' metadata, makes everything durable
     /// and returns the root of what is here now.
-    pub(super) fn end(&self) -> Result<(Signature, Tree), RebuildError> {
+    pub(super) fn end(&self) -> Result<(Signature, EntryMap), RebuildError> {
         let mut state = lock(&self.state);
         if let Some(path) = state.building.keys().next() {
             return Err(self.disagree("the end of the epoch came before the end of", path));
@@ -619,13 +614,16 @@ impl Rebuild {
             if let Some(entry) = state.tree.get(path)
                 && entry.kind == Kind::Directory
             {
-                self.destination.finish_directory(entry)?;
+                self.destination.finish_directory(&entry)?;
             }
         }
         let tree = std::mem::take(&mut state.tree);
         let root = std::thread::scope(|scope| {
-            let root =
-                scope.spawn(|| TreeState::root_of(&self.key, self.block_size, tree.values()));
+            let root = scope.spawn(|| {
+                let mut root = RootHasher::new(&self.key, self.block_size);
+                tree.iter().for_each(|entry| root.add(&entry));
+                root.finish()
+            });
             self.destination.sync()?;
             if let Some(map) = &self.map {
                 map.flush();

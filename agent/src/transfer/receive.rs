@@ -11,11 +11,12 @@ use super::message::{
     Answers, Basis, Done, Failure, FailureCode, Holdings, Message, SessionId, have_messages,
 };
 use super::queue::lock;
-use super::rebuild::{Rebuild, Tree};
+use super::rebuild::Rebuild;
 use super::seal::{DataKey, LinkKey, Salt, Sealer};
 use super::sender::path_hash;
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::volume::apply::Destination;
+use crate::volume::state::EntryMap;
 use crate::volume::{BlockMap, BlockSize, FleetKey, scan};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
@@ -104,7 +105,7 @@ pub(super) struct Complete {
     pub(super) epoch: Epoch,
     pub(super) root: Signature,
     pub(super) block_size: BlockSize,
-    pub(super) tree: Tree,
+    pub(super) tree: EntryMap,
 }
 
 /// One attempt at one epoch, across reconnections.
@@ -357,7 +358,7 @@ impl Reception {
         let (basis, tree) = match complete {
             Some(complete) if Some(complete.root) == wanted => (Basis::Known, complete.tree),
             Some(complete) => (Basis::Everything, complete.tree),
-            None if destination.is_empty()? => (Basis::Everything, Tree::new()),
+            None if destination.is_empty()? => (Basis::Everything, EntryMap::default()),
             None => {
                 tracing::info!(plan = %self.plan.plan, volume = spec.name, "looking at what the target already holds");
                 let (state, _) = scan(&spec.destination, &self.plan.fleet_key, block_size)
@@ -365,9 +366,7 @@ impl Reception {
                         volume: spec.name.clone(),
                         source,
                     })?;
-                let entries = state.entries.into_iter();
-                let tree = entries.map(|entry| (entry.path.clone(), entry)).collect();
-                (Basis::Everything, tree)
+                (Basis::Everything, state.iter().collect())
             }
         };
         Ok(Arc::new(Session {

@@ -397,7 +397,7 @@ impl Sender {
         };
         let (state, tally) = source.send().map_err(|error| error.at(volume, epoch))?;
         let mut end = payload::start(outlet.buffer(), PayloadKind::End);
-        payload::put_end(&mut end, state.root, state.entries.len() as u64);
+        payload::put_end(&mut end, state.root, state.entries());
         outlet.emit(end, true, 0).map_err(failed)?;
         let done = last.finish().map_err(failed)?;
         let expected = proof(&self.fleet_key, &self.plan, volume.id, epoch, &done);
@@ -417,7 +417,7 @@ impl Sender {
             epoch,
             root: state.root,
             target_root: done.root,
-            entries: state.entries.len() as u64,
+            entries: state.entries(),
             changed_entries: tally.changed_entries.into_inner(),
             removed: tally.removed.into_inner(),
             blocks_sent: tally.blocks_sent.into_inner(),

@@ -1,4 +1,5 @@
-//! Sending a tree's changes in the order that the target can apply: removals, entries, files, the rest.
+//! Sending a tree's changes, a window of paths after the other, each in the order that the target can apply:
+//! removals, entries, files, the rest.
 //!
 //! Invariants: the resulting state describes exactly the bytes that were sent or already held by the
 //! target; what vanishes while being read is removed in this epoch; what changes while being read is
@@ -13,13 +14,19 @@ use super::sender::{Outlet, SendError, path_hash};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, Signature};
 use crate::model::volume::VolumeSpec;
-use crate::volume::change::{Baseline, Step, compare};
+use crate::volume::change::{Baseline, Changes, Step, Window};
+use crate::volume::state::Builder;
 use crate::volume::tree::shown;
-use crate::volume::walk::{self, hard_link};
+use crate::volume::walk::{self, Found, WalkError, hard_link};
 use crate::volume::{BlockSize, Confined, Entry, Exception, FleetKey, Kind, ScanError, TreeState};
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Steps that are worked on at a time: few enough that a tree of any size takes little memory, many enough
+/// that waiting for the last of them does not count.
+const WINDOW: usize = 8192;
 /// Payload from which a record of entries is sent.
 const ENTRIES_FULL: usize = 192 << 10;
 
@@ -51,15 +58,15 @@ impl<'a> Held<'a> {
         }
     }
 
-    pub(super) fn blocks(&self, path: &[u8]) -> &[Signature] {
+    pub(super) fn blocks(&self, path: &[u8]) -> Cow<'_, [Signature]> {
         match self {
-            Self::Previous(state) => match state.get(path).map(|entry| &entry.kind) {
-                Some(Kind::File { blocks, .. }) => blocks,
-                _ => &[],
+            Self::Previous(state) => match state.get(path).map(|entry| entry.kind) {
+                Some(Kind::File { blocks, .. }) => blocks.into(),
+                _ => Cow::default(),
             },
-            Self::Listed(listed, key) => {
-                listed.get(&path_hash(key, path)).map_or(&[], Vec::as_slice)
-            }
+            Self::Listed(listed, key) => listed
+                .get(&path_hash(key, path))
+                .map_or_else(Cow::default, Cow::from),
         }
     }
 }
@@ -137,21 +144,50 @@ impl Source<'_> {
     pub(super) fn send(&self) -> Result<(TreeState, Tally), SourceError> {
         let root = walk::open_root(&self.volume.source_path)?;
         let baseline = Baseline::establish(&root, self.frozen)?;
-        let walk = walk::walk(&root)?;
-        let mut plan = compare(walk, self.held.previous());
-        let mut tally = Tally {
-            skipped: std::mem::take(&mut plan.skipped),
-            ..Tally::default()
-        };
-        add(&tally.removed, plan.removed.len() as u64);
-        self.send_removals(&plan.removed)?;
-        let mut done = self.send_entries(&root, baseline, &plan.steps, &tally)?;
-        done.extend(send_files(self, &root, baseline, &plan.steps, &tally)?);
-        let vanished = self.vanished(&plan.steps, &done);
-        self.send_removals(&vanished)?;
-        let entries = self.finish(&plan.steps, baseline, done, &tally)?;
+        let previous = self.held.previous();
+        let mut state = Builder::new(self.key, self.block_size, previous);
+        let mut tally = Tally::default();
+        let skipped = std::thread::scope(|scope| {
+            // The walk goes on while what it found is read: its waits for the disk cost nothing then.
+            let (found, walked) = std::sync::mpsc::sync_channel(WINDOW);
+            let walker = scope.spawn(|| {
+                let mut walk = walk::walk(&root);
+                // Nobody takes more when reading failed.
+                let _ = walk.try_for_each(|one| found.send(one));
+                drop(found);
+                walk.skipped()
+            });
+            let changes = Changes::new(walked.into_iter(), previous);
+            self.send_windows(&root, baseline, changes, &mut state, &tally)?;
+            // A panic of the thread is passed on.
+            Ok::<_, SourceError>(walker.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })?;
+        tally.skipped.extend(skipped);
         tally.skipped.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok((TreeState::new(self.key, self.block_size, entries), tally))
+        Ok((state.finish(), tally))
+    }
+
+    fn send_windows(
+        &self,
+        root: &Confined,
+        baseline: Baseline,
+        mut changes: Changes<'_, impl Iterator<Item = Result<Found, WalkError>>>,
+        state: &mut Builder<'_>,
+        tally: &Tally,
+    ) -> Result<(), SourceError> {
+        let mut gone = HashSet::new();
+        while let Some(Window { steps, removed }) = changes.window(WINDOW)? {
+            add(&tally.removed, removed.len() as u64);
+            self.send_removals(&removed)?;
+            let mut done = self.send_entries(root, baseline, &steps, tally)?;
+            if steps.iter().any(|step| matches!(step, Step::File(_))) {
+                done.extend(send_files(self, root, baseline, &steps, tally)?);
+            }
+            let vanished = self.vanished(&steps, &done);
+            self.send_removals(&vanished)?;
+            self.finish(steps, baseline, done, tally, state, &mut gone)?;
+        }
+        Ok(())
     }
 
     fn send_removals(&self, paths: &[Box<[u8]>]) -> Result<(), SourceError> {
@@ -217,51 +253,45 @@ impl Source<'_> {
         paths
     }
 
-    /// Finishes large files and hard links and puts the new state together.
+    /// Finishes large files and hard links of a window and adds it to the new state. `gone` is what
+    /// vanished in this epoch.
     fn finish(
         &self,
-        steps: &[Step],
+        steps: Vec<Step>,
         baseline: Baseline,
         mut done: Outcomes,
         tally: &Tally,
-    ) -> Result<Vec<Entry>, SourceError> {
-        let mut entries: Vec<Entry> = Vec::with_capacity(steps.len());
-        let mut gone: HashSet<&[u8]> = HashSet::new();
+        state: &mut Builder<'_>,
+        gone: &mut HashSet<Box<[u8]>>,
+    ) -> Result<(), SourceError> {
         let mut orphans = Vec::new();
         let mut batch = Batch::new(self.outlet, PayloadKind::Finish);
-        let previous = self.held.previous();
-        for (index, step) in steps.iter().enumerate() {
+        for (index, step) in steps.into_iter().enumerate() {
+            let is_file = matches!(step, Step::File(_));
             match step {
-                Step::Keep(at) => {
-                    let Some(entry) = previous.and_then(|state| state.entries.get(*at)) else {
-                        continue;
-                    };
-                    match &entry.kind {
-                        Kind::HardLink(primary) if gone.contains(&**primary) => {
-                            orphans.push(entry.path.clone());
-                        }
-                        _ => entries.push(entry.clone()),
+                Step::Keep(placed) => match &placed.entry.kind {
+                    Kind::HardLink(primary) if gone.contains(primary) => {
+                        orphans.push(placed.entry.path);
                     }
-                }
-                Step::Link(found, primary) if gone.contains(&**primary) => {
-                    orphans.push(found.path.clone());
-                }
+                    _ => state.keep(placed),
+                },
+                Step::Link(found, primary) if gone.contains(&primary) => orphans.push(found.path),
                 Step::Link(found, primary) => {
                     let racy = baseline.is_racy(&found.stat);
-                    let entry = hard_link(&found.path, &found.stat, primary, racy);
+                    let entry = hard_link(&found.path, &found.stat, &primary, racy);
                     add(&tally.changed_entries, 1);
                     batch.put(|record| payload::put_finish(record, &entry))?;
-                    entries.push(entry);
+                    state.push(&entry);
                 }
                 Step::File(found) | Step::Special(found) => match done.remove(&index).flatten() {
                     Some(entry) => {
-                        if matches!(step, Step::File(_)) && is_large(&found.stat) {
+                        if is_file && is_large(&found.stat) {
                             batch.put(|record| payload::put_finish(record, &entry))?;
                         }
-                        entries.push(entry);
+                        state.push(&entry);
                     }
                     None => {
-                        gone.insert(&found.path);
+                        gone.insert(found.path);
                     }
                 },
             }
@@ -272,8 +302,7 @@ impl Source<'_> {
         for path in &orphans {
             self.frozen_change(path)?;
         }
-        self.send_removals(&orphans)?;
-        Ok(entries)
+        self.send_removals(&orphans)
     }
 
     pub(super) fn differs(&self, entry: &Entry) -> bool {

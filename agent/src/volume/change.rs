@@ -7,11 +7,13 @@
 //! file is read again.
 
 use super::confined::Confined;
-use super::tree::{Entry, Exception, Kind, Timestamp, TreeState};
-use super::walk::{Found, Walk, WalkError, kind_of, timestamp};
+use super::state::{Placed, TreeState};
+use super::tree::{Entry, Kind, Timestamp};
+use super::walk::{Found, WalkError, kind_of, timestamp};
 use nix::sys::stat::{FileStat, SFlag};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::iter::Peekable;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Distance from the baseline below which a change time proves nothing: coarse kernel time moves
@@ -76,8 +78,8 @@ impl Baseline {
 /// What to do with one found entry.
 #[derive(Debug)]
 pub enum Step {
-    /// Unchanged since the last epoch: its index there.
-    Keep(usize),
+    /// Unchanged since the last epoch.
+    Keep(Placed),
     /// A regular file to read.
     File(Found),
     /// Another name of the file at this path.
@@ -86,59 +88,105 @@ pub enum Step {
     Special(Found),
 }
 
-/// The work of one epoch.
+/// A part of the work of one epoch.
 #[derive(Debug, Default)]
-pub struct WorkPlan {
+pub struct Window {
     /// In path order.
     pub steps: Vec<Step>,
-    /// Paths of the last epoch that are gone, deepest first.
+    /// Paths of the last epoch that are gone; those below one of them are not named.
     pub removed: Vec<Box<[u8]>>,
-    /// What is left out.
-    pub skipped: Vec<Exception>,
 }
 
-/// Compares what was found with the last epoch.
-#[must_use]
-pub fn compare(walk: Walk, previous: Option<&TreeState>) -> WorkPlan {
-    let before: &[Entry] = previous.map_or(&[], |state| &state.entries);
-    let mut plan = WorkPlan {
-        skipped: walk.skipped,
-        ..WorkPlan::default()
-    };
-    let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
-    let mut at = 0;
-    for found in walk.found {
-        while at < before.len() && before[at].path < found.path {
-            plan.removed.push(before[at].path.clone());
-            at += 1;
+/// What a walk finds, compared with the last epoch, one window after the other.
+pub struct Changes<'a, W> {
+    walk: W,
+    before: Peekable<Box<dyn Iterator<Item = Placed> + 'a>>,
+    primaries: HashMap<(u64, u64), Box<[u8]>>,
+    /// Directories of the last epoch that are gone.
+    gone: HashSet<Box<[u8]>>,
+}
+
+impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
+    /// Compares what a walk finds with the last epoch.
+    #[must_use]
+    pub fn new(walk: W, previous: Option<&'a TreeState>) -> Self {
+        let before: Box<dyn Iterator<Item = Placed>> = match previous {
+            Some(state) => Box::new(state.placed()),
+            None => Box::new(std::iter::empty()),
+        };
+        Self {
+            walk,
+            before: before.peekable(),
+            primaries: HashMap::new(),
+            gone: HashSet::new(),
         }
-        let old = before.get(at).filter(|entry| entry.path == found.path);
-        let index = at;
-        at += usize::from(old.is_some());
-        let kind = kind_of(&found.stat);
-        let identity = (found.stat.st_dev, found.stat.st_ino);
-        if found.stat.st_nlink > 1 && kind == SFlag::S_IFREG {
-            if let Some(primary) = primaries.get(&identity) {
-                let kept = old.is_some_and(|entry| entry.kind == Kind::HardLink(primary.clone()));
-                plan.steps.push(if kept {
-                    Step::Keep(index)
-                } else {
-                    Step::Link(found, primary.clone())
-                });
-                continue;
+    }
+
+    /// The next window, of `cap` steps or removals at most; none at the end.
+    ///
+    /// # Errors
+    /// Those of the walk.
+    pub fn window(&mut self, cap: usize) -> Result<Option<Window>, WalkError> {
+        let mut window = Window::default();
+        while window.steps.len() < cap && window.removed.len() < cap {
+            let Some(found) = self.walk.next() else {
+                while let Some(old) = self.before.next() {
+                    self.remove(&old.entry, &mut window);
+                }
+                break;
+            };
+            let found = found?;
+            while let Some(old) = self.before.next_if(|old| old.entry.path < found.path) {
+                self.remove(&old.entry, &mut window);
             }
-            primaries.insert(identity, found.path.clone());
+            let old = self.before.next_if(|old| old.entry.path == found.path);
+            window.steps.push(self.step(found, old));
         }
-        plan.steps.push(match old {
-            Some(entry) if unchanged(entry, &found.stat) => Step::Keep(index),
+        let is_over = window.steps.is_empty() && window.removed.is_empty();
+        Ok((!is_over).then_some(window))
+    }
+
+    fn remove(&mut self, old: &Entry, window: &mut Window) {
+        let slashes = old
+            .path
+            .iter()
+            .enumerate()
+            .filter(|(_, byte)| **byte == b'/');
+        let mut above = slashes.map(|(at, _)| &old.path[..at]);
+        if !self.gone.is_empty() && above.any(|above| self.gone.contains(above)) {
+            return;
+        }
+        if old.kind == Kind::Directory {
+            self.gone.insert(old.path.clone());
+        }
+        window.removed.push(old.path.clone());
+    }
+
+    fn step(&mut self, found: Found, old: Option<Placed>) -> Step {
+        let kind = kind_of(&found.stat);
+        if kind != SFlag::S_IFDIR
+            && let Some(old) = &old
+            && old.entry.kind == Kind::Directory
+        {
+            self.gone.insert(found.path.clone());
+        }
+        if found.stat.st_nlink > 1 && kind == SFlag::S_IFREG {
+            let identity = (found.stat.st_dev, found.stat.st_ino);
+            if let Some(primary) = self.primaries.get(&identity) {
+                let is_same = |old: &Placed| old.entry.kind == Kind::HardLink(primary.clone());
+                return match old.filter(is_same) {
+                    Some(old) => Step::Keep(old),
+                    None => Step::Link(found, primary.clone()),
+                };
+            }
+            self.primaries.insert(identity, found.path.clone());
+        }
+        match old {
+            Some(old) if unchanged(&old.entry, &found.stat) => Step::Keep(old),
             _ if kind == SFlag::S_IFREG => Step::File(found),
             _ => Step::Special(found),
-        });
+        }
     }
-    plan.removed
-        .extend(before[at..].iter().map(|entry| entry.path.clone()));
-    plan.removed.reverse();
-    plan
 }
 
 fn unchanged(old: &Entry, stat: &FileStat) -> bool {

@@ -1,7 +1,7 @@
 //! How much a tree holds, before it is read.
 
 use super::scan::ScanError;
-use super::walk::{open_root, walk};
+use super::walk::{kind_of, open_root, walk};
 use crate::model::units::Bytes;
 use nix::sys::stat::SFlag;
 use std::path::Path;
@@ -22,17 +22,16 @@ pub struct Measure {
 /// # Errors
 /// Anything that exists but cannot be looked at.
 pub fn measure(path: &Path) -> Result<Measure, ScanError> {
-    let found = walk(&open_root(path)?)?.found;
-    let is = |mode, kind: SFlag| mode & SFlag::S_IFMT.bits() == kind.bits();
-    let sizes = found
-        .iter()
-        .filter(|found| is(found.stat.st_mode, SFlag::S_IFREG));
-    let nodes = found.iter().map(|found| &found.stat).filter(|stat| {
-        is(stat.st_mode, SFlag::S_IFBLK) || is(stat.st_mode, SFlag::S_IFCHR) && stat.st_rdev != 0
-    });
-    Ok(Measure {
-        size: Bytes(sizes.map(|found| found.stat.st_size.unsigned_abs()).sum()),
-        entries: found.len() as u64,
-        device_nodes: nodes.count() as u64,
-    })
+    let mut measure = Measure::default();
+    for found in walk(&open_root(path)?) {
+        let stat = found?.stat;
+        measure.entries += 1;
+        match kind_of(&stat) {
+            SFlag::S_IFREG => measure.size += Bytes(stat.st_size.unsigned_abs()),
+            SFlag::S_IFBLK => measure.device_nodes += 1,
+            SFlag::S_IFCHR if stat.st_rdev != 0 => measure.device_nodes += 1,
+            _ => {}
+        }
+    }
+    Ok(measure)
 }

@@ -3,7 +3,7 @@
 //!
 //! Invariants: no path leaves the volume's directory (every open is confined beneath it, without
 //! following symbolic links); zero blocks and holes are marks, never bytes; the root of a volume is
-//! defined once ([`tree::TreeState::root_of`]) and computed by source and target on their own.
+//! defined once ([`tree::RootHasher`]) and computed by source and target on their own.
 //! Non-goals here: the wire, sealing.
 
 pub mod aligned;
@@ -16,14 +16,15 @@ pub mod measure;
 pub mod one;
 pub mod scan;
 pub mod sign;
+pub mod state;
 pub mod tree;
 pub mod walk;
 pub mod xattrs;
 
 pub use block_map::BlockMap;
-pub use change::WorkPlan;
 pub use confined::Confined;
 pub use measure::{Measure, measure};
 pub use scan::{ScanError, scan};
 pub use sign::{BlockSize, FleetKey};
-pub use tree::{Entry, Exception, Kind, Timestamp, TreeState};
+pub use state::TreeState;
+pub use tree::{Entry, Exception, Kind, Timestamp};

@@ -5,7 +5,8 @@ use super::change::Baseline;
 use super::confined::Confined;
 use super::one::{One, stat_of};
 use super::sign::{self, BlockSize, FleetKey};
-use super::tree::{Entry, Exception, Kind, TreeState};
+use super::state::{Builder, TreeState};
+use super::tree::{Entry, Exception, Kind};
 use super::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
 use nix::fcntl::OFlag;
 use nix::sys::stat::{FileStat, Mode, SFlag};
@@ -31,28 +32,29 @@ pub fn scan(
 ) -> Result<(TreeState, Vec<Exception>), ScanError> {
     let root = walk::open_root(path)?;
     let baseline = Baseline::establish(&root, true)?;
-    let walk = walk::walk(&root)?;
+    let mut walk = walk::walk(&root);
     let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
-    let mut entries = Vec::with_capacity(walk.found.len());
+    let mut state = Builder::new(key, block_size, None);
     let mut memory = Aligned::default();
     let buffer = memory.space(usize::try_from(block_size.bytes()).unwrap_or(1 << 20));
-    for found in &walk.found {
+    for found in &mut walk {
+        let found = found?;
         let racy = baseline.is_racy(&found.stat);
         if kind_of(&found.stat) != SFlag::S_IFREG {
-            entries.push(walk::special_entry(&root, found, racy)?);
+            state.push(&walk::special_entry(&root, &found, racy)?);
             continue;
         }
         let identity = (found.stat.st_dev, found.stat.st_ino);
         if found.stat.st_nlink > 1 {
             if let Some(primary) = primaries.get(&identity) {
-                entries.push(hard_link(&found.path, &found.stat, primary, racy));
+                state.push(&hard_link(&found.path, &found.stat, primary, racy));
                 continue;
             }
             primaries.insert(identity, found.path.clone());
         }
-        entries.push(scan_file(&root, found, key, block_size, buffer, racy)?);
+        state.push(&scan_file(&root, &found, key, block_size, buffer, racy)?);
     }
-    Ok((TreeState::new(key, block_size, entries), walk.skipped))
+    Ok((state.finish(), walk.skipped()))
 }
 
 fn scan_file(

@@ -1,4 +1,4 @@
-//! The state of a directory tree at one epoch: its entries, their layout as bytes, and the root.
+//! The entries of a directory tree, their layout as bytes, and the root over all of them.
 //!
 //! Invariants: entries are sorted by raw path bytes, the volume's own directory first with an empty
 //! path; a parent always comes before its children; inode numbers and change times are how the
@@ -11,6 +11,8 @@ use std::borrow::Cow;
 
 /// Longest path within a volume, in bytes: `PATH_MAX` without its NUL.
 pub const PATH_CAP: usize = 4095;
+/// Longest name within a directory, in bytes: `NAME_MAX`.
+pub const NAME_CAP: usize = 255;
 /// Longest value of an extended attribute: `XATTR_SIZE_MAX` of the kernel.
 pub const XATTR_CAP: usize = 65_536;
 /// Most bytes of all extended attributes of one entry that a record carries.
@@ -101,71 +103,44 @@ pub struct Exception {
     pub reason: String,
 }
 
-/// A tree at one epoch.
-#[derive(Clone, Debug)]
-pub struct TreeState {
-    /// Size of its blocks.
-    pub block_size: BlockSize,
-    /// Entries in order.
-    pub entries: Vec<Entry>,
-    /// Root over all entries.
-    pub root: Signature,
+/// The root of a volume: BLAKE3, keyed with the fleet key, over the block size and then, in path
+/// order, each entry's layout ([`Entry::encode`]) followed by the signatures of its blocks.
+pub struct RootHasher {
+    hasher: blake3::Hasher,
+    layout: Vec<u8>,
 }
 
-impl TreeState {
-    /// A state from sorted entries.
+impl RootHasher {
+    /// Before the first entry.
     #[must_use]
-    pub fn new(key: &FleetKey, block_size: BlockSize, entries: Vec<Entry>) -> Self {
-        let root = Self::root_of(key, block_size, &entries);
-        Self {
-            block_size,
-            entries,
-            root,
-        }
-    }
-
-    /// The root of a volume: BLAKE3, keyed with the fleet key, over the block size and then, in
-    /// path order, each entry's layout ([`Entry::encode`]) followed by the signatures of its blocks.
-    #[must_use]
-    pub fn root_of<'a>(
-        key: &FleetKey,
-        block_size: BlockSize,
-        entries: impl IntoIterator<Item = &'a Entry>,
-    ) -> Signature {
+    pub fn new(key: &FleetKey, block_size: BlockSize) -> Self {
         let mut hasher = blake3::Hasher::new_keyed(&key.0);
         hasher.update(b"lifeboat volume root 1");
         hasher.update(&block_size.bytes().to_le_bytes());
-        let mut layout = Vec::with_capacity(64 << 10);
-        for entry in entries {
-            entry.encode(&mut layout);
-            if let Kind::File { blocks, .. } = &entry.kind {
-                for block in blocks {
-                    layout.extend_from_slice(&block.0);
-                }
-            }
-            // Hashing in large pieces keeps the wide BLAKE3 code paths busy.
-            if layout.len() > 48 << 10 {
-                hasher.update(&layout);
-                layout.clear();
+        let layout = Vec::with_capacity(64 << 10);
+        Self { hasher, layout }
+    }
+
+    /// The next entry.
+    pub fn add(&mut self, entry: &Entry) {
+        entry.encode(&mut self.layout);
+        if let Kind::File { blocks, .. } = &entry.kind {
+            for block in blocks {
+                self.layout.extend_from_slice(&block.0);
             }
         }
-        hasher.update(&layout);
-        Signature(*hasher.finalize().as_bytes())
+        // Hashing in large pieces keeps the wide BLAKE3 code paths busy.
+        if self.layout.len() > 48 << 10 {
+            self.hasher.update(&self.layout);
+            self.layout.clear();
+        }
     }
 
-    /// The entry at `path`.
+    /// The root.
     #[must_use]
-    pub fn get(&self, path: &[u8]) -> Option<&Entry> {
-        self.entries
-            .binary_search_by(|entry| (*entry.path).cmp(path))
-            .ok()
-            .map(|at| &self.entries[at])
-    }
-
-    /// Apparent bytes of all files, each counted once.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.entries.iter().map(Entry::size).sum()
+    pub fn finish(mut self) -> Signature {
+        self.hasher.update(&self.layout);
+        Signature(*self.hasher.finalize().as_bytes())
     }
 }
 
@@ -195,6 +170,11 @@ impl Entry {
     /// numbers are little-endian; every variable part is preceded by its length.
     pub fn encode(&self, out: &mut Vec<u8>) {
         put_short(out, &self.path);
+        self.encode_rest(out);
+    }
+
+    /// Appends the layout of all but the path.
+    pub(super) fn encode_rest(&self, out: &mut Vec<u8>) {
         let kind: u8 = match self.kind {
             Kind::Directory => 0,
             Kind::File { .. } => 1,
@@ -234,6 +214,11 @@ impl Entry {
     /// above its cap.
     pub fn decode(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         let path = checked_path(reader.short()?)?;
+        Self::decode_rest(path, reader)
+    }
+
+    /// Reads what [`Entry::encode_rest`] wrote.
+    pub(super) fn decode_rest(path: Box<[u8]>, reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         let kind = reader.u8()?;
         let mode = reader.u32()?;
         if mode & !0o7777 != 0 {
@@ -313,9 +298,9 @@ pub fn checked_path(path: &[u8]) -> Result<Box<[u8]>, Malformed> {
         return Err(Malformed("a path is too long or contains NUL"));
     }
     let plain = path.is_empty()
-        || path
-            .split(|&byte| byte == b'/')
-            .all(|part| !part.is_empty() && part != b"." && part != b".." && part.len() <= 255);
+        || path.split(|&byte| byte == b'/').all(|part| {
+            !part.is_empty() && part != b"." && part != b".." && part.len() <= NAME_CAP
+        });
     if !plain {
         return Err(Malformed("a path is not plain and relative"));
     }
@@ -398,7 +383,11 @@ mod tests {
         #[test]
         fn a_root_depends_on_every_field(a in any_entry(), b in any_entry()) {
             let key = FleetKey([3; 32]);
-            let root = |entry: &Entry| TreeState::root_of(&key, BlockSize::default(), [entry]);
+            let root = |entry: &Entry| {
+                let mut hasher = RootHasher::new(&key, BlockSize::default());
+                hasher.add(entry);
+                hasher.finish()
+            };
             prop_assert_eq!(root(&a) == root(&b), a.same(&b));
         }
     }

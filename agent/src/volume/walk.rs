@@ -1,22 +1,25 @@
 //! Walking a tree: names and `stat` of everything beneath a directory, without reading contents.
 //!
-//! Invariants: the result is sorted by raw path bytes; what vanishes during the walk is simply not
-//! in it; nothing is followed, nothing but directories is opened.
+//! Invariants: entries come sorted by raw path bytes; what vanishes during the walk is simply not among
+//! them; nothing is followed, nothing but directories is opened; memory is bounded by the names of the
+//! directories that lie above each other, not by the tree.
 
 use super::confined::{Confined, proc_path};
 use super::one::{self, One};
-use super::tree::{Entry, Exception, Kind, PATH_CAP, Seen, Timestamp, XATTRS_CAP, shown};
+use super::tree::{Entry, Exception, Kind, NAME_CAP, PATH_CAP, Seen, Timestamp, XATTRS_CAP, shown};
 use super::xattrs;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::sync::{Condvar, Mutex, PoisonError};
 
 /// Reading a tree failed.
 #[derive(Debug, thiserror::Error)]
@@ -68,154 +71,241 @@ pub struct Found {
     pub stat: FileStat,
 }
 
-/// Everything found.
-#[derive(Debug, Default)]
-pub struct Walk {
-    /// In path order.
-    pub found: Vec<Found>,
-    /// What was left out.
-    pub skipped: Vec<Exception>,
-}
-
 /// Kind bits of a mode.
 #[must_use]
 pub fn kind_of(stat: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
 }
 
-/// Threads that walk: the second one's work fills the first one's waits for the disk.
-const THREADS: usize = 2;
-
-/// Directories that are still to be walked.
-#[derive(Default)]
-struct Pending {
-    paths: Vec<Box<[u8]>>,
-    /// Being walked, which may add to `paths`.
-    busy: usize,
-    failed: Option<WalkError>,
+/// Walks everything beneath `root` in path order, crossing mount points as the containers do. A directory
+/// that exists but cannot be read is an error.
+pub fn walk(root: &Confined) -> Walk<'_> {
+    let first = Next::Root;
+    Walk {
+        root,
+        next: BinaryHeap::from([Reverse((Vec::new(), first))]),
+        skipped: Vec::new(),
+    }
 }
 
-/// Walks everything beneath `root`, crossing mount points as the containers do.
-///
-/// # Errors
-/// A directory that exists but cannot be read.
-pub fn walk(root: &Confined) -> Result<Walk, WalkError> {
-    let mut walk = Walk::default();
-    if let Some(one) = root.one() {
-        walk.found =
-            one::found(root, one).map_err(|e| WalkError::new(root, "open", one::CONTENT, e))?;
-        return Ok(walk);
-    }
-    let stat = fstat(root.fd()).map_err(|e| WalkError::new(root, "stat", b"", e))?;
-    walk.found.push(Found {
-        path: Box::default(),
-        stat,
-    });
-    let pending = Mutex::new(Pending {
-        paths: vec![Box::default()],
-        ..Pending::default()
-    });
-    let changed = Condvar::new();
-    std::thread::scope(|scope| {
-        let walking = || walk_some(root, &pending, &changed);
-        let others: Vec<_> = (1..THREADS).map(|_| scope.spawn(walking)).collect();
-        let mut parts = vec![walking()];
-        // A panic of a thread is passed on by the scope.
-        parts.extend(others.into_iter().filter_map(|other| other.join().ok()));
-        for part in parts {
-            walk.found.extend(part.found);
-            walk.skipped.extend(part.skipped);
-        }
-    });
-    let failed = pending
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner)
-        .failed;
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    walk.found.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    Ok(walk)
+/// A walk under way. Holds the names of the directories on the way to where it is.
+pub struct Walk<'a> {
+    root: &'a Confined,
+    next: BinaryHeap<Reverse<(Vec<u8>, Next)>>,
+    skipped: Vec<Exception>,
 }
 
-/// Walks pending directories until there are no more.
-fn walk_some(root: &Confined, pending: &Mutex<Pending>, changed: &Condvar) -> Walk {
-    let mut walk = Walk::default();
-    let mut state = pending.lock().unwrap_or_else(PoisonError::into_inner);
-    loop {
-        if state.failed.is_some() || (state.paths.is_empty() && state.busy == 0) {
-            return walk;
+/// What comes at a path. A directory's contents come at its path with a slash behind it: after a sibling
+/// whose name goes on with a byte below the slash.
+enum Next {
+    Root,
+    Contents,
+    Name(Box<Listing>),
+    Found(Box<Found>),
+}
+
+/// Names of one directory that were not looked at yet, the next one last.
+struct Listing {
+    /// None when so many are open that this one is opened again for each name.
+    dir: Option<OwnedFd>,
+    path: Box<[u8]>,
+    names: Vec<u8>,
+    spans: Vec<Range<u32>>,
+}
+
+/// Most directories that a walk holds open.
+const OPEN_CAP: usize = 64;
+
+impl Walk<'_> {
+    /// What was left out so far.
+    #[must_use]
+    pub fn skipped(self) -> Vec<Exception> {
+        self.skipped
+    }
+
+    fn enter(&mut self, path: &[u8]) -> Result<(), WalkError> {
+        match self.list(path) {
+            Ok(listing) => {
+                self.go_on(listing);
+                Ok(())
+            }
+            Err(error) if error.vanished() && !path.is_empty() => Ok(()),
+            Err(error) => Err(error),
         }
-        let Some(path) = state.paths.pop() else {
-            state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-            continue;
+    }
+
+    /// The entries of a volume that is one file or device.
+    fn enter_one(&mut self, one: &One) -> Result<(), WalkError> {
+        let found = one::found(self.root, one)
+            .map_err(|e| WalkError::new(self.root, "open", one::CONTENT, e))?;
+        for found in found {
+            let path = found.path.to_vec();
+            self.next
+                .push(Reverse((path, Next::Found(Box::new(found)))));
+        }
+        Ok(())
+    }
+
+    fn go_on(&mut self, mut listing: Box<Listing>) {
+        if listing.spans.is_empty() {
+            return;
+        }
+        if self.next.len() >= OPEN_CAP {
+            listing.dir = None;
+        }
+        self.next
+            .push(Reverse((listing.child(), Next::Name(listing))));
+    }
+
+    fn list(&mut self, path: &[u8]) -> Result<Box<Listing>, WalkError> {
+        let failed = |action, source: io::Error| WalkError::new(self.root, action, path, source);
+        let dir = open_directory(self.root, path)?;
+        let found = std::fs::read_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()))
+            .map_err(|e| failed("list", e))?;
+        let (mut names, mut spans) = (Vec::new(), Vec::new());
+        for name in found {
+            let name = name.map_err(|e| failed("list", e))?.file_name().into_vec();
+            let length = path.len() + 1 + name.len();
+            if length > PATH_CAP || name.len() > NAME_CAP {
+                let child = [path, b"/", &name].concat();
+                self.skipped.push(Exception {
+                    path: shown(&child).into_owned(),
+                    reason: format!(
+                        "its path is longer than {PATH_CAP} bytes or its name than {NAME_CAP}"
+                    ),
+                });
+                continue;
+            }
+            let start = names.len();
+            names.extend_from_slice(&name);
+            let past = u32::try_from(names.len())
+                .map_err(|_| failed("list", io::Error::other("4 GiB of names in one directory")))?;
+            spans.push(start as u32..past);
+        }
+        let name = |span: &Range<u32>| &names[span.start as usize..span.end as usize];
+        spans.sort_unstable_by(|a, b| name(b).cmp(name(a)));
+        spans.shrink_to_fit();
+        names.shrink_to_fit();
+        Ok(Box::new(Listing {
+            dir: Some(dir),
+            path: path.into(),
+            names,
+            spans,
+        }))
+    }
+
+    /// Looks at the name at `path`, the next of a listing; none when it is gone or left out.
+    fn look(&mut self, path: Vec<u8>, listing: &Listing) -> Result<Option<Found>, WalkError> {
+        let again;
+        let dir = match &listing.dir {
+            Some(dir) => dir,
+            None => match open_directory(self.root, &listing.path) {
+                Err(error) if error.vanished() => return Ok(None),
+                other => {
+                    again = other?;
+                    &again
+                }
+            },
         };
-        state.busy += 1;
-        drop(state);
-        let mut below = Vec::new();
-        let result = walk_directory(root, &path, &mut walk, &mut below);
-        state = pending.lock().unwrap_or_else(PoisonError::into_inner);
-        state.busy -= 1;
-        state.paths.append(&mut below);
-        match result {
-            Err(error) if !error.vanished() || path.is_empty() => state.failed = Some(error),
-            _ => {}
-        }
-        changed.notify_all();
-    }
-}
-
-fn walk_directory(
-    root: &Confined,
-    path: &[u8],
-    walk: &mut Walk,
-    pending: &mut Vec<Box<[u8]>>,
-) -> Result<(), WalkError> {
-    let failed = |action, source: io::Error| WalkError::new(root, action, path, source);
-    let dir = root
-        .open_beneath(path, OFlag::O_DIRECTORY | OFlag::O_RDONLY, Mode::empty())
-        .map_err(|e| failed("open", e.into()))?;
-    let names = std::fs::read_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()))
-        .map_err(|e| failed("list", e))?;
-    for name in names {
-        let name = name.map_err(|e| failed("list", e))?.file_name().into_vec();
-        let mut child = Vec::with_capacity(path.len() + 1 + name.len());
-        child.extend_from_slice(path);
-        if !path.is_empty() {
-            child.push(b'/');
-        }
-        child.extend_from_slice(&name);
-        if child.len() > PATH_CAP {
-            walk.skipped.push(Exception {
-                path: shown(&child).into_owned(),
-                reason: format!("its path is longer than {PATH_CAP} bytes"),
-            });
-            continue;
-        }
-        let stat = match fstatat(
-            dir.as_fd(),
-            OsStr::from_bytes(&name),
-            AtFlags::AT_SYMLINK_NOFOLLOW,
-        ) {
+        let name = OsStr::from_bytes(listing.name());
+        let stat = match fstatat(dir.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
-            Err(Errno::ENOENT) => continue,
-            Err(error) => return Err(WalkError::new(root, "stat", &child, error)),
+            Err(Errno::ENOENT) => return Ok(None),
+            Err(error) => return Err(WalkError::new(self.root, "stat", &path, error)),
         };
         let kind = kind_of(&stat);
         if kind == SFlag::S_IFSOCK {
-            walk.skipped.push(Exception {
-                path: shown(&child).into_owned(),
+            self.skipped.push(Exception {
+                path: shown(&path).into_owned(),
                 reason: "a socket exists only while its process runs".to_owned(),
             });
-            continue;
+            return Ok(None);
         }
-        let child: Box<[u8]> = child.into();
         if kind == SFlag::S_IFDIR {
-            pending.push(child.clone());
+            let mut contents = path.clone();
+            contents.push(b'/');
+            self.next.push(Reverse((contents, Next::Contents)));
         }
-        walk.found.push(Found { path: child, stat });
+        Ok(Some(Found {
+            path: path.into(),
+            stat,
+        }))
     }
-    Ok(())
+}
+
+impl Iterator for Walk<'_> {
+    type Item = Result<Found, WalkError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let Reverse((mut path, next)) = self.next.pop()?;
+            let found = match next {
+                Next::Found(found) => return Some(Ok(*found)),
+                Next::Root => match self.root.one() {
+                    Some(one) => self.enter_one(one).map(|()| None),
+                    None => {
+                        let stat = fstat(self.root.fd());
+                        let stat = stat.map_err(|e| WalkError::new(self.root, "stat", b"", e));
+                        self.enter(b"").and(stat.map(|stat| {
+                            let path = Box::default();
+                            Some(Found { path, stat })
+                        }))
+                    }
+                },
+                Next::Contents => {
+                    path.pop();
+                    self.enter(&path).map(|()| None)
+                }
+                Next::Name(mut listing) => {
+                    let found = self.look(path, &listing);
+                    listing.spans.pop();
+                    self.go_on(listing);
+                    found
+                }
+            };
+            if let Some(found) = found.transpose() {
+                return Some(found);
+            }
+        }
+    }
+}
+
+impl Listing {
+    fn name(&self) -> &[u8] {
+        let span = self.spans.last().cloned().unwrap_or_default();
+        &self.names[span.start as usize..span.end as usize]
+    }
+
+    /// Path of the next name.
+    fn child(&self) -> Vec<u8> {
+        if self.path.is_empty() {
+            return self.name().to_vec();
+        }
+        [&*self.path, b"/", self.name()].concat()
+    }
+}
+
+// Paths alone decide the order; no two things come at the same path.
+impl Ord for Next {
+    fn cmp(&self, _: &Self) -> Ordering {
+        Ordering::Equal
+    }
+}
+impl PartialOrd for Next {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl PartialEq for Next {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Next {}
+
+fn open_directory(root: &Confined, path: &[u8]) -> Result<OwnedFd, WalkError> {
+    root.open_beneath(path, OFlag::O_DIRECTORY | OFlag::O_RDONLY, Mode::empty())
+        .map_err(|e| WalkError::new(root, "open", path, e))
 }
 
 /// Identity and metadata of `found` as an entry of `kind`, without attributes.
@@ -243,7 +333,10 @@ pub fn bare_entry(path: &[u8], stat: &FileStat, kind: Kind, racy: bool) -> Entry
 pub fn timestamp(seconds: i64, nanoseconds: i64) -> Timestamp {
     Timestamp {
         seconds,
-        nanoseconds: u32::try_from(nanoseconds).unwrap_or(0),
+        nanoseconds: u32::try_from(nanoseconds)
+            .ok()
+            .filter(|&nanoseconds| nanoseconds < 1_000_000_000)
+            .unwrap_or(0),
     }
 }
 
@@ -286,12 +379,15 @@ pub fn special_entry(root: &Confined, found: &Found, racy: bool) -> Result<Entry
         .parent(&found.path)
         .map_err(|e| failed("open the directory of", e.into()))?;
     let kind = match kind_bits {
-        SFlag::S_IFLNK => Kind::Symlink(
-            nix::fcntl::readlinkat(parent.as_fd(), name)
-                .map_err(|e| failed("read the link", e.into()))?
-                .into_vec()
-                .into(),
-        ),
+        SFlag::S_IFLNK => {
+            let target = nix::fcntl::readlinkat(parent.as_fd(), name)
+                .map_err(|e| failed("read the link", e.into()))?;
+            if target.is_empty() {
+                let nowhere = io::Error::new(io::ErrorKind::InvalidData, "it leads nowhere");
+                return Err(failed("read the link", nowhere));
+            }
+            Kind::Symlink(target.into_vec().into())
+        }
         SFlag::S_IFIFO => Kind::Fifo,
         SFlag::S_IFCHR => Kind::CharDevice(found.stat.st_rdev),
         SFlag::S_IFBLK => Kind::BlockDevice(found.stat.st_rdev),
@@ -345,4 +441,51 @@ pub fn open_root(path: &Path) -> Result<Confined, WalkError> {
         root: path.to_owned(),
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    proptest! {
+        #[test]
+        fn everything_is_found_once_and_in_path_order(
+            paths in proptest::collection::btree_set("[a-c.\\-0]{1,3}(/[a-c.\\-0]{1,3}){0,4}", 0..40),
+        ) {
+            let base = tempfile::tempdir().unwrap();
+            let plain = paths.iter().filter(|path| super::super::tree::checked_path(path.as_bytes()).is_ok());
+            let mut there = BTreeSet::from([Vec::new()]);
+            for path in plain {
+                // A name of one path may be a directory of another: whichever comes first stays.
+                let path = Path::new(path);
+                let parent = path.parent().unwrap();
+                if std::fs::create_dir_all(base.path().join(parent)).is_ok()
+                    && std::fs::OpenOptions::new().create_new(true).write(true).open(base.path().join(path)).is_ok()
+                {
+                    there.insert(path.as_os_str().as_bytes().to_vec());
+                }
+                for above in parent.ancestors().filter(|above| base.path().join(above).is_dir()) {
+                    there.insert(above.as_os_str().as_bytes().to_vec());
+                }
+            }
+            let root = open_root(base.path()).unwrap();
+            let found: Vec<Vec<u8>> = walk(&root).map(|found| found.unwrap().path.to_vec()).collect();
+            prop_assert_eq!(found, there.into_iter().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_directory_is_walked_however_deep_it_lies() {
+        let base = tempfile::tempdir().unwrap();
+        let mut path = base.path().to_owned();
+        for _ in 0..OPEN_CAP * 3 {
+            path.push("a");
+            std::fs::create_dir(&path).unwrap();
+            std::fs::write(path.with_file_name("b"), b"").unwrap();
+        }
+        let root = open_root(base.path()).unwrap();
+        assert_eq!(walk(&root).map(Result::unwrap).count(), 1 + OPEN_CAP * 6);
+    }
 }

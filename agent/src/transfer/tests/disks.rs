@@ -231,19 +231,13 @@ fn device_nodes_are_made_only_where_the_operator_allowed_them() {
     let key = FleetKey(FLEET);
     let (state, _) =
         crate::volume::scan(&bench.source, &key, crate::volume::BlockSize::for_volume(0)).unwrap();
-    let entry = |name: &[u8]| {
-        state
-            .entries
-            .iter()
-            .find(|entry| *entry.path == *name)
-            .unwrap()
-    };
+    let entry = |name: &[u8]| state.get(name).unwrap();
     let open = || Destination::open("data", &bench.target, false).unwrap();
     open()
-        .special(&mut Parent::default(), entry(b"whiteout"))
+        .special(&mut Parent::default(), &entry(b"whiteout"))
         .unwrap();
     let error = open()
-        .special(&mut Parent::default(), entry(b"zero"))
+        .special(&mut Parent::default(), &entry(b"zero"))
         .unwrap_err()
         .to_string();
     assert!(
@@ -253,7 +247,7 @@ fn device_nodes_are_made_only_where_the_operator_allowed_them() {
     assert!(!bench.target.join("zero").exists());
     open()
         .taking_devices(true)
-        .special(&mut Parent::default(), entry(b"zero"))
+        .special(&mut Parent::default(), &entry(b"zero"))
         .unwrap();
     assert!(bench.target.join("zero").exists());
 }

@@ -226,8 +226,8 @@ pub(super) fn assert_same_tree(source: &Path, target: &Path) {
     let key = FleetKey([1; 32]);
     let (a, _) = crate::volume::scan(source, &key, crate::volume::BlockSize::default()).unwrap();
     let (b, _) = crate::volume::scan(target, &key, crate::volume::BlockSize::default()).unwrap();
-    for (a, b) in a.entries.iter().zip(&b.entries) {
-        assert!(a.same(b), "{a:?}\ndiffers from\n{b:?}");
+    for (a, b) in a.iter().zip(b.iter()) {
+        assert!(a.same(&b), "{a:?}\ndiffers from\n{b:?}");
     }
     assert_eq!(a.root, b.root);
 }
