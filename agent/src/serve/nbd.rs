@@ -484,10 +484,8 @@ fn flags_of(shared: &Shared) -> u16 {
 
 /// Paths of the volume's regular files that are not empty.
 fn names(shared: &Shared) -> Vec<Box<[u8]>> {
-    let Ok(walk) = walk::walk(shared.store.data()) else {
-        return Vec::new();
-    };
-    let files = walk.found.into_iter().filter(|found| {
+    let found = walk::walk(shared.store.data()).flatten();
+    let files = found.filter(|found| {
         walk::kind_of(&found.stat) == SFlag::S_IFREG
             && found.stat.st_size > 0
             && found.path.len() <= NAME_CAP

@@ -352,7 +352,8 @@ impl Shelf {
         let root = &self.root;
         let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
         let mut entries = Vec::new();
-        for found in walk::walk(root)?.found {
+        for found in walk::walk(root) {
+            let found = found?;
             let entry = if kind_of(&found.stat) == SFlag::S_IFREG {
                 let identity = (found.stat.st_dev, found.stat.st_ino);
                 if let Some(primary) = primaries.get(&identity) {
