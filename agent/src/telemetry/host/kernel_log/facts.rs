@@ -21,7 +21,7 @@ pub fn of(message: &str) -> Option<(&'static str, Option<&str>)> {
         || (has("[Hardware Error]") && (has(": Machine Check:") || has("error from APEI")))
     {
         "kernel.machine_checks"
-    } else if has("INFO: task ") && has(" blocked for more than ") {
+    } else if has("INFO: task ") && has(" blocked ") && has(" for more than ") {
         "kernel.hung_tasks"
     } else if is_lockup(message) {
         "kernel.lockups"
@@ -133,7 +133,7 @@ fn is_oops(message: &str) -> bool {
 mod tests {
     use super::of;
 
-    /// Messages as kernels from 5.4 to 6.18 print them.
+    /// Messages as kernels from 5.4 to 7.3 print them.
     const TOLD: &[(&str, &str, &str)] = &[
         (
             "blk_update_request: I/O error, dev sda, sector 106553248 op 0x0:(READ) flags 0x80700 phys_seg 1 prio class 0",
@@ -237,6 +237,11 @@ mod tests {
         ),
         (
             "INFO: task jbd2/sda1-8:312 blocked for more than 120 seconds.",
+            "kernel.hung_tasks",
+            "",
+        ),
+        (
+            "INFO: task dd:2159 blocked in I/O wait for more than 120 seconds.",
             "kernel.hung_tasks",
             "",
         ),
