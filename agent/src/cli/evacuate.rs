@@ -23,6 +23,9 @@ pub struct Arguments {
     /// Most bytes a second that the copy may read, such as 20MiB; instead of the policy's.
     #[arg(long, value_name = "RATE", value_parser = crate::health::rate)]
     limit: Option<Bytes>,
+    /// Move this volume although its disk does not give up everything: what is lost is zeros on the target.
+    #[arg(long, value_name = "VOLUME")]
+    accept_loss: Vec<String>,
     /// Do not ask.
     #[arg(long)]
     yes: bool,
@@ -32,6 +35,10 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
     let mut request = arguments.selection.request();
     request.guards.limit = arguments.limit;
+    request
+        .guards
+        .accepted_losses
+        .clone_from(&arguments.accept_loss);
     ask(&context.socket, async |agent| {
         if !arguments.yes {
             let plan: Plan = agent

@@ -150,6 +150,11 @@ pub fn print_report(report: &Report, context: &Context) -> Outcome {
             human_duration(start_up)
         );
     }
+    for (volume, lost) in &report.unreadable {
+        for lost in lost {
+            println!("not read, and zeros on the target: volume {volume}: {lost}");
+        }
+    }
     for exception in &report.exceptions {
         println!("not carried over: {exception}");
     }

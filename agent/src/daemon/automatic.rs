@@ -215,6 +215,7 @@ impl Automatic {
             proceed_on_timeout: policy.guards.on_timeout == OnTimeout::Proceed,
             max_evacuating: policy.guards.fleet_max_evacuating,
             limit: policy.guards.limit,
+            accepted_losses: Vec::new(),
         });
         let evidence = verdict.evidence.iter();
         Request {

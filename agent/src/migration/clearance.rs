@@ -34,6 +34,11 @@ impl Clearance {
             _ => {}
         }
     }
+
+    /// Whether the plan was approved in this role.
+    pub(super) fn approved(&self, role: &str) -> bool {
+        self.approved.iter().any(|known| known == role)
+    }
 }
 
 /// Between two questions to the storm guard.
@@ -85,7 +90,9 @@ impl Move {
     }
 
     fn approved(&mut self, guards: &PlanGuards) -> Result<bool, MoveError> {
-        let missing = self.take_approvals(guards)?;
+        self.take_approvals()?;
+        let missing = |role: &&String| !self.clearance.approved(role);
+        let missing: Vec<String> = guards.approvals.iter().filter(missing).cloned().collect();
         if missing.is_empty() || self.clearance.proceeds {
             self.active.awaits(&[]);
             return Ok(true);
@@ -116,16 +123,15 @@ impl Move {
         Ok(true)
     }
 
-    /// Journals the approvals that came; the roles that are missing.
-    fn take_approvals(&mut self, guards: &PlanGuards) -> Result<Vec<String>, MoveError> {
+    /// Journals the approvals that came.
+    pub(super) fn take_approvals(&mut self) -> Result<(), MoveError> {
         for approval in self.active.approvals() {
             self.append(SourceEvent::Approved {
                 approval: approval.clone(),
             })?;
             self.clearance.approved.push(approval.role);
         }
-        let missing = |role: &&String| !self.clearance.approved.contains(role);
-        Ok(guards.approvals.iter().filter(missing).cloned().collect())
+        Ok(())
     }
 
     async fn admitted(&mut self, guards: &PlanGuards) -> Result<bool, MoveError> {

@@ -24,7 +24,7 @@ use crate::model::fleet::{Configuration, PeerAddress};
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
-use crate::model::volume::{VolumeKind, VolumeSpec};
+use crate::model::volume::{ChangesBy, VolumeKind, VolumeSpec};
 use crate::serve::{ForwardError, Forwarder};
 use crate::transfer::{DataPath, DataServer, Options, Sender};
 use crate::volume::FleetKey;
@@ -702,7 +702,10 @@ async fn measure(origins: Vec<Origin>) -> Result<Vec<VolumeSpec>, DelegatorError
                         VolumeKind::Named(name) => name.clone(),
                         _ => origin.path.display().to_string(),
                     },
-                    changes: super::devices::changes_of(&origin.kind),
+                    changes: match &origin.kind {
+                        VolumeKind::Device => super::changes::of_device(&origin.path),
+                        _ => ChangesBy::ChangeTimes,
+                    },
                     kind: origin.kind,
                     source_path: origin.path,
                     containers: origin.containers,

@@ -12,7 +12,7 @@ use super::target::{Target, TargetError};
 use crate::model::ids::PlanId;
 use crate::model::plan::Plan;
 use crate::model::units::Bytes;
-use crate::model::volume::{ChangesBy, VolumeKind, VolumeSpec};
+use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::volume::one::device_size;
 use crate::volume::sign::is_zero;
 use std::collections::BTreeMap;
@@ -72,14 +72,6 @@ fn exclusive(path: &Path, write: bool) -> io::Result<File> {
         .write(write)
         .custom_flags(libc::O_EXCL)
         .open(path)
-}
-
-/// How changes of a volume of this kind are found.
-pub(super) fn changes_of(kind: &VolumeKind) -> ChangesBy {
-    match kind {
-        VolumeKind::Device => ChangesBy::HashScan("nothing tells what changed on a device".into()),
-        _ => ChangesBy::ChangeTimes,
-    }
 }
 
 /// Where a device of `volume` goes on a target with these settings.
@@ -325,7 +317,7 @@ mod tests {
             size: Bytes(size),
             entries: 2,
             device_nodes: 0,
-            changes: ChangesBy::default(),
+            changes: Default::default(),
         }
     }
 

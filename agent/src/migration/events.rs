@@ -5,6 +5,7 @@ use crate::model::control::Owns;
 use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
+use crate::volume::Unreadable;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -43,6 +44,9 @@ pub struct VolumeRound {
     pub cpu: Duration,
     /// What was left out and why, for instance sockets.
     pub exceptions: Vec<String>,
+    /// What the source's disk did not give up: zeros on the target.
+    #[serde(default)]
+    pub unreadable: Vec<Unreadable>,
     /// Time it took.
     pub duration: Duration,
 }
@@ -117,6 +121,11 @@ pub enum SourceEvent {
         roles: Vec<String>,
         /// Until when.
         until: UnixMillis,
+    },
+    /// Bytes are lost, and the plan goes on only when an operator accepts that.
+    LossFound {
+        /// Volumes by name, and what is lost of each.
+        volumes: Vec<(String, Vec<Unreadable>)>,
     },
     /// A role approved it.
     Approved {

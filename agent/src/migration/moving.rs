@@ -54,6 +54,11 @@ pub enum MoveError {
     /// The workload cannot be frozen.
     #[error("{0}")]
     Pause(#[from] PauseError),
+    /// The disk does not give up everything.
+    #[error(
+        "the disk does not give up everything, and nobody accepted that. {0}. Repair the files, or move them with this loss by `lifeboat evacuate --accept-loss VOLUME`"
+    )]
+    Loss(String),
     /// The release cannot be signed.
     #[error("cannot sign the release: {0}; check the identity in the state directory")]
     Sign(String),

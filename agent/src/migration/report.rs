@@ -5,7 +5,9 @@ use super::journal::Entry;
 use crate::model::ids::PlanId;
 use crate::model::plan::{MigrationEvent, Plan, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis, human_duration, utc};
+use crate::volume::Unreadable;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// One line of the timeline.
@@ -62,6 +64,9 @@ pub struct Report {
     pub released: Vec<VolumeRelease>,
     /// What could not be carried over: skipped entries, settings the target's runtime lacks.
     pub exceptions: Vec<String>,
+    /// What the source's disk did not give up when each volume was sent last, by the volume's name.
+    #[serde(default)]
+    pub unreadable: BTreeMap<String, Vec<Unreadable>>,
 }
 
 /// The report of the journal's entries; none when it does not start with a plan.
@@ -88,6 +93,7 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
         start_up: None,
         released: Vec::new(),
         exceptions: Vec::new(),
+        unreadable: BTreeMap::new(),
     };
     let (mut moving, mut read) = (Duration::ZERO, Bytes(0));
     for entry in entries {
@@ -102,6 +108,12 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
                 report.wire += volume.wire;
                 report.source_cpu += volume.cpu;
                 read += volume.read;
+                if volume.unreadable.is_empty() {
+                    report.unreadable.remove(&volume.name);
+                } else {
+                    let lost = volume.unreadable.clone();
+                    report.unreadable.insert(volume.name.clone(), lost);
+                }
                 report.exceptions.extend(
                     volume
                         .exceptions
@@ -208,6 +220,10 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             "waits until {} for approval by: {}",
             utc(*until),
             roles.join(", ")
+        )],
+        SourceEvent::LossFound { volumes } => vec![format!(
+            "waits for an operator to accept a loss: {}",
+            super::loss::tell(volumes)
         )],
         SourceEvent::Approved { approval } => {
             vec![format!("approved as {} by {}", approval.role, approval.by)]
@@ -374,8 +390,12 @@ fn tell_volume(volume: &VolumeRound) -> String {
         Bytes(0) => String::new(),
         from => format!(", {from} packed to {}", volume.packed_to),
     };
+    let lost = match volume.unreadable.iter().map(|lost| lost.length).sum() {
+        0 => String::new(),
+        bytes => format!(", {} NOT READ", Bytes(bytes)),
+    };
     format!(
-        "  {} epoch {}: {} of {} entries, {}{held}{packed}, root {}…",
+        "  {} epoch {}: {} of {} entries, {}{held}{packed}{lost}, root {}…",
         volume.name,
         volume.epoch,
         volume.changed_entries,

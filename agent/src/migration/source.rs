@@ -5,6 +5,7 @@
 //! ([`Released`]) there is no way back, and every step is retried until it succeeds.
 
 use super::allocation;
+use super::changes::Watches;
 use super::clearance::LOOK;
 use super::delegator::{FleetContext, target_peer};
 use super::events::{ContainerFence, SourceEvent};
@@ -334,6 +335,7 @@ impl<'a> Prepared<'a> {
         let mut replica = Replica {
             sender: Some(sender),
             sent: BTreeMap::new(),
+            watches: Watches::default(),
         };
         let in_advance = !core.clearance.given;
         if in_advance {
@@ -354,6 +356,11 @@ impl<'a> Prepared<'a> {
             // The first round is the whole copy: what changed meanwhile is not known before the second.
             let small = !whole && changeset <= settings.changeset_threshold_bytes;
             if small || !shrinks {
+                // What changed while an operator was waited for goes before the pause.
+                if core.await_acceptance(&replica, &volumes).await? {
+                    before = None;
+                    continue;
+                }
                 break;
             }
             before = Some(changeset);
@@ -560,6 +567,10 @@ impl<'a> Paused<'a> {
             volumes: rounds.clone(),
             duration: started.elapsed(),
         })?;
+        let lost = core.unaccepted(&replica, &volumes);
+        if !lost.is_empty() {
+            return Err(MoveError::Loss(super::loss::tell(&lost)));
+        }
         let releases = rounds
             .into_iter()
             .map(|round| VolumeRelease {

@@ -98,6 +98,8 @@ pub struct PlanGuards {
     pub max_evacuating: Option<f64>,
     /// Most bytes a second that the copy may read; none: no limit.
     pub limit: Option<Bytes>,
+    /// Volumes by name that may leave although their disk does not give up everything.
+    pub accepted_losses: Vec<String>,
 }
 
 /// The whole plan.

@@ -36,6 +36,8 @@ pub enum ChangesBy {
     /// Change times and sizes of files.
     #[default]
     ChangeTimes,
+    /// The kernel notes which extents of the device are written.
+    DirtyExtents,
     /// Every block is read and signed again; why.
     HashScan(String),
 }
@@ -44,6 +46,7 @@ impl std::fmt::Display for ChangesBy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::ChangeTimes => f.write_str("by change times"),
+            Self::DirtyExtents => f.write_str("by dirty extents, as the kernel notes them"),
             Self::HashScan(why) => write!(f, "by reading every block again: {why}"),
         }
     }

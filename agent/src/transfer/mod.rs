@@ -7,6 +7,7 @@
 //! fleet decides and hands out keys), when to pause a workload (the migration decides).
 
 mod connection;
+mod deferred;
 pub mod engine;
 mod feed;
 pub mod fetch;

@@ -6,11 +6,12 @@ use super::frame::DATA_CAP;
 use super::message::Held;
 use super::payload::{self, Block, DESCRIPTOR_LEN, PayloadKind};
 use super::queue::lock;
-use super::reading::{Fate, Reading, Waiting, fate};
+use super::reading::{Fate, Reading, Unit, Waiting, fate};
 use super::source::{SourceError, add};
 use super::uring::is_cached;
 use crate::model::ids::Signature;
-use crate::volume::aligned::Aligned;
+use crate::volume::aligned::{ALIGNMENT, Aligned};
+use crate::volume::salvage::is_media_error;
 use crate::volume::scan::Holes;
 use crate::volume::sign::{self, ZERO};
 use crate::volume::walk::WalkError;
@@ -89,35 +90,64 @@ impl Reading<'_, '_> {
         let mut first = blocks.start;
         while first < blocks.end {
             let count = each.min(blocks.end - first);
-            let lengths = (first..first + count).map(|at| block_size.length_of(large.size, at));
-            let (offset, length) = (first * block_size.bytes(), lengths.sum());
-            places.push(Place {
-                first,
-                // A record's worth of blocks.
-                count: u32::try_from(count).unwrap_or(1),
-                offset,
-                length,
-                hollow: large.holes.covers(offset, length as u64),
-            });
+            places.push(self.place(large, first, count));
             first += count;
         }
         let memory = plain.space(places.len() * DATA_CAP);
-        self.read_places(engine, large, &places, memory)?;
+        let bad = self.read_places(engine, large, &places, memory)?;
         let mut waiting = Vec::new();
         for (place, bytes) in places.iter().zip(memory.chunks(DATA_CAP)) {
-            waiting.extend(self.piece(large, place, &bytes[..place.length])?);
+            if bad.contains(&place.first) {
+                let blocks = place.first..place.first + u64::from(place.count);
+                self.defer(Unit::Pieces(Arc::clone(large), blocks));
+            } else {
+                waiting.extend(self.piece(large, place, &bytes[..place.length])?);
+            }
         }
         Ok(waiting)
     }
 
-    /// Fills a part of `memory` for each place; what lies past the end of the file reads as zeros.
+    /// Reads a piece that the disk did not give up at once, and sends or offers what differs.
+    pub(super) fn salvage_piece(
+        &self,
+        large: &Arc<Large>,
+        blocks: Range<u64>,
+    ) -> Result<Option<Waiting>, SourceError> {
+        let place = self.place(large, blocks.start, blocks.end - blocks.start);
+        let mut bytes = vec![0; place.length];
+        let read = self.salvage(&large.path, &large.file, &mut bytes, place.offset);
+        let done = read.map_err(|e| {
+            let (action, offset) = ("read a block of", place.offset);
+            WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
+        })?;
+        self.source.progress.read(done as u64);
+        add(&self.tally.bytes_read, done as u64);
+        self.piece(large, &place, &bytes)
+    }
+
+    /// Where a record's worth of blocks lies.
+    fn place(&self, large: &Large, first: u64, count: u64) -> Place {
+        let block_size = self.source.block_size;
+        let lengths = (first..first + count).map(|at| block_size.length_of(large.size, at));
+        let (offset, length) = (first * block_size.bytes(), lengths.sum());
+        Place {
+            first,
+            count: u32::try_from(count).unwrap_or(1),
+            offset,
+            length,
+            hollow: large.holes.covers(offset, length as u64),
+        }
+    }
+
+    /// Fills a part of `memory` for each place; what lies past the end of the file reads as zeros. Returns the
+    /// first blocks of those that the disk did not give up.
     fn read_places(
         &self,
         engine: &mut dyn Engine,
         large: &Large,
         places: &[Place],
         memory: &mut [u8],
-    ) -> Result<(), SourceError> {
+    ) -> Result<Vec<u64>, SourceError> {
         let failed = |place: &Place, e: io::Error| {
             let (action, offset) = ("read a block of", place.offset);
             WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
@@ -134,7 +164,7 @@ impl Reading<'_, '_> {
             let past = large.direct.as_ref().filter(|_| large.device || !cached());
             // Direct reads are of whole sectors; the file's end cuts the last one short.
             let length = if past.is_some() {
-                DATA_CAP
+                place.length.next_multiple_of(ALIGNMENT)
             } else {
                 place.length
             };
@@ -148,6 +178,7 @@ impl Reading<'_, '_> {
             direct.push((place, past.is_some()));
         }
         engine.read(&mut reads);
+        let mut bad = Vec::new();
         for (mut read, (place, direct)) in reads.into_iter().zip(direct) {
             let refused = read
                 .done
@@ -166,13 +197,19 @@ impl Reading<'_, '_> {
                 let [again] = again;
                 read.done = again.done;
             }
-            let done = read.done.map_err(|e| failed(place, e))?.min(place.length);
+            let done = match read.done {
+                Err(error) if is_media_error(&error) => {
+                    bad.push(place.first);
+                    continue;
+                }
+                done => done.map_err(|e| failed(place, e))?.min(place.length),
+            };
             // The file shrank: the rest reads as zeros now and again in the next epoch.
             read.buffer[done..place.length].fill(0);
             self.source.progress.read(done as u64);
             add(&self.tally.bytes_read, done as u64);
         }
-        Ok(())
+        Ok(bad)
     }
 
     /// Signs the blocks of a piece and sends what differs, or offers it first.

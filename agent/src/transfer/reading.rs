@@ -1,7 +1,8 @@
 //! Reading files side by side: small ones in batches, large ones in pieces, straight into records.
 //!
 //! Invariants: a signature describes exactly the bytes that went into the record; a file that vanishes
-//! or changes while it is read is told apart from one that did not. Blocks may be offered to the target
+//! or changes while it is read is told apart from one that did not; what a disk does not give up waits for
+//! the end ([`super::deferred`]). Blocks may be offered to the target
 //! before they are sent; a thread then goes on with other work until the answer is there.
 
 use super::engine::{Engine, Read, engine};
@@ -17,6 +18,7 @@ use crate::volume::aligned::Aligned;
 use crate::volume::block_map;
 use crate::volume::change::{Baseline, Step};
 use crate::volume::one::{One, stat_of};
+use crate::volume::salvage::is_media_error;
 use crate::volume::scan::{self, Holes};
 use crate::volume::sign::{self, ZERO};
 use crate::volume::walk::{self, Found, WalkError, bare_entry, kind_of};
@@ -59,6 +61,7 @@ pub(super) fn send_files(
         outcomes: Mutex::default(),
         tally,
         failed: Mutex::default(),
+        deferred: Mutex::default(),
     };
     std::thread::scope(|scope| {
         for _ in 0..source.options.workers.max(1) {
@@ -72,12 +75,13 @@ pub(super) fn send_files(
     if let Some(error) = lock(&reading.failed).take() {
         return Err(error);
     }
+    reading.read_deferred()?;
     let outcomes = std::mem::take(&mut *lock(&reading.outcomes));
     Ok(outcomes)
 }
 
 /// One piece of reading work.
-enum Unit<'s> {
+pub(super) enum Unit<'s> {
     /// Small files: their steps' indices.
     Small(Vec<(usize, &'s Found)>),
     /// Blocks of a large file.
@@ -121,6 +125,8 @@ pub(super) struct Reading<'a, 's> {
     pub(super) outcomes: Mutex<Outcomes>,
     pub(super) tally: &'a Tally,
     failed: Mutex<Option<SourceError>>,
+    /// What the disk did not give up at once.
+    pub(super) deferred: Mutex<Vec<Unit<'s>>>,
 }
 
 impl<'s> Reading<'_, 's> {
@@ -177,6 +183,17 @@ impl<'s> Reading<'_, 's> {
         let size = size_of(&stat);
         let total = block_size.blocks_of(size);
         let each = DATA_CAP as u64 / block_size.bytes();
+        let previous = self.source.held.previous();
+        let changed = previous.and_then(|state| state.changed_blocks(&found.path, size));
+        let mut blocks = match &changed {
+            // What did not change is as it was sent last.
+            Some(_) => self.source.held.blocks(&found.path).to_vec(),
+            None => Vec::new(),
+        };
+        blocks.resize(usize::try_from(total).unwrap_or(0), ZERO);
+        let runs = changed.unwrap_or_else(|| std::iter::once(0..total).collect());
+        let pieces = runs.iter().map(|run| (run.end - run.start).div_ceil(each));
+        let left = pieces.sum();
         let large = Arc::new(Large {
             step,
             path: found.path.clone(),
@@ -186,20 +203,40 @@ impl<'s> Reading<'_, 's> {
             size,
             device: self.root.one().is_some_and(One::is_device),
             holes,
-            blocks: Mutex::new(vec![ZERO; usize::try_from(total).unwrap_or(0)]),
-            left: AtomicU64::new(total.div_ceil(each)),
+            blocks: Mutex::new(blocks),
+            left: AtomicU64::new(left),
         });
-        if total == 0 {
+        if left == 0 {
             self.complete(&large)?;
         }
-        let mut first = 0;
-        while first < total {
-            let past = total.min(first + each * pieces::TOGETHER);
-            let unit = Unit::Pieces(Arc::clone(&large), first..past);
-            if self.queue.push(unit).is_err() {
-                return Ok(false);
+        let bad = self.known_bad(&found.path);
+        for run in runs {
+            let mut first = run.start;
+            while first < run.end {
+                let past = run.end.min(first + each * pieces::TOGETHER);
+                let is_bad = |blocks: &Range<u64>| {
+                    let bytes = blocks.start * block_size.bytes()..blocks.end * block_size.bytes();
+                    bad.iter()
+                        .any(|bad| bad.start < bytes.end && bytes.start < bad.end)
+                };
+                let together = first..past;
+                let units: Vec<Range<u64>> = if is_bad(&together) {
+                    let firsts = together.step_by(usize::try_from(each).unwrap_or(1));
+                    firsts.map(|at| at..past.min(at + each)).collect()
+                } else {
+                    vec![together]
+                };
+                for blocks in units {
+                    let bad = is_bad(&blocks);
+                    let unit = Unit::Pieces(Arc::clone(&large), blocks);
+                    if bad {
+                        self.defer(unit);
+                    } else if self.queue.push(unit).is_err() {
+                        return Ok(false);
+                    }
+                }
+                first = past;
             }
-            first = past;
         }
         Ok(true)
     }
@@ -239,7 +276,11 @@ impl<'s> Reading<'_, 's> {
 
     /// Sends what the target lacks of that which was offered and answered; waits for answers until at most
     /// `cap` are missing.
-    fn settle(&self, waiting: &mut VecDeque<Waiting>, cap: usize) -> Result<(), SourceError> {
+    pub(super) fn settle(
+        &self,
+        waiting: &mut VecDeque<Waiting>,
+        cap: usize,
+    ) -> Result<(), SourceError> {
         let outlet = self.source.outlet;
         while let Some(first) = waiting.front() {
             let number = first.number();
@@ -260,7 +301,7 @@ impl<'s> Reading<'_, 's> {
     fn read_small(
         &self,
         engine: &mut dyn Engine,
-        files: &[(usize, &Found)],
+        files: &[(usize, &'s Found)],
         plain: &mut Aligned,
     ) -> Result<Option<Waiting>, SourceError> {
         let local = |path| self.root.local(path).unwrap_or(path);
@@ -305,11 +346,14 @@ impl<'s> Reading<'_, 's> {
         }
         engine.read(&mut reads);
         let mut lengths = Vec::with_capacity(ready.len());
-        for (read, (_, found, ..)) in reads.into_iter().zip(&ready) {
-            let length = read
-                .done
-                .map_err(|e| WalkError::new(self.root, "read", &found.path, e))?;
-            lengths.push(length);
+        for (read, (step, found, ..)) in reads.into_iter().zip(&ready) {
+            lengths.push(match read.done {
+                Err(error) if is_media_error(&error) => {
+                    self.defer(Unit::Small(vec![(*step, *found)]));
+                    None
+                }
+                done => Some(done.map_err(|e| WalkError::new(self.root, "read", &found.path, e))?),
+            });
         }
         self.source.progress.read(total as u64);
         add(&self.tally.bytes_read, total as u64);
@@ -322,8 +366,12 @@ impl<'s> Reading<'_, 's> {
         let mut offered = OfferedFiles::default();
         let mut at = 0;
         for ((step, found, file, stat, length), read) in ready.into_iter().zip(lengths) {
-            let bytes = &scratch[at..at + read];
+            let start = at;
             at += length;
+            let Some(read) = read else {
+                continue;
+            };
+            let bytes = &scratch[start..start + read];
             let entry = self.small_entry(&found.path, &file, &stat, bytes)?;
             if self.source.differs(&entry) {
                 add(&self.tally.changed_entries, 1);
@@ -412,13 +460,13 @@ impl<'s> Reading<'_, 's> {
                 .any(|(fate, length)| *fate == Fate::Data && length >= block_map::LEAST)
     }
 
-    fn vanish(&self, step: usize, path: &[u8]) -> Result<(), SourceError> {
+    pub(super) fn vanish(&self, step: usize, path: &[u8]) -> Result<(), SourceError> {
         self.source.frozen_change(path)?;
         lock(&self.outcomes).insert(step, None);
         Ok(())
     }
 
-    fn small_entry(
+    pub(super) fn small_entry(
         &self,
         path: &[u8],
         file: &File,
@@ -458,7 +506,7 @@ impl<'s> Reading<'_, 's> {
     }
 
     /// Appends a small file with the blocks that travel.
-    fn put_small(
+    pub(super) fn put_small(
         &self,
         record: &mut Vec<u8>,
         entry: &Entry,
@@ -482,7 +530,7 @@ impl<'s> Reading<'_, 's> {
     }
 
     /// How each block of a file travels.
-    fn fates(&self, entry: &Entry) -> Vec<Fate> {
+    pub(super) fn fates(&self, entry: &Entry) -> Vec<Fate> {
         let Kind::File { blocks, .. } = &entry.kind else {
             return Vec::new();
         };

@@ -16,7 +16,7 @@ use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::model::units::Bytes;
 use crate::model::volume::VolumeSpec;
 use crate::volume::scan::ScanError;
-use crate::volume::{BlockSize, Exception, FleetKey, TreeState};
+use crate::volume::{BlockSize, Exception, FleetKey, TreeState, Unreadable};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -151,6 +151,8 @@ pub struct EpochReport {
     pub source_cpu: Duration,
     /// What was left out on purpose.
     pub skipped: Vec<Exception>,
+    /// What the source's disk did not give up: those bytes are zeros on the target.
+    pub unreadable: Vec<Unreadable>,
     /// From the first look at the tree to the target's acknowledgement.
     pub duration: Duration,
 }
@@ -431,6 +433,7 @@ impl Sender {
             packed_to: Bytes(outlet.packing.after.load(Ordering::Relaxed)),
             source_cpu: Duration::ZERO,
             skipped: tally.skipped,
+            unreadable: state.unreadable.clone(),
             duration: Duration::ZERO,
         };
         Ok((state, report))

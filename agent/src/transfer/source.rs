@@ -9,6 +9,7 @@ use super::frame::HEADER_LEN;
 use super::link::LinkError;
 use super::message::Have;
 use super::payload::{self, PayloadKind};
+use super::queue::lock;
 use super::reading::{Outcomes, is_dense, is_large, send_files, size_of};
 use super::sender::{Outlet, SendError, path_hash};
 use super::{Options, Progress};
@@ -18,10 +19,13 @@ use crate::volume::change::{Baseline, Changes, Step, Window};
 use crate::volume::state::Builder;
 use crate::volume::tree::shown;
 use crate::volume::walk::{self, Found, WalkError, hard_link};
-use crate::volume::{BlockSize, Confined, Entry, Exception, FleetKey, Kind, ScanError, TreeState};
+use crate::volume::{
+    BlockSize, Confined, Entry, Exception, FleetKey, Kind, ScanError, TreeState, Unreadable,
+};
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::panic::resume_unwind;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Steps that are worked on at a time: few enough that a tree of any size takes little memory, many enough
@@ -83,6 +87,7 @@ pub(super) struct Tally {
     pub(super) changeset: AtomicU64,
     pub(super) bytes_read: AtomicU64,
     pub(super) skipped: Vec<Exception>,
+    pub(super) unreadable: Mutex<Vec<Unreadable>>,
 }
 
 pub(super) fn add(counter: &AtomicU64, count: u64) {
@@ -164,7 +169,9 @@ impl Source<'_> {
         })?;
         tally.skipped.extend(skipped);
         tally.skipped.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok((state.finish(), tally))
+        let mut state = state.finish();
+        state.unreadable = std::mem::take(&mut *lock(&tally.unreadable));
+        Ok((state, tally))
     }
 
     fn send_windows(

@@ -4,6 +4,7 @@ use super::aligned::Aligned;
 use super::change::Baseline;
 use super::confined::Confined;
 use super::one::{One, stat_of};
+use super::salvage::{self, is_media_error};
 use super::sign::{self, BlockSize, FleetKey};
 use super::state::{Builder, TreeState};
 use super::tree::{Entry, Exception, Kind};
@@ -77,7 +78,15 @@ fn scan_file(
             sign::ZERO
         } else {
             let block = &mut buffer[..length];
-            read_full(&file, block, offset).map_err(|e| failed("read", e))?;
+            match read_full(&file, block, offset) {
+                // What a disk does not give up is zeros, as when it was sent.
+                Err(error) if is_media_error(&error) => {
+                    salvage::read(&file, block, offset).map_err(|e| failed("read", e))?;
+                }
+                other => {
+                    other.map_err(|e| failed("read", e))?;
+                }
+            }
             sign::signature(key, block)
         });
     }

@@ -4,11 +4,12 @@
 //! kept; what was put in comes out. Non-goal: bytes from outside (see [`super::tree`]).
 
 use super::codec::{Malformed, Reader, put_short};
+use super::salvage::Unreadable;
 use super::sign::{BlockSize, FleetKey};
 use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp};
 use crate::model::ids::Signature;
 use std::collections::BTreeMap;
-use std::ops::Bound;
+use std::ops::{Bound, Range};
 use std::sync::Arc;
 
 /// Entries in one piece of memory: few, for one is found by going through them.
@@ -21,6 +22,10 @@ pub struct TreeState {
     pub block_size: BlockSize,
     /// Root over all entries.
     pub root: Signature,
+    /// What the source's disk did not give up: those bytes are zeros here.
+    pub unreadable: Vec<Unreadable>,
+    /// Byte ranges of a volume of one piece outside of which nothing has changed since; none: not known.
+    pub changed: Option<Vec<Range<u64>>>,
     chunks: Vec<Arc<Chunk>>,
     entries: u64,
 }
@@ -75,6 +80,36 @@ impl TreeState {
     /// All entries in order.
     pub fn iter(&self) -> impl Iterator<Item = Entry> + use<'_> {
         self.placed().map(|placed| placed.entry)
+    }
+
+    /// Runs of blocks of the one file, of `size` bytes, that may differ from this state: those that changed and
+    /// those that could not be read. None: all of them.
+    #[must_use]
+    pub fn changed_blocks(&self, path: &[u8], size: u64) -> Option<Vec<Range<u64>>> {
+        let changed = self.changed.as_ref()?;
+        if self.get(path).map(|entry| entry.size()) != Some(size) {
+            return None;
+        }
+        let lost = self.unreadable.iter();
+        let lost = lost.map(|lost| lost.offset..lost.offset + lost.length);
+        let bytes = self.block_size.bytes();
+        let mut blocks: Vec<Range<u64>> = changed
+            .iter()
+            .cloned()
+            .chain(lost)
+            .filter(|range| range.start < size)
+            .map(|range| range.start / bytes..range.end.min(size).div_ceil(bytes))
+            .filter(|range| !range.is_empty())
+            .collect();
+        blocks.sort_unstable_by_key(|range| range.start);
+        let mut runs: Vec<Range<u64>> = Vec::with_capacity(blocks.len());
+        for range in blocks {
+            match runs.last_mut() {
+                Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+                _ => runs.push(range),
+            }
+        }
+        Some(runs)
     }
 
     /// The entry at `path`.
@@ -173,6 +208,8 @@ impl<'a> Builder<'a> {
         TreeState {
             block_size: self.block_size,
             root: self.root.finish(),
+            unreadable: Vec::new(),
+            changed: None,
             chunks: self.chunks,
             entries: self.entries,
         }

@@ -381,6 +381,34 @@ mod tests {
         }
 
         #[test]
+        fn changed_blocks_cover_every_changed_byte_once_and_no_block_without_one(
+            ranges in proptest::collection::vec((0..5_000_000_u64, 1..400_000_u64), 0..20), size in 1..5_000_000_u64,
+        ) {
+            let path = b"content";
+            let file = Entry {
+                path: (*path).into(), mode: 0, uid: 0, gid: 0, mtime: Timestamp::default(), xattrs: Vec::new(),
+                kind: Kind::File { size, blocks: Vec::new() }, seen: Seen::default(),
+            };
+            let mut state = crate::volume::TreeState::new(&FleetKey([3; 32]), BlockSize::default(), vec![file]);
+            prop_assert_eq!(state.changed_blocks(path, size), None);
+            let (lost, changed) = ranges.split_at(ranges.len() / 2);
+            state.changed = Some(changed.iter().map(|(start, len)| *start..start + len).collect());
+            state.unreadable = lost.iter().map(|(offset, length)| crate::volume::Unreadable {
+                path: String::new(), offset: *offset, length: *length,
+            }).collect();
+            let runs = state.changed_blocks(path, size).unwrap();
+            for pair in runs.windows(2) {
+                prop_assert!(pair[0].end < pair[1].start);
+            }
+            for block in 0..BlockSize::default().blocks_of(size) {
+                let (from, to) = (block * 65_536, ((block + 1) * 65_536).min(size));
+                let differs = ranges.iter().any(|(start, len)| *start < to && from < start + len);
+                prop_assert_eq!(runs.iter().any(|run| run.contains(&block)), differs);
+            }
+            prop_assert_eq!(state.changed_blocks(path, size + 1), None);
+        }
+
+        #[test]
         fn a_root_depends_on_every_field(a in any_entry(), b in any_entry()) {
             let key = FleetKey([3; 32]);
             let root = |entry: &Entry| {

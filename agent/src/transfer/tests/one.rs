@@ -69,7 +69,7 @@ impl Bench {
 #[test]
 fn a_single_file_of_any_size_arrives_with_its_metadata_and_leaves_its_neighbours_alone() {
     for (way, engine) in every() {
-        for size in INTERESTING_SIZES {
+        for size in [0, 65_537, (1 << 20) + 1] {
             let bench = Bench::new(engine);
             let (from, to) = (bench.source.join("one.conf"), bench.target.join("one.conf"));
             fs::write(&from, noise(7, size)).unwrap();
@@ -151,4 +151,163 @@ fn a_block_device_is_written_over_what_its_counterpart_held_and_nothing_past_its
         let claimed = fs::File::options().write(true).open(&counterpart.device);
         assert!(claimed.is_ok(), "the device is given back");
     }
+}
+
+/// A loop device over a file that was cut off fails past the file's end, like a disk with bad sectors.
+#[test]
+fn what_a_disk_does_not_give_up_is_read_last_named_to_4_kib_and_read_again_in_the_next_epoch() {
+    for (way, engine) in every() {
+        let bench = Bench::new(engine);
+        let below = image(&bench.source.join("disk"), 9);
+        let whole = noise_of(&below);
+        let Some(disk) = Loop::over(&bench.source.join("disk")) else {
+            return;
+        };
+        let cut = (6 << 20) + 12_288;
+        below.set_len(cut).unwrap();
+        let to = bench.target.join("disk.img");
+        bench.admit(&to, true);
+        let mut sender = bench.sender(bench.path(way));
+        let (state, report) = bench.send_one(&mut sender, &disk.device, 1, None);
+        let ranges = |all: &[crate::volume::Unreadable]| -> (u64, u64) {
+            assert!(all.iter().all(|lost| lost.path == "content"));
+            let joined = all.windows(2);
+            assert!(
+                joined
+                    .into_iter()
+                    .all(|w| w[0].offset + w[0].length == w[1].offset)
+            );
+            let last = all.last().unwrap();
+            (all[0].offset, last.offset + last.length)
+        };
+        assert_eq!(ranges(&report.unreadable), (cut, 9 << 20), "{way:?}");
+        let mut expected = whole.clone();
+        expected[cut as usize..].fill(0);
+        assert_eq!(fs::read(&to).unwrap(), expected);
+        // The same from what is kept, as a proof reads it.
+        let size = state.block_size;
+        let (kept, _) = crate::volume::scan(&disk.device, &FleetKey(FLEET), size).unwrap();
+        assert_eq!(kept.root, state.root);
+
+        below.write_all_at(&whole[cut as usize..], cut).unwrap();
+        below.set_len(9 << 20).unwrap();
+        let (_, report) = bench.send_one(&mut sender, &disk.device, 2, Some(&state));
+        assert_eq!(report.unreadable, []);
+        assert_eq!(fs::read(&to).unwrap(), whole);
+    }
+}
+
+/// A file system on a device, or none; mounted as long as it lives.
+struct Mounted(Option<PathBuf>);
+
+impl Mounted {
+    fn new(disk: &Loop, make: &[&str], at: &Path) -> Self {
+        let Some((program, arguments)) = make.split_first() else {
+            return Self(None);
+        };
+        fs::create_dir(at).unwrap();
+        let made = Command::new(program)
+            .args(arguments)
+            .arg(&disk.device)
+            .status();
+        assert!(made.unwrap().success());
+        let mounted = Command::new("mount").arg(&disk.device).arg(at).status();
+        assert!(mounted.unwrap().success());
+        Self(Some(at.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Some(at) = &self.0 {
+            let _ = Command::new("umount").arg(at).status();
+        }
+    }
+}
+
+/// Epoch after epoch during a storm, each reading only what the kernel noted; then the last, when all is calm.
+fn follow_a_storm(make: &[&str]) {
+    use crate::telemetry::dirty::Watch;
+    let bench = Bench::new(EngineChoice::Auto);
+    let below = image(&bench.source.join("disk"), 320);
+    let Some(disk) = Loop::over(&bench.source.join("disk")) else {
+        return;
+    };
+    let mounted = Mounted::new(&disk, make, &bench.source.join("mounted"));
+    let mut watch = match Watch::start(Path::new("/"), &disk.device) {
+        Ok(watch) => watch,
+        Err(error) => return println!("not run: {error}"),
+    };
+    let to = bench.target.join("disk.img");
+    bench.admit(&to, true);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let (mut state, _) = bench.send_one(&mut sender, &disk.device, 1, None);
+    let target = match &mounted.0 {
+        Some(at) => vec!["--directory", at.to_str().unwrap(), "--fsync=32"],
+        None => vec!["--filename", disk.device.to_str().unwrap(), "--direct=1"],
+    };
+    let mut storm = Command::new("fio")
+        .args([
+            "--name=storm",
+            "--bsrange=4k-256k",
+            "--ioengine=psync",
+            "--rw=randwrite",
+        ])
+        .args([
+            "--size=64m",
+            "--time_based",
+            "--runtime=2",
+            "--rate=30m",
+            "--minimal",
+        ])
+        .args(target)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("fio");
+    let (mut epoch, mut least) = (1, u64::MAX);
+    let mut send = |state: &mut TreeState| {
+        fs::File::open(&disk.device).unwrap().sync_all().unwrap();
+        let changes = watch.swap();
+        let calm = changes.ranges.is_empty();
+        state.changed = Some(changes.ranges);
+        epoch += 1;
+        let (next, report) = bench.send_one(&mut sender, &disk.device, epoch, Some(state));
+        if report.blocks_sent > 0 {
+            least = least.min(report.bytes_read.0);
+        }
+        *state = next;
+        calm
+    };
+    while storm.try_wait().unwrap().is_none() {
+        send(&mut state);
+    }
+    drop(mounted);
+    let end = Instant::now() + Duration::from_secs(60);
+    while !send(&mut state) {
+        assert!(Instant::now() < end, "it never fell calm");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(
+        noise_of(&below) == fs::read(&to).unwrap(),
+        "a change was missed"
+    );
+    assert!(
+        least < 160 << 20,
+        "an epoch read {least} bytes at least, the device has 320 MiB"
+    );
+}
+
+#[test]
+fn epochs_by_dirty_extents_miss_nothing_of_a_storm_on_the_raw_device() {
+    follow_a_storm(&[]);
+}
+
+#[test]
+fn epochs_by_dirty_extents_miss_nothing_of_a_storm_on_ext4() {
+    follow_a_storm(&["mkfs.ext4", "-q", "-F"]);
+}
+
+#[test]
+fn epochs_by_dirty_extents_miss_nothing_of_a_storm_on_xfs() {
+    follow_a_storm(&["mkfs.xfs", "-q", "-f"]);
 }

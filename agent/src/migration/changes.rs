@@ -1,0 +1,85 @@
+//! What changes on the block devices that a plan moves, as the kernel notes it.
+//!
+//! Invariants: a device is watched before its first epoch is read; what was written through its page cache is
+//! on the device, and so noted, before an epoch is begun; where anything of this fails, everything counts as
+//! changed.
+
+use crate::model::ids::VolumeId;
+use crate::model::volume::{ChangesBy, VolumeSpec};
+use crate::telemetry::dirty::{Changes, Watch};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// How the changes of a block device can be found on this host.
+pub(super) fn of_device(path: &Path) -> ChangesBy {
+    match Watch::start(Path::new("/"), path) {
+        Ok(_) => ChangesBy::DirtyExtents,
+        Err(error) => ChangesBy::HashScan(error.to_string()),
+    }
+}
+
+/// The watched devices of a plan.
+#[derive(Default)]
+pub(super) struct Watches {
+    watched: BTreeMap<VolumeId, Arc<Mutex<Watch>>>,
+    /// Changes that were asked for and not yet sent.
+    pending: BTreeMap<VolumeId, Vec<Range<u64>>>,
+}
+
+impl Watches {
+    /// What changed since the last call, and what was pending; the first call, and one that fails, know nothing
+    /// and begin to watch anew.
+    pub(super) async fn take(&mut self, volume: &VolumeSpec) -> Option<Vec<Range<u64>>> {
+        if volume.changes != ChangesBy::DirtyExtents {
+            return None;
+        }
+        let pending = self.pending.remove(&volume.id).unwrap_or_default();
+        if let Some(changed) = self.look(volume).await {
+            return Some(pending.into_iter().chain(changed).collect());
+        }
+        let path = volume.source_path.clone();
+        let started =
+            tokio::task::spawn_blocking(move || Watch::start(Path::new("/"), &path)).await;
+        match started {
+            Ok(Ok(watch)) => {
+                self.watched.insert(volume.id, Arc::new(Mutex::new(watch)));
+            }
+            Ok(Err(error)) => tracing::warn!("{error}; every block is read again"),
+            Err(error) => tracing::warn!("{error}; every block is read again"),
+        }
+        None
+    }
+
+    /// Whether a watched device has changed since it was asked; what has changed stays pending.
+    pub(super) async fn has_changed(&mut self, volume: &VolumeSpec) -> bool {
+        let Some(changed) = self.look(volume).await else {
+            return false;
+        };
+        let any = !changed.is_empty();
+        self.pending.entry(volume.id).or_default().extend(changed);
+        any
+    }
+
+    /// None when the device is not watched, or could not be written back; then it is no longer.
+    async fn look(&mut self, volume: &VolumeSpec) -> Option<Vec<Range<u64>>> {
+        let watch = self.watched.get(&volume.id)?.clone();
+        let path = volume.source_path.clone();
+        let looked = tokio::task::spawn_blocking(move || -> io::Result<Changes> {
+            File::open(path)?.sync_all()?;
+            Ok(watch.lock().unwrap_or_else(PoisonError::into_inner).swap())
+        });
+        match looked.await.map_err(io::Error::other).flatten() {
+            Ok(changes) => Some(changes.ranges),
+            Err(error) => {
+                let name = &volume.name;
+                tracing::warn!("volume {name}: {error}; every block is read again");
+                self.watched.remove(&volume.id);
+                None
+            }
+        }
+    }
+}
