@@ -155,9 +155,16 @@ impl Stage {
     /// # Errors
     /// One is missing or differs.
     pub fn check_data(&self, service: &Service) -> Result<()> {
+        self.check_data_on(self.target()?, service)
+    }
+
+    /// As [`Stage::check_data`], where another device than [`TARGET`] may be the target.
+    ///
+    /// # Errors
+    /// As [`Stage::check_data`].
+    pub fn check_data_on(&self, target: &Host, service: &Service) -> Result<()> {
         let writes = self.acknowledged(service);
         ensure!(!writes.is_empty(), "no write was acknowledged");
-        let target = self.target()?;
         let questions: String = writes
             .iter()
             .map(|number| format!("GET write:{number}\n"))

@@ -11,8 +11,7 @@ const CACHE: Service = Service {
     name: "cache",
     port: 6379,
 };
-/// Behind the target by its name, which decides between equals.
-const HELPER: &str = "wing";
+const OTHER: &str = "other";
 
 /// Random bytes to move beside the image, most of what moves.
 const BULK: u64 = 64 << 20;
@@ -20,26 +19,26 @@ const MIB: u64 = 1 << 20;
 
 #[test]
 fn source_and_target_are_killed_in_the_copy_and_the_plan_goes_on_from_what_arrived() -> Result<()> {
-    goes_on("resumed-direct", &[], &[SOURCE, TARGET])
+    goes_on("resumed-direct", &[], &["source", "target"])
 }
 
 #[test]
 fn all_three_devices_are_killed_in_the_copy_over_a_spool_and_the_plan_goes_on() -> Result<()> {
     let delegate = ["--delegate", "transfer"];
-    goes_on("resumed-spool", &delegate, &[HELPER, SOURCE, TARGET])
+    goes_on("resumed-spool", &delegate, &["paired", "source", "target"])
 }
 
-/// Evacuates with a limit, kills each of `killed` at another point of the copy, and counts what the target's
+/// Evacuates with a limit, kills the device of each role in `killed` at another point of the copy, and counts what the target's
 /// interface took.
 fn goes_on(name: &str, delegate: &[&str], killed: &[&str]) -> Result<()> {
     let mut devices = vec![device(SOURCE, None), device(TARGET, None)];
     if !delegate.is_empty() {
-        devices.push(device(HELPER, None));
+        devices.push(device(OTHER, None));
     }
     let Some(mut stage) = Stage::up(name, &devices, &[CACHE])? else {
         return Ok(());
     };
-    let (source, target) = (stage.source()?.clone(), stage.target()?.clone());
+    let source = stage.source()?.clone();
     let big = format!("head -c {BULK} /dev/urandom >{}/big", CACHE.notes());
     source.run(["sh", "-c", &big])?;
     let mut evacuate = vec!["evacuate", CACHE.name, "--yes", "--limit", "16MiB"];
@@ -47,17 +46,25 @@ fn goes_on(name: &str, delegate: &[&str], killed: &[&str]) -> Result<()> {
     stage.crew.begin(SOURCE, "evacuate", &evacuate)?;
     let plan = stage.plan()?;
 
-    let before = target.received()?;
     let total = copied(&stage, &plan)?;
+    // The duplicator says which of the two others is the target.
+    let roles = status(&stage, &plan)?;
+    let named = |role: &str| match role {
+        "source" => SOURCE.to_owned(),
+        role => roles[role].as_str().unwrap_or_default().to_owned(),
+    };
+    let target = stage.lab.host(&named("target"))?.clone();
+    let before = target.received()?;
     let share = BULK / (killed.len() as u64 + 1);
-    for (place, device) in killed.iter().enumerate() {
+    for (place, role) in killed.iter().enumerate() {
+        let device = named(role);
         let wanted = before + share * (place as u64 + 1);
         wait_for("a part of the copy", PATIENCE, || {
             Ok((target.received()? >= wanted).then_some(()))
         })
         .with_context(|| stage.crew.log(SOURCE))?;
-        stage.crew.kill_agent(device)?;
-        stage.crew.start_agent(device)?;
+        stage.crew.kill_agent(&device)?;
+        stage.crew.start_agent(&device)?;
         stage.writes_go_on(&CACHE)?;
     }
     let limits = limits(&stage, &plan)?;
@@ -73,7 +80,7 @@ fn goes_on(name: &str, delegate: &[&str], killed: &[&str]) -> Result<()> {
     let took = target.received()? - before;
     println!("the target took {took} bytes for {total}");
     stage.writes_go_on(&CACHE)?;
-    stage.check_data(&CACHE)?;
+    stage.check_data_on(&target, &CACHE)?;
     // Records that were cut, the client's writes, and words of the control channel come on top.
     ensure!(took < total + total / 8, "{took} bytes for {total}");
     stage.lab.down()
