@@ -36,6 +36,8 @@ pub(super) struct Large {
     /// A device: what lies in its page cache is older than what a file system or a device above it has written.
     pub(super) device: bool,
     pub(super) holes: Holes,
+    /// Blocks that the target holds of it.
+    pub(super) held: Vec<Signature>,
     pub(super) blocks: Mutex<Vec<Signature>>,
     /// Pieces not yet read.
     pub(super) left: AtomicU64,
@@ -223,7 +225,6 @@ impl Reading<'_, '_> {
         let (mut record, descriptors) =
             head(self.source.outlet.buffer(), large, place.first, place.count);
         let data = record.len();
-        let held = self.source.held.blocks(&large.path);
         let mut blocks = Vec::with_capacity(place.count as usize);
         // At most 1 MiB by construction.
         let size = usize::try_from(block_size.bytes()).unwrap_or(DATA_CAP);
@@ -235,7 +236,7 @@ impl Reading<'_, '_> {
             };
             let held = usize::try_from(index)
                 .ok()
-                .and_then(|index| held.get(index));
+                .and_then(|index| large.held.get(index));
             let fate = fate(&signature, held);
             if fate == Fate::Data {
                 record.extend_from_slice(bytes);

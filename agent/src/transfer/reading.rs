@@ -185,9 +185,10 @@ impl<'s> Reading<'_, 's> {
         let each = DATA_CAP as u64 / block_size.bytes();
         let previous = self.source.held.previous();
         let changed = previous.and_then(|state| state.changed_blocks(&found.path, size));
+        let held = self.source.held.blocks(&found.path).into_owned();
         let mut blocks = match &changed {
             // What did not change is as it was sent last.
-            Some(_) => self.source.held.blocks(&found.path).to_vec(),
+            Some(_) => held.clone(),
             None => Vec::new(),
         };
         blocks.resize(usize::try_from(total).unwrap_or(0), ZERO);
@@ -203,6 +204,7 @@ impl<'s> Reading<'_, 's> {
             size,
             device: self.root.one().is_some_and(One::is_device),
             holes,
+            held,
             blocks: Mutex::new(blocks),
             left: AtomicU64::new(left),
         });

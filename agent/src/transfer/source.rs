@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Steps that are worked on at a time: few enough that a tree of any size takes little memory, many enough
 /// that waiting for the last of them does not count.
-const WINDOW: usize = 8192;
+const WINDOW: usize = 16_384;
 /// Payload from which a record of entries is sent.
 const ENTRIES_FULL: usize = 192 << 10;
 
