@@ -18,6 +18,7 @@ use lifeboat::model::control::{Offer, RelayRequest};
 use lifeboat::telemetry::btf::KernelTypes;
 use lifeboat::transfer::LinkKey;
 use lifeboat::transfer::engine::{Engine, Read, Write};
+use lifeboat::transfer::fetch::wire::Answer;
 use lifeboat::transfer::frame::{BODY_CAP, HEADER_LEN, Header};
 use lifeboat::transfer::hello;
 use lifeboat::transfer::message::Message;
@@ -35,12 +36,13 @@ use serde_json::Value;
 pub type Decoder = fn(&[u8]);
 
 /// Name and function of each decoder.
-pub const DECODERS: [(&str, Decoder); 13] = [
+pub const DECODERS: [(&str, Decoder); 14] = [
     ("frame", frame),
     ("hello", greeting),
     ("message", message),
     ("payload", payload),
     ("entry", entry),
+    ("fetched", fetched),
     ("token", sealed_token),
     ("join-token", join_token),
     ("control", control),
@@ -111,6 +113,18 @@ fn message(bytes: &[u8]) {
         let mut again = Vec::new();
         message.encode(&mut again);
         assert_eq!(Message::decode(&again), Ok(message));
+    }
+}
+
+fn fetched(bytes: &[u8]) {
+    let again = |answer: Answer<'_>| {
+        let mut again = Vec::new();
+        answer.encode(&mut again);
+        again
+    };
+    if let Ok(answer) = Answer::decode(bytes) {
+        let once = again(answer);
+        assert!(Answer::decode(&once).is_ok_and(|answer| again(answer) == once));
     }
 }
 
