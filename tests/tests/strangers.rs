@@ -238,7 +238,13 @@ fn without_pairing(lab: &Lab, mut plan: Value) -> Result<()> {
         "the duplicator did not lend us",
     ];
     let ask = (target, "/v1/plans/p-none/offer");
-    refused(source, IDENTITY, ask, &json!({ "plan": plan }), &why)
+    refused(
+        source,
+        IDENTITY,
+        ask,
+        &json!({ "plan": plan, "layers": {} }),
+        &why,
+    )
 }
 
 #[test]
