@@ -4,13 +4,13 @@
 //! Of a socket and a peer, whoever sent first is the client: the other end has received before it sends.
 
 use crate::kernel::{Object, layout, lost, now_ns, probe};
-use crate::ports::{alive, count, mapped, note, udp_closed};
+use crate::ports::{MAPPED, address, alive, count, mapped, note, udp_closed};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_get_socket_cookie};
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, map};
 use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use lifeboat_ebpf::{End, Flow, FlowKey, Open, PortKey, loss, protocol, role};
+use lifeboat_ebpf::{Address, End, Flow, FlowKey, Open, PortKey, loss, protocol, role};
 
 /// Flows of sockets that are not connected.
 #[map]
@@ -80,23 +80,19 @@ fn is_udp(ctx: &SockAddrContext) -> bool {
 }
 
 #[inline(always)]
-fn v4(ctx: &SockAddrContext) -> [u8; 16] {
+fn v4(ctx: &SockAddrContext) -> Address {
     // SAFETY: the verifier checks the access to the context; volatile keeps it one load of four bytes.
-    let address = unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).user_ip4) };
-    mapped(address.to_ne_bytes())
+    mapped(unsafe { core::ptr::read_volatile(&raw const (*ctx.sock_addr).user_ip4) })
 }
 
 #[inline(always)]
-fn v6(ctx: &SockAddrContext) -> [u8; 16] {
-    let mut address = [0u32; 4];
+fn v6(ctx: &SockAddrContext) -> Address {
     // SAFETY: as for `v4`, four times.
     unsafe {
         let words = (&raw const (*ctx.sock_addr).user_ip6).cast::<u32>();
-        address[0] = core::ptr::read_volatile(words);
-        address[1] = core::ptr::read_volatile(words.add(1));
-        address[2] = core::ptr::read_volatile(words.add(2));
-        address[3] = core::ptr::read_volatile(words.add(3));
-        core::mem::transmute(address)
+        address(core::array::from_fn(|word| {
+            core::ptr::read_volatile(words.add(word))
+        }))
     }
 }
 
@@ -122,12 +118,12 @@ fn address_of(sock: Object) -> Option<Object> {
 
 /// Many at once are nobody in particular: multicast and IPv4 broadcast.
 #[inline(always)]
-fn is_many(peer: &[u8; 16]) -> bool {
-    peer[0] == 0xff || (peer[0] == 0 && peer[10] == 0xff && peer[11] == 0xff && peer[12] >= 224)
+fn is_many([first, last]: Address) -> bool {
+    first as u8 == 0xff || (first == 0 && last as u32 == MAPPED && (last >> 32) as u8 >= 224)
 }
 
 #[inline(always)]
-fn key(sock: Object, peer: [u8; 16], port: u16, role: u8) -> Option<PortKey> {
+fn key(sock: Object, peer: Address, port: u16, role: u8) -> Option<PortKey> {
     let net: Object = probe(sock, layout!(sock_net))?;
     Some(PortKey {
         // SAFETY: the helper takes nothing.
@@ -139,17 +135,18 @@ fn key(sock: Object, peer: [u8; 16], port: u16, role: u8) -> Option<PortKey> {
         service_port: 0,
         role,
         protocol: protocol::UDP,
-        padding: [0; 6],
+        padding: 0,
+        more_padding: 0,
     })
 }
 
 #[inline(always)]
-fn connected(ctx: &SockAddrContext, peer: [u8; 16]) {
+fn connected(ctx: &SockAddrContext, peer: Address) {
     let Some(sock) = socket(ctx) else {
         return;
     };
     let port = port(ctx);
-    if port == 0 || is_many(&peer) {
+    if port == 0 || is_many(peer) {
         return;
     }
     // Connected anew: what it did with the peer before is counted first.
@@ -174,16 +171,15 @@ fn connected(ctx: &SockAddrContext, peer: [u8; 16]) {
 }
 
 #[inline(always)]
-fn flow(ctx: &SockAddrContext, peer: [u8; 16], first: u8) {
-    if is_many(&peer) {
+fn flow(ctx: &SockAddrContext, peer: Address, first: u8) {
+    if is_many(peer) {
         return;
     }
     let flow = FlowKey {
         // SAFETY: the helper takes the program's context.
         socket: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
         peer,
-        port: port(ctx),
-        padding: [0; 6],
+        port: port(ctx).into(),
     };
     let now = now_ns();
     let known = FLOWS.get_ptr_mut(&flow);
@@ -202,7 +198,7 @@ fn flow(ctx: &SockAddrContext, peer: [u8; 16], first: u8) {
         return;
     };
     let port = if role == role::CLIENT {
-        flow.port
+        flow.port as u16
     } else {
         probe(sock, layout!(sock_num)).unwrap_or(0)
     };

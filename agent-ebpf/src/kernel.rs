@@ -17,7 +17,7 @@ pub static LAYOUT: Layout = Layout {
     ancestors_are_ids: 0,
     issue_has_queue: 0,
     status_offline: 0,
-    padding: 0,
+    open_groups: 0,
     queue_has_queue: 0,
     bio_has_disk: 0,
     request_has_disk: 0,
@@ -172,6 +172,34 @@ pub fn exchange(counter: *mut u64, value: u64) -> u64 {
         );
     }
     before
+}
+
+/// Puts `new` into a word in a map if `expected` is there; whether it was. Where the kernel cannot do that at once,
+/// two CPUs that do it to the same word within nanoseconds may both be told so.
+#[inline(always)]
+pub fn compare_exchange(word: *mut u64, expected: u64, new: u64) -> bool {
+    if !EXCHANGES {
+        // SAFETY: as for `exchange`.
+        unsafe {
+            let is_expected = core::ptr::read_volatile(word) == expected;
+            if is_expected {
+                core::ptr::write_volatile(word, new);
+            }
+            return is_expected;
+        }
+    }
+    let before: u64;
+    // SAFETY: as for `add`.
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64({word} + 0, r0, {new})",
+            word = in(reg) word,
+            new = in(reg) new,
+            inout("r0") expected => before,
+            options(nostack),
+        );
+    }
+    before == expected
 }
 
 /// Sets bits of a word in a map; a full memory barrier (Linux 5.12).

@@ -4,25 +4,50 @@
 //! Both ends of a connection find the same place by its sequence numbers, which no address translation
 //! changes; so the kind then names the cgroups of both.
 
-use crate::kernel::{Object, add, exchange, layout, load, lost, now_ns, probe};
-use crate::scope::{probed_scoped_id, scoped_id};
-use aya_ebpf::bindings::BPF_NOEXIST;
+use crate::kernel::{Object, add, compare_exchange, exchange, layout, load, lost, now_ns, probe};
+use crate::scope::{place_by_hash, probed_scoped_id, scoped_id};
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::{btf_tracepoint, map, raw_tracepoint};
-use aya_ebpf::maps::{HashMap, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, Queue, RingBuf};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use lifeboat_ebpf::{
-    End, ListenKey, Open, PortKey, PortStats, REFRESH_BATCH, loss, protocol, role,
+    Address, End, ListenKey, OPEN_GROUP, OPEN_GROUPS, Open, PORT_ROWS, PortKey, PortRow, PortStats,
+    REFRESH_BATCH, groups_of, loss, place, protocol, role,
 };
 
-/// Open connections: TCP by [`Begin::identity`], UDP by the address of the socket. The agent sets its size,
-/// and that of the next.
-#[map]
-static OPEN: HashMap<u64, Open> = HashMap::with_max_entries(24_576, 0);
+// As for the other families, the common path looks up arrays only.
 
-/// Kinds of connections.
+/// Whose each place of [`OPEN`] is: TCP by [`Begin::identity`], UDP by the address of the socket; or
+/// [`place::FREE`], [`place::TAKEN`]. A connection is in one of its two groups. The agent sets the sizes of this
+/// map and all below but the last two.
 #[map]
-static PORTS: HashMap<PortKey, PortStats> = HashMap::with_max_entries(8_192, 0);
+static OPEN_KEYS: Array<[u64; OPEN_GROUP]> = Array::with_max_entries(OPEN_GROUPS, BPF_F_MMAPABLE);
+
+/// Open connections.
+#[map]
+static OPEN: Array<Open> = Array::with_max_entries(OPEN_GROUPS * OPEN_GROUP as u32, 0);
+
+/// Kinds of connections by row.
+#[map]
+static PORTS: Array<PortRow> = Array::with_max_entries(PORT_ROWS, BPF_F_MMAPABLE);
+
+/// Row by kind.
+#[map]
+static PORT_ROW: HashMap<PortKey, u32> = HashMap::with_max_entries(PORT_ROWS, 0);
+
+/// Rows of no kind: filled by the agent, which also gives back those of kinds that it forgets.
+#[map]
+static FREE_PORT_ROWS: Queue<u32> = Queue::with_max_entries(PORT_ROWS, 0);
+
+/// The rows looked up last, each in the place of its kind's hash. Which kind a row is of stands in the row itself.
+#[map]
+static KNOWN_PORT_ROWS: Array<u32> = Array::with_max_entries(1 << KNOWN_BITS, 0);
+
+const KNOWN_BITS: u32 = 12;
+
+/// No place, and no row.
+const NOWHERE: u32 = u32::MAX;
 
 /// Listening sockets by port; the value is how many share it.
 #[map]
@@ -135,7 +160,9 @@ unsafe fn opened(sock: Object, role: u8) {
         let peer = if family == AF_INET {
             mapped(load(sock, layout!(sock_daddr)))
         } else if family == AF_INET6 {
-            load(sock, layout!(sock_v6_daddr))
+            let words: [u32; 4] =
+                core::array::from_fn(|word| load(sock, layout!(sock_v6_daddr) + 4 * word as u32));
+            address(words)
         } else {
             return;
         };
@@ -154,7 +181,7 @@ unsafe fn opened(sock: Object, role: u8) {
         let identity = Begin::of(tcp).identity(role);
         // The client's end is always established first.
         if role == role::SERVER
-            && let Some(open) = OPEN.get_ptr_mut(&identity)
+            && let Some(open) = OPEN.get_ptr_mut(find(identity))
         {
             join(&raw mut (*open).server, &end);
             return;
@@ -190,21 +217,139 @@ unsafe fn join(place: *mut End, end: &End) {
 
 /// Puts a connection on the list.
 #[inline(always)]
-pub fn note(place: u64, open: &Open, role: u8) {
-    if OPEN.insert(&place, open, 0).is_err() {
-        lost(loss::OPEN);
-        // Its bytes will be unknown; that it was is not. A UDP socket may never get an answer.
-        if open.protocol as u8 == protocol::TCP {
-            count(&open.key(role), open.opened_ns);
+pub fn note(identity: u64, open: &Open, role: u8) {
+    let place = take(identity);
+    if let (Some(at), Some(key)) = (OPEN.get_ptr_mut(place), key_at(place)) {
+        // SAFETY: map values live for the whole program run, and the place is taken by this one.
+        unsafe {
+            let (client, server, rest) = open.words();
+            store((&raw mut (*at).client).cast(), client);
+            store((&raw mut (*at).server).cast(), server);
+            store((&raw mut (*at).opened_ns).cast(), rest);
+            // Last, and so whoever finds the place finds what is there.
+            key.write_volatile(identity);
         }
+        return;
+    }
+    lost(loss::OPEN);
+    // Its bytes will be unknown; that it was is not. A UDP socket may never get an answer.
+    if open.protocol as u8 == protocol::TCP {
+        count(&open.key(role), open.opened_ns);
+    }
+}
+
+/// Writes words one by one: what the compiler makes of zeros side by side is a call that writes bytes.
+///
+/// # Safety
+/// All of them must lie in a map value, aligned.
+#[inline(always)]
+unsafe fn store<const N: usize>(at: *mut u64, words: [u64; N]) {
+    for (index, word) in words.into_iter().enumerate() {
+        // SAFETY: the caller's contract.
+        unsafe { at.add(index).write_volatile(word) };
+    }
+}
+
+/// Where it stands whose a place is.
+#[inline(always)]
+fn key_at(place: u32) -> Option<*mut u64> {
+    let group = OPEN_KEYS.get_ptr_mut(place / OPEN_GROUP as u32)?;
+    // SAFETY: the slot is less than a group has.
+    Some(unsafe { group.cast::<u64>().add(place as usize % OPEN_GROUP) })
+}
+
+/// The place of a connection; [`NOWHERE`] when it is not on the list.
+#[inline(never)]
+fn find(identity: u64) -> u32 {
+    let [near, others] = groups_of(identity, layout!(open_groups));
+    let place = find_in(identity, near);
+    if place != NOWHERE {
+        return place;
+    }
+    find_in(identity, others)
+}
+
+#[inline(always)]
+fn find_in(identity: u64, [one, other]: [u32; 2]) -> u32 {
+    let (Some(first), Some(second)) = (OPEN_KEYS.get_ptr(one), OPEN_KEYS.get_ptr(other)) else {
+        return NOWHERE;
+    };
+    for slot in 0..OPEN_GROUP {
+        // SAFETY: map values live for the whole program run; each word is aligned.
+        unsafe {
+            if (*first)[slot] == identity {
+                return one * OPEN_GROUP as u32 + slot as u32;
+            }
+            if (*second)[slot] == identity {
+                return other * OPEN_GROUP as u32 + slot as u32;
+            }
+        }
+    }
+    NOWHERE
+}
+
+/// Takes a place for a connection; [`NOWHERE`] when all of its groups are full.
+#[inline(never)]
+fn take(identity: u64) -> u32 {
+    let [near, others] = groups_of(identity, layout!(open_groups));
+    let place = take_in(near);
+    if place != NOWHERE {
+        return place;
+    }
+    take_in(others)
+}
+
+/// Takes the lowest free place of two groups, so that they fill alike.
+#[inline(always)]
+fn take_in([one, other]: [u32; 2]) -> u32 {
+    let (Some(first), Some(second)) = (OPEN_KEYS.get_ptr_mut(one), OPEN_KEYS.get_ptr_mut(other))
+    else {
+        return NOWHERE;
+    };
+    for slot in 0..OPEN_GROUP {
+        // SAFETY: as for `find_in`.
+        unsafe {
+            if take_at(&raw mut (*first)[slot]) {
+                return one * OPEN_GROUP as u32 + slot as u32;
+            }
+            if take_at(&raw mut (*second)[slot]) {
+                return other * OPEN_GROUP as u32 + slot as u32;
+            }
+        }
+    }
+    NOWHERE
+}
+
+/// # Safety
+/// `key` must point into a map value.
+#[inline(always)]
+unsafe fn take_at(key: *mut u64) -> bool {
+    // SAFETY: the caller's contract.
+    unsafe { *key == place::FREE && compare_exchange(key, place::FREE, place::TAKEN) }
+}
+
+/// Takes a connection off the list. Another one may have done so before, and its place be a third one's by now.
+#[inline(always)]
+fn leave(place: u32, identity: u64) {
+    if let Some(key) = key_at(place) {
+        compare_exchange(key, identity, place::FREE);
     }
 }
 
 /// An IPv4 address as the maps have it.
 #[inline(always)]
-pub fn mapped(address: [u8; 4]) -> [u8; 16] {
-    let [a, b, c, d] = address;
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+pub fn mapped(v4: u32) -> Address {
+    address([0, 0, MAPPED, v4])
+}
+
+/// The third of the four words of an address that is an IPv4 one.
+pub const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
+
+/// An address from its words in memory.
+#[inline(always)]
+pub fn address([a, b, c, d]: [u32; 4]) -> Address {
+    let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+    [pair(a, b), pair(c, d)]
 }
 
 /// Counts a connection of this kind.
@@ -223,7 +368,7 @@ pub fn count(key: &PortKey, since_ns: u64) {
 /// Notes that connections of this kind are alive.
 #[inline(always)]
 pub fn alive(key: &PortKey, now_ns: u64) {
-    if let Some(stats) = PORTS.get_ptr_mut(key) {
+    if let Some(stats) = known(key).or_else(|| stats(row_of(key))) {
         // SAFETY: map values live for the whole program run.
         unsafe { (*stats).last_ns = now_ns };
     }
@@ -232,26 +377,97 @@ pub fn alive(key: &PortKey, now_ns: u64) {
 /// The statistics of a kind, made when there are none; none when there is no room.
 #[inline(always)]
 fn kind(key: &PortKey, since_ns: u64) -> Option<*mut PortStats> {
-    if let Some(stats) = PORTS.get_ptr_mut(key) {
-        return Some(stats);
+    known(key).or_else(|| {
+        // A copy, so that the common path needs none in memory.
+        let key = *key;
+        let row = look_up(&key, since_ns);
+        if let Some(known) = KNOWN_PORT_ROWS.get_ptr_mut(place_of(&key)) {
+            // SAFETY: one aligned word of a map.
+            unsafe { *known = row };
+        }
+        stats(row)
+    })
+}
+
+#[inline(always)]
+fn stats(row: u32) -> Option<*mut PortStats> {
+    // SAFETY: the pointer is to a map value, of which this is a field.
+    PORTS
+        .get_ptr_mut(row)
+        .map(|row| unsafe { &raw mut (*row).stats })
+}
+
+/// Where [`KNOWN_PORT_ROWS`] has a kind.
+#[inline(always)]
+fn place_of(key: &PortKey) -> u32 {
+    let mut mixed = 0u64;
+    for (index, word) in key.words().into_iter().enumerate() {
+        // An odd multiplier for each word, so that what differs in two words does not cancel out.
+        let odd = 0x9e37_79b9_7f4a_7c15u64.rotate_left(9 * index as u32) | 1;
+        mixed = mixed.wrapping_add(word.wrapping_mul(odd));
     }
-    let none = PortStats {
-        connections: 0,
-        sent: 0,
-        received: 0,
-        retransmits: 0,
-        first_ns: since_ns,
-        last_ns: since_ns,
-        srtt_us: 0,
-        padding: 0,
+    place_by_hash(mixed ^ mixed >> 32, KNOWN_BITS)
+}
+
+/// The statistics of a kind, when its row is known without the hash map.
+#[inline(always)]
+fn known(key: &PortKey) -> Option<*mut PortStats> {
+    // SAFETY: map values live for the whole program run; a known row is one aligned word.
+    unsafe {
+        let row = *KNOWN_PORT_ROWS.get_ptr(place_of(key))?;
+        let known = PORTS.get_ptr_mut(row)?;
+        let whose = (&raw const (*known).key).cast::<u64>();
+        let mut differ = 0;
+        for (index, word) in key.words().into_iter().enumerate() {
+            differ |= whose.add(index).read() ^ word;
+        }
+        (differ == 0).then_some(&raw mut (*known).stats)
+    }
+}
+
+/// The row of a kind, by the hash map; [`NOWHERE`] when it has none.
+#[inline(always)]
+fn row_of(key: &PortKey) -> u32 {
+    // SAFETY: the value is one word, which is written once.
+    unsafe { PORT_ROW.get(key).copied().unwrap_or(NOWHERE) }
+}
+
+/// The row of a kind, by the hash map, made when it has none; [`NOWHERE`] when there is no room.
+#[inline(never)]
+fn look_up(key: &PortKey, since_ns: u64) -> u32 {
+    let row = row_of(key);
+    if row != NOWHERE {
+        return row;
+    }
+    new_row(key, since_ns)
+}
+
+/// Makes a row for a kind that has none; [`NOWHERE`] when there is no room.
+#[inline(always)]
+fn new_row(key: &PortKey, since_ns: u64) -> u32 {
+    let Ok(Some(row)) = FREE_PORT_ROWS.pop() else {
+        return NOWHERE;
     };
-    if PORTS.insert(key, &none, u64::from(BPF_NOEXIST)).is_ok()
-        && FIRST_SEEN.output::<PortKey>(key, 0).is_err()
-    {
-        lost(loss::FIRST_SEEN);
+    let Some(new) = PORTS.get_ptr_mut(row) else {
+        return NOWHERE;
+    };
+    // SAFETY: the pointer is to a map value, which nobody else has: the row was free.
+    unsafe {
+        (*new).stats.first_ns = since_ns;
+        (*new).stats.last_ns = since_ns;
+        (*new).key = *key;
     }
-    // Whoever inserted it; none when the map is full.
-    PORTS.get_ptr_mut(key)
+    if PORT_ROW.insert(key, &row, u64::from(BPF_NOEXIST)).is_ok() {
+        if FIRST_SEEN.output::<PortKey>(key, 0).is_err() {
+            lost(loss::FIRST_SEEN);
+        }
+        return row;
+    }
+    // Another CPU was faster.
+    // SAFETY: as above.
+    unsafe { *new = PortRow::FREE };
+    let _ = FREE_PORT_ROWS.push(row, 0);
+    row_of(key)
 }
 
 /// Takes an end of a connection off the list, and the connection with its last one.
@@ -275,13 +491,13 @@ unsafe fn closed(sock: Object) {
             role = role::SERVER;
         }
         let mut identity = begin.identity(role);
-        let mut found = OPEN.get_ptr_mut(&identity);
-        if found.is_none() {
+        let mut place = find(identity);
+        if place == NOWHERE {
             role ^= role::CLIENT ^ role::SERVER;
             identity = begin.identity(role);
-            found = OPEN.get_ptr_mut(&identity);
+            place = find(identity);
         }
-        let Some(open) = found else {
+        let Some(open) = OPEN.get_ptr_mut(place) else {
             return;
         };
         let (own, other) = ends(open, role);
@@ -304,7 +520,7 @@ unsafe fn closed(sock: Object) {
         let may_come =
             !seen && role == role::CLIENT && now.saturating_sub((*open).opened_ns) < YOUNG_NS;
         if done && !may_come {
-            let _ = OPEN.remove(&identity);
+            leave(place, identity);
         }
     }
 }
@@ -324,9 +540,10 @@ fn ends(open: *mut Open, role: u8) -> (*mut End, *mut End) {
 /// Takes a UDP socket with a peer off the list.
 #[inline(always)]
 pub fn udp_closed(socket: u64) {
-    if let Some(open) = OPEN.get_ptr_mut(&socket) {
+    let place = find(socket);
+    if let Some(open) = OPEN.get_ptr_mut(place) {
         refresh_udp(open);
-        let _ = OPEN.remove(&socket);
+        leave(place, socket);
     }
 }
 
@@ -352,11 +569,16 @@ pub fn ports_refresh(ctx: RawTracePointContext) -> i32 {
 
 #[inline(never)]
 fn refresh(place: u64) {
-    let Some(open) = OPEN.get_ptr_mut(&place) else {
+    let place = place as u32;
+    let (Some(open), Some(key)) = (OPEN.get_ptr_mut(place), key_at(place)) else {
         return;
     };
     // SAFETY: map values live for the whole program run.
     unsafe {
+        let identity = key.read_volatile();
+        if identity <= place::TAKEN {
+            return;
+        }
         let now = now_ns();
         if now.saturating_sub((*open).opened_ns) < YOUNG_NS {
             return;
@@ -365,10 +587,10 @@ fn refresh(place: u64) {
             refresh_udp(open);
             return;
         }
-        refresh_end(open, role::CLIENT, place as u32, now);
-        refresh_end(open, role::SERVER, (place >> 32) as u32, now);
+        refresh_end(open, role::CLIENT, identity as u32, now);
+        refresh_end(open, role::SERVER, (identity >> 32) as u32, now);
         if (*open).client.socket == 0 && (*open).server.socket == 0 {
-            let _ = OPEN.remove(&place);
+            leave(place, identity);
         }
     }
 }
@@ -503,6 +725,10 @@ fn answered(sock: Object) -> bool {
 
 #[inline(always)]
 fn advance(counted: *mut u64, total: *mut u64, value: u64) {
+    // SAFETY: every caller passes a field of a map value, which lives for the whole program run.
+    if unsafe { *counted } == value {
+        return;
+    }
     let before = exchange(counted, value);
     if value != before {
         add(total, value.wrapping_sub(before));

@@ -69,7 +69,9 @@ fn lost(snapshot: &Snapshot, map: &str) -> u64 {
 }
 
 fn missed(snapshot: &Snapshot) -> u64 {
-    snapshot.programs.iter().map(|program| program.missed).sum()
+    let mut programs = snapshot.programs.iter();
+    let changes = programs.find(|program| program.name == "inet_sock_set_state");
+    changes.expect("the program of connections").missed
 }
 
 fn connections(snapshot: &Snapshot) -> u64 {
@@ -104,9 +106,15 @@ fn no_connection_of_a_storm_is_lost() {
     println!("{:.0} connections a second", made as f64 / took);
     let snapshot = sweep_until_seen(&mut senses, &containers, made);
     assert_eq!(snapshot.edges.len(), 1, "{:?}", snapshot.edges);
-    assert_eq!((made, connections(&snapshot)), (100_000, made));
+    assert_eq!(made, 100_000);
     assert_eq!((lost(&snapshot, "open"), lost(&snapshot, "ports")), (0, 0));
-    assert_eq!(missed(&snapshot), 0);
+    // A program that is interrupted by its own event does not run for that: rare, and told.
+    let (seen, missed) = (connections(&snapshot), missed(&snapshot));
+    assert!(
+        seen <= made && made - seen <= missed,
+        "{seen}, {missed} missed"
+    );
+    assert!(missed < made / 1_000, "{missed} missed");
 }
 
 #[test]
@@ -152,13 +160,17 @@ fn open_connections_beyond_the_limit_are_seen_without_their_bytes() {
     let server = Talker::server(&db, &["tcp=127.0.0.1:4501"]);
     let containers = [container("web", 0), container("db", server.pid())];
     senses.sweep(&containers, now());
-    let call = ["tcp=127.0.0.1:4501"; 3];
+    // The least that the kernel's map can hold (lifeboat_ebpf::OPEN_GROUP).
+    let held = 16;
+    let made = held + 3;
+    let call = vec!["tcp=127.0.0.1:4501"; made as usize];
     let _open = Talker::ready(&web, &[&["call"], &call[..]].concat());
-    let snapshot = sweep_until_seen(&mut senses, &containers, 3);
+    let snapshot = sweep_until_seen(&mut senses, &containers, made);
     assert_eq!(snapshot.edges.len(), 1, "{:?}", snapshot.edges);
     let edge = &snapshot.edges[0];
-    assert_eq!(edge.connections, 3);
-    assert_eq!(lost(&snapshot, "open"), 2 * (3 - 1));
+    assert_eq!(edge.connections, made);
+    assert_eq!(lost(&snapshot, "open"), 2 * (made - held));
     let bytes = (edge.bytes_to_parent, edge.bytes_to_child);
-    assert_eq!(bytes, (Some(Bytes(1_000)), Some(Bytes(5_000))));
+    let of = |each| Some(Bytes(each * held));
+    assert_eq!(bytes, (of(1_000), of(5_000)));
 }

@@ -7,7 +7,7 @@ mod births;
 mod block;
 mod cost;
 pub mod mapped;
-mod ports;
+pub mod ports;
 mod sched;
 
 use super::btf::KernelTypes;
@@ -88,6 +88,8 @@ pub struct Kernel {
     run_queues: Option<sched::RunQueues>,
     /// None when the block programs do not run.
     blocks: Option<block::Blocks>,
+    /// None when no program of connections runs.
+    connections: Option<ports::Connections>,
     /// Keeps the kernel's measuring of programs on.
     measuring: Option<OwnedFd>,
 }
@@ -112,6 +114,7 @@ impl Kernel {
                 scope_level: 0,
                 run_queues: None,
                 blocks: None,
+                connections: None,
                 measuring: None,
             }
         };
@@ -142,6 +145,10 @@ impl Kernel {
         {
             return nothing(disabled, of_all.why.clone());
         }
+        layout.open_groups = sizes
+            .iter()
+            .find(|(map, _)| *map == "OPEN_KEYS")
+            .map_or(lifeboat_ebpf::OPEN_GROUPS, |(_, groups)| *groups);
         allow_locked_memory();
         let own_cgroups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
         if layout::has_v1_write_back(&own_cgroups) {
@@ -160,6 +167,7 @@ impl Kernel {
                             scope_level: scope.level,
                             run_queues: None,
                             blocks: None,
+                            connections: None,
                             measuring: None,
                         };
                         let needed = |family| match family {
@@ -219,6 +227,7 @@ impl Kernel {
         let prepared = match family {
             Family::Sched => self.prepare_sched(),
             Family::Block => self.prepare_block(),
+            Family::Ports | Family::Datagrams => self.prepare_ports(),
             _ => Ok(()),
         };
         prepared.map_err(|why| (family.name().to_owned(), why))?;
@@ -261,13 +270,6 @@ impl Kernel {
         self.map(name)
             .and_then(|map| HashMap::<&MapData, K, V>::try_from(map).ok())
             .map(|map| map.iter().filter_map(Result::ok).collect())
-            .unwrap_or_default()
-    }
-
-    fn keys<K: Pod, V: Pod>(&self, name: &str) -> Vec<K> {
-        self.map(name)
-            .and_then(|map| HashMap::<&MapData, K, V>::try_from(map).ok())
-            .map(|map| map.keys().filter_map(Result::ok).collect())
             .unwrap_or_default()
     }
 
@@ -603,6 +605,31 @@ mod tests {
             thread.join().expect("it ends");
         }
         println!("at most: attaching {attaching:?}, detaching {detaching:?}");
+    }
+
+    #[test]
+    fn programs_for_old_kernels_pass_the_verifier_of_this_one_too() {
+        if forbidden().is_some() {
+            println!("not run: kernel programs need root");
+            return;
+        }
+        let types = fs::read(Path::new("/").join(BTF_PATH)).expect("this kernel has BTF");
+        let types = KernelTypes::parse(types).expect("well-formed");
+        let (layout, _) = layout::find(&types);
+        let btf = tracepoints(&types).expect("well-formed");
+        let mut ebpf = Kernel::load(PLAIN, &layout, &[]).expect("an object");
+        for &(_, hook, name) in PROGRAMS {
+            let loaded = match hook {
+                Hook::Tracepoint | Hook::Sampled => load(&mut ebpf, &btf, name, name).map(drop),
+                Hook::OnDemand => program::<RawTracePoint>(&mut ebpf, name)
+                    .and_then(|program| program.load().map_err(|error| refused("load", &error))),
+                Hook::SocketAddress => program::<CgroupSockAddr>(&mut ebpf, name)
+                    .and_then(|program| program.load().map_err(|error| refused("load", &error))),
+                Hook::SocketEnd => program::<CgroupSock>(&mut ebpf, name)
+                    .and_then(|program| program.load().map_err(|error| refused("load", &error))),
+            };
+            assert_eq!(loaded, Ok(()), "{name}");
+        }
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Telemetry {
     pub fn start(mut config: TelemetryConfig) -> Self {
         let mut disabled = Vec::new();
         let ConnectionLimits { open, kinds } = config.limits;
-        let sizes = [("OPEN", open.max(1)), ("PORTS", kinds.max(1))];
+        let sizes = kernel::ports::sizes(open, kinds);
         let kernel = Kernel::start(&config.root, &config.cgroup, &sizes, &mut disabled);
         for Disabled { what, why } in &disabled {
             tracing::warn!("telemetry: {what} is disabled: {why}");

@@ -12,7 +12,7 @@ use crate::model::edge::{Edge, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::telemetry::External;
 use crate::model::units::UnixMillis;
-use lifeboat_ebpf::{ListenKey, PortKey, PortStats, protocol, role};
+use lifeboat_ebpf::{Address, ListenKey, PortKey, PortStats, protocol, role};
 use nix::ifaddrs::getifaddrs;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -245,7 +245,11 @@ impl Ports {
 
 /// An address as the kernel programs write it.
 #[must_use]
-pub fn address(bytes: [u8; 16]) -> IpAddr {
+pub fn address(words: Address) -> IpAddr {
+    let mut bytes = [0; 16];
+    let (first, last) = bytes.split_at_mut(8);
+    first.copy_from_slice(&words[0].to_ne_bytes());
+    last.copy_from_slice(&words[1].to_ne_bytes());
     IpAddr::V6(Ipv6Addr::from(bytes)).to_canonical()
 }
 

@@ -1,18 +1,77 @@
 //! Reading the connection programs' maps.
 
-use super::Kernel;
-use aya::maps::RingBuf;
+use super::{Kernel, Mapped};
+use aya::maps::{Array, MapData, Queue, RingBuf};
 use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{RawTracePointRunOptions, TestRun};
-use lifeboat_ebpf::{ListenKey, Open, PortKey, PortStats, REFRESH_BATCH, role};
-use std::collections::HashSet;
+use lifeboat_ebpf::{
+    ListenKey, Open, PortKey, PortRow, PortStats, REFRESH_BATCH, open_groups, place, role,
+};
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The connection maps in memory.
+pub struct Connections {
+    /// Whose each place of `OPEN` is.
+    keys: Mapped,
+    kinds: Mapped,
+    /// Rows that are nobody's, and given back at the next opportunity: a program may be about to count in one.
+    freed: Vec<u32>,
+}
+
+/// Words of a row of `PORTS`.
+const ROW_WORDS: usize = size_of::<PortRow>() / 8;
+
+/// Sizes of the maps for so many open connections and kinds.
+#[must_use]
+pub fn sizes(open: u32, kinds: u32) -> [(&'static str, u32); 5] {
+    let groups = open_groups(open.max(1));
+    let kinds = kinds.max(1);
+    [
+        ("OPEN_KEYS", groups),
+        ("OPEN", groups * lifeboat_ebpf::OPEN_GROUP as u32),
+        ("PORTS", kinds),
+        ("PORT_ROW", kinds),
+        ("FREE_PORT_ROWS", kinds),
+    ]
+}
 
 impl Kernel {
+    /// Makes the maps ready for the programs, which take a row for each new kind.
+    pub(super) fn prepare_ports(&mut self) -> Result<(), String> {
+        if self.connections.is_some() {
+            return Ok(());
+        }
+        let map = |name| self.map(name).ok_or("it is not in the embedded object");
+        let connections = Connections {
+            keys: Mapped::new(map("OPEN_KEYS")?)?,
+            kinds: Mapped::new(map("PORTS")?)?,
+            freed: Vec::new(),
+        };
+        let rows = u32::try_from(connections.kinds.words().len() / ROW_WORDS).unwrap_or(u32::MAX);
+        self.connections = Some(connections);
+        let mut free = self
+            .free_port_rows()
+            .ok_or("FREE_PORT_ROWS is not in the embedded object")?;
+        for row in 0..rows {
+            free.push(row, 0).map_err(|error| super::chain(&error))?;
+        }
+        Ok(())
+    }
+
     /// Kinds of connections, since the start, with the bytes of open connections up to now.
     #[must_use]
     pub fn ports(&self) -> Vec<(PortKey, PortStats)> {
         self.refresh_open();
-        self.entries("PORTS")
+        let Some(connections) = &self.connections else {
+            return Vec::new();
+        };
+        let (rows, _) = connections.kinds.words().as_chunks::<ROW_WORDS>();
+        rows.iter()
+            .map(row)
+            .filter(|row| row.key.role != 0)
+            .map(|row| (row.key, row.stats))
+            .collect()
     }
 
     /// Ports listened on since the start.
@@ -47,18 +106,70 @@ impl Kernel {
     /// Forgets kinds of connections, except those with an open one. Returns what was forgotten.
     pub fn forget_ports(&mut self, keys: &HashSet<PortKey>) -> HashSet<PortKey> {
         let open: HashSet<PortKey> = self
-            .entries::<u64, Open>("OPEN")
+            .open()
             .into_iter()
-            .flat_map(|(_, open)| [role::CLIENT, role::SERVER].map(|role| open.key(role)))
+            .flat_map(|open| [role::CLIENT, role::SERVER].map(|role| open.key(role)))
             .collect();
         let forgotten: HashSet<PortKey> = keys.difference(&open).copied().collect();
-        self.remove_keys::<PortKey, PortStats>("PORTS", |key| forgotten.contains(key));
+        self.clear_ports(|key| forgotten.contains(key));
         forgotten
     }
 
     pub(super) fn forget_ports_of(&mut self, gone: &HashSet<u64>) {
-        self.remove_keys::<PortKey, PortStats>("PORTS", |key| gone.contains(&key.cgroup));
+        self.clear_ports(|key| gone.contains(&key.cgroup));
         self.remove_keys::<ListenKey, u64>("LISTENING", |key| gone.contains(&key.cgroup));
+    }
+
+    fn clear_ports(&mut self, gone: impl Fn(&PortKey) -> bool) {
+        let rows: HashMap<PortKey, u32> = self.entries("PORT_ROW").into_iter().collect();
+        let rows: HashMap<PortKey, u32> = rows.into_iter().filter(|(key, _)| gone(key)).collect();
+        self.remove_keys::<PortKey, u32>("PORT_ROW", |key| rows.contains_key(key));
+        let Some(connections) = &mut self.connections else {
+            return;
+        };
+        let freed = std::mem::replace(&mut connections.freed, rows.into_values().collect());
+        let map = self.ebpf.as_mut().and_then(|ebpf| ebpf.map_mut("PORTS"));
+        if let Some(mut kinds) =
+            map.and_then(|map| Array::<&mut MapData, PortRow>::try_from(map).ok())
+        {
+            // A row that is not cleared is not given back: the next kind must count from zero.
+            connections
+                .freed
+                .retain(|&row| kinds.set(row, PortRow::FREE, 0).is_ok());
+        }
+        if let Some(mut free) = self.free_port_rows() {
+            for row in freed {
+                // It has room for all rows.
+                let _ = free.push(row, 0);
+            }
+        }
+    }
+
+    fn free_port_rows(&mut self) -> Option<Queue<&mut MapData, u32>> {
+        self.ebpf
+            .as_mut()?
+            .map_mut("FREE_PORT_ROWS")?
+            .try_into()
+            .ok()
+    }
+
+    /// Places with a connection.
+    fn places(&self) -> impl Iterator<Item = u32> {
+        let keys = self.connections.iter().flat_map(|maps| maps.keys.words());
+        let taken = |key: &AtomicU64| key.load(Ordering::Relaxed) > place::TAKEN;
+        (0..)
+            .zip(keys)
+            .filter_map(move |(place, key)| taken(key).then_some(place))
+    }
+
+    fn open(&self) -> Vec<Open> {
+        let map = self.map("OPEN");
+        let Some(open) = map.and_then(|map| Array::<&MapData, Open>::try_from(map).ok()) else {
+            return Vec::new();
+        };
+        self.places()
+            .filter_map(|place| open.get(&place, 0).ok())
+            .collect()
     }
 
     fn refresh_open(&self) {
@@ -69,13 +180,65 @@ impl Kernel {
         else {
             return;
         };
-        let sockets: Vec<u64> = self.keys::<u64, Open>("OPEN");
-        for batch in sockets.chunks(REFRESH_BATCH) {
-            let mut options = RawTracePointRunOptions::default();
-            options.args[..batch.len()].copy_from_slice(batch);
+        let mut places = self.places().map(u64::from).peekable();
+        while places.peek().is_some() {
+            let mut options = RawTracePointRunOptions {
+                // No place.
+                args: [u64::MAX; REFRESH_BATCH],
+                ..RawTracePointRunOptions::default()
+            };
+            for (argument, place) in options.args.iter_mut().zip(&mut places) {
+                *argument = place;
+            }
             if program.test_run(options).is_err() {
                 return;
             }
+        }
+    }
+}
+
+/// A row as its words are now.
+fn row(words: &[AtomicU64; ROW_WORDS]) -> PortRow {
+    let words = words.each_ref().map(|word| word.load(Ordering::Relaxed));
+    // SAFETY: as long as the row, whose fields are integers and arrays of them: any bytes are a value.
+    unsafe { std::mem::transmute(words) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lifeboat_ebpf::{OPEN_GROUP, groups_of};
+    use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+
+    /// As the programs take a place.
+    fn take(groups: &mut [[bool; OPEN_GROUP]], identity: u64) -> Option<(usize, usize)> {
+        let pairs = groups_of(identity, groups.len() as u32);
+        let mut places = pairs.into_iter().flat_map(|pair| {
+            (0..OPEN_GROUP).flat_map(move |slot| pair.map(|group| (group as usize, slot)))
+        });
+        let place = places.find(|&(group, slot)| !groups[group][slot])?;
+        groups[place.0][place.1] = true;
+        Some(place)
+    }
+
+    #[test]
+    fn as_many_connections_as_the_limit_find_a_place_also_after_many_have_come_and_gone() {
+        for limit in [1_000, 24_576] {
+            come_and_go(limit);
+        }
+    }
+
+    fn come_and_go(limit: u32) {
+        let mut groups = vec![[false; OPEN_GROUP]; open_groups(limit) as usize];
+        let mut random = StdRng::seed_from_u64(1);
+        let mut open: Vec<(usize, usize)> = Vec::new();
+        for come in 0..200_000 {
+            if come >= limit {
+                let (group, slot) = open.swap_remove(random.random_range(0..open.len()));
+                groups[group][slot] = false;
+            }
+            let place = take(&mut groups, random.random());
+            open.push(place.expect("a free place"));
         }
     }
 }
