@@ -161,6 +161,13 @@ impl IntoResponse for Refused {
     }
 }
 
+impl Refused {
+    fn new(status: StatusCode, because: Because, error: &impl ToString) -> Self {
+        let error = error.to_string();
+        Self(status, Refusal { error, because })
+    }
+}
+
 impl From<DelegatorError> for Refused {
     fn from(error: DelegatorError) -> Self {
         let (status, because) = match &error {
@@ -177,13 +184,7 @@ impl From<DelegatorError> for Refused {
             DelegatorError::Peer(_) => (StatusCode::BAD_GATEWAY, Because::Device),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, Because::Other),
         };
-        Self(
-            status,
-            Refusal {
-                error: error.to_string(),
-                because,
-            },
-        )
+        Self::new(status, because, &error)
     }
 }
 
@@ -197,13 +198,7 @@ impl From<AccessError> for Refused {
             AccessError::Source(_) => (StatusCode::BAD_GATEWAY, Because::Device),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, Because::Other),
         };
-        Self(
-            status,
-            Refusal {
-                error: error.to_string(),
-                because,
-            },
-        )
+        Self::new(status, because, &error)
     }
 }
 

@@ -11,6 +11,7 @@ use super::presence::{PAGE, PAGES, Presence};
 use crate::transfer::Options;
 use crate::transfer::fetch::{Arrivals, BLOCK, Class, FetchPlan, Fetcher, Place, Refusal};
 use crate::volume::Confined;
+use crate::volume::scan::read_full;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::{fstat, futimens};
 use nix::sys::time::TimeSpec;
@@ -224,16 +225,7 @@ impl Store {
         if let Some(number) = number {
             self.ensure(number, offset, buffer.len() as u64)?;
         }
-        let mut done = 0;
-        while done < buffer.len() {
-            match file.read_at(&mut buffer[done..], offset + done as u64) {
-                Ok(0) => break,
-                Ok(n) => done += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        read_full(file, buffer, offset)
     }
 
     /// Whether a read would wait for the source.
