@@ -151,6 +151,7 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         entries: 0,
         device_nodes: 0,
         changes: Default::default(),
+        unused: Default::default(),
     };
     let mut sender = Sender::new(plan(), path, FleetKey(key("fleet")?), options());
     let mut state: Option<TreeState> = None;

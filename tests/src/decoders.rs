@@ -24,6 +24,7 @@ use lifeboat::transfer::hello;
 use lifeboat::transfer::message::Message;
 use lifeboat::transfer::payload::{self, Payload, PayloadKind};
 use lifeboat::volume::codec::Reader;
+use lifeboat::volume::unused::{Image, Trust, find};
 use lifeboat::volume::{BlockSize, Entry};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -36,13 +37,15 @@ use serde_json::Value;
 pub type Decoder = fn(&[u8]);
 
 /// Name and function of each decoder.
-pub const DECODERS: [(&str, Decoder); 14] = [
+pub const DECODERS: [(&str, Decoder); 16] = [
     ("frame", frame),
     ("hello", greeting),
     ("message", message),
     ("payload", payload),
     ("entry", entry),
     ("fetched", fetched),
+    ("ext4", unused),
+    ("xfs", unused),
     ("token", sealed_token),
     ("join-token", join_token),
     ("control", control),
@@ -157,6 +160,43 @@ fn entry(bytes: &[u8]) {
         entry.encode(&mut again);
         let decoded = Entry::decode(&mut Reader::new(&again));
         assert!(decoded.is_ok_and(|decoded| decoded.same(&entry)));
+    }
+}
+
+/// A disk of 1 GiB on which these bytes come again and again, so that every place that they name holds some.
+struct Repeated<'a>(&'a [u8]);
+
+impl Image for Repeated<'_> {
+    fn size(&self) -> u64 {
+        1 << 30
+    }
+
+    fn read(&mut self, into: &mut [u8], offset: u64) -> io::Result<()> {
+        let end = offset.checked_add(into.len() as u64);
+        if end.is_none_or(|end| end > self.size()) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let start = usize::try_from(offset % self.0.len() as u64).map_err(io::Error::other)?;
+        for (byte, from) in into.iter_mut().zip(self.0.iter().cycle().skip(start)) {
+            *byte = *from;
+        }
+        Ok(())
+    }
+}
+
+fn unused(bytes: &[u8]) {
+    if bytes.is_empty() {
+        return;
+    }
+    for trust in [Trust::Hint, Trust::Unmounted] {
+        if let Ok(Some(map)) = find(&mut Repeated(bytes), BlockSize::default(), trust) {
+            assert!(map.bytes().0 <= 1 << 30);
+            let mut last = 0;
+            for run in map.runs() {
+                assert!(run.start >= last && run.end > run.start && run.end <= 1 << 14);
+                last = run.end;
+            }
+        }
     }
 }
 

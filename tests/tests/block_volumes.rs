@@ -189,6 +189,118 @@ fn a_container_moves_with_its_block_device_and_its_disk_image() -> Result<()> {
     Ok(())
 }
 
+/// Fills a file system with noise, keeps some of it, and returns the bytes of what is kept.
+fn fill(mounted: &str) {
+    let noise = "cd \"$0\"; for n in 1 2 3 4 5 6; do dd if=/dev/urandom of=gone-$n bs=1M count=8; done
+        mkdir kept; for n in 1 2 3; do dd if=/dev/urandom of=kept/$n bs=1M count=2; done; sync; rm gone-*";
+    output("sh", &["-c", &format!("exec 2>&1; {noise}"), mounted]);
+}
+
+/// Sums of the files that are kept, by a file system that is mounted only for that.
+fn sums(image: &Path, within: &Path) -> Result<String> {
+    fs::create_dir_all(within)?;
+    let (image, at) = (
+        image.to_str().context("plain")?,
+        within.to_str().context("plain")?,
+    );
+    output("mount", &["-o", "loop,ro", image, at]);
+    let sums = Command::new("sh")
+        .args(["-c", "cd \"$0\" && sha256sum kept/*", at])
+        .output();
+    output("umount", &[at]);
+    let sums = sums?;
+    ensure!(
+        sums.status.success(),
+        "{}",
+        String::from_utf8_lossy(&sums.stderr)
+    );
+    Ok(String::from_utf8(sums.stdout)?)
+}
+
+#[test]
+fn what_file_systems_do_not_use_stays_behind_and_the_copies_are_whole() -> Result<()> {
+    let Some(lab) = shop::lab("unused", &[])? else {
+        return Ok(());
+    };
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "unused", 96) else {
+        return Ok(());
+    };
+    let (source, target) = (lab.host(SOURCE)?, lab.host(TARGET)?);
+    output("mkfs.ext4", &["-q", disk.device()]);
+    fill(&disk.mount());
+    disk.unmount();
+    let image = source.path(IMAGE);
+    fs::create_dir_all(image.parent().context("a directory")?)?;
+    fs::File::create(&image)?.set_len(320 << 20)?;
+    let (image_text, at) = (
+        image.to_str().context("plain")?,
+        disk.directory.join("mount"),
+    );
+    output("mkfs.xfs", &["-q", image_text]);
+    output(
+        "mount",
+        &["-o", "loop", image_text, at.to_str().context("plain")?],
+    );
+    fill(at.to_str().context("plain")?);
+    output("umount", &[at.to_str().context("plain")?]);
+
+    let _attached = Attached(target.path(IMAGES));
+    let crew = fleet(&lab, Some(disk.device()))?;
+    let arguments = [
+        &*format!("--device={}:/dev/xvda", disk.device()),
+        &format!("--volume={IMAGE}:/disk.img"),
+    ];
+    boxes::start(
+        source,
+        CONTAINER,
+        &arguments,
+        &["sh", "-c", "while :; do sleep 1; done"],
+    )?;
+    shop::known(&crew)?;
+    let plan = crew.tell(SOURCE, &["plan", "--all"])?;
+    says(
+        &plan,
+        &[
+            "that its ext4 does not use are left out",
+            "that its xfs does not use are left out",
+        ],
+    )?;
+    crew.tell(SOURCE, &["evacuate", "--all", "--yes"])
+        .with_context(|| format!("{}\n{}", crew.log(SOURCE), crew.log(TARGET)))?;
+
+    let images = left_on(target);
+    ensure!(images.len() == 1, "devices of the target: {images:?}");
+    let arrived = target.path(IMAGE);
+    output(
+        "e2fsck",
+        &["-f", "-n", images[0].to_str().context("plain")?],
+    );
+    output("xfs_repair", &["-n", arrived.to_str().context("plain")?]);
+    for (here, there) in [
+        (&disk.directory.join("disk"), &images[0]),
+        (&image, &arrived),
+    ] {
+        let name = there.display();
+        ensure!(
+            sums(here, &at)? == sums(there, &at)?,
+            "files of {name} differ"
+        );
+    }
+    let id = shop::last_plan(&crew)?["plan"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    crew.tell(SOURCE, &["verify", &id])?;
+    let report = crew.tell(SOURCE, &["report", &id])?;
+    says(&report, &["left out that its file system does not use"])?;
+    // Twelve MiB of files are kept, 96 are gone.
+    let told: serde_json::Value =
+        serde_json::from_str(&crew.tell(SOURCE, &["--json", "report", &id])?)?;
+    let wire = told["wire"].as_u64().context("bytes on the wire")?;
+    ensure!(wire < 40 << 20, "{wire} bytes were sent:\n{report}");
+    Ok(())
+}
+
 #[test]
 fn a_device_that_nobody_allowed_to_move_blocks_the_plan() -> Result<()> {
     let Some(lab) = shop::lab("block-no", &[])? else {

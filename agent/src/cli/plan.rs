@@ -4,6 +4,7 @@ use super::daemon::{Selection, ask};
 use super::{Context, Failure, Outcome};
 use crate::model::plan::Plan;
 use crate::model::units::human_duration;
+use crate::model::volume::Unused;
 use std::fmt::Write as _;
 
 /// Shows order, groups, sizes, actions, estimate and what blocks the plan; changes nothing.
@@ -90,6 +91,17 @@ pub fn render(plan: &Plan) -> String {
         if volume.kind.is_one() {
             let _ = writeln!(out, "              changes are found {}", volume.changes);
         }
+        let _ = match &volume.unused {
+            Unused::Unknown => Ok(()),
+            Unused::LeftOut { file_system, bytes } => writeln!(
+                out,
+                "              {bytes} that its {file_system} does not use are left out"
+            ),
+            Unused::Sent { file_system, why } => writeln!(
+                out,
+                "              what its {file_system} does not use is sent too: {why}"
+            ),
+        };
     }
     let _ = writeln!(out, "\ndelegated to the paired device: {}", plan.delegated);
     let _ = writeln!(

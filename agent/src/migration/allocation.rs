@@ -9,6 +9,7 @@ use crate::model::control::Dismiss;
 use crate::model::fleet::{DutyOutcome, PeerAddress, Role, TwinNeeds};
 use crate::model::ids::DeviceId;
 use crate::model::plan::{Blocker, Chosen, Plan};
+use crate::model::volume::VolumeSpec;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -168,7 +169,7 @@ impl FleetContext {
             plan: plan.id.clone(),
             role,
             actions,
-            quantity: plan.volumes.iter().map(|volume| volume.size).sum(),
+            quantity: plan.volumes.iter().map(VolumeSpec::to_move).sum(),
             volumes: plan.volumes.iter().map(|volume| volume.id).collect(),
             twins,
             exclude,

@@ -24,7 +24,7 @@ use crate::model::fleet::{Configuration, PeerAddress};
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
-use crate::model::volume::{ChangesBy, VolumeKind, VolumeSpec};
+use crate::model::volume::{ChangesBy, Unused, VolumeKind, VolumeSpec};
 use crate::serve::{ForwardError, Forwarder};
 use crate::transfer::{DataPath, DataServer, Options, Sender};
 use crate::volume::FleetKey;
@@ -705,6 +705,11 @@ async fn measure(origins: Vec<Origin>) -> Result<Vec<VolumeSpec>, DelegatorError
                     changes: match &origin.kind {
                         VolumeKind::Device => super::changes::of_device(&origin.path),
                         _ => ChangesBy::ChangeTimes,
+                    },
+                    unused: if origin.kind.is_one() {
+                        crate::volume::unused::of_volume(&origin.path)
+                    } else {
+                        Unused::Unknown
                     },
                     kind: origin.kind,
                     source_path: origin.path,

@@ -15,6 +15,7 @@ use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::volume::one::device_size;
 use crate::volume::sign::is_zero;
+use crate::volume::users::{loops_over, losetup};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -208,7 +209,7 @@ impl Target {
             if !place.made {
                 continue;
             }
-            let trouble = match attached(&place.path) {
+            let trouble = match loops_over(&place.path) {
                 Ok(there) if there.contains(device) => continue,
                 Ok(_) => losetup(&[device.as_ref(), place.path.as_ref()]).map(drop),
                 Err(error) => Err(error),
@@ -237,43 +238,18 @@ pub(super) fn detach_all(plan: &Plan, places: &[Place]) {
 }
 
 fn attach(image: &Path) -> io::Result<PathBuf> {
-    if let Some(device) = attached(image)?.pop() {
+    if let Some(device) = loops_over(image)?.pop() {
         return Ok(device);
     }
     let device = losetup(&["--find".as_ref(), "--show".as_ref(), image])?;
     Ok(PathBuf::from(device.trim()))
 }
 
-fn attached(image: &Path) -> io::Result<Vec<PathBuf>> {
-    if !image.exists() {
-        return Ok(Vec::new());
-    }
-    let output = ["--noheadings", "--output", "NAME", "--associated"].map(Path::new);
-    let names = losetup(&[&output[..], &[image]].concat())?;
-    Ok(names
-        .lines()
-        .map(|name| PathBuf::from(name.trim()))
-        .collect())
-}
-
 fn detach(image: &Path) -> io::Result<()> {
-    for device in attached(image)? {
+    for device in loops_over(image)? {
         losetup(&["--detach".as_ref(), &device])?;
     }
     Ok(())
-}
-
-/// Runs `losetup` of util-linux.
-fn losetup(arguments: &[&Path]) -> io::Result<String> {
-    let output = std::process::Command::new("losetup")
-        .args(arguments)
-        .output()
-        .map_err(|error| io::Error::new(error.kind(), format!("losetup (util-linux): {error}")))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(io::Error::other(said.trim().to_owned()));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]
@@ -318,6 +294,7 @@ mod tests {
             entries: 2,
             device_nodes: 0,
             changes: Default::default(),
+            unused: Default::default(),
         }
     }
 

@@ -40,6 +40,9 @@ pub struct VolumeRound {
     /// What was left of them.
     #[serde(default)]
     pub packed_to: Bytes,
+    /// Bytes that the file system on it does not use: zeros on the target, and no loss.
+    #[serde(default)]
+    pub unused: Bytes,
     /// Processor time of the agent meanwhile, in all its threads.
     pub cpu: Duration,
     /// What was left out and why, for instance sockets.

@@ -202,7 +202,7 @@ pub(super) fn check_room(plan: &Plan, places: &[Place]) -> Result<(), TargetErro
         let device = std::fs::metadata(path).map_err(at)?.dev();
         let volume = plan.volumes.iter().find(|volume| volume.id == place.volume);
         let (_, size, entries) = needed.entry(device).or_insert((path, Bytes(0), 0));
-        *size += volume.map_or(Bytes(0), |volume| volume.size);
+        *size += volume.map_or(Bytes(0), VolumeSpec::to_move);
         *entries += volume.map_or(0, |volume| volume.entries);
     }
     for (path, needed, entries) in needed.into_values() {

@@ -378,7 +378,7 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
             }
         }
     }
-    let bytes: Bytes = volumes.iter().map(|volume| volume.size).sum();
+    let bytes: Bytes = volumes.iter().map(VolumeSpec::to_move).sum();
     let (rate, basis) = match gathered.measured_rate {
         Some((plan, rate)) => (rate, format!("measured in plan {plan}")),
         None => (
@@ -468,6 +468,7 @@ pub fn image_volumes(
                 entries: 1,
                 device_nodes: 0,
                 changes: Default::default(),
+                unused: Default::default(),
             })
             .containers
             .push(container.name.clone());

@@ -93,6 +93,7 @@ impl Replica {
             held_blocks: report.held_blocks,
             packed_from: report.packed_from,
             packed_to: report.packed_to,
+            unused: report.unused,
             cpu: report.source_cpu,
             exceptions: report
                 .skipped

@@ -390,12 +390,16 @@ fn tell_volume(volume: &VolumeRound) -> String {
         Bytes(0) => String::new(),
         from => format!(", {from} packed to {}", volume.packed_to),
     };
+    let unused = match volume.unused {
+        Bytes(0) => String::new(),
+        bytes => format!(", {bytes} left out that its file system does not use"),
+    };
     let lost = match volume.unreadable.iter().map(|lost| lost.length).sum() {
         0 => String::new(),
         bytes => format!(", {} NOT READ", Bytes(bytes)),
     };
     format!(
-        "  {} epoch {}: {} of {} entries, {}{held}{packed}{lost}, root {}…",
+        "  {} epoch {}: {} of {} entries, {}{held}{packed}{unused}{lost}, root {}…",
         volume.name,
         volume.epoch,
         volume.changed_entries,

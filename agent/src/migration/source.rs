@@ -214,7 +214,7 @@ fn relay_request(plan: &Plan, accepted: &OfferAccepted) -> RelayRequest {
         seal_key: delegated
             .contains(Action::Encrypt)
             .then(|| accepted.data_key.clone()),
-        quantity: plan.volumes.iter().map(|volume| volume.size).sum(),
+        quantity: plan.volumes.iter().map(VolumeSpec::to_move).sum(),
     }
 }
 

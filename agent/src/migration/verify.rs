@@ -133,7 +133,8 @@ impl Delegator {
             paths
                 .into_iter()
                 .map(|(name, path, size)| {
-                    let (state, _) = volume::scan(&path, &key, BlockSize::for_volume(size.0))?;
+                    let block_size = BlockSize::for_volume(size.0);
+                    let (state, _) = volume::scan_as_sent(&path, &key, block_size)?;
                     Ok((name, state.root))
                 })
                 .collect::<Result<_, volume::ScanError>>()

@@ -52,6 +52,40 @@ impl std::fmt::Display for ChangesBy {
     }
 }
 
+/// What of a volume of one piece need not move, because the file system on it does not use it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Unused {
+    /// There is no file system of which it is known.
+    #[default]
+    Unknown,
+    /// It arrives as zeros or holes.
+    LeftOut {
+        /// The file system.
+        file_system: String,
+        /// How much that is, as long as nothing is written to it.
+        bytes: Bytes,
+    },
+    /// It is sent all the same.
+    Sent {
+        /// The file system.
+        file_system: String,
+        /// Why.
+        why: String,
+    },
+}
+
+impl Unused {
+    /// How much is left out.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        match self {
+            Self::LeftOut { bytes, .. } => *bytes,
+            Self::Unknown | Self::Sent { .. } => Bytes(0),
+        }
+    }
+}
+
 /// One unit of data that moves: a directory tree, or a single file or block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeSpec {
@@ -75,4 +109,15 @@ pub struct VolumeSpec {
     /// How its changes are found.
     #[serde(default)]
     pub changes: ChangesBy,
+    /// What of it need not move.
+    #[serde(default)]
+    pub unused: Unused,
+}
+
+impl VolumeSpec {
+    /// What is left of its size when what need not move is taken away.
+    #[must_use]
+    pub fn to_move(&self) -> Bytes {
+        Bytes(self.size.0.saturating_sub(self.unused.bytes().0))
+    }
 }

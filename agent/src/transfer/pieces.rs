@@ -14,6 +14,7 @@ use crate::volume::aligned::{ALIGNMENT, Aligned};
 use crate::volume::salvage::is_media_error;
 use crate::volume::scan::Holes;
 use crate::volume::sign::{self, ZERO};
+use crate::volume::unused;
 use crate::volume::walk::WalkError;
 use nix::sys::stat::FileStat;
 use std::fs::File;
@@ -36,11 +37,20 @@ pub(super) struct Large {
     /// A device: what lies in its page cache is older than what a file system or a device above it has written.
     pub(super) device: bool,
     pub(super) holes: Holes,
+    /// Blocks that the file system on it does not use.
+    pub(super) unused: Option<Arc<unused::Map>>,
     /// Blocks that the target holds of it.
     pub(super) held: Vec<Signature>,
     pub(super) blocks: Mutex<Vec<Signature>>,
     /// Pieces not yet read.
     pub(super) left: AtomicU64,
+}
+
+impl Large {
+    /// Whether a block is taken for zeros without being read.
+    fn skips(&self, block: u64) -> bool {
+        self.unused.as_ref().is_some_and(|map| map.has(block))
+    }
 }
 
 /// Pieces read at a time by each thread.
@@ -117,13 +127,26 @@ impl Reading<'_, '_> {
     ) -> Result<Option<Waiting>, SourceError> {
         let place = self.place(large, blocks.start, blocks.end - blocks.start);
         let mut bytes = vec![0; place.length];
-        let read = self.salvage(&large.path, &large.file, &mut bytes, place.offset);
-        let done = read.map_err(|e| {
-            let (action, offset) = ("read a block of", place.offset);
-            WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
-        })?;
-        self.source.progress.read(done as u64);
-        add(&self.tally.bytes_read, done as u64);
+        // At most 1 MiB by construction.
+        let size = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
+        let mut at = 0;
+        let blocks: Vec<u64> = blocks.collect();
+        for run in blocks.chunk_by(|a, b| large.skips(*a) == large.skips(*b)) {
+            let part = at..place.length.min(at + run.len() * size);
+            at = part.end;
+            if large.skips(run[0]) {
+                continue;
+            }
+            let offset = place.offset + part.start as u64;
+            let done = self
+                .salvage(&large.path, &large.file, &mut bytes[part], offset)
+                .map_err(|e| {
+                    let action = "read a block of";
+                    WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
+                })?;
+            self.source.progress.read(done as u64);
+            add(&self.tally.bytes_read, done as u64);
+        }
         self.piece(large, &place, &bytes)
     }
 
@@ -137,7 +160,8 @@ impl Reading<'_, '_> {
             count: u32::try_from(count).unwrap_or(1),
             offset,
             length,
-            hollow: large.holes.covers(offset, length as u64),
+            hollow: large.holes.covers(offset, length as u64)
+                || (first..first + count).all(|block| large.skips(block)),
         }
     }
 
@@ -229,7 +253,7 @@ impl Reading<'_, '_> {
         // At most 1 MiB by construction.
         let size = usize::try_from(block_size.bytes()).unwrap_or(DATA_CAP);
         for (bytes, index) in bytes.chunks(size).zip(place.first..) {
-            let signature = if place.hollow {
+            let signature = if place.hollow || large.skips(index) {
                 ZERO
             } else {
                 sign::signature(self.source.key, bytes)

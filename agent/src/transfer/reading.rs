@@ -21,6 +21,7 @@ use crate::volume::one::{One, stat_of};
 use crate::volume::salvage::is_media_error;
 use crate::volume::scan::{self, Holes};
 use crate::volume::sign::{self, ZERO};
+use crate::volume::unused;
 use crate::volume::walk::{self, Found, WalkError, bare_entry, kind_of};
 use crate::volume::{Confined, Entry, Kind};
 use nix::sys::stat::{FileStat, SFlag};
@@ -183,8 +184,10 @@ impl<'s> Reading<'_, 's> {
         let size = size_of(&stat);
         let total = block_size.blocks_of(size);
         let each = DATA_CAP as u64 / block_size.bytes();
+        let unused = self.unused(&file, size);
         let previous = self.source.held.previous();
-        let changed = previous.and_then(|state| state.changed_blocks(&found.path, size));
+        let changed =
+            previous.and_then(|state| state.changed_blocks(&found.path, size, unused.as_deref()));
         let held = self.source.held.blocks(&found.path).into_owned();
         let mut blocks = match &changed {
             // What did not change is as it was sent last.
@@ -204,6 +207,7 @@ impl<'s> Reading<'_, 's> {
             size,
             device: self.root.one().is_some_and(One::is_device),
             holes,
+            unused,
             held,
             blocks: Mutex::new(blocks),
             left: AtomicU64::new(left),
@@ -241,6 +245,24 @@ impl<'s> Reading<'_, 's> {
             }
         }
         Ok(true)
+    }
+
+    /// What the file system of a volume of one piece does not use.
+    fn unused(&self, file: &File, size: u64) -> Option<Arc<unused::Map>> {
+        self.root.one()?;
+        let (root, frozen) = (self.root.path(), self.source.frozen);
+        let found = unused::of_file(root, file, size, self.source.block_size, frozen);
+        let map = found.unwrap_or_else(|(file_system, doubt)| {
+            let volume = &self.source.volume.name;
+            tracing::info!(
+                volume,
+                "what its {file_system} does not use is sent too: {doubt}"
+            );
+            None
+        });
+        let map = map.map(Arc::new);
+        lock(&self.tally.unused).clone_from(&map);
+        map
     }
 
     fn work(&self) {

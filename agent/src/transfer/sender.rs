@@ -147,6 +147,9 @@ pub struct EpochReport {
     /// What was left of them.
     #[serde(default)]
     pub packed_to: Bytes,
+    /// Bytes that the file system of a volume of one piece does not use: zeros on the target.
+    #[serde(default)]
+    pub unused: Bytes,
     /// Processor time of this process from the beginning of the epoch to its end, in all threads.
     pub source_cpu: Duration,
     /// What was left out on purpose.
@@ -298,8 +301,8 @@ impl Sender {
     }
 
     /// Sends what changed in `volume` since `previous` (everything without it) and waits until the
-    /// target has applied and verified it. With `frozen`, the volume's containers must be paused: a
-    /// change while reading is then an error instead of work for the next epoch.
+    /// target has applied and verified it. With `frozen`, the volume's containers must be paused, and file systems
+    /// mounted from it frozen: a change while reading is then an error instead of work for the next epoch.
     ///
     /// Blocks. Stops soon after [`Progress::cancel`].
     ///
@@ -431,6 +434,7 @@ impl Sender {
             bytes_on_wire: Bytes(0),
             packed_from: Bytes(outlet.packing.before.load(Ordering::Relaxed)),
             packed_to: Bytes(outlet.packing.after.load(Ordering::Relaxed)),
+            unused: state.unused.as_ref().map_or(Bytes(0), |map| map.bytes()),
             source_cpu: Duration::ZERO,
             skipped: tally.skipped,
             unreadable: state.unreadable.clone(),

@@ -18,6 +18,7 @@ use crate::model::volume::VolumeSpec;
 use crate::volume::change::{Baseline, Changes, Step, Window};
 use crate::volume::state::Builder;
 use crate::volume::tree::shown;
+use crate::volume::unused;
 use crate::volume::walk::{self, Found, WalkError, hard_link};
 use crate::volume::{
     BlockSize, Confined, Entry, Exception, FleetKey, Kind, ScanError, TreeState, Unreadable,
@@ -25,8 +26,8 @@ use crate::volume::{
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::panic::resume_unwind;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Steps that are worked on at a time: few enough that a tree of any size takes little memory, many enough
 /// that waiting for the last of them does not count.
@@ -88,6 +89,8 @@ pub(super) struct Tally {
     pub(super) bytes_read: AtomicU64,
     pub(super) skipped: Vec<Exception>,
     pub(super) unreadable: Mutex<Vec<Unreadable>>,
+    /// What the file system of a volume of one piece does not use.
+    pub(super) unused: Mutex<Option<Arc<unused::Map>>>,
 }
 
 pub(super) fn add(counter: &AtomicU64, count: u64) {
@@ -171,6 +174,7 @@ impl Source<'_> {
         tally.skipped.sort_by(|a, b| a.path.cmp(&b.path));
         let mut state = state.finish();
         state.unreadable = std::mem::take(&mut *lock(&tally.unreadable));
+        state.unused = lock(&tally.unused).take();
         Ok((state, tally))
     }
 

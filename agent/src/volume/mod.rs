@@ -19,6 +19,8 @@ pub mod scan;
 pub mod sign;
 pub mod state;
 pub mod tree;
+pub mod unused;
+pub mod users;
 pub mod walk;
 pub mod xattrs;
 
@@ -26,7 +28,7 @@ pub use block_map::BlockMap;
 pub use confined::Confined;
 pub use measure::{Measure, measure};
 pub use salvage::Unreadable;
-pub use scan::{ScanError, scan};
+pub use scan::{ScanError, scan, scan_as_sent};
 pub use sign::{BlockSize, FleetKey};
 pub use state::TreeState;
 pub use tree::{Entry, Exception, Kind, Timestamp};

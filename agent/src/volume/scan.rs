@@ -8,6 +8,7 @@ use super::salvage::{self, is_media_error};
 use super::sign::{self, BlockSize, FleetKey};
 use super::state::{Builder, TreeState};
 use super::tree::{Entry, Exception, Kind};
+use super::unused;
 use super::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
 use nix::fcntl::OFlag;
 use nix::sys::stat::{FileStat, Mode, SFlag};
@@ -21,8 +22,7 @@ use std::path::Path;
 /// Reading a tree failed; names the path and the cause.
 pub type ScanError = WalkError;
 
-/// Reads and signs everything beneath `path`. The root of the result is that of a sender's epoch
-/// over the same tree.
+/// Reads and signs everything beneath `path`.
 ///
 /// # Errors
 /// Anything that exists but cannot be read.
@@ -30,6 +30,28 @@ pub fn scan(
     path: &Path,
     key: &FleetKey,
     block_size: BlockSize,
+) -> Result<(TreeState, Vec<Exception>), ScanError> {
+    scan_all(path, key, block_size, false)
+}
+
+/// The same without what a file system on a volume of one piece does not use: the root of the result is that of
+/// a sender's epoch over the same tree.
+///
+/// # Errors
+/// As [`scan`].
+pub fn scan_as_sent(
+    path: &Path,
+    key: &FleetKey,
+    block_size: BlockSize,
+) -> Result<(TreeState, Vec<Exception>), ScanError> {
+    scan_all(path, key, block_size, true)
+}
+
+fn scan_all(
+    path: &Path,
+    key: &FleetKey,
+    block_size: BlockSize,
+    as_sent: bool,
 ) -> Result<(TreeState, Vec<Exception>), ScanError> {
     let root = walk::open_root(path)?;
     let baseline = Baseline::establish(&root, true)?;
@@ -53,7 +75,8 @@ pub fn scan(
             }
             primaries.insert(identity, found.path.clone());
         }
-        state.push(&scan_file(&root, &found, key, block_size, buffer, racy)?);
+        let entry = scan_file(&root, &found, key, block_size, buffer, racy, as_sent)?;
+        state.push(&entry);
     }
     Ok((state.finish(), walk.skipped()))
 }
@@ -65,16 +88,24 @@ fn scan_file(
     block_size: BlockSize,
     buffer: &mut [u8],
     racy: bool,
+    as_sent: bool,
 ) -> Result<Entry, ScanError> {
     let failed = |action, source: io::Error| WalkError::new(root, action, &found.path, source);
     let (file, stat) = open_file(root, &found.path)?;
     let size = u64::try_from(stat.st_size).unwrap_or(0);
     let holes = Holes::of(&file, &stat).map_err(|e| failed("find the holes of", e))?;
+    let unused = if as_sent && root.one().is_some() {
+        // A map that is doubted is not used by a sender either.
+        unused::of_file(root.path(), &file, size, block_size, true).unwrap_or_default()
+    } else {
+        None
+    };
+    let is_unused = |index| unused.as_ref().is_some_and(|map| map.has(index));
     let mut blocks = Vec::new();
     for index in 0..block_size.blocks_of(size) {
         let length = block_size.length_of(size, index);
         let offset = index * block_size.bytes();
-        blocks.push(if holes.covers(offset, length as u64) {
+        blocks.push(if is_unused(index) || holes.covers(offset, length as u64) {
             sign::ZERO
         } else {
             let block = &mut buffer[..length];

@@ -7,6 +7,7 @@ use super::codec::{Malformed, Reader, put_short};
 use super::salvage::Unreadable;
 use super::sign::{BlockSize, FleetKey};
 use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp};
+use super::unused::Map;
 use crate::model::ids::Signature;
 use std::collections::BTreeMap;
 use std::ops::{Bound, Range};
@@ -26,6 +27,8 @@ pub struct TreeState {
     pub unreadable: Vec<Unreadable>,
     /// Byte ranges of a volume of one piece outside of which nothing has changed since; none: not known.
     pub changed: Option<Vec<Range<u64>>>,
+    /// Blocks of a volume of one piece that were taken for zeros because its file system did not use them.
+    pub unused: Option<Arc<Map>>,
     chunks: Vec<Arc<Chunk>>,
     entries: u64,
 }
@@ -82,10 +85,15 @@ impl TreeState {
         self.placed().map(|placed| placed.entry)
     }
 
-    /// Runs of blocks of the one file, of `size` bytes, that may differ from this state: those that changed and
-    /// those that could not be read. None: all of them.
+    /// Runs of blocks of the one file, of `size` bytes, that may differ from this state: those that changed, those
+    /// that could not be read, and those that its file system does not use, now or then. None: all of them.
     #[must_use]
-    pub fn changed_blocks(&self, path: &[u8], size: u64) -> Option<Vec<Range<u64>>> {
+    pub fn changed_blocks(
+        &self,
+        path: &[u8],
+        size: u64,
+        unused: Option<&Map>,
+    ) -> Option<Vec<Range<u64>>> {
         let changed = self.changed.as_ref()?;
         if self.get(path).map(|entry| entry.size()) != Some(size) {
             return None;
@@ -101,6 +109,8 @@ impl TreeState {
             .map(|range| range.start / bytes..range.end.min(size).div_ceil(bytes))
             .filter(|range| !range.is_empty())
             .collect();
+        let maps = self.unused.as_deref().into_iter().chain(unused);
+        blocks.extend(maps.flat_map(Map::runs));
         blocks.sort_unstable_by_key(|range| range.start);
         let mut runs: Vec<Range<u64>> = Vec::with_capacity(blocks.len());
         for range in blocks {
@@ -210,6 +220,7 @@ impl<'a> Builder<'a> {
             root: self.root.finish(),
             unreadable: Vec::new(),
             changed: None,
+            unused: None,
             chunks: self.chunks,
             entries: self.entries,
         }

@@ -390,13 +390,13 @@ mod tests {
                 kind: Kind::File { size, blocks: Vec::new() }, seen: Seen::default(),
             };
             let mut state = crate::volume::TreeState::new(&FleetKey([3; 32]), BlockSize::default(), vec![file]);
-            prop_assert_eq!(state.changed_blocks(path, size), None);
+            prop_assert_eq!(state.changed_blocks(path, size, None), None);
             let (lost, changed) = ranges.split_at(ranges.len() / 2);
             state.changed = Some(changed.iter().map(|(start, len)| *start..start + len).collect());
             state.unreadable = lost.iter().map(|(offset, length)| crate::volume::Unreadable {
                 path: String::new(), offset: *offset, length: *length,
             }).collect();
-            let runs = state.changed_blocks(path, size).unwrap();
+            let runs = state.changed_blocks(path, size, None).unwrap();
             for pair in runs.windows(2) {
                 prop_assert!(pair[0].end < pair[1].start);
             }
@@ -405,7 +405,7 @@ mod tests {
                 let differs = ranges.iter().any(|(start, len)| *start < to && from < start + len);
                 prop_assert_eq!(runs.iter().any(|run| run.contains(&block)), differs);
             }
-            prop_assert_eq!(state.changed_blocks(path, size + 1), None);
+            prop_assert_eq!(state.changed_blocks(path, size + 1, None), None);
         }
 
         #[test]

@@ -175,6 +175,7 @@ impl Bench {
             entries: 0,
             device_nodes: 0,
             changes: Default::default(),
+            unused: Default::default(),
         }
     }
 

@@ -1,0 +1,150 @@
+//! Who uses a block device or an image: file systems mounted from it, in any mount namespace, and loop devices.
+
+use nix::sys::stat::{SFlag, fstat, major, minor};
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What is done with a device or image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    /// Nothing that is known here.
+    Nobody,
+    /// A file system is mounted from the device.
+    Mounted(Mounted),
+    /// The image lies below this loop device.
+    Attached(PathBuf),
+}
+
+/// A mount of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mounted {
+    /// The mount point as this process reaches it, also in another mount namespace.
+    pub reached: PathBuf,
+    /// The mount point as those see it who use it.
+    pub at: PathBuf,
+    /// Its type, as the kernel names it.
+    pub file_system: String,
+}
+
+/// Who uses the open file or device at `path`.
+///
+/// # Errors
+/// `/proc` or `losetup` cannot be asked.
+pub fn of(path: &Path, file: &File) -> io::Result<User> {
+    let stat = fstat(file)?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    if kind == SFlag::S_IFBLK {
+        let mounted = mounted(major(stat.st_rdev), minor(stat.st_rdev))?;
+        return Ok(mounted.map_or(User::Nobody, User::Mounted));
+    }
+    let device = loops_over(path)?.pop();
+    Ok(device.map_or(User::Nobody, User::Attached))
+}
+
+/// The first mount of the device with that number.
+///
+/// # Errors
+/// `/proc` cannot be listed.
+pub fn mounted(major: u64, minor: u64) -> io::Result<Option<Mounted>> {
+    let number = format!("{major}:{minor}");
+    let mut seen = HashSet::new();
+    for process in fs::read_dir("/proc")? {
+        let process = process?.path();
+        // What is no process has no namespace, and one that ended has no mounts.
+        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else {
+            continue;
+        };
+        if !seen.insert(namespace) {
+            continue;
+        }
+        let table = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+        if let Some((at, file_system)) = table.lines().find_map(|line| mount_of(line, &number)) {
+            return Ok(Some(Mounted {
+                reached: process
+                    .join("root")
+                    .join(at.strip_prefix("/").unwrap_or(&at)),
+                at,
+                file_system,
+            }));
+        }
+    }
+    Ok(None)
+}
+
+/// Mount point and type of a line of mountinfo (proc(5)) that is of the device with this number.
+fn mount_of(line: &str, number: &str) -> Option<(PathBuf, String)> {
+    let mut fields = line.split(' ');
+    let is_of = fields.nth(2)? == number;
+    let at = fields.nth(1).filter(|_| is_of)?;
+    let file_system = fields.skip_while(|field| *field != "-").nth(1)?;
+    Some((unescaped(at).into(), file_system.to_owned()))
+}
+
+/// Blanks and the like are written as three octal digits.
+fn unescaped(text: &str) -> String {
+    let mut parts = text.split('\\');
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let code = part
+            .get(..3)
+            .and_then(|code| u8::from_str_radix(code, 8).ok());
+        match code {
+            Some(code) => {
+                plain.push(char::from(code));
+                plain.push_str(&part[3..]);
+            }
+            None => {
+                plain.push('\\');
+                plain.push_str(part);
+            }
+        }
+    }
+    plain
+}
+
+/// Loop devices over a file; none over one that is missing.
+///
+/// # Errors
+/// `losetup` cannot be run.
+pub fn loops_over(file: &Path) -> io::Result<Vec<PathBuf>> {
+    if !file.exists() {
+        return Ok(Vec::new());
+    }
+    let output = ["--noheadings", "--output", "NAME", "--associated"].map(Path::new);
+    let names = losetup(&[&output[..], &[file]].concat())?;
+    let names = names.lines().map(|name| PathBuf::from(name.trim()));
+    Ok(names.collect())
+}
+
+/// Runs `losetup` of util-linux; what it prints.
+///
+/// # Errors
+/// It is missing, or fails with what it says.
+pub fn losetup(arguments: &[&Path]) -> io::Result<String> {
+    let output = std::process::Command::new("losetup")
+        .args(arguments)
+        .output()
+        .map_err(|error| io::Error::new(error.kind(), format!("losetup (util-linux): {error}")))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(said.trim().to_owned()));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_mountinfo_names_mount_point_and_type_of_its_device_alone() {
+        let line =
+            r"36 35 98:0 /sub /mnt/two\040words rw,noatime shared:1 master:2 - ext4 /dev/x rw";
+        let found = mount_of(line, "98:0");
+        assert_eq!(found, Some(("/mnt/two words".into(), "ext4".into())));
+        assert_eq!(mount_of(line, "98:1"), None);
+        assert_eq!(mount_of("36 35 98:0", "98:0"), None);
+    }
+}
