@@ -4,6 +4,7 @@ use super::Failure;
 use crate::api::client::{Client, ClientError};
 use crate::migration::planner::Request;
 use crate::model::action::{Action, Actions};
+use crate::model::choice::Way;
 use crate::model::ids::ContainerName;
 use crate::model::plan::{MigrationEvent, PlanGuards};
 use std::path::Path;
@@ -45,6 +46,12 @@ pub struct Selection {
     /// Actions for the paired device: encrypt, transfer.
     #[arg(long, value_delimiter = ',', value_name = "ACTIONS")]
     delegate: Vec<Action>,
+    /// Send the data before the twins start, whatever would be chosen.
+    #[arg(long)]
+    copy_first: bool,
+    /// Start the twins before all data is there, whatever would be chosen; where that can be done.
+    #[arg(long, conflicts_with = "copy_first")]
+    switch_first: bool,
 }
 
 impl Selection {
@@ -58,7 +65,14 @@ impl Selection {
                 .collect(),
             delegate: self.delegate.iter().copied().collect::<Actions>(),
             event: MigrationEvent::Operator,
-            guards: PlanGuards::default(),
+            guards: PlanGuards {
+                way: match (self.copy_first, self.switch_first) {
+                    (true, _) => Some(Way::CopyFirst),
+                    (_, true) => Some(Way::SwitchFirst),
+                    _ => None,
+                },
+                ..PlanGuards::default()
+            },
         }
     }
 }

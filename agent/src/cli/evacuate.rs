@@ -79,11 +79,17 @@ fn confirmed(plan: &Plan) -> Result<bool, Failure> {
 
 /// Shows progress until the plan is over, then the report.
 async fn follow(agent: &Client, id: &PlanId, context: &Context) -> Outcome {
-    let mut meter = Meter::default();
+    let (mut meter, mut told) = (Meter::default(), String::new());
     loop {
         let status: Status = agent.get("/v1/status").await.map_err(Failure::of)?;
         if let Some(plan) = status.plans.iter().find(|plan| &plan.plan == id) {
             if !context.json {
+                let why = plan.choice.as_ref().map(|choice| &choice.why);
+                if let Some(why) = why.filter(|why| *why != &told) {
+                    meter.end();
+                    eprintln!("{why}");
+                    told.clone_from(why);
+                }
                 meter.draw(plan);
             }
             if plan.over {

@@ -112,6 +112,9 @@ pub fn render(plan: &Plan) -> String {
         plan.estimate.rate,
         plan.estimate.basis
     );
+    if let Some(choice) = &plan.choice {
+        let _ = writeln!(out, "{}", choice.why);
+    }
     for note in &plan.notes {
         let _ = writeln!(out, "note: {note}");
     }

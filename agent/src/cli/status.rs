@@ -83,6 +83,7 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
     for plan in &status.plans {
         let meter = meters.entry(plan.plan.clone()).or_default();
         lines.push(meter.line(plan));
+        lines.extend(plan.choice.iter().map(|choice| format!("  {}", choice.why)));
         for role in &plan.awaits {
             lines.push(format!(
                 "  waits for `lifeboat approve {} --as {role}`",

@@ -216,6 +216,7 @@ impl Automatic {
             max_evacuating: policy.guards.fleet_max_evacuating,
             limit: policy.guards.limit,
             accepted_losses: Vec::new(),
+            way: None,
         });
         let evidence = verdict.evidence.iter();
         Request {

@@ -347,6 +347,7 @@ impl Judge {
             limit,
             since: self.state.wall_time(since),
             last_sample: self.state.wall_time(series.last_at),
+            reached_in: series.reached_in(&threshold.rule),
             clears_when,
         }
     }

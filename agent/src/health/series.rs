@@ -156,6 +156,14 @@ impl Series {
         Some(((aim - line.level) / slope).max(0.0))
     }
 
+    /// Time from the last sample until a forecast's value is reached; none when it never is.
+    pub(super) fn reached_in(&self, rule: &Rule) -> Option<Duration> {
+        let ms = self
+            .against
+            .filter(|_| matches!(rule, Rule::Forecast { .. }))?;
+        Duration::try_from_secs_f64(ms / 1e3).ok()
+    }
+
     /// How much longer a forecast must look before it can say something.
     pub(super) fn learns_for(&self, rule: &Rule) -> Option<Duration> {
         let Rule::Forecast { over, .. } = rule else {

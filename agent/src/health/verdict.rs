@@ -6,6 +6,7 @@ use crate::model::metric::Subject;
 use crate::model::units::UnixMillis;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::time::Duration;
 
 /// The four verdicts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -52,6 +53,9 @@ pub struct Evidence {
     pub since: UnixMillis,
     /// When the last value was measured.
     pub last_sample: UnixMillis,
+    /// For a forecast: from the last sample until the value is reached, at its rate then.
+    #[serde(default)]
+    pub reached_in: Option<Duration>,
     /// What would end it.
     pub clears_when: String,
     /// All of it as one sentence.

@@ -4,6 +4,7 @@
 
 use super::events::Approval;
 use super::moving::MoveError;
+use crate::model::choice::Choice;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{MigrationEvent, Plan, PlanGuards, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
@@ -49,6 +50,9 @@ pub struct PlanStatus {
     /// What slows the copy.
     #[serde(default)]
     pub limits: Limits,
+    /// Whether it copies on, pauses or switches first, and why.
+    #[serde(default)]
+    pub choice: Option<Choice>,
     /// The last thing that went wrong and is being retried.
     pub trouble: Option<String>,
 }
@@ -139,6 +143,7 @@ impl Active {
                 held,
                 awaits: Vec::new(),
                 limits: Limits::default(),
+                choice: plan.choice.clone(),
                 trouble: None,
             }),
             progress: Arc::new(capped(plan)),
@@ -279,6 +284,10 @@ impl Active {
     /// Bytes read of volumes and images so far.
     pub(super) fn copied(&self) -> u64 {
         self.progress.bytes_read.load(Ordering::Relaxed) + self.exported.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn choose(&self, choice: &Choice) {
+        locked(&self.status).choice = Some(choice.clone());
     }
 
     pub(super) fn awaits(&self, roles: &[String]) {

@@ -74,6 +74,7 @@ impl Move {
             self.plan.groups = plan.groups;
             self.plan.edges = plan.edges;
             self.plan.notes = plan.notes;
+            self.plan.choice = plan.choice;
             self.append(SourceEvent::GoesOn {
                 plan: Box::new(self.plan.clone()),
             })?;

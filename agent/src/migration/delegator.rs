@@ -4,6 +4,7 @@
 //! plans that are under way. One plan runs at a time on a source.
 
 use super::active::{Active, PlanStatus, locked};
+use super::choosing;
 use super::clearance::Clearance;
 use super::events::{Approval, Forwarding, SourceEvent};
 use super::journal::{Journal, JournalError, plan_directory};
@@ -225,6 +226,7 @@ impl Delegator {
             }
         };
         let measured_rate = locked(&self.measured_rate).clone();
+        let dirty = choosing::written(&view, &containers);
         Ok(planner::compose(
             request,
             Gathered {
@@ -239,6 +241,9 @@ impl Delegator {
                 blockers,
                 notes,
                 measured_rate,
+                dirty,
+                deadline: choosing::deadline(&view, now),
+                bounds: choosing::bounds(self.settings()),
             },
         ))
     }

@@ -1,6 +1,7 @@
 //! What the journals of a plan hold, on the source and on the target.
 
 use crate::model::action::Actions;
+use crate::model::choice::Choice;
 use crate::model::control::Owns;
 use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState};
@@ -117,6 +118,11 @@ pub enum SourceEvent {
         volumes: Vec<VolumeRound>,
         /// Time the round took.
         duration: Duration,
+    },
+    /// Whether it copies on, pauses or switches first from here, and why.
+    Chosen {
+        /// The choice.
+        choice: Box<Choice>,
     },
     /// The plan may evacuate only when these roles have approved it.
     ApprovalAwaited {

@@ -27,8 +27,10 @@ pub struct Entry<E> {
 pub struct Journal<E> {
     path: PathBuf,
     file: File,
-    /// Length of the whole lines; none when the file could not be brought back to it after an error.
-    whole: Option<u64>,
+    /// Length of the whole lines.
+    whole: u64,
+    /// Whether the file may hold more than them: what of a failed line is on disk is not known.
+    torn: bool,
     events: PhantomData<E>,
 }
 
@@ -120,7 +122,8 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
             Self {
                 path,
                 file,
-                whole: Some(whole as u64),
+                whole: whole as u64,
+                torn: false,
                 events: PhantomData,
             },
             entries,
@@ -130,7 +133,7 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
     /// Appends one event and waits until it is on disk.
     ///
     /// # Errors
-    /// The write or the sync failed; the event must be taken as not written.
+    /// The write or the sync failed; the event counts as not written once [`Self::cut_back`] has succeeded.
     pub fn append(&mut self, at: UnixMillis, event: E) -> Result<(), JournalError> {
         let mut line = serde_json::to_vec(&Entry { at, event }).map_err(|error| JournalError {
             doing: "encode an event of",
@@ -138,30 +141,40 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
             error: error.into(),
         })?;
         line.push(b'\n');
-        let failed = |error| JournalError {
-            doing: "write",
-            path: self.path.clone(),
-            error,
-        };
-        let Some(whole) = self.whole else {
-            return Err(failed(std::io::Error::other(
-                "an earlier write failed halfway",
-            )));
-        };
-        // What is written or synced only in part must not be there after a restart.
+        self.cut_back()?;
         if let Err(error) = self
             .file
             .write_all(&line)
             .and_then(|()| self.file.sync_data())
         {
-            let cut = self
-                .file
-                .set_len(whole)
-                .and_then(|()| self.file.sync_data());
-            self.whole = cut.is_ok().then_some(whole);
-            return Err(failed(error));
+            self.torn = true;
+            // Tried again by the next append, or by a caller who must know.
+            let _ = self.cut_back();
+            return Err(JournalError {
+                doing: "write",
+                path: self.path.clone(),
+                error,
+            });
         }
-        self.whole = Some(whole + line.len() as u64);
+        self.whole += line.len() as u64;
+        Ok(())
+    }
+
+    /// Makes certain that of an event which could not be appended nothing is there after a restart.
+    ///
+    /// # Errors
+    /// The file cannot be cut; whether the event is on disk is not known.
+    pub fn cut_back(&mut self) -> Result<(), JournalError> {
+        if self.torn {
+            let cut = self.file.set_len(self.whole);
+            cut.and_then(|()| self.file.sync_data())
+                .map_err(|error| JournalError {
+                    doing: "cut a half-written event off",
+                    path: self.path.clone(),
+                    error,
+                })?;
+            self.torn = false;
+        }
         Ok(())
     }
 }
@@ -188,6 +201,25 @@ mod tests {
             let (_, entries) = Journal::<String>::open(directory.path()).unwrap();
             assert_eq!(entries.last().unwrap().event, "three");
         }
+    }
+
+    #[test]
+    fn an_event_that_could_not_be_written_is_cut_off_before_another_one_follows() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut journal, _) = Journal::<String>::open(directory.path()).unwrap();
+        journal.append(UnixMillis(1), "one".into()).unwrap();
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let good = std::mem::replace(&mut journal.file, full);
+        journal.append(UnixMillis(2), "two".into()).unwrap_err();
+        let error = journal.cut_back().unwrap_err().to_string();
+        assert!(error.contains("half-written"), "{error}");
+        // As if half of it had come to the disk after all.
+        (&good).write_all(b"{\"at\":2,\"event\":\"tw").unwrap();
+        journal.file = good;
+        journal.append(UnixMillis(3), "three".into()).unwrap();
+        let (_, entries) = Journal::<String>::open(directory.path()).unwrap();
+        let events: Vec<&str> = entries.iter().map(|entry| &*entry.event).collect();
+        assert_eq!(events, ["one", "three"]);
     }
 
     #[test]

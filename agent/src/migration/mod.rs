@@ -9,6 +9,7 @@ mod active;
 mod admission;
 mod allocation;
 mod changes;
+mod choosing;
 mod clearance;
 pub mod delegator;
 mod devices;
@@ -24,6 +25,8 @@ pub mod paired;
 pub mod pause;
 mod places;
 pub mod planner;
+#[cfg(test)]
+mod protocol_tests;
 pub mod provide;
 mod rehearsal;
 mod replica;

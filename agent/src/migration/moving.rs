@@ -8,6 +8,7 @@ use super::journal::{Journal, JournalError};
 use crate::containers::{FenceError, ImageError, PauseError, RuntimeError};
 use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::pairing::PairError;
+use crate::model::choice::{Changeset, Measured};
 use crate::model::fleet::{PeerAddress, Role};
 use crate::model::ids::{Epoch, VolumeId};
 use crate::model::plan::Plan;
@@ -153,16 +154,28 @@ pub(super) struct Moved {
     pub(super) epochs: BTreeMap<VolumeId, Epoch>,
     /// Lives of the agent since the last round.
     pub(super) lives: u32,
+    /// What the rounds measured.
+    pub(super) measured: Measured,
 }
 
 impl Moved {
     /// Takes note of a journalled event.
-    pub(super) fn note(&mut self, event: &SourceEvent) {
+    pub(super) fn note(&mut self, at: UnixMillis, event: &SourceEvent) {
         match event {
             SourceEvent::Prepared { .. } => self.prepared = true,
-            SourceEvent::Resumed => self.lives += 1,
-            SourceEvent::Round { round, volumes, .. } => {
+            SourceEvent::Resumed => {
+                self.lives += 1;
+                self.measured.restart();
+            }
+            SourceEvent::Round {
+                round,
+                volumes,
+                duration,
+            } => {
                 (self.rounds, self.lives) = (*round, 0);
+                let bytes = volumes.iter().map(|volume| volume.changeset).sum();
+                let took = *duration;
+                self.measured.note(at, Changeset { bytes, took });
                 self.sent(volumes);
             }
             SourceEvent::Final { volumes, .. } => self.sent(volumes),
@@ -206,7 +219,7 @@ impl Move {
             self.journal.append(now, SourceEvent::Limited { limit })?;
         }
         self.done.note(now, &event);
-        self.moved.note(&event);
+        self.moved.note(now, &event);
         self.journal.append(now, event)
     }
 

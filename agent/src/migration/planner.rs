@@ -3,6 +3,7 @@
 //! Pure composition: the delegator gathers, this file decides.
 
 use crate::model::action::{Action, Actions};
+use crate::model::choice::{Bounds, Deadline, Outlook, Rate};
 use crate::model::container::{Container, Mount, State};
 use crate::model::edge::{Correlated, Edge};
 use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
@@ -284,6 +285,12 @@ pub struct Gathered {
     pub notes: Vec<String>,
     /// Rate of an earlier move and its plan.
     pub measured_rate: Option<(PlanId, Bytes)>,
+    /// How fast the workload changes its data now, as far as can be told.
+    pub dirty: Option<Rate>,
+    /// When the policy expects the worst.
+    pub deadline: Option<Deadline>,
+    /// Bounds of replication.
+    pub bounds: Bounds,
 }
 
 /// Rate assumed before any move was measured: a 1 Gbit/s link, the slowest common on such hosts.
@@ -387,6 +394,24 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         ),
     };
     let duration = Duration::from_secs_f64(bytes.0 as f64 / rate.0.max(1) as f64);
+    let capped = request.guards.limit.filter(|limit| *limit < rate);
+    let outlook = Outlook {
+        size: bytes,
+        rounds: 0,
+        last: None,
+        before: None,
+        whole: None,
+        copy: Rate {
+            bytes: capped.unwrap_or(rate),
+            from: capped.map_or_else(|| basis.clone(), |_| "its limit".into()),
+        },
+        dirty: gathered.dirty,
+        overhead: Duration::ZERO,
+        deadline: gathered.deadline,
+        obstacle: Some(super::choosing::OBSTACLE.into()),
+        word: request.guards.way,
+        bounds: gathered.bounds,
+    };
     Plan {
         id,
         created: now,
@@ -408,6 +433,7 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
             basis,
             duration,
         },
+        choice: Some(outlook.choose()),
         target: None,
         paired: None,
     }

@@ -216,6 +216,7 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(volumes.iter().map(tell_volume));
             lines
         }
+        SourceEvent::Chosen { choice } => vec![format!("  {}", choice.why)],
         SourceEvent::ApprovalAwaited { roles, until } => vec![format!(
             "waits until {} for approval by: {}",
             utc(*until),

@@ -7,7 +7,7 @@ use super::events::SourceEvent;
 use super::journal::{Entry, Journal, plan_directory};
 use super::moving::{Done, Move, Moved};
 use super::{source, switch};
-use crate::model::plan::Plan;
+use crate::model::plan::{Plan, SignedRelease};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,8 +28,9 @@ impl Delegator {
             let Some(plan) = plan_of(&entries) else {
                 continue;
             };
-            match entries.last().map(|entry| &entry.event) {
-                Some(SourceEvent::Completed) => {
+            match After::of(entries.iter().map(|entry| &entry.event)) {
+                After::Nothing => {}
+                After::Forward => {
                     if let Some(target) = target_peer(&plan) {
                         let delegator = self.clone();
                         tokio::spawn(async move {
@@ -37,11 +38,10 @@ impl Delegator {
                         });
                     }
                 }
-                Some(SourceEvent::Aborted { reason }) => {
-                    tokio::spawn(self.clone().free_target(plan, journal, reason.clone()));
+                After::FreeTarget(reason) => {
+                    tokio::spawn(self.clone().free_target(plan, journal, reason));
                 }
-                Some(SourceEvent::TargetFreed) | None => {}
-                Some(_) => self.resume_plan(plan, journal, &entries),
+                After::GoOn(after) => self.resume_plan(plan, journal, &entries, after),
             }
         }
     }
@@ -68,6 +68,7 @@ impl Delegator {
         plan: Plan,
         journal: Journal<SourceEvent>,
         entries: &[Entry<SourceEvent>],
+        after: UnderWay,
     ) {
         let mut core = Move {
             active: Arc::new(Active::new(&plan, is_held(entries))),
@@ -80,20 +81,14 @@ impl Delegator {
         };
         core.active.set_plan(&core.plan);
         locked(&self.plans).insert(core.plan.id.clone(), core.active.clone());
-        let (mut release, mut given_up) = (None, None);
         for entry in entries {
             core.done.note(entry.at, &entry.event);
-            core.moved.note(&entry.event);
+            core.moved.note(entry.at, &entry.event);
             core.clearance.note(&entry.event);
-            match &entry.event {
-                SourceEvent::Released { release: signed } => release = Some(signed.clone()),
-                SourceEvent::GivenUp { reason } => given_up = Some(reason.clone()),
-                _ => {}
-            }
         }
         tokio::spawn(async move {
-            match (release, target_peer(&core.plan)) {
-                (Some(release), Some(target)) => {
+            match (after, target_peer(&core.plan)) {
+                (UnderWay::Released(release), Some(target)) => {
                     // Committed in an earlier life: an abort has come too late.
                     let _ = core.active.commit();
                     switch::Released {
@@ -105,15 +100,62 @@ impl Delegator {
                     .finish()
                     .await;
                 }
-                (Some(_), None) => core.active.trouble(
+                (UnderWay::Released(_), None) => core.active.trouble(
                     "released, but the target's address in the journal cannot be read; repair it and restart the agent",
                 ),
-                (None, _) => match given_up {
-                    Some(reason) => core.roll_back(&reason).await,
-                    None => core.go_on().await,
-                },
+                (UnderWay::GivenUp(reason), _) => core.roll_back(&reason).await,
+                (UnderWay::Unreleased, _) => core.go_on().await,
             }
         });
+    }
+}
+
+/// What a source does about a plan after a restart: its journal alone decides.
+pub(super) enum After {
+    /// Nothing is left to do.
+    Nothing,
+    /// Completed: its ports are forwarded.
+    Forward,
+    /// Rolled back for this reason: the target must still hear of it.
+    FreeTarget(String),
+    /// It was under way.
+    GoOn(UnderWay),
+}
+
+/// How far a plan was that was under way.
+pub(super) enum UnderWay {
+    /// Released: there is no way back.
+    Released(SignedRelease),
+    /// It was being rolled back for this reason.
+    GivenUp(String),
+    /// Neither.
+    Unreleased,
+}
+
+impl After {
+    pub(super) fn of<'a>(events: impl Iterator<Item = &'a SourceEvent>) -> Self {
+        let (mut after, mut under_way) = (Self::Nothing, UnderWay::Unreleased);
+        for event in events {
+            match event {
+                SourceEvent::Released { release } => {
+                    under_way = UnderWay::Released(release.clone());
+                }
+                SourceEvent::GivenUp { reason } if !matches!(under_way, UnderWay::Released(_)) => {
+                    under_way = UnderWay::GivenUp(reason.clone());
+                }
+                _ => {}
+            }
+            after = match event {
+                SourceEvent::Completed => Self::Forward,
+                SourceEvent::Aborted { reason } => Self::FreeTarget(reason.clone()),
+                SourceEvent::TargetFreed => Self::Nothing,
+                _ => Self::GoOn(UnderWay::Unreleased),
+            };
+        }
+        match after {
+            Self::GoOn(_) => Self::GoOn(under_way),
+            over => over,
+        }
     }
 }
 

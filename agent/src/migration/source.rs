@@ -12,10 +12,11 @@ use super::events::{ContainerFence, SourceEvent};
 use super::foreground;
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
-use super::switch::Released;
+use super::switch::{RETRY, Released};
 use crate::fleet::identity;
 use crate::fleet::pairing::{PairError, Pairing};
 use crate::model::action::{Action, Actions};
+use crate::model::choice::Next;
 use crate::model::container::State;
 use crate::model::control::{
     Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
@@ -331,7 +332,6 @@ impl<'a> Prepared<'a> {
             volumes,
             sender,
         } = self;
-        let settings = core.delegator.settings().clone();
         let mut replica = Replica {
             sender: Some(sender),
             sent: BTreeMap::new(),
@@ -343,27 +343,29 @@ impl<'a> Prepared<'a> {
             revise(core, &target).await?;
             rehearse(core, &target).await?;
         }
-        let mut before = None;
-        for round in 1..=settings.rounds_max {
+        let (mut before, mut rounds) = (None, 0);
+        if !in_advance {
+            core.choose(rounds, before)?;
+        }
+        loop {
             core.enter("replicate")?;
-            let whole = round == 1 && !in_advance;
+            let whole = rounds == 0 && !in_advance;
             let (changeset, _) = replicate_round(core, &mut replica, &volumes, whole).await?;
+            rounds += 1;
             if whole {
                 drop_exports(core).await;
                 rehearse(core, &target).await?;
             }
-            let shrinks = before.is_none_or(|before| changeset * 10 <= before * 8);
-            // The first round is the whole copy: what changed meanwhile is not known before the second.
-            let small = !whole && changeset <= settings.changeset_threshold_bytes;
-            if small || !shrinks {
+            match core.choose(rounds, before)?.next {
+                Next::Copy => before = Some(changeset),
                 // What changed while an operator was waited for goes before the pause.
-                if core.await_acceptance(&replica, &volumes).await? {
+                Next::Pause | Next::SwitchFirst
+                    if core.await_acceptance(&replica, &volumes).await? =>
+                {
                     before = None;
-                    continue;
                 }
-                break;
+                Next::Pause | Next::SwitchFirst => break,
             }
-            before = Some(changeset);
         }
         Ok(Replicated {
             core,
@@ -425,7 +427,7 @@ async fn replicate_round(
     replica: &mut Replica,
     volumes: &[VolumeSpec],
     whole: bool,
-) -> Result<(u64, Duration), MoveError> {
+) -> Result<(Bytes, Duration), MoveError> {
     let started = Instant::now();
     let round = core.moved.rounds + 1;
     let mut rounds = Vec::new();
@@ -436,7 +438,7 @@ async fn replicate_round(
         }
         rounds.push(replica.send(core, volume, false).await?);
     }
-    let changeset = rounds.iter().map(|volume| volume.changeset.0).sum();
+    let changeset = rounds.iter().map(|volume| volume.changeset).sum();
     let duration = started.elapsed();
     core.append(SourceEvent::Round {
         round,
@@ -526,7 +528,7 @@ impl<'a> Replicated<'a> {
 
 /// Longest time the workload stays frozen before the release: a disk or link that takes longer for the
 /// last changeset is not to be waited for with everything stopped.
-const PAUSE_MAX: Duration = Duration::from_secs(30);
+pub(super) const PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// Nothing writes any more.
 struct Paused<'a> {
@@ -618,9 +620,17 @@ impl<'a> FinallySent<'a> {
         };
         let signed = sign(core.fleet()?, &release)?;
         core.active.commit()?;
-        core.append(SourceEvent::Released {
+        let released = SourceEvent::Released {
             release: signed.clone(),
-        })?;
+        };
+        if let Err(error) = core.append(released) {
+            // As long as a next life might find it, nothing may run here.
+            while let Err(error) = core.journal.cut_back() {
+                core.active.trouble(&error.to_string());
+                tokio::time::sleep(RETRY).await;
+            }
+            return Err(error.into());
+        }
         Ok(Released {
             core,
             target,

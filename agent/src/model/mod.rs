@@ -3,6 +3,9 @@
 //! Invariants: everything here is plain data with `serde`; nothing opens a file or reads a clock.
 
 pub mod action;
+pub mod choice;
+#[cfg(test)]
+mod choice_tests;
 pub mod container;
 pub mod control;
 pub mod edge;

@@ -1,6 +1,7 @@
 //! A plan: which containers leave, in which order they start again, what moves and who does the work.
 
 use super::action::Actions;
+use super::choice::{Choice, Way};
 use super::container::Container;
 use super::edge::Edge;
 use super::ids::{ContainerName, DeviceId, Epoch, PairingId, PlanId, Signature, VolumeId};
@@ -100,6 +101,8 @@ pub struct PlanGuards {
     pub limit: Option<Bytes>,
     /// Volumes by name that may leave although their disk does not give up everything.
     pub accepted_losses: Vec<String>,
+    /// Whether it copies or switches first; none: it is chosen.
+    pub way: Option<Way>,
 }
 
 /// The whole plan.
@@ -136,6 +139,9 @@ pub struct Plan {
     pub blockers: Vec<Blocker>,
     /// Estimate.
     pub estimate: Estimate,
+    /// Whether it copies or switches first, as of when it was made; asked again after every round.
+    #[serde(default)]
+    pub choice: Option<Choice>,
     /// Target, once allocated.
     pub target: Option<Chosen>,
     /// Paired device, once allocated.
