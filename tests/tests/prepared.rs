@@ -16,6 +16,8 @@ const CACHE: Service = Service {
     port: 6379,
 };
 
+const OTHER: &str = "other";
+
 /// More than every changeset of this test together.
 const BULK: u64 = 24 << 20;
 
@@ -142,6 +144,60 @@ fn what_was_prepared_is_freed_at_recovery_and_saves_the_evacuation_the_copy() ->
     stage.check_data(&CACHE)?;
     println!("{}", stage.crew.tell(SOURCE, &["verify", &plan])?);
     Ok(())
+}
+
+#[test]
+fn a_paired_device_that_dies_while_prepared_is_found_again_or_done_without() -> Result<()> {
+    let delegate = "delegate:\n  - when: { any: [busy, starved] }\n    actions: [transfer]\n";
+    let source = Device {
+        policy: Some(format!("{POLICY}{delegate}")),
+        migration: vec!["prepare_pause_seconds: 1".into()],
+        ..Device::new(SOURCE)
+    };
+    let devices = [source, device(TARGET, None), device(OTHER, None)];
+    let Some(mut stage) = Stage::up("prepared-paired", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let source = stage.source()?.clone();
+    let bulk = format!("head -c {BULK} /dev/urandom >{}/big", CACHE.notes());
+    source.run(["sh", "-c", &bulk])?;
+    let untouched = state(&source)?;
+
+    overload(&stage, BUSY)?;
+    let plan = prepared(&stage, "")?;
+    // The duplicator says which of the two others is lent for what.
+    let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+    let role = |role: &str| status["plans"][0][role].as_str().map(str::to_owned);
+    let paired = role("paired").context("no paired device")?;
+    let target = role("target").context("no target")?;
+    let target = stage.lab.host(&target)?.clone();
+
+    let before = moved(&source, &plan)?.0.len();
+    stage.crew.kill_agent(&paired)?;
+    stage.crew.start_agent(&paired)?;
+    let copied = wait_for("a round after the paired device's death", PATIENCE, || {
+        let copied = moved(&source, &plan)?.0;
+        Ok((copied.len() > before + 1).then_some(copied))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    let again: u64 = copied[before..].iter().map(|round| round.1).sum();
+    ensure!(again < BULK / 4, "{again} bytes again: {copied:?}");
+    ensure!(prepared(&stage, "")? == plan, "another plan");
+    ensure!(state(&source)? == untouched, "the container was touched");
+
+    // For good this time.
+    stage.crew.kill_agent(&paired)?;
+    overload(&stage, STARVED)?;
+    wait_for("the word to evacuate", PATIENCE, || {
+        Ok(moved(&source, &plan)?.1.map(drop))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    stage.lab.clear_fault(&source, STARVED)?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data_on(&target, &CACHE)?;
+    stage.lab.down()
 }
 
 fn overload(stage: &Stage, fault: Fault) -> Result<()> {

@@ -94,9 +94,7 @@ impl Delegator {
             };
             freed = tell(fleet, &target, &format!("/v1/plans/{id}/dismiss"), &body).await;
         }
-        if let Some(paired) = plan.paired.as_ref().and_then(peer) {
-            tell(fleet, &paired, &format!("/v1/plans/{id}/relay/end"), &()).await;
-        }
+        fleet.end_relay(plan).await;
         freed
     }
 
@@ -108,31 +106,44 @@ impl Delegator {
         costs: &[ActionCost],
     ) {
         let Some(fleet) = self.fleet() else { return };
-        if let Some(paired) = plan.paired.as_ref().and_then(peer) {
-            tell(
-                fleet,
-                &paired,
-                &format!("/v1/plans/{}/relay/end", plan.id),
-                &(),
-            )
-            .await;
-        }
-        let client = fleet.client.clone().with_timeout(FAREWELL);
+        fleet.end_relay(plan).await;
         for chosen in plan.paired.iter().chain(&plan.target) {
-            let Some(pairing) = &chosen.pairing else {
-                continue;
-            };
-            let duplicator = fleet.identity.duplicator();
-            let released =
-                pairing::release(&client, duplicator, pairing, outcome, costs.to_vec()).await;
-            if let Err(error) = released {
-                tracing::warn!(%pairing, "not given back, it ends by itself: {error}");
-            }
+            fleet.give_back(chosen, outcome, costs).await;
+        }
+    }
+
+    /// Gives back a paired device that went away in the middle.
+    pub(super) async fn give_back_paired(&self, plan: &Plan) {
+        let Some(fleet) = self.fleet() else { return };
+        fleet.end_relay(plan).await;
+        if let Some(paired) = &plan.paired {
+            fleet.give_back(paired, DutyOutcome::Failed, &[]).await;
         }
     }
 }
 
 impl FleetContext {
+    /// Tells the paired device that its work is over.
+    async fn end_relay(&self, plan: &Plan) {
+        if let Some(paired) = plan.paired.as_ref().and_then(peer) {
+            let path = format!("/v1/plans/{}/relay/end", plan.id);
+            tell(self, &paired, &path, &()).await;
+        }
+    }
+
+    async fn give_back(&self, chosen: &Chosen, outcome: DutyOutcome, costs: &[ActionCost]) {
+        let Some(pairing) = &chosen.pairing else {
+            return;
+        };
+        let client = self.client.clone().with_timeout(FAREWELL);
+        let duplicator = self.identity.duplicator();
+        let released =
+            pairing::release(&client, duplicator, pairing, outcome, costs.to_vec()).await;
+        if let Err(error) = released {
+            tracing::warn!(%pairing, "not given back, it ends by itself: {error}");
+        }
+    }
+
     /// What is asked of the duplicator for the plan's target.
     fn target_for(&self, plan: &Plan) -> PairingRequest {
         let ports = plan

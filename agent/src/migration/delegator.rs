@@ -661,7 +661,10 @@ pub(super) fn plan_of(entries: &[super::journal::Entry<SourceEvent>]) -> Option<
                 plan.paired = Some(paired.clone());
                 plan.delegated = delegated.clone();
             }
-            SourceEvent::NotPaired { .. } => plan.delegated = Actions::default(),
+            SourceEvent::NotPaired { .. } => {
+                plan.paired = None;
+                plan.delegated = Actions::default();
+            }
             SourceEvent::GoesOn { plan: renewed } => plan = (**renewed).clone(),
             SourceEvent::Limited { limit } => plan.guards.limit = *limit,
             _ => {}

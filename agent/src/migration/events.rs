@@ -97,7 +97,7 @@ pub enum SourceEvent {
         /// Actions that it does; `encrypt` only over a trusted link.
         delegated: Actions,
     },
-    /// No device could be lent for the delegated actions: the source does all.
+    /// No device could be lent for the delegated actions, or it went away: the source does all from now on.
     NotPaired {
         /// Why.
         reason: String,

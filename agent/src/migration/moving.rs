@@ -10,10 +10,10 @@ use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::pairing::PairError;
 use crate::model::choice::{Changeset, Measured};
 use crate::model::fleet::{PeerAddress, Role};
-use crate::model::ids::{Epoch, VolumeId};
+use crate::model::ids::{DeviceId, Epoch, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::units::{UnixMillis, human_duration};
-use crate::transfer::SendError;
+use crate::transfer::{LinkError, SendError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -43,6 +43,14 @@ pub enum MoveError {
     /// The target or paired device refused or cannot be reached.
     #[error("{0}")]
     Peer(#[from] CallError),
+    /// The paired device refused or cannot be reached.
+    #[error("paired device {device}: {error}")]
+    Paired {
+        /// Paired device.
+        device: DeviceId,
+        /// Cause.
+        error: CallError,
+    },
     /// A runtime operation failed.
     #[error("{0}")]
     Runtime(#[from] RuntimeError),
@@ -98,7 +106,7 @@ pub enum MoveError {
         /// Volume.
         volume: String,
         /// Target.
-        target: crate::model::ids::DeviceId,
+        target: DeviceId,
     },
     /// The device left its fleet.
     #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
@@ -125,6 +133,24 @@ pub enum MoveError {
     /// A task of this process died.
     #[error("internal task failed: {0}; see the agent's log")]
     Task(#[from] tokio::task::JoinError),
+}
+
+impl MoveError {
+    /// Whether a paired device that went away can be the cause. Whose end of a link is dead shows only when the
+    /// target is asked without it.
+    pub(super) fn may_be_of_paired(&self) -> bool {
+        let lost = |error: &SendError| {
+            let SendError::Link { source, .. } = error else {
+                return false;
+            };
+            matches!(source, LinkError::Lost { .. })
+        };
+        match self {
+            Self::Paired { .. } => true,
+            Self::Send { error, .. } => lost(error),
+            _ => false,
+        }
+    }
 }
 
 /// How long a device that has taken the plan may be away: a server takes minutes to start.

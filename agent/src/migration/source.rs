@@ -37,10 +37,18 @@ use std::time::{Duration, Instant};
 pub(super) async fn run(mut core: Move) {
     let active = core.active.clone();
     let _spared = foreground::spare(&core.delegator, &active);
-    match up_to_release(&mut core).await {
-        Ok(released) => released.finish().await,
-        Err(_) if active.suspended() => core.suspend().await,
-        Err(error) => core.roll_back(&error.to_string()).await,
+    loop {
+        let error = match up_to_release(&mut core).await {
+            Ok(released) => return released.finish().await,
+            Err(_) if active.suspended() => return core.suspend().await,
+            Err(error) => error,
+        };
+        if !error.may_be_of_paired() || core.plan.paired.is_none() {
+            return core.roll_back(&error.to_string()).await;
+        }
+        if let Err(error) = core.go_on_alone(&error).await {
+            return core.roll_back(&error.to_string()).await;
+        }
     }
 }
 
@@ -125,6 +133,23 @@ impl Move {
         Ok(paired.peer.clone())
     }
 
+    /// Goes on without the paired device, from what arrived: a host that must go does not wait for help
+    /// that went away.
+    async fn go_on_alone(&mut self, why: &MoveError) -> Result<(), MoveError> {
+        tracing::warn!(plan = %self.plan.id, "every action is done here from now on: {why}");
+        self.active.enter("resume");
+        self.let_run().await;
+        self.delegator.give_back_paired(&self.plan).await;
+        self.plan.paired = None;
+        self.plan.delegated = Actions::default();
+        self.append(SourceEvent::NotPaired {
+            reason: why.to_string(),
+        })?;
+        self.append(SourceEvent::Resumed)?;
+        self.active.set_plan(&self.plan);
+        Ok(())
+    }
+
     /// Keeps every action here because nobody can be lent.
     fn keep_all(&mut self, why: &PairError) -> Result<(), MoveError> {
         self.plan.delegated = Actions::default();
@@ -173,7 +198,14 @@ impl<'a> Allocated<'a> {
         let route = match &paired {
             Some(paired) if !core.plan.delegated.is_empty() => {
                 let request = relay_request(&core.plan, &accepted);
-                let relay: RelayAccepted = core.call(client, paired, "relay", &request).await?;
+                let relay = core.call(client, paired, "relay", &request).await;
+                let relay: RelayAccepted = relay.map_err(|error| match error {
+                    MoveError::Peer(error) => MoveError::Paired {
+                        device: paired.device.clone(),
+                        error,
+                    },
+                    error => error,
+                })?;
                 let unsealed = core.plan.delegated.contains(Action::Encrypt);
                 if unsealed && !core.delegator.trusts(relay.data.ip()) {
                     return Err(MoveError::Untrusted(relay.data));
