@@ -24,6 +24,19 @@ const OFFICE: &str = "office";
 /// Longest wait for one step on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A policy that holds at once and for good: a plan is prepared and stays so.
+pub const PREPARE_AT_ONCE: &str = "version: 1
+name: ahead
+thresholds:
+  alive:
+    metric: memory.used_bytes
+    above: 1MiB
+    for: 1s
+degraded:
+  - any: [alive]
+    stage: prepare
+";
+
 /// `NAME=VALUE` that makes an agent kill itself with SIGKILL when it enters `phase`.
 #[must_use]
 pub fn dies_at(phase: &str) -> Vec<String> {
@@ -219,6 +232,36 @@ impl Stage {
             self.crew.log(device)
         );
         Ok(())
+    }
+
+    /// The plan that the source has prepared, as [`PREPARE_AT_ONCE`] makes it do.
+    ///
+    /// # Errors
+    /// There is none in time.
+    pub fn prepared_plan(&self) -> Result<String> {
+        wait_for("a prepared plan", PATIENCE, || {
+            let (_, status) = self.crew.ask(SOURCE, &["status"])?;
+            let plans = status["plans"].as_array().cloned().unwrap_or_default();
+            let held = plans.iter().find(|plan| plan["phase"] == "prepared");
+            Ok(held.and_then(|plan| plan["plan"].as_str().map(str::to_owned)))
+        })
+        .with_context(|| self.crew.log(SOURCE))
+    }
+
+    /// Name of the volume at `path` of the source, from the plan in its journal.
+    ///
+    /// # Errors
+    /// The plan has no such volume.
+    pub fn volume_at(&self, plan: &str, path: &str) -> Result<String> {
+        let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
+        let text = fs::read_to_string(self.source()?.path(&journal)).context(journal)?;
+        let first: Value = serde_json::from_str(text.lines().next().unwrap_or_default())?;
+        let volumes = first["event"]["plan"]["volumes"].as_array().cloned();
+        let volumes = volumes.unwrap_or_default();
+        let found = volumes.iter().find(|volume| volume["source_path"] == path);
+        let name = found.and_then(|volume| volume["name"].as_str());
+        name.map(str::to_owned)
+            .with_context(|| format!("{volumes:#?}"))
     }
 
     /// The newest plan that the source's agent knows as under way or just over.

@@ -1,30 +1,16 @@
 //! Access before arrival: a plan's target serves a volume whose data is still on the source.
 
 use anyhow::{Context as _, Result, ensure};
-use lifeboat_tests::stage::{PATIENCE, SOURCE, Service, Stage, TARGET, device};
+use lifeboat_tests::stage::{PREPARE_AT_ONCE, SOURCE, Service, Stage, TARGET, device};
 use serde_json::Value;
 use std::fs;
 use xtask::crew::Device;
 use xtask::lab::Host;
-use xtask::process::wait_for;
 
 const CACHE: Service = Service {
     name: "cache",
     port: 6379,
 };
-
-/// Holds at once and for good: the plan is prepared and stays so.
-const POLICY: &str = "version: 1
-name: ahead
-thresholds:
-  alive:
-    metric: memory.used_bytes
-    above: 1MiB
-    for: 1s
-degraded:
-  - any: [alive]
-    stage: prepare
-";
 
 const SOCKET: &str = "/run/served.sock";
 const IMAGE: u64 = 16 << 20;
@@ -32,7 +18,7 @@ const IMAGE: u64 = 16 << 20;
 #[test]
 fn a_volume_is_read_and_written_on_the_target_before_its_data_is_there() -> Result<()> {
     let source = Device {
-        policy: Some(POLICY.into()),
+        policy: Some(PREPARE_AT_ONCE.into()),
         migration: vec!["prepare_pause_seconds: 1".into()],
         ..Device::new(SOURCE)
     };
@@ -46,14 +32,8 @@ fn a_volume_is_read_and_written_on_the_target_before_its_data_is_there() -> Resu
         "-c",
         &format!("head -c {IMAGE} /dev/urandom >{image}"),
     ])?;
-    let plan = wait_for("a prepared plan", PATIENCE, || {
-        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
-        let plans = status["plans"].as_array().cloned().unwrap_or_default();
-        let held = plans.iter().find(|plan| plan["phase"] == "prepared");
-        Ok(held.and_then(|plan| plan["plan"].as_str().map(str::to_owned)))
-    })
-    .with_context(|| stage.crew.log(SOURCE))?;
-    let volume = volume(&source, &plan)?;
+    let plan = stage.prepared_plan()?;
+    let volume = stage.volume_at(&plan, &CACHE.notes())?;
 
     nbd(&stage, &target, &plan, &volume).with_context(|| stage.crew.log(TARGET))?;
     ensure!(
@@ -61,21 +41,6 @@ fn a_volume_is_read_and_written_on_the_target_before_its_data_is_there() -> Resu
         "the source's file changed its size"
     );
     stage.writes_go_on(&CACHE)
-}
-
-/// Name of the volume that is the service's bind mount, from the source's journal.
-fn volume(source: &Host, plan: &str) -> Result<String> {
-    let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
-    let text = fs::read_to_string(source.path(&journal)).context(journal)?;
-    let first: Value = serde_json::from_str(text.lines().next().unwrap_or_default())?;
-    let volumes = first["event"]["plan"]["volumes"].as_array().cloned();
-    let volumes = volumes.unwrap_or_default();
-    let notes = volumes
-        .iter()
-        .find(|volume| volume["source_path"] == CACHE.notes().as_str());
-    let name = notes.and_then(|volume| volume["name"].as_str());
-    name.map(str::to_owned)
-        .with_context(|| format!("{volumes:#?}"))
 }
 
 /// The tools that people use speak to it, and nothing of what they write reaches the source.

@@ -30,7 +30,7 @@ const fn need(package: &'static str, shown_by: &'static str, why: &'static str) 
 }
 
 /// Names without a slash are programs, looked for on PATH and where root's programs are.
-const NEEDS: [Need; 34] = [
+const NEEDS: [Need; 37] = [
     need("gcc", "gcc", "C parts of crates (SQLite, AWS-LC)"),
     need("libc6-dev", "/usr/include/stdlib.h", "C parts of crates"),
     need("podman", "podman", "containers of lab hosts"),
@@ -67,6 +67,9 @@ const NEEDS: [Need; 34] = [
     need("e2fsprogs", "mkfs.ext4", "disks of the tests"),
     need("xfsprogs", "mkfs.xfs", "disks of the tests"),
     need("attr", "setfattr", "attributes of the tests' files"),
+    need("acl", "setfacl", "ACLs of the tests' files"),
+    need("libcap2-bin", "setcap", "capabilities of the tests' files"),
+    need("sqlite3", "sqlite3", "database on a mounted volume"),
     need("curl", "curl", "health of the demo application"),
     need("busybox-static", "busybox", "shell of the demo's images"),
     need("nginx", "nginx", "image of the demo's front"),

@@ -43,6 +43,9 @@ struct Way {
     /// As NBD exports, one for each file: `unix:/PATH` or a loopback address (`127.0.0.1:10809`).
     #[arg(long, value_name = "ADDRESS", requires = "volume")]
     nbd: Option<NbdAddress>,
+    /// As files and directories, mounted at this empty directory.
+    #[arg(long, value_name = "DIRECTORY", requires = "volume")]
+    mount: Option<PathBuf>,
     /// Stop serving it, and remove the copy with what was written to it.
     #[arg(long, requires = "volume")]
     end: bool,
@@ -81,11 +84,18 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
         }
         return Ok(());
     }
-    let how = match &arguments.way.nbd {
-        Some(address) => How::Nbd(address.clone()),
-        None => {
+    let how = match &arguments.way {
+        Way {
+            nbd: Some(address), ..
+        } => How::Nbd(address.clone()),
+        // The agent mounts it, and has another working directory.
+        Way {
+            mount: Some(directory),
+            ..
+        } => How::Mount(std::path::absolute(directory)?),
+        _ => {
             return Err(Failure::Failed(anyhow::anyhow!(
-                "say how: --nbd ADDRESS, or --end"
+                "say how: --mount DIRECTORY, --nbd ADDRESS, or --end"
             )));
         }
     };

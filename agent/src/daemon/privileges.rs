@@ -43,7 +43,7 @@ pub const KEPT: [(Capability, &str); 15] = [
     (Capability::CAP_SETFCAP, "file capabilities in volumes"),
     (
         Capability::CAP_SYS_ADMIN,
-        "measuring of the kernel programs, trusted attributes in volumes, NVMe health",
+        "measuring of the kernel programs, mounts of served volumes, trusted attributes, NVMe health",
     ),
     (
         Capability::CAP_SYS_PTRACE,

@@ -6,6 +6,7 @@
 //! copy that the twin will run on, which the data plane makes.
 
 use super::active::locked;
+use super::delegator::Parts;
 use super::journal::plan_directory;
 use super::target::Target;
 use crate::fleet::agent::PairedState;
@@ -16,7 +17,8 @@ use crate::model::plan::Plan;
 use crate::model::trace::Trace;
 use crate::model::volume::VolumeKind;
 use crate::serve::{
-    Figures, Filler, FrontEnd, Hot, NbdAddress, NbdError, NbdServer, Store, StoreError,
+    Figures, Filler, FrontEnd, Hot, Mount, MountError, MountOptions, NbdAddress, NbdError,
+    NbdServer, Store, StoreError,
 };
 use crate::transfer::fetch::{FetchPlan, Grant};
 use crate::transfer::{DataKey, Hop, LinkKey};
@@ -33,6 +35,8 @@ use std::time::Duration;
 pub enum How {
     /// Its files as NBD exports.
     Nbd(NbdAddress),
+    /// Its tree mounted at this directory.
+    Mount(PathBuf),
 }
 
 /// A request to serve a volume.
@@ -105,6 +109,9 @@ pub enum AccessError {
     /// NBD.
     #[error("{0}")]
     Nbd(#[from] NbdError),
+    /// FUSE.
+    #[error("{0}")]
+    Mount(#[from] MountError),
     /// The trace.
     #[error(
         "cannot use the access trace {path}: {error}; record one with `lifeboat record --trace`"
@@ -234,9 +241,9 @@ impl Access {
             fleet_key: FleetKey(*fleet.identity.fleet_key()),
             admit: self.admit(&source, id),
         };
-        let (name, options) = (volume.name.clone(), parts.transfer.clone());
+        let (name, parts) = (volume.name.clone(), parts.clone());
         let serving =
-            tokio::task::spawn_blocking(move || open(name, directory, fetch, &options, request));
+            tokio::task::spawn_blocking(move || open(name, directory, fetch, &parts, request));
         let serving = serving.await??;
         let served = described(&key, &serving);
         tracing::info!(plan = %id, volume = served.name, at = served.at, "serves a volume before its data is here");
@@ -351,7 +358,7 @@ fn open(
     name: String,
     directory: PathBuf,
     fetch: FetchPlan,
-    options: &crate::transfer::Options,
+    parts: &Parts,
     request: ServeRequest,
 ) -> Result<Serving, AccessError> {
     let ServeRequest {
@@ -367,9 +374,21 @@ fn open(
         .map(hottest)
         .transpose()?
         .unwrap_or_default();
-    let store = Store::open(&directory, &name, fetch, options, patience)?;
+    if let How::Mount(directory) = &how {
+        Mount::check(directory)?;
+    }
+    let devices = parts.settings.device_nodes;
+    let store = Store::open(&directory, &name, fetch, &parts.transfer, patience, devices)?;
     let front: Box<dyn FrontEnd> = match how {
         How::Nbd(address) => Box::new(NbdServer::bind(&address, Arc::clone(&store), read_only)?),
+        How::Mount(directory) => {
+            let options = MountOptions {
+                read_only,
+                // Anybody may have put a set-user-id program there, and nobody need run one.
+                trusted: false,
+            };
+            Box::new(Mount::at(&directory, Arc::clone(&store), options)?)
+        }
     };
     let filler = fill.then(|| Filler::start(&store, hot)).transpose();
     let filler = filler.map_err(|error| AccessError::System {

@@ -1,12 +1,15 @@
 //! Answers requests while and after the data moves: forwarding of published ports; volumes on the target
-//! before their data is there, as NBD exports.
+//! before their data is there, as NBD exports or as a mounted directory.
 //!
 //! Non-goals of this version: HTTP ranges, and UDP (callers report UDP ports as not forwarded).
 
+mod ahead;
 mod fill;
 mod forward;
+mod fuse;
 mod nbd;
 mod origins;
+mod pool;
 mod presence;
 mod store;
 #[cfg(test)]
@@ -20,6 +23,7 @@ pub trait FrontEnd: Send {
 
 pub use fill::{Filler, Hot};
 pub use forward::{ForwardError, Forwarder, Traffic};
+pub use fuse::{Mount, MountError, MountOptions};
 pub use nbd::{NbdAddress, NbdError, NbdServer};
 pub use origins::StoreError;
 pub use store::{Figures, Store};

@@ -75,6 +75,7 @@ pub(super) fn make(
     directory: &Path,
     volume: &str,
     entries: &[Entry],
+    devices: bool,
 ) -> Result<Vec<Origin>, StoreError> {
     let failed = |doing| {
         let directory = directory.to_owned();
@@ -92,7 +93,7 @@ pub(super) fn make(
     }
     let names = directory.join("origins");
     std::fs::create_dir_all(&names).map_err(failed("make directories"))?;
-    let data = Destination::open(volume, &directory.join("data"), false)?;
+    let data = Destination::open(volume, &directory.join("data"), false)?.taking_devices(devices);
     let mut parent = Parent::default();
     let mut origins: Vec<Origin> = Vec::new();
     for entry in entries {

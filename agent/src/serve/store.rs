@@ -6,6 +6,7 @@
 //! the source; `live` and `durable`, the presence. Invariants: bytes go to disk before their mark; an arrival
 //! touches only pages that are absent; nobody waits longer than the patience. Non-goals: who owns the volume.
 
+use super::ahead::Streams;
 use super::origins::{Origin, StoreError, make, mask, numbers, read_index};
 use super::presence::{PAGE, PAGES, Presence};
 use crate::transfer::Options;
@@ -23,10 +24,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
+use xattr::FileExt as _;
 
 const SHARDS: usize = 64;
 /// Origins kept open for what arrives.
 const OPEN_CAP: usize = 256;
+/// The attribute that the kernel removes at every write (capabilities(7)).
+const CAPABILITY: &str = "security.capability";
 /// Files of which the rest is fetched next, because somebody reads them.
 const RECENT_CAP: usize = 64;
 
@@ -74,10 +78,18 @@ pub struct Store {
     fetcher: Mutex<Option<Arc<Fetcher>>>,
     patience: Duration,
     pub(super) recent: Mutex<VecDeque<u32>>,
+    streams: Mutex<Streams>,
     pub(super) window: Window,
     on_demand: AtomicU64,
     ahead: AtomicU64,
     refused: AtomicU64,
+}
+
+/// Blocks that were asked for because somebody waits for them.
+pub struct Wanted {
+    number: u32,
+    blocks: Vec<u64>,
+    until: Instant,
 }
 
 /// Questions of the background that are open.
@@ -105,7 +117,7 @@ impl Arrivals for Inlet {
 
 impl Store {
     /// Opens the store in `directory`, or makes it from the source's list of the volume. Reads of what is
-    /// absent wait for `patience`.
+    /// absent wait for `patience`; device nodes are made only where they are taken.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -115,6 +127,7 @@ impl Store {
         plan: FetchPlan,
         options: &Options,
         patience: Duration,
+        devices: bool,
     ) -> Result<Arc<Self>, StoreError> {
         let failed = |doing| {
             let directory = directory.to_owned();
@@ -128,7 +141,7 @@ impl Store {
             Some(origins) => origins,
             None => {
                 let entries = Fetcher::list(&plan, options)?;
-                make(directory, volume, &entries)?
+                make(directory, volume, &entries, devices)?
             }
         };
         let blocks = origins.last().map_or(0, |last| last.first + last.blocks());
@@ -152,6 +165,7 @@ impl Store {
             fetcher: Mutex::default(),
             patience,
             recent: Mutex::default(),
+            streams: Mutex::default(),
             window: Window::default(),
             on_demand: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
@@ -222,10 +236,52 @@ impl Store {
         buffer: &mut [u8],
         offset: u64,
     ) -> io::Result<usize> {
-        if let Some(number) = number {
-            self.ensure(number, offset, buffer.len() as u64)?;
+        if let Some(wanted) = self.want(number, offset, buffer.len() as u64) {
+            self.wait(&wanted)?;
         }
         read_full(file, buffer, offset)
+    }
+
+    /// Asks for what a read of this range lacks, and for what follows it when the file is read in order; none
+    /// when the read need not wait.
+    #[must_use]
+    pub fn want(&self, number: Option<u32>, offset: u64, length: u64) -> Option<Wanted> {
+        let (number, origin) = self.origin(number)?;
+        let lacking = self.absent_blocks(origin, offset, length);
+        let end = offset.saturating_add(length).min(origin.size);
+        if offset < end {
+            let blocks = offset / BLOCK..end.div_ceil(BLOCK);
+            let ahead = locked(&self.streams).read(number, blocks, !lacking.is_empty());
+            let wanted = self.ask_for(number, lacking);
+            for block in ahead.start..ahead.end.min(origin.blocks()) {
+                self.ask_first(number, block);
+            }
+            return wanted;
+        }
+        None
+    }
+
+    /// As [`Self::want`], for what a write of this range lacks: the rest of pages that it writes in part.
+    #[must_use]
+    pub fn want_edges(&self, number: Option<u32>, offset: u64, length: u64) -> Option<Wanted> {
+        let (number, origin) = self.origin(number)?;
+        let end = offset.saturating_add(length);
+        let mut lacking = Vec::new();
+        if !offset.is_multiple_of(PAGE) {
+            lacking.extend(self.absent_blocks(origin, offset, 1));
+        }
+        if !end.is_multiple_of(PAGE) && end < origin.size {
+            lacking.extend(self.absent_blocks(origin, end - 1, 1));
+        }
+        self.ask_for(number, lacking)
+    }
+
+    fn origin(&self, number: Option<u32>) -> Option<(u32, &Origin)> {
+        if self.presence.absent() == 0 {
+            return None;
+        }
+        let number = number?;
+        Some((number, self.origins.get(number as usize)?))
     }
 
     /// Whether a read would wait for the source.
@@ -302,11 +358,8 @@ impl Store {
         if self.absent_blocks(origin, offset, length).is_empty() {
             return act(offset, length);
         }
-        if !offset.is_multiple_of(PAGE) {
-            self.ensure(number, offset, 1)?;
-        }
-        if !end.is_multiple_of(PAGE) && end < origin.size {
-            self.ensure(number, end - 1, 1)?;
+        if let Some(wanted) = self.want_edges(Some(number), offset, length) {
+            self.wait(&wanted)?;
         }
         let _cut = self
             .cut(number)
@@ -348,8 +401,8 @@ impl Store {
         let Some((number, origin)) = known.filter(|(_, origin)| size < origin.size) else {
             return file.set_len(size);
         };
-        if !size.is_multiple_of(PAGE) {
-            self.ensure(number, size, 1)?;
+        if let Some(wanted) = self.want_edges(Some(number), size, 0) {
+            self.wait(&wanted)?;
         }
         let _cut = self
             .cut(number)
@@ -408,23 +461,30 @@ impl Store {
             .collect()
     }
 
-    /// Waits until a range is here: all of its blocks are asked for at once.
-    fn ensure(&self, number: u32, offset: u64, length: u64) -> io::Result<()> {
-        let Some(origin) = self.origins.get(number as usize) else {
-            return Ok(());
-        };
-        let wanted = self.absent_blocks(origin, offset, length);
-        if wanted.is_empty() {
-            return Ok(());
+    /// Asks for blocks that somebody waits for.
+    fn ask_for(&self, number: u32, blocks: Vec<u64>) -> Option<Wanted> {
+        if blocks.is_empty() {
+            return None;
         }
         self.note_recent(number);
-        for &block in &wanted {
+        for &block in &blocks {
             self.ask(Class::Demand, number, block);
         }
-        let until = Instant::now() + self.patience;
-        for block in wanted {
+        Some(Wanted {
+            number,
+            blocks,
+            until: Instant::now() + self.patience,
+        })
+    }
+
+    /// Waits until what was asked for is here.
+    ///
+    /// # Errors
+    /// It did not come within the patience, or the source does not give it (`EIO`).
+    pub fn wait(&self, wanted: &Wanted) -> io::Result<()> {
+        for &block in &wanted.blocks {
             let place = Place {
-                file: number,
+                file: wanted.number,
                 block,
             };
             let shard = self.shard(place);
@@ -438,7 +498,7 @@ impl Store {
                     }
                     Some(Asked::For(_)) => {}
                 }
-                let left = until.saturating_duration_since(Instant::now());
+                let left = wanted.until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     return Err(nix::errno::Errno::EIO.into());
                 }
@@ -457,6 +517,17 @@ impl Store {
             if recent.len() > RECENT_CAP {
                 recent.pop_front();
             }
+        }
+    }
+
+    /// Asks for a block that somebody will want soon, unless it was asked for by anybody.
+    fn ask_first(&self, number: u32, block: u64) {
+        let place = Place {
+            file: number,
+            block,
+        };
+        if !locked(&self.shard(place).asked).contains_key(&place) {
+            self.ask(Class::Demand, number, block);
         }
     }
 
@@ -539,6 +610,7 @@ impl Store {
             return Ok(());
         }
         let before = fstat(&file)?;
+        let capability = file.get_xattr(CAPABILITY).unwrap_or_default();
         let start = place.block * BLOCK;
         let mut page = 0;
         while page < PAGES {
@@ -570,6 +642,9 @@ impl Store {
         // Arriving is no modification.
         let time = TimeSpec::new(before.st_mtime, before.st_mtime_nsec);
         futimens(&file, &TimeSpec::UTIME_OMIT, &time)?;
+        if let Some(capability) = capability {
+            file.set_xattr(CAPABILITY, &capability)?;
+        }
         self.presence.mark(origin.first + place.block, missing)
     }
 

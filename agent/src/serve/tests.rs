@@ -147,7 +147,7 @@ impl Bench {
             }),
         };
         let directory = self.dir.path().join("store");
-        Store::open(&directory, "data", plan, &options(), patience).unwrap()
+        Store::open(&directory, "data", plan, &options(), patience, false).unwrap()
     }
 
     fn file(&self, name: &str, bytes: &[u8]) {

@@ -1,0 +1,572 @@
+//! What the kernel's calls do to the store's tree.
+//!
+//! Invariant: a name is used while no rename or removal is under way, so that a call never meets another file
+//! than it was made for.
+
+use super::handles::{Handle, Handles, Listing};
+use super::nodes::{Nodes, ROOT};
+use crate::serve::store::Store;
+use crate::volume::confined::{open_beneath, proc_path};
+use fuser::{FileAttr, FileHandle, FileType, INodeNo, RenameFlags, Request, TimeOrNow};
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, renameat2};
+use nix::sys::stat::{
+    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmod, fchmodat, fstat, fstatat,
+    futimens, utimensat,
+};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchown, fchownat, linkat, lseek, unlinkat};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirEntryExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The tree behind one mount.
+pub(super) struct Tree {
+    pub(super) store: Arc<Store>,
+    read_only: bool,
+    nodes: RwLock<Nodes>,
+    handles: Mutex<Handles>,
+}
+
+/// What `setattr` sets.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Changes {
+    pub(super) mode: Option<u32>,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    pub(super) size: Option<u64>,
+    pub(super) atime: Option<TimeOrNow>,
+    pub(super) mtime: Option<TimeOrNow>,
+}
+
+/// The error number of a call that gave `error`.
+pub(super) fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32))
+}
+
+impl Tree {
+    pub(super) fn new(store: Arc<Store>, read_only: bool) -> Self {
+        Self {
+            store,
+            read_only,
+            nodes: RwLock::default(),
+            handles: Mutex::default(),
+        }
+    }
+
+    // Both are whole after every statement.
+    fn nodes(&self) -> RwLockReadGuard<'_, Nodes> {
+        self.nodes.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change_nodes(&self) -> RwLockWriteGuard<'_, Nodes> {
+        self.nodes.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn handles(&self) -> MutexGuard<'_, Handles> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn directory_in(&self, nodes: &Nodes, inode: u64) -> Result<OwnedFd, Errno> {
+        let path = nodes.path(inode)?;
+        let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+        self.store.data().open_beneath(&path, flags, Mode::empty())
+    }
+
+    /// The directory `inode`, open.
+    pub(super) fn directory(&self, inode: u64) -> Result<OwnedFd, Errno> {
+        self.directory_in(&self.nodes(), inode)
+    }
+
+    /// Does `act` with the directory of `inode` and its name there.
+    pub(super) fn named<T>(
+        &self,
+        inode: u64,
+        act: impl FnOnce(BorrowedFd<'_>, &OsStr) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let nodes = self.nodes();
+        if inode == ROOT {
+            return act(self.store.data().fd(), OsStr::new("."));
+        }
+        let (parent, name) = nodes.name(inode)?;
+        let directory = self.directory_in(&nodes, parent)?;
+        act(directory.as_fd(), name)
+    }
+
+    /// Does `act` with a path through which path-only calls reach the inode.
+    pub(super) fn at_path<T>(
+        &self,
+        inode: u64,
+        act: impl FnOnce(&Path) -> io::Result<T>,
+    ) -> Result<T, Errno> {
+        self.named(inode, |parent, name| {
+            act(&proc_path(parent, name)).map_err(|error| errno(&error))
+        })
+    }
+
+    pub(super) fn handle(&self, handle: FileHandle) -> Result<Arc<Handle>, Errno> {
+        self.handles().file(handle.0).ok_or(Errno::EBADF)
+    }
+
+    pub(super) fn forget(&self, inode: u64, lookups: u64) {
+        self.change_nodes().forget(inode, lookups);
+    }
+
+    pub(super) fn attributes(&self, inode: u64) -> Result<FileAttr, Errno> {
+        let named = self.named(inode, |parent, name| {
+            fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+        });
+        let stat = match named {
+            Err(Errno::ESTALE) => {
+                let open = self.handles().of(inode).ok_or(Errno::ESTALE)?;
+                fstat(&open.file)?
+            }
+            named => named?,
+        };
+        Ok(self.described(&stat, inode))
+    }
+
+    /// Names of an inode, without the store's own, which is nobody's business.
+    fn links(&self, stat: &FileStat) -> u64 {
+        let own =
+            kind(stat.st_mode) == FileType::RegularFile && self.store.number(stat.st_ino).is_some();
+        stat.st_nlink.saturating_sub(u64::from(own))
+    }
+
+    fn described(&self, stat: &FileStat, inode: u64) -> FileAttr {
+        FileAttr {
+            ino: INodeNo(inode),
+            size: stat.st_size.unsigned_abs(),
+            blocks: stat.st_blocks.unsigned_abs(),
+            atime: system_time(stat.st_atime, stat.st_atime_nsec),
+            mtime: system_time(stat.st_mtime, stat.st_mtime_nsec),
+            ctime: system_time(stat.st_ctime, stat.st_ctime_nsec),
+            crtime: UNIX_EPOCH,
+            kind: kind(stat.st_mode),
+            perm: (stat.st_mode & 0o7777) as u16,
+            nlink: u32::try_from(self.links(stat)).unwrap_or(u32::MAX),
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            rdev: encoded(stat.st_rdev),
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+
+    /// The entry `name` of `parent`, which the kernel then knows, and its generation.
+    pub(super) fn entry(&self, parent: u64, name: &OsStr) -> Result<(FileAttr, u64), Errno> {
+        let directory = self.directory(parent)?;
+        self.entry_in(&directory, parent, name)
+    }
+
+    fn entry_in(
+        &self,
+        directory: &OwnedFd,
+        parent: u64,
+        name: &OsStr,
+    ) -> Result<(FileAttr, u64), Errno> {
+        let stat = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let generation = self.change_nodes().found(parent, name, stat.st_ino);
+        Ok((self.described(&stat, stat.st_ino), generation))
+    }
+
+    /// Makes the entry `name` in `parent` by `make`, which is given the mode to make it with, and gives it to
+    /// who asked.
+    pub(super) fn made(
+        &self,
+        asker: &Request,
+        (parent, name): (u64, &OsStr),
+        mode: Option<(u32, u32)>,
+        make: impl FnOnce(&OwnedFd, Mode) -> Result<(), Errno>,
+    ) -> Result<(FileAttr, u64), Errno> {
+        let directory = self.directory(parent)?;
+        let plain = Mode::from_bits_truncate(mode.map_or(0, |(mode, _)| mode) & 0o7777);
+        make(&directory, plain)?;
+        self.give(asker, &directory, name, mode)?;
+        self.entry_in(&directory, parent, name)
+    }
+
+    /// Gives what was just made to who asked for it, with the mode that was asked for: as the kernel does where
+    /// the disk is its own.
+    fn give(
+        &self,
+        asker: &Request,
+        directory: &OwnedFd,
+        name: &OsStr,
+        mode: Option<(u32, u32)>,
+    ) -> Result<(), Errno> {
+        let inherits = fstat(directory)?.st_mode & Mode::S_ISGID.bits() != 0;
+        let gid = (!inherits).then(|| Gid::from_raw(asker.gid()));
+        let uid = Some(Uid::from_raw(asker.uid()));
+        fchownat(directory, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let Some((mode, umask)) = mode else {
+            return Ok(());
+        };
+        // With a default ACL it has inherited the mode that the ACL leaves, and the umask counts for nothing.
+        let inherited = xattr::get(
+            proc_path(directory.as_fd(), OsStr::new(".")),
+            "system.posix_acl_default",
+        );
+        if matches!(inherited, Ok(Some(_))) {
+            return Ok(());
+        }
+        let mut mode = Mode::from_bits_truncate(mode & 0o7777 & !umask);
+        let made = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        if inherits && kind(made.st_mode) == FileType::Directory {
+            mode |= Mode::S_ISGID;
+        }
+        fchmodat(directory, name, mode, FchmodatFlags::FollowSymlink)
+    }
+
+    /// Opens for reading, and for writing unless nobody may write.
+    fn open_in(&self, directory: BorrowedFd<'_>, name: &OsStr) -> Result<File, Errno> {
+        let open = |access| {
+            let flags = access | OFlag::O_NONBLOCK;
+            open_beneath(directory, name.as_bytes(), flags, Mode::empty()).map(File::from)
+        };
+        if self.read_only {
+            return open(OFlag::O_RDONLY);
+        }
+        open(OFlag::O_RDWR).or_else(|error| match error {
+            // An immutable or append-only file can still be read.
+            Errno::EPERM => open(OFlag::O_RDONLY),
+            error => Err(error),
+        })
+    }
+
+    /// A file with the number of its origin.
+    fn numbered(&self, file: File) -> Result<(File, Option<u32>), Errno> {
+        let number = self.store.number(fstat(&file)?.st_ino);
+        Ok((file, number))
+    }
+
+    pub(super) fn open(&self, inode: u64) -> Result<(File, Option<u32>), Errno> {
+        let file = self.named(inode, |directory, name| self.open_in(directory, name))?;
+        self.numbered(file)
+    }
+
+    #[expect(clippy::type_complexity, reason = "what `create` answers with")]
+    pub(super) fn create(
+        &self,
+        asker: &Request,
+        (parent, name): (u64, &OsStr),
+        mode: (u32, u32),
+        exclusive: bool,
+    ) -> Result<((File, Option<u32>), (FileAttr, u64)), Errno> {
+        let mut file = None;
+        let make = |directory: &OwnedFd, mode| {
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR;
+            let made = open_beneath(directory.as_fd(), name.as_bytes(), flags, mode)?;
+            file = Some(File::from(made));
+            Ok(())
+        };
+        let entry = match self.made(asker, (parent, name), Some(mode), make) {
+            Err(Errno::EEXIST) if !exclusive && file.is_none() => {
+                let directory = self.directory(parent)?;
+                file = Some(self.open_in(directory.as_fd(), name)?);
+                self.entry_in(&directory, parent, name)?
+            }
+            made => made?,
+        };
+        let file = file.ok_or(Errno::EIO)?;
+        Ok((self.numbered(file)?, entry))
+    }
+
+    /// Sets what `setattr` asks for; `asker` is the user's number.
+    pub(super) fn change(
+        &self,
+        inode: u64,
+        changes: Changes,
+        handle: Option<FileHandle>,
+        asker: u32,
+    ) -> Result<FileAttr, Errno> {
+        let Changes {
+            mode,
+            uid,
+            gid,
+            size,
+            atime,
+            mtime,
+        } = changes;
+        if let Some(size) = size {
+            let open = handle.map(|handle| self.handle(handle)).transpose()?;
+            let open = open.or_else(|| self.handles().of(inode));
+            let cut = match open {
+                Some(open) => self.truncate(&open.file, open.number, size, asker),
+                None => {
+                    let (file, number) = self.open(inode)?;
+                    self.truncate(&file, number, size, asker)
+                }
+            };
+            cut.map_err(|error| errno(&error))?;
+        }
+        if changes
+            != (Changes {
+                size,
+                ..Changes::default()
+            })
+        {
+            let set = |parent: BorrowedFd<'_>, name: &OsStr| {
+                if uid.is_some() || gid.is_some() {
+                    let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+                    fchownat(parent, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                }
+                if let Some(mode) = mode {
+                    let mode = Mode::from_bits_truncate(mode & 0o7777);
+                    fchmodat(parent, name, mode, FchmodatFlags::FollowSymlink)?;
+                }
+                if atime.is_some() || mtime.is_some() {
+                    let flag = UtimensatFlags::NoFollowSymlink;
+                    utimensat(parent, name, &spec(atime), &spec(mtime), flag)?;
+                }
+                Ok(())
+            };
+            match self.named(inode, set) {
+                Err(Errno::ESTALE) => {
+                    let open = self.handles().of(inode).ok_or(Errno::ESTALE)?;
+                    if uid.is_some() || gid.is_some() {
+                        let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+                        fchown(&open.file, uid, gid)?;
+                    }
+                    if let Some(mode) = mode {
+                        fchmod(&open.file, Mode::from_bits_truncate(mode & 0o7777))?;
+                    }
+                    if atime.is_some() || mtime.is_some() {
+                        futimens(&open.file, &spec(atime), &spec(mtime))?;
+                    }
+                }
+                set => set?,
+            }
+        }
+        self.attributes(inode)
+    }
+
+    /// Who cuts a program of another user takes its set-user-id bit away, as on any disk.
+    fn truncate(&self, file: &File, number: Option<u32>, size: u64, asker: u32) -> io::Result<()> {
+        self.store.truncate(file, number, size)?;
+        if asker != 0 {
+            self.strip(file)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the set-user-id and set-group-id bits away.
+    pub(super) fn strip(&self, file: &File) -> io::Result<()> {
+        let mode = fstat(file)?.st_mode;
+        let mut left = mode & !Mode::S_ISUID.bits();
+        // Without the right to execute it is no set-group-id bit (chmod(2): it was mandatory locking).
+        if mode & Mode::S_IXGRP.bits() != 0 {
+            left &= !Mode::S_ISGID.bits();
+        }
+        if left != mode {
+            fchmod(file, Mode::from_bits_truncate(left & 0o7777))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn remove(
+        &self,
+        parent: u64,
+        name: &OsStr,
+        flag: UnlinkatFlags,
+    ) -> Result<(), Errno> {
+        let mut nodes = self.change_nodes();
+        let directory = self.directory_in(&nodes, parent)?;
+        let stat = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        unlinkat(&directory, name, flag)?;
+        nodes.removed(parent, name, stat.st_ino, self.is_last(&stat));
+        Ok(())
+    }
+
+    /// Whether an inode is gone with one of its names.
+    fn is_last(&self, stat: &FileStat) -> bool {
+        kind(stat.st_mode) == FileType::Directory || self.links(stat) <= 1
+    }
+
+    pub(super) fn rename(
+        &self,
+        from: (u64, &OsStr),
+        to: (u64, &OsStr),
+        flags: RenameFlags,
+    ) -> Result<(), Errno> {
+        let mut nodes = self.change_nodes();
+        let old = self.directory_in(&nodes, from.0)?;
+        let new = self.directory_in(&nodes, to.0)?;
+        let stat = |directory: &OwnedFd, name: &OsStr| {
+            fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+        };
+        let moved = stat(&old, from.1)?.st_ino;
+        let replaced = stat(&new, to.1).ok();
+        let how = nix::fcntl::RenameFlags::from_bits_truncate(flags.bits());
+        renameat2(&old, from.1, &new, to.1, how)?;
+        match replaced {
+            // Two names of one file: `rename` does nothing.
+            Some(replaced) if replaced.st_ino == moved => return Ok(()),
+            Some(replaced) if flags.contains(RenameFlags::RENAME_EXCHANGE) => {
+                nodes.moved(replaced.st_ino, to, from);
+            }
+            Some(replaced) => {
+                nodes.removed(to.0, to.1, replaced.st_ino, self.is_last(&replaced));
+            }
+            None => {}
+        }
+        nodes.moved(moved, from, to);
+        Ok(())
+    }
+
+    pub(super) fn link(
+        &self,
+        inode: u64,
+        parent: u64,
+        name: &OsStr,
+    ) -> Result<(FileAttr, u64), Errno> {
+        let directory = self.directory(parent)?;
+        self.named(inode, |from, old| {
+            linkat(from, old, &directory, name, AtFlags::empty())
+        })?;
+        self.entry_in(&directory, parent, name)
+    }
+
+    pub(super) fn list(&self, inode: u64) -> Result<Listing, Errno> {
+        let directory = self.directory(inode)?;
+        let mut listing = vec![
+            (inode, FileType::Directory, OsString::from(".")),
+            (ROOT, FileType::Directory, OsString::from("..")),
+        ];
+        let names = std::fs::read_dir(proc_path(directory.as_fd(), OsStr::new(".")));
+        for name in names.map_err(|error| errno(&error))? {
+            let name = name.map_err(|error| errno(&error))?;
+            let kind = name.file_type().map_err(|error| errno(&error))?;
+            let kind = FileType::from_std(kind).unwrap_or(FileType::RegularFile);
+            listing.push((name.ino(), kind, name.file_name()));
+        }
+        Ok(listing)
+    }
+
+    pub(super) fn allocate(
+        &self,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+    ) -> Result<(), Errno> {
+        let Handle { file, number, .. } = &*self.handle(handle)?;
+        let flags = FallocateFlags::from_bits(mode).ok_or(Errno::EOPNOTSUPP)?;
+        let keeps = flags.contains(FallocateFlags::FALLOC_FL_KEEP_SIZE);
+        let zeros = |hole| {
+            let zeroed = self.store.zero(file, *number, offset, length, hole);
+            zeroed.map_err(|error| errno(&error))
+        };
+        match flags - FallocateFlags::FALLOC_FL_KEEP_SIZE {
+            plain if plain.is_empty() => {
+                let signed = |bytes: u64| i64::try_from(bytes).map_err(|_| Errno::EFBIG);
+                fallocate(file, flags, signed(offset)?, signed(length)?)
+            }
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE => zeros(true),
+            FallocateFlags::FALLOC_FL_ZERO_RANGE => {
+                zeros(false)?;
+                let end = offset.saturating_add(length);
+                if !keeps && fstat(file)?.st_size.unsigned_abs() < end {
+                    file.set_len(end).map_err(|error| errno(&error))?;
+                }
+                Ok(())
+            }
+            _ => Err(Errno::EOPNOTSUPP),
+        }
+    }
+
+    pub(super) fn seek(&self, handle: FileHandle, offset: i64, whence: i32) -> Result<i64, Errno> {
+        let Handle { file, number, .. } = &*self.handle(handle)?;
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::SeekData,
+            libc::SEEK_HOLE => Whence::SeekHole,
+            _ => return Err(Errno::EINVAL),
+        };
+        if self.is_whole(*number) {
+            return lseek(file, offset, whence);
+        }
+        // Holes may be absent pages: all of it counts as data.
+        let size = fstat(file)?.st_size;
+        if offset >= size {
+            return Err(Errno::ENXIO);
+        }
+        Ok(match whence {
+            Whence::SeekData => offset,
+            _ => size,
+        })
+    }
+
+    /// Whether nothing of a file is absent.
+    pub(super) fn is_whole(&self, number: Option<u32>) -> bool {
+        number.is_none_or(|number| self.store.is_whole(number))
+    }
+}
+
+fn kind(mode: u32) -> FileType {
+    match SFlag::from_bits_truncate(mode) & SFlag::S_IFMT {
+        SFlag::S_IFDIR => FileType::Directory,
+        SFlag::S_IFLNK => FileType::Symlink,
+        SFlag::S_IFIFO => FileType::NamedPipe,
+        SFlag::S_IFSOCK => FileType::Socket,
+        SFlag::S_IFCHR => FileType::CharDevice,
+        SFlag::S_IFBLK => FileType::BlockDevice,
+        _ => FileType::RegularFile,
+    }
+}
+
+/// A device number as FUSE has it on the wire (`new_encode_dev` of the kernel's `kdev_t.h`).
+fn encoded(device: u64) -> u32 {
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    ((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)) as u32
+}
+
+/// The device number that [`encoded`] gave.
+pub(super) fn decoded(device: u32) -> u64 {
+    let minor = (device & 0xff) | ((device >> 12) & 0xf_ff00);
+    nix::sys::stat::makedev(u64::from((device & 0xf_ff00) >> 8), u64::from(minor))
+}
+
+fn system_time(seconds: i64, nanoseconds: i64) -> SystemTime {
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let whole = if seconds < 0 {
+        UNIX_EPOCH - whole
+    } else {
+        UNIX_EPOCH + whole
+    };
+    whole + Duration::from_nanos(nanoseconds.unsigned_abs())
+}
+
+fn spec(time: Option<TimeOrNow>) -> TimeSpec {
+    match time {
+        None => TimeSpec::UTIME_OMIT,
+        Some(TimeOrNow::Now) => TimeSpec::UTIME_NOW,
+        Some(TimeOrNow::SpecificTime(time)) => match time.duration_since(UNIX_EPOCH) {
+            Ok(since) => TimeSpec::from_duration(since),
+            // The crate reads seconds before 1970 and their nanoseconds as if both counted downwards.
+            Err(before) => {
+                let before = before.duration();
+                let seconds = i64::try_from(before.as_secs()).unwrap_or(i64::MAX);
+                TimeSpec::new(-seconds, i64::from(before.subsec_nanos()))
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_survive_the_wire() {
+        for (major, minor) in [(1, 3), (8, 17), (259, 70_000), (4095, 1_048_575)] {
+            let device = nix::sys::stat::makedev(major, minor);
+            assert_eq!(decoded(encoded(device)), device, "{major}:{minor}");
+        }
+    }
+}
