@@ -1,16 +1,20 @@
 //! Containers over a block device and over a disk image move with the bytes of both.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::boxes;
 use lifeboat_tests::disk::{Disk, output};
 use lifeboat_tests::shop::{self, CONTAINER, SOURCE, TARGET, says};
-use xtask::crew::{Crew, Device};
+use lifeboat_tests::stage::dies_at;
+use xtask::crew::{Crew, Device, wait_for_end};
 use xtask::lab::{Host, Lab};
 use xtask::process::wait_for;
 
@@ -300,6 +304,128 @@ fn what_file_systems_do_not_use_stays_behind_and_the_copies_are_whole() -> Resul
     ensure!(wire < 40 << 20, "{wire} bytes were sent:\n{report}");
     Ok(())
 }
+
+/// Writes numbered files to a directory, each synced before the next, until it is told to stop; tells how many.
+fn write_on(directory: &Path, written: &AtomicU64, stop: &AtomicBool) -> Result<()> {
+    while !stop.load(Ordering::Relaxed) {
+        let number = written.load(Ordering::Relaxed) + 1;
+        let mut file = fs::File::create(directory.join(number.to_string()))?;
+        file.write_all(number.to_string().repeat(3000).as_bytes())?;
+        file.sync_all()?;
+        written.store(number, Ordering::Relaxed);
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_mounted_from_a_device_is_frozen_for_the_last_changes_and_let_go_after_a_kill()
+-> Result<()> {
+    let Some(lab) = shop::lab("mounted", &[])? else {
+        return Ok(());
+    };
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "mounted", 64) else {
+        return Ok(());
+    };
+    output("mkfs.ext4", &["-q", disk.device()]);
+    let at = PathBuf::from(disk.mount());
+    let target = lab.host(TARGET)?;
+    let _attached = Attached(target.path(IMAGES));
+    let mut crew = fleet(&lab, Some(disk.device()))?;
+    let arguments = [&*format!("--device={}:/dev/xvda", disk.device())];
+    boxes::start(
+        lab.host(SOURCE)?,
+        CONTAINER,
+        &arguments,
+        &["sh", "-c", "while :; do sleep 1; done"],
+    )?;
+    shop::known(&crew)?;
+    let plan = crew.tell(SOURCE, &["plan", "--all"])?;
+    says(
+        &plan,
+        &[
+            "is mounted at",
+            "frozen while its last changes are sent",
+            "are left out",
+        ],
+    )?;
+    crew.kill_agent(SOURCE)?;
+    crew.start_agent_with(SOURCE, &dies_at("release"))?;
+
+    let (written, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (before, id) = thread::scope(|scope| -> Result<_> {
+        let writer = scope.spawn(|| write_on(&at, &written, &stop));
+        let moved = (|| -> Result<_> {
+            shop::known(&crew)?;
+            let before = written.load(Ordering::Relaxed);
+            let mut asked = crew.begin(SOURCE, "asked", &["evacuate", "--all", "--yes"])?;
+            crew.await_agent_end(SOURCE, MOVED)?;
+            asked.wait()?;
+            let mut touch = Command::new("touch").arg(at.join("touched")).spawn()?;
+            thread::sleep(Duration::from_millis(300));
+            let is_frozen = touch.try_wait()?.is_none();
+            crew.start_agent(SOURCE)?;
+            wait_for("the file system to be let go", MOVED, || {
+                Ok(touch.try_wait()?)
+            })?;
+            ensure!(is_frozen, "the file system was not frozen");
+            let id = shop::last_plan(&crew)?["plan"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned();
+            let report = wait_for_end(&crew, SOURCE, &id, MOVED)?;
+            ensure!(report["state"] == "completed", "{report:#}");
+            let now = written.load(Ordering::Relaxed);
+            wait_for("writes after the switch", MOVED, || {
+                Ok((written.load(Ordering::Relaxed) > now + 2).then_some(()))
+            })?;
+            Ok((before, id))
+        })();
+        stop.store(true, Ordering::Relaxed);
+        if moved.is_err() {
+            // Whatever went wrong, the writer must not wait for ever.
+            let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&at).status();
+        }
+        writer.join().expect("it does not panic")?;
+        moved
+    })?;
+    let images = left_on(target);
+    ensure!(images.len() == 1, "devices of the target: {images:?}");
+    let image = images[0].to_str().context("plain")?;
+    output("e2fsck", &["-f", "-n", image]);
+    let copy = disk.directory.join("copy");
+    fs::create_dir(&copy)?;
+    output(
+        "mount",
+        &["-o", "loop,ro", image, copy.to_str().context("plain")?],
+    );
+    let looked = (|| -> Result<u64> {
+        let mut number = 1;
+        while copy.join(number.to_string()).exists() {
+            let text = fs::read_to_string(copy.join(number.to_string()))?;
+            let whole = number.to_string().repeat(3000);
+            // The one that was being written when everything stopped may be shorter.
+            let is_last = !copy.join((number + 1).to_string()).exists();
+            ensure!(
+                text == whole || is_last && whole.starts_with(&text),
+                "file {number} differs"
+            );
+            number += 1;
+        }
+        Ok(number - 1)
+    })();
+    output("umount", &[copy.to_str().context("plain")?]);
+    let arrived = looked?;
+    ensure!(
+        arrived >= before && arrived > 0,
+        "{arrived} files arrived, {before} were there"
+    );
+    crew.tell(SOURCE, &["verify", &id])?;
+    Ok(())
+}
+
+/// Longer than any step takes on a busy machine.
+const MOVED: Duration = Duration::from_secs(120);
 
 #[test]
 fn a_device_that_nobody_allowed_to_move_blocks_the_plan() -> Result<()> {

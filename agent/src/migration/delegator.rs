@@ -187,15 +187,17 @@ impl Delegator {
         let now = self.now();
         let correlated = view.correlated();
         let edges = view.snapshot.edges.clone();
-        let (chosen, notes) = planner::select(
+        let (chosen, mut notes) = planner::select(
             request,
             &view.containers,
             &edges,
             &correlated,
             &self.released(),
         )?;
-        let (origins, mut blockers) =
-            planner::origins(&chosen, |path| super::devices::look(self.settings(), path));
+        let (origins, mut blockers) = planner::origins(&chosen, |path| {
+            super::devices::look(self.settings(), &self.parts.state, path)
+        });
+        notes.extend(origins.iter().filter_map(super::freezing::note));
         if self.parts.fleet.is_none() {
             blockers.push(crate::model::plan::Blocker {
                 what: self.parts.device.to_string(),

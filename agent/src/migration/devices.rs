@@ -6,6 +6,7 @@
 //! that none is left behind whenever the agent dies.
 
 use super::events::{Place, TargetEvent};
+use super::freezing::{mounted_from, unfreezable};
 use super::planner::Found;
 use super::settings::Settings;
 use super::target::{Target, TargetError};
@@ -21,6 +22,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A smaller device is none that holds data.
 const SMALLEST_DEVICE: u64 = (1 << 20) + 1;
@@ -29,8 +31,8 @@ const SMALLEST_DEVICE: u64 = (1 << 20) + 1;
 /// RAID and LVM label lies there (libblkid probes no further).
 const LABELS: u64 = 1 << 20;
 
-/// What `path` is on this host, for a plan.
-pub(super) fn look(settings: &Settings, path: &Path) -> Found {
+/// What `path` is on this host, for a plan; `state` is the agent's own directory.
+pub(super) fn look(settings: &Settings, state: &Path, path: &Path) -> Found {
     let Ok(kind) = std::fs::metadata(path).map(|found| found.file_type()) else {
         return Found::Other;
     };
@@ -39,7 +41,7 @@ pub(super) fn look(settings: &Settings, path: &Path) -> Found {
     } else if kind.is_file() {
         Found::File
     } else if kind.is_block_device() {
-        match refused(settings, path) {
+        match refused(settings, state, path) {
             Some(why) => Found::Refused(why),
             None => Found::Device,
         }
@@ -48,14 +50,22 @@ pub(super) fn look(settings: &Settings, path: &Path) -> Found {
     }
 }
 
-fn refused(settings: &Settings, path: &Path) -> Option<String> {
+fn refused(settings: &Settings, state: &Path, path: &Path) -> Option<String> {
     if !settings.gives_device(path) {
         return Some("it is not in `block_roots` of this agent's configuration; add it to let it move, or recreate the container without it".into());
     }
     match exclusive(path, false) {
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-            return Some("it is mounted, or another device is built on it; move the mounted directory, or unmount it".into());
-        }
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => match mounted_from(path) {
+            Err(error) => return Some(error.to_string()),
+            Ok(Some(mounted)) => {
+                if let Some(why) = unfreezable(path, &mounted, state) {
+                    return Some(why);
+                }
+            }
+            Ok(None) => {
+                return Some("another device or a swap area is built on it; take that apart, or move what lies on it".into());
+            }
+        },
         Err(error) => return Some(error.to_string()),
         Ok(_) => {}
     }
@@ -68,11 +78,22 @@ fn refused(settings: &Settings, path: &Path) -> Option<String> {
 
 /// Opens a device that nothing else has claimed.
 fn exclusive(path: &Path, write: bool) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(write)
-        .custom_flags(libc::O_EXCL)
-        .open(path)
+    let mut tries = 5;
+    loop {
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(libc::O_EXCL)
+            .open(path);
+        match opened {
+            // A program that this process is starting holds its descriptors until it runs.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && tries > 1 => {
+                tries -= 1;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Where a device of `volume` goes on a target with these settings.
@@ -298,6 +319,10 @@ mod tests {
         }
     }
 
+    fn look(settings: &Settings, path: &Path) -> Found {
+        super::look(settings, Path::new("/var/lib/lifeboat"), path)
+    }
+
     #[test]
     fn a_device_moves_only_when_it_is_allowed_and_nobody_else_has_claimed_it() {
         let directory = tempfile::tempdir().unwrap();
@@ -327,7 +352,7 @@ mod tests {
         let claimed = exclusive(&disk.0, false).unwrap();
         let refused = look(&settings, &disk.0);
         assert!(
-            matches!(&refused, Found::Refused(why) if why.contains("is mounted")),
+            matches!(&refused, Found::Refused(why) if why.contains("is built on it")),
             "{refused:?}"
         );
         drop(claimed);

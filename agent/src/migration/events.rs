@@ -182,6 +182,12 @@ pub enum SourceEvent {
         /// Time it took.
         duration: Duration,
     },
+    /// File systems that are mounted from these devices may be frozen from here until the plan goes on without
+    /// their containers, or back.
+    Freezing {
+        /// The devices.
+        devices: Vec<PathBuf>,
+    },
     /// The final changeset is on the target and the roots agree.
     Final {
         /// Each volume.

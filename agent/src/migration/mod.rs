@@ -16,6 +16,7 @@ mod devices;
 pub mod events;
 mod faults;
 mod foreground;
+mod freezing;
 mod guard;
 pub mod journal;
 mod keys;

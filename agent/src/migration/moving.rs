@@ -4,6 +4,7 @@ use super::active::Active;
 use super::clearance::Clearance;
 use super::delegator::{Delegator, FleetContext};
 use super::events::{ContainerFence, SourceEvent, VolumeRound};
+use super::freezing::Watchdog;
 use super::journal::{Journal, JournalError};
 use crate::containers::{FenceError, ImageError, PauseError, RuntimeError};
 use crate::fleet::client::{CallError, ControlClient};
@@ -17,6 +18,7 @@ use crate::transfer::{LinkError, SendError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -222,6 +224,10 @@ pub(super) struct Done {
     pub(super) fences: Vec<ContainerFence>,
     /// When the workload was about to be frozen.
     pub(super) pausing: Option<UnixMillis>,
+    /// Devices from which frozen file systems may be mounted.
+    pub(super) freezing: Vec<PathBuf>,
+    /// What ends their freeze should this life of the agent not do it.
+    pub(super) watchdogs: Vec<Watchdog>,
 }
 
 impl Done {
@@ -231,6 +237,7 @@ impl Done {
             SourceEvent::Fencing => self.fencing = true,
             SourceEvent::Fenced { fences } => self.fences.extend(fences.iter().cloned()),
             SourceEvent::Pausing => self.pausing = Some(at),
+            SourceEvent::Freezing { devices } => self.freezing.clone_from(devices),
             SourceEvent::Resumed => *self = Self::default(),
             _ => {}
         }

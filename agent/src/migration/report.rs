@@ -254,6 +254,12 @@ fn tell(event: &SourceEvent) -> Vec<String> {
         SourceEvent::Paused { duration } => {
             vec![format!("workload frozen in {}", human_duration(*duration))]
         }
+        SourceEvent::Freezing { devices } => {
+            let tell = |device: &std::path::PathBuf| {
+                format!("freezing what is mounted from {}", device.display())
+            };
+            devices.iter().map(tell).collect()
+        }
         SourceEvent::Final { volumes, duration } => {
             let mut lines = vec![format!(
                 "final changeset: {}; roots agree",

@@ -24,6 +24,7 @@ impl Move {
     pub(super) async fn roll_back(mut self, reason: &str) {
         tracing::warn!(plan = %self.plan.id, reason, "rolling back");
         self.active.enter("roll back");
+        self.thaw_file_systems().await;
         self.thaw_all().await;
         // So that a next life does not go on with it; the disk may be the very reason.
         if let Err(error) = self.append(SourceEvent::GivenUp {
@@ -59,14 +60,15 @@ const UNFENCE_TRIES: u32 = 20;
 
 impl Move {
     /// Lets the plan be until the next life of the agent; the containers run, and can be started.
-    pub(super) async fn suspend(self) {
+    pub(super) async fn suspend(mut self) {
         tracing::info!(plan = %self.plan.id, "waits for the agent's next start");
         self.let_run().await;
         self.active.enter(SUSPENDED);
     }
 
     /// Lets everything run and be started as before the plan.
-    pub(super) async fn let_run(&self) {
+    pub(super) async fn let_run(&mut self) {
+        self.thaw_file_systems().await;
         self.thaw_all().await;
         self.unfence_all().await;
     }

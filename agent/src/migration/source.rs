@@ -10,6 +10,7 @@ use super::clearance::LOOK;
 use super::delegator::{FleetContext, target_peer};
 use super::events::{ContainerFence, SourceEvent};
 use super::foreground;
+use super::freezing::FROZEN_MAX;
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
 use super::switch::{RETRY, Released};
@@ -582,6 +583,7 @@ impl<'a> Paused<'a> {
             since,
         } = self;
         core.enter("final changeset")?;
+        core.freeze_file_systems().await?;
         let started = Instant::now();
         let mut rounds = Vec::new();
         for volume in volumes
@@ -643,6 +645,9 @@ impl<'a> FinallySent<'a> {
         core.enter("release")?;
         core.check_arrived(&target, &releases).await?;
         core.check_frozen().await?;
+        if !core.done.freezing.is_empty() && since.elapsed() >= FROZEN_MAX {
+            return Err(MoveError::PauseTooLong(FROZEN_MAX));
+        }
         let release = Release {
             plan: core.plan.id.clone(),
             source: core.plan.source.clone(),

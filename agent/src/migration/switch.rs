@@ -37,6 +37,8 @@ impl Released<'_> {
             paused,
         } = self;
         core.active.enter("switch");
+        // The release is written: nothing of the plan is written here any more.
+        core.thaw_file_systems().await;
         die_at("switch");
         let owns = loop {
             match hand_over(core, &target, &release).await {

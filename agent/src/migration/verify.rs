@@ -68,7 +68,16 @@ impl Delegator {
             return Err(DelegatorError::NotReleased(id.clone()));
         };
         let status = self.ask_target(&plan).await?;
-        let kept = self.kept_roots(&plan, &release).await?;
+        // What is mounted from them went on here.
+        let mounted: Vec<&PathBuf> = entries
+            .iter()
+            .filter_map(|entry| match &entry.event {
+                SourceEvent::Freezing { devices } => Some(devices),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        let kept = self.kept_roots(&plan, &release, &mounted).await?;
         let (mut running, mut unfenced, mut faults) = (Vec::new(), Vec::new(), Vec::new());
         for planned in &plan.containers {
             let name = &planned.container.name;
@@ -114,6 +123,7 @@ impl Delegator {
         &self,
         plan: &Plan,
         release: &Release,
+        mounted: &[&PathBuf],
     ) -> Result<BTreeMap<String, Signature>, DelegatorError> {
         let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
         let key = FleetKey(*fleet.identity.fleet_key());
@@ -126,7 +136,7 @@ impl Delegator {
                     .iter()
                     .any(|released| released.volume == volume.id)
             })
-            .filter(|volume| volume.source_path.exists())
+            .filter(|volume| volume.source_path.exists() && !mounted.contains(&&volume.source_path))
             .map(|volume| (volume.name.clone(), volume.source_path.clone(), volume.size))
             .collect();
         let roots = tokio::task::spawn_blocking(move || {

@@ -56,6 +56,10 @@ impl Arrived {
     pub(super) fn watermark(&self) -> u64 {
         self.watermark
     }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.watermark == 0 && self.above.is_empty()
+    }
 }
 
 /// Why an epoch or a connection stopped.
@@ -179,8 +183,9 @@ impl Hand {
     }
 }
 
-/// Records waiting for a worker: with those being worked on, well under the sender's window.
-const WAITING_CAP: usize = 16;
+/// Records waiting for a worker: enough that none is idle, and few, for they are lost with this process and come
+/// again.
+const WAITING_CAP: usize = 4;
 /// How often the target looks whether much is to be written back.
 const WRITE_BACK_STEP: Duration = Duration::from_millis(20);
 

@@ -263,7 +263,6 @@ impl Reception {
         let current = lock(&volume.state).session.clone();
         let resumed = current
             .filter(|session| (session.id, session.epoch, session.salt) == (*id, epoch, *salt));
-        let is_new = resumed.is_none();
         let session = match resumed {
             Some(session) => {
                 session.take_over(Some(Arc::clone(socket)));
@@ -290,7 +289,8 @@ impl Reception {
                 Some(_) => Holdings::Filled,
             },
         });
-        if is_new && session.basis == Basis::Everything {
+        // Of a connection that broke before the first record nobody knows how much of the list it brought.
+        if session.basis == Basis::Everything && lock(&session.arrived).is_empty() {
             let key = &self.plan.fleet_key;
             let held = session.rebuild.held(|path| path_hash(key, path));
             for message in have_messages(held) {

@@ -52,6 +52,8 @@ struct Session {
     salt: Salt,
     basis: Basis,
     holdings: Holdings,
+    /// What the target holds, for as long as the source may not have heard it.
+    have: Mutex<Vec<Have>>,
     /// Onward to the target.
     link: Option<Arc<Link>>,
     spool: Option<Arc<Spool>>,
@@ -227,7 +229,6 @@ impl Relay {
         };
         let current = lock(&self.sessions).get(&id).cloned();
         let resumed = current.filter(|old| old.id == *wanted && old.epoch == epoch);
-        let mut have = Vec::new();
         let session = match resumed {
             Some(session) => session,
             None => {
@@ -237,8 +238,7 @@ impl Relay {
                     old.end();
                     drop(lock(&old.running));
                 }
-                let (session, held) = self.begin(id, epoch, begin)?;
-                have = held;
+                let session = self.begin(id, epoch, begin)?;
                 lock(&self.sessions).insert(id, Arc::clone(&session));
                 session
             }
@@ -254,7 +254,7 @@ impl Relay {
             salt: session.salt,
             holdings: session.holdings,
         });
-        for list in have.chunks(HAVE_CHUNK) {
+        for list in lock(&session.have).chunks(HAVE_CHUNK) {
             voice.say(&Message::Have(list.to_vec()));
         }
         voice.say(&Message::HaveEnd);
@@ -275,12 +275,7 @@ impl Relay {
         result
     }
 
-    fn begin(
-        &self,
-        id: VolumeId,
-        epoch: Epoch,
-        begin: &Message,
-    ) -> Result<(Arc<Session>, Vec<Have>), Failure> {
+    fn begin(&self, id: VolumeId, epoch: Epoch, begin: &Message) -> Result<Arc<Session>, Failure> {
         let Message::Begin {
             session,
             salt,
@@ -359,12 +354,14 @@ impl Relay {
             (Some(opened), None) => opened.holdings,
             _ => Holdings::Closed,
         };
+        let have = opened.map_or_else(Vec::new, |opened| opened.have);
         let session = Session {
             id: session,
             epoch,
             salt,
             basis,
             holdings,
+            have: Mutex::new(have),
             link,
             spool,
             sealer: plan
@@ -375,8 +372,7 @@ impl Relay {
             upstream,
             running: Mutex::default(),
         };
-        let have = opened.map_or_else(Vec::new, |opened| opened.have);
-        Ok((Arc::new(session), have))
+        Ok(Arc::new(session))
     }
 
     /// Takes records in until the source leaves.
@@ -406,6 +402,7 @@ impl Relay {
                 return Err(protocol("a record does not belong here"));
             }
             let number = header.number;
+            lock(&session.have).clear();
             if let Some(sealer) = &session.sealer {
                 session.tagger.check(&mut record).map_err(|e| corrupt(&e))?;
                 let header = Header {

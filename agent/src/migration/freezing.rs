@@ -1,0 +1,199 @@
+//! File systems that are mounted from a plan's block devices: frozen while the final changeset is sent, so that
+//! what arrives is whole, their journal empty.
+//!
+//! Invariants: a freeze is in the journal before it begins; it ends with the pause, at the latest when the agent
+//! starts again, and without any agent after [`FROZEN_MAX`], by a process of its own. Non-goal: what others than
+//! the plan's containers write there after the switch.
+
+use super::events::SourceEvent;
+use super::moving::{Move, MoveError};
+use super::planner::Origin;
+use crate::model::volume::VolumeKind;
+use crate::volume::users::{self, Mounted, User};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// Time in which a file system must have written back what it holds.
+const FREEZE_MAX: Duration = Duration::from_secs(20);
+
+/// After this a file system is let go whatever became of the agent, and nothing is released: longer than any pause.
+pub(super) const FROZEN_MAX: Duration = Duration::from_secs(60);
+
+/// File systems whose freezing leaves everything in its place.
+const FREEZABLE: [&str; 4] = ["ext2", "ext3", "ext4", "xfs"];
+
+/// The file system that is mounted from a block device.
+///
+/// # Errors
+/// It cannot be found out.
+pub(super) fn mounted_from(device: &Path) -> io::Result<Option<Mounted>> {
+    Ok(match users::of(device, &File::open(device)?)? {
+        User::Mounted(mounted) => Some(mounted),
+        User::Nobody | User::Attached(_) => None,
+    })
+}
+
+/// Why a mounted file system cannot be frozen; none when it can. `state` is the agent's own directory.
+pub(super) fn unfreezable(device: &Path, mounted: &Mounted, state: &Path) -> Option<String> {
+    let Mounted {
+        at, file_system, ..
+    } = mounted;
+    let at = at.display();
+    if !FREEZABLE.contains(&file_system.as_str()) {
+        return Some(format!(
+            "its {file_system} is mounted at {at} and cannot be frozen; move that directory, or unmount it"
+        ));
+    }
+    let number = std::fs::metadata(device).map(|device| device.rdev()).ok();
+    let is_own = |path: &Path| std::fs::metadata(path).map(|found| found.dev()).ok() == number;
+    [state, Path::new("/"), Path::new("/usr"), Path::new("/var"), Path::new("/tmp")]
+        .into_iter()
+        .find(|path| is_own(path))
+        .map(|path| {
+            format!(
+                "its file system is mounted at {at} and holds {}, which this host needs during the move; move the directories instead",
+                path.display()
+            )
+        })
+}
+
+/// What an operator should know of a device with a mounted file system.
+pub(super) fn note(origin: &Origin) -> Option<String> {
+    if origin.kind != VolumeKind::Device {
+        return None;
+    }
+    // Who cannot tell now is asked again, and must, before it is frozen.
+    let mounted = mounted_from(&origin.path).ok().flatten()?;
+    Some(format!(
+        "{} is mounted at {} and frozen while its last changes are sent; what is written there after the switch stays here",
+        origin.path.display(),
+        mounted.at.display(),
+    ))
+}
+
+/// Ends a freeze by itself when it is not stopped before.
+#[derive(Debug)]
+pub(super) struct Watchdog {
+    process: Child,
+}
+
+impl Watchdog {
+    fn start(mount: &File) -> io::Result<Self> {
+        let seconds = FROZEN_MAX.as_secs();
+        let process = Command::new("sh")
+            .args([
+                "-c",
+                &format!("sleep {seconds} </dev/null; exec fsfreeze --unfreeze /proc/self/fd/0"),
+            ])
+            .stdin(mount.try_clone()?)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        Ok(Self { process })
+    }
+
+    fn stop(mut self) {
+        // It leads a group of its own, and may have ended.
+        let group = Pid::from_raw(self.process.id().cast_signed());
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.process.wait();
+    }
+}
+
+fn fsfreeze(how: &str, mount: &File) -> io::Result<()> {
+    let output = Command::new("fsfreeze")
+        .args([how, "/proc/self/fd/0"])
+        .stdin(mount.try_clone()?)
+        .output()
+        .map_err(|error| io::Error::new(error.kind(), format!("fsfreeze (util-linux): {error}")))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(said.trim().to_owned()));
+    }
+    Ok(())
+}
+
+impl Move {
+    /// Freezes what is mounted from the plan's devices.
+    pub(super) async fn freeze_file_systems(&mut self) -> Result<(), MoveError> {
+        let devices = self
+            .plan
+            .volumes
+            .iter()
+            .filter(|volume| volume.kind == VolumeKind::Device);
+        let mut mounts = Vec::new();
+        let state = self.delegator.parts().state.clone();
+        for device in devices.map(|volume| &volume.source_path) {
+            let failed = |error| failed(device, error);
+            if let Some(mounted) = mounted_from(device).map_err(failed)? {
+                if let Some(why) = unfreezable(device, &mounted, &state) {
+                    return Err(failed(io::Error::other(why)));
+                }
+                let mount = File::open(&mounted.reached).map_err(failed)?;
+                mounts.push((device.clone(), mount));
+            }
+        }
+        if mounts.is_empty() {
+            return Ok(());
+        }
+        let devices = mounts.iter().map(|(device, _)| device.clone()).collect();
+        self.append(SourceEvent::Freezing { devices })?;
+        for (device, mount) in mounts {
+            let watchdog = Watchdog::start(&mount).map_err(|error| failed(&device, error))?;
+            self.done.watchdogs.push(watchdog);
+            let freezing = tokio::task::spawn_blocking(move || fsfreeze("--freeze", &mount));
+            let frozen = match tokio::time::timeout(FREEZE_MAX, freezing).await {
+                Ok(frozen) => frozen.map_err(io::Error::other).flatten(),
+                Err(_) => Err(io::Error::other(format!("not done after {FREEZE_MAX:?}"))),
+            };
+            frozen.map_err(|error| failed(&device, error))?;
+        }
+        Ok(())
+    }
+
+    /// Lets go what the journal says may be frozen. Nothing happens to what is not.
+    pub(super) async fn thaw_file_systems(&mut self) {
+        let devices = std::mem::take(&mut self.done.freezing);
+        let thawing = tokio::task::spawn_blocking(move || thaw(&devices));
+        match thawing.await.map_err(io::Error::other).flatten() {
+            Ok(()) => {
+                for watchdog in self.done.watchdogs.drain(..) {
+                    watchdog.stop();
+                }
+            }
+            // The watchdogs go on.
+            Err(error) => self.active.trouble(&format!(
+                "thawing file systems: {error}; they are let go within {FROZEN_MAX:?}"
+            )),
+        }
+    }
+}
+
+fn thaw(devices: &[PathBuf]) -> io::Result<()> {
+    for device in devices {
+        if let Some(mounted) = mounted_from(device)? {
+            let mount = File::open(&mounted.reached)?;
+            match fsfreeze("--unfreeze", &mount) {
+                // FITHAW of what is not frozen: EINVAL.
+                Err(error) if error.to_string().contains("Invalid argument") => {}
+                other => other?,
+            }
+        }
+    }
+    Ok(())
+}
+
+fn failed(device: &Path, error: io::Error) -> MoveError {
+    MoveError::File {
+        doing: format!("freeze what is mounted from {}", device.display()),
+        error,
+    }
+}
