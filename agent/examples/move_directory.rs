@@ -120,6 +120,7 @@ fn relay(way: &str, addr: SocketAddr, spool: &Path, target: SocketAddr) -> Outco
             .starts_with("seal")
             .then(|| key("data").map(DataKey))
             .transpose()?,
+        fleet_key: FleetKey(key("fleet")?),
         forward: (way != "seal-return").then_some(target),
         spool: spool.to_owned(),
     });

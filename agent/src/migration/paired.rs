@@ -10,6 +10,7 @@ use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::units::Bytes;
 use crate::transfer::{DataKey, DataServer, Hop, LinkKey, RelayPlan};
+use crate::volume::FleetKey;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -134,7 +135,7 @@ impl Paired {
                 "exactly the target's data key",
             ));
         }
-        let data = self.parts.data.as_ref().ok_or(RelayError::NoData)?;
+        let (data, key) = self.data_plane().ok_or(RelayError::NoData)?;
         let directory = self.directory(&plan);
         if let Some(kept) = keys::kept::<Relaying>(&directory)
             && kept.request == asked
@@ -171,7 +172,7 @@ impl Paired {
             .map_err(|error| RelayError::Spool { path: spool, error })?;
         tracing::info!(%plan, source = %peer, %actions, "doing delegated actions");
         let link_key = relaying.link_key.clone();
-        self.admit(data, relaying);
+        self.admit(data, key, relaying);
         Ok(self.accepted(link_key))
     }
 
@@ -182,7 +183,13 @@ impl Paired {
         }
     }
 
-    fn admit(&self, data: &DataServer, relaying: Relaying) {
+    /// The data plane and the key of signatures.
+    fn data_plane(&self) -> Option<(&DataServer, FleetKey)> {
+        let (data, fleet) = (self.parts.data.as_ref()?, self.parts.fleet.as_ref()?);
+        Some((data, FleetKey(*fleet.identity.fleet_key())))
+    }
+
+    fn admit(&self, data: &DataServer, fleet_key: FleetKey, relaying: Relaying) {
         let RelayRequest {
             plan,
             forward,
@@ -194,6 +201,7 @@ impl Paired {
             plan,
             link_key: LinkKey(relaying.link_key.0),
             seal_key: seal_key.map(|key| DataKey(key.0)),
+            fleet_key,
             forward: forward.map(|(addr, key)| Hop {
                 addr,
                 link_key: LinkKey(key.0),
@@ -207,7 +215,7 @@ impl Paired {
 
     /// Takes up what an earlier life of the agent relayed, as far as its pairing lasts; removes the rest.
     pub fn resume(&self) {
-        let Some(data) = &self.parts.data else {
+        let Some((data, key)) = self.data_plane() else {
             return;
         };
         for plan in plan_ids(&self.parts.state, "paired") {
@@ -215,7 +223,7 @@ impl Paired {
             let lasts = keys::kept::<Relaying>(&directory)
                 .filter(|kept| self.state.authorised(&plan, &kept.source).is_some());
             match lasts {
-                Some(relaying) => self.admit(data, relaying),
+                Some(relaying) => self.admit(data, key.clone(), relaying),
                 None => {
                     let _ = std::fs::remove_dir_all(directory);
                 }

@@ -101,7 +101,7 @@ pub(super) fn make(
             Kind::Directory => data.directory(&mut parent, &entry.path)?,
             Kind::HardLink(primary) => data.link(&mut parent, &entry.path, primary)?,
             Kind::File { size, .. } => {
-                let file = data.file(&mut parent, &entry.path, Access::New)?;
+                let file = data.file(&mut parent, &entry.path, Access::private())?;
                 data.finish_file(&file, entry, false)?;
                 if *size == 0 {
                     continue;

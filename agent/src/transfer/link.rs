@@ -11,6 +11,7 @@ use super::frame::Header;
 use super::hello::{self, HelloError};
 use super::message::{Basis, Done, Failure, FailureCode, Have, Held, Holdings, Message};
 use super::queue::lock;
+use super::record::Record;
 use super::seal::{LinkKey, OpenFailed, Salt};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, VolumeId};
@@ -118,7 +119,7 @@ pub(super) struct LinkSetup {
 pub(super) type Handler = Box<dyn FnMut(Event) -> Result<(), OpenFailed> + Send>;
 
 struct State {
-    window: BTreeMap<u64, Arc<Vec<u8>>>,
+    window: BTreeMap<u64, Arc<Record>>,
     unsent: VecDeque<u64>,
     bytes: usize,
     /// Answers to records with offers, once they came. A peer that is connected to again repeats those
@@ -214,7 +215,8 @@ impl Link {
     }
 
     /// Hands over a numbered record; waits while the window is full.
-    pub(super) fn push(&self, number: u64, record: Vec<u8>) -> Result<(), LinkError> {
+    pub(super) fn push(&self, number: u64, record: impl Into<Record>) -> Result<(), LinkError> {
+        let record = record.into();
         let cap = self.shared.setup.options.in_flight_cap;
         let mut state = lock(&self.shared.state);
         loop {
@@ -366,8 +368,8 @@ impl Shared {
             if let Some(record) = state.window.remove(&number) {
                 state.bytes -= record.len();
                 state.moved = true;
-                if let Ok(buffer) = Arc::try_unwrap(record) {
-                    state.keep(buffer);
+                if let Ok(record) = Arc::try_unwrap(record) {
+                    state.keep(record.into_memory());
                 }
             }
         }

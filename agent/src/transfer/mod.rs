@@ -25,6 +25,7 @@ mod queue;
 mod reading;
 mod rebuild;
 pub mod receive;
+mod record;
 pub mod relay;
 pub mod seal;
 pub mod sender;
@@ -51,7 +52,7 @@ pub use server::{BindError, DataServer};
 pub struct Options {
     /// Which engine does I/O.
     pub engine: EngineChoice,
-    /// Most bytes of records that wait for an acknowledgement.
+    /// Most bytes of records that are read, wait for the target's answer, or for its acknowledgement.
     pub in_flight_cap: usize,
     /// Threads that read, sign and seal, or open, verify and write, for each epoch.
     pub workers: usize,

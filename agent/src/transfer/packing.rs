@@ -8,6 +8,7 @@
 use super::frame::HEADER_LEN;
 use super::payload::pack;
 use super::queue::lock;
+use super::record::Record;
 use nix::time::{ClockId, clock_gettime};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -52,10 +53,10 @@ impl Packing {
     /// is the limit at all; the buffer that is not used comes back as the second.
     pub(super) fn pack(
         &self,
-        record: Vec<u8>,
+        record: Record,
         rate: Option<u64>,
         space: impl FnOnce() -> Vec<u8>,
-    ) -> (Vec<u8>, Option<Vec<u8>>) {
+    ) -> (Record, Option<Vec<u8>>) {
         let due = rate.is_some_and(|rate| self.is_due(rate as f64));
         if !due || record.len() < HEADER_LEN + LEAST {
             return (record, None);
@@ -71,7 +72,7 @@ impl Packing {
         }
         self.before.fetch_add(before as u64, Ordering::Relaxed);
         self.after.fetch_add(after as u64, Ordering::Relaxed);
-        (packed, Some(record))
+        (packed.into(), Some(record.into_memory()))
     }
 
     fn is_due(&self, rate: f64) -> bool {
@@ -135,7 +136,7 @@ mod tests {
     fn a_packed_record_is_smaller_and_unpacks_to_what_it_was() {
         let packing = Packing::default();
         let plain = record(&text());
-        let (packed, _) = packing.pack(plain.clone(), SLOW, Vec::new);
+        let (packed, _) = packing.pack(plain.clone().into(), SLOW, Vec::new);
         assert!(packed.len() * 2 < plain.len(), "{} bytes", packed.len());
         let mut space = vec![0; plain.len()];
         let unpacked = unpack(&packed[HEADER_LEN..], |len| &mut space[..len]).unwrap();
@@ -148,7 +149,8 @@ mod tests {
         for _ in 0..3 * RARELY {
             let plain = record(&text());
             let untouched = || panic!("no attempt was due");
-            assert_eq!(packing.pack(plain.clone(), None, untouched), (plain, None));
+            let (sent, unused) = packing.pack(plain.clone().into(), None, untouched);
+            assert_eq!((&*sent, unused), (&*plain, None));
         }
     }
 
@@ -165,8 +167,8 @@ mod tests {
     fn what_does_not_shrink_is_sent_as_it_is_and_rarely_tried() {
         let packing = Packing::default();
         let plain = record(&noise());
-        let (sent, _) = packing.pack(plain.clone(), SLOW, Vec::new);
-        assert_eq!(sent, plain);
+        let (sent, _) = packing.pack(plain.clone().into(), SLOW, Vec::new);
+        assert_eq!(*sent, *plain);
         let attempts = (0..320).filter(|_| packing.is_due(1e6)).count();
         assert_eq!(attempts, 10);
     }

@@ -250,6 +250,23 @@ pub fn put_segment(record: &mut Vec<u8>, path: &[u8], size: u64, first: u64, cou
     at
 }
 
+/// Where the data of an opened segment begins; none for every other payload.
+#[must_use]
+pub fn data_of_segment(payload: &[u8]) -> Option<usize> {
+    let (&kind, rest) = payload.split_first()?;
+    if kind != PayloadKind::Segment as u8 {
+        return None;
+    }
+    let mut reader = Reader::new(rest);
+    let path = reader.short().ok()?;
+    reader.bytes(16).ok()?;
+    let count = reader.u32().ok()? as usize;
+    let padding = reader.short().ok()?;
+    let head = 1 + 2 + path.len() + 16 + 4 + 2 + padding.len();
+    let data = head.checked_add(count.checked_mul(DESCRIPTOR_LEN)?)?;
+    (data <= payload.len()).then_some(data)
+}
+
 /// Appends the final metadata of a large file, or a hard link.
 pub fn put_finish(record: &mut Vec<u8>, entry: &Entry) {
     entry.encode(record);

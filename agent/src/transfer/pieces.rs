@@ -7,10 +7,11 @@ use super::message::Held;
 use super::payload::{self, Block, DESCRIPTOR_LEN, PayloadKind};
 use super::queue::lock;
 use super::reading::{Fate, Reading, Unit, Waiting, fate};
+use super::record::Record;
 use super::source::{SourceError, add};
 use super::uring::is_cached;
 use crate::model::ids::Signature;
-use crate::volume::aligned::{ALIGNMENT, Aligned};
+use crate::volume::aligned::ALIGNMENT;
 use crate::volume::salvage::is_media_error;
 use crate::volume::scan::Holes;
 use crate::volume::sign::{self, ZERO};
@@ -54,7 +55,7 @@ impl Large {
 }
 
 /// Pieces read at a time by each thread.
-pub(super) const TOGETHER: u64 = 8;
+pub(super) const TOGETHER: u64 = 4;
 
 /// Opens a file a second time, past the page cache; none where its file system refuses that.
 pub(super) fn open_direct(file: &File) -> Option<File> {
@@ -67,24 +68,25 @@ pub(super) fn open_direct(file: &File) -> Option<File> {
         .ok()
 }
 
-/// A run of blocks that was read.
+/// A run of blocks that is read straight into its record.
 pub(super) struct Piece {
     file: Arc<Large>,
     first: u64,
-    /// A record with room for the descriptors, followed by the bytes of the blocks that travel.
-    record: Vec<u8>,
+    offset: u64,
+    /// Bytes of its blocks.
+    length: usize,
+    hollow: bool,
+    /// A record with room for the descriptors, followed by the bytes of the blocks unless they are a hole.
+    record: Record,
     descriptors: usize,
     data: usize,
     blocks: Vec<(Signature, Fate)>,
 }
 
-/// Where a piece lies in its file.
-struct Place {
-    first: u64,
-    count: u32,
-    offset: u64,
-    length: usize,
-    hollow: bool,
+impl Piece {
+    fn bytes(&self) -> &[u8] {
+        &self.record[self.data..self.data + self.length]
+    }
 }
 
 impl Reading<'_, '_> {
@@ -92,28 +94,27 @@ impl Reading<'_, '_> {
     pub(super) fn read_pieces(
         &self,
         engine: &mut dyn Engine,
-        plain: &mut Aligned,
         large: &Arc<Large>,
         blocks: Range<u64>,
     ) -> Result<Vec<Waiting>, SourceError> {
-        let block_size = self.source.block_size;
-        let each = DATA_CAP as u64 / block_size.bytes();
-        let mut places = Vec::new();
+        let each = DATA_CAP as u64 / self.source.block_size.bytes();
+        let mut pieces = Vec::new();
         let mut first = blocks.start;
         while first < blocks.end {
             let count = each.min(blocks.end - first);
-            places.push(self.place(large, first, count));
+            pieces.push(self.begin_piece(large, first, count));
             first += count;
         }
-        let memory = plain.space(places.len() * DATA_CAP);
-        let bad = self.read_places(engine, large, &places, memory)?;
+        let bad = self.fill(engine, large, &mut pieces)?;
         let mut waiting = Vec::new();
-        for (place, bytes) in places.iter().zip(memory.chunks(DATA_CAP)) {
-            if bad.contains(&place.first) {
-                let blocks = place.first..place.first + u64::from(place.count);
+        for piece in pieces {
+            if bad.contains(&piece.first) {
+                let count = piece.blocks.len() as u64;
+                let blocks = piece.first..piece.first + count;
+                self.source.outlet.give_back(piece.record.into_memory());
                 self.defer(Unit::Pieces(Arc::clone(large), blocks));
             } else {
-                waiting.extend(self.piece(large, place, &bytes[..place.length])?);
+                waiting.extend(self.finish_piece(piece)?);
             }
         }
         Ok(waiting)
@@ -125,87 +126,94 @@ impl Reading<'_, '_> {
         large: &Arc<Large>,
         blocks: Range<u64>,
     ) -> Result<Option<Waiting>, SourceError> {
-        let place = self.place(large, blocks.start, blocks.end - blocks.start);
-        let mut bytes = vec![0; place.length];
-        // At most 1 MiB by construction.
-        let size = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
-        let mut at = 0;
-        let blocks: Vec<u64> = blocks.collect();
-        for run in blocks.chunk_by(|a, b| large.skips(*a) == large.skips(*b)) {
-            let part = at..place.length.min(at + run.len() * size);
-            at = part.end;
-            if large.skips(run[0]) {
-                continue;
+        let mut piece = self.begin_piece(large, blocks.start, blocks.end - blocks.start);
+        if !piece.hollow {
+            let memory = &mut piece.record[piece.data..piece.data + piece.length];
+            memory.fill(0);
+            // At most 1 MiB by construction.
+            let size = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
+            let mut at = 0;
+            let blocks: Vec<u64> = blocks.collect();
+            for run in blocks.chunk_by(|a, b| large.skips(*a) == large.skips(*b)) {
+                let part = at..memory.len().min(at + run.len() * size);
+                at = part.end;
+                if large.skips(run[0]) {
+                    continue;
+                }
+                let offset = piece.offset + part.start as u64;
+                let read = self.salvage(&large.path, &large.file, &mut memory[part], offset);
+                let done = read.map_err(|e| self.unread(large, offset, &e))?;
+                self.source.progress.read(done as u64);
+                add(&self.tally.bytes_read, done as u64);
             }
-            let offset = place.offset + part.start as u64;
-            let done = self
-                .salvage(&large.path, &large.file, &mut bytes[part], offset)
-                .map_err(|e| {
-                    let action = "read a block of";
-                    WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
-                })?;
-            self.source.progress.read(done as u64);
-            add(&self.tally.bytes_read, done as u64);
         }
-        self.piece(large, &place, &bytes)
+        self.finish_piece(piece)
     }
 
-    /// Where a record's worth of blocks lies.
-    fn place(&self, large: &Large, first: u64, count: u64) -> Place {
+    /// A piece without its bytes.
+    fn begin_piece(&self, large: &Arc<Large>, first: u64, count: u64) -> Piece {
         let block_size = self.source.block_size;
         let lengths = (first..first + count).map(|at| block_size.length_of(large.size, at));
-        let (offset, length) = (first * block_size.bytes(), lengths.sum());
-        Place {
+        let (offset, length) = (first * block_size.bytes(), lengths.sum::<usize>());
+        let hollow = large.holes.covers(offset, length as u64)
+            || (first..first + count).all(|block| large.skips(block));
+        let (head, descriptors) = head(large, first, count);
+        // Direct reads are of whole sectors.
+        let room = if hollow {
+            0
+        } else {
+            length.next_multiple_of(ALIGNMENT)
+        };
+        Piece {
+            file: Arc::clone(large),
             first,
-            count: u32::try_from(count).unwrap_or(1),
             offset,
             length,
-            hollow: large.holes.covers(offset, length as u64)
-                || (first..first + count).all(|block| large.skips(block)),
+            hollow,
+            record: Record::with_room(self.source.outlet.buffer(), &head, room),
+            descriptors,
+            data: head.len(),
+            // Filled in when the bytes are there.
+            blocks: vec![(ZERO, Fate::Same); usize::try_from(count).unwrap_or(0)],
         }
     }
 
-    /// Fills a part of `memory` for each place; what lies past the end of the file reads as zeros. Returns the
-    /// first blocks of those that the disk did not give up.
-    fn read_places(
+    fn unread(&self, large: &Large, offset: u64, error: &io::Error) -> WalkError {
+        let action = "read a block of";
+        WalkError::new(self.root, action, &large.path, at_offset(error, offset))
+    }
+
+    /// Reads the bytes of pieces; what lies past the end of the file reads as zeros. Returns the first blocks
+    /// of those that the disk did not give up.
+    fn fill(
         &self,
         engine: &mut dyn Engine,
         large: &Large,
-        places: &[Place],
-        memory: &mut [u8],
+        pieces: &mut [Piece],
     ) -> Result<Vec<u64>, SourceError> {
-        let failed = |place: &Place, e: io::Error| {
-            let (action, offset) = ("read a block of", place.offset);
-            WalkError::new(self.root, action, &large.path, at_offset(&e, offset))
-        };
-        let parts = places.iter().zip(memory.chunks_mut(DATA_CAP));
-        let (filled, parts): (Vec<_>, Vec<_>) = parts.partition(|(place, _)| !place.hollow);
-        for (place, part) in parts {
-            part[..place.length].fill(0);
-        }
-        let mut reads: Vec<Read<'_>> = Vec::with_capacity(filled.len());
-        let mut direct = Vec::with_capacity(filled.len());
-        for (place, part) in filled {
-            let cached = || is_cached(large.file.as_fd(), place.offset, place.length as u64);
+        let mut reads: Vec<Read<'_>> = Vec::with_capacity(pieces.len());
+        let mut places = Vec::with_capacity(pieces.len());
+        for piece in pieces.iter_mut().filter(|piece| !piece.hollow) {
+            let cached = || is_cached(large.file.as_fd(), piece.offset, piece.length as u64);
             let past = large.direct.as_ref().filter(|_| large.device || !cached());
-            // Direct reads are of whole sectors; the file's end cuts the last one short.
+            // The file's end cuts the last sector of a direct read short.
             let length = if past.is_some() {
-                place.length.next_multiple_of(ALIGNMENT)
+                piece.length.next_multiple_of(ALIGNMENT)
             } else {
-                place.length
+                piece.length
             };
+            places.push((piece.first, piece.length, past.is_some()));
             reads.push(Read {
                 file: past.unwrap_or(&large.file).as_fd(),
-                offset: place.offset,
-                buffer: &mut part[..length],
+                offset: piece.offset,
+                buffer: &mut piece.record[piece.data..piece.data + length],
                 once: past.is_none(),
                 done: Ok(0),
             });
-            direct.push((place, past.is_some()));
         }
         engine.read(&mut reads);
         let mut bad = Vec::new();
-        for (mut read, (place, direct)) in reads.into_iter().zip(direct) {
+        for (mut read, (first, length, direct)) in reads.into_iter().zip(places) {
             let refused = read
                 .done
                 .as_ref()
@@ -214,7 +222,7 @@ impl Reading<'_, '_> {
                 // A disk with larger sectors than 4096 bytes.
                 let mut again = [Read {
                     file: large.file.as_fd(),
-                    offset: place.offset,
+                    offset: read.offset,
                     buffer: &mut *read.buffer,
                     once: true,
                     done: Ok(0),
@@ -225,13 +233,15 @@ impl Reading<'_, '_> {
             }
             let done = match read.done {
                 Err(error) if is_media_error(&error) => {
-                    bad.push(place.first);
+                    bad.push(first);
                     continue;
                 }
-                done => done.map_err(|e| failed(place, e))?.min(place.length),
+                done => done
+                    .map_err(|e| self.unread(large, read.offset, &e))?
+                    .min(length),
             };
             // The file shrank: the rest reads as zeros now and again in the next epoch.
-            read.buffer[done..place.length].fill(0);
+            read.buffer[done..length].fill(0);
             self.source.progress.read(done as u64);
             add(&self.tally.bytes_read, done as u64);
         }
@@ -239,41 +249,28 @@ impl Reading<'_, '_> {
     }
 
     /// Signs the blocks of a piece and sends what differs, or offers it first.
-    fn piece(
-        &self,
-        large: &Arc<Large>,
-        place: &Place,
-        bytes: &[u8],
-    ) -> Result<Option<Waiting>, SourceError> {
-        let block_size = self.source.block_size;
-        let (mut record, descriptors) =
-            head(self.source.outlet.buffer(), large, place.first, place.count);
-        let data = record.len();
-        let mut blocks = Vec::with_capacity(place.count as usize);
-        // At most 1 MiB by construction.
-        let size = usize::try_from(block_size.bytes()).unwrap_or(DATA_CAP);
-        for (bytes, index) in bytes.chunks(size).zip(place.first..) {
-            let signature = if place.hollow || large.skips(index) {
-                ZERO
-            } else {
-                sign::signature(self.source.key, bytes)
-            };
-            let held = usize::try_from(index)
-                .ok()
-                .and_then(|index| large.held.get(index));
-            let fate = fate(&signature, held);
-            if fate == Fate::Data {
-                record.extend_from_slice(bytes);
-            }
-            blocks.push((signature, fate));
-        }
-        let piece = Piece {
-            file: Arc::clone(large),
-            first: place.first,
-            record,
-            descriptors,
-            data,
-            blocks,
+    fn finish_piece(&self, mut piece: Piece) -> Result<Option<Waiting>, SourceError> {
+        let held = |index: u64| {
+            let index = usize::try_from(index).ok();
+            index.and_then(|index| piece.file.held.get(index))
+        };
+        let indices = piece.first..piece.first + piece.blocks.len() as u64;
+        piece.blocks = if piece.hollow {
+            let zeros = indices.map(|index| (ZERO, fate(&ZERO, held(index))));
+            zeros.collect()
+        } else {
+            // At most 1 MiB by construction.
+            let size = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
+            let signed = piece.bytes().chunks(size).zip(indices);
+            let signed = signed.map(|(bytes, index)| {
+                let signature = if piece.file.skips(index) {
+                    ZERO
+                } else {
+                    sign::signature(self.source.key, bytes)
+                };
+                (signature, fate(&signature, held(index)))
+            });
+            signed.collect()
         };
         let data = piece
             .blocks
@@ -290,9 +287,7 @@ impl Reading<'_, '_> {
     }
 
     fn offer_piece(&self, piece: &Piece) -> Result<u64, SourceError> {
-        let count = u32::try_from(piece.blocks.len()).unwrap_or(0);
-        let buffer = self.source.outlet.buffer();
-        let (mut record, descriptors) = head(buffer, &piece.file, piece.first, count);
+        let (mut record, descriptors) = head(&piece.file, piece.first, piece.blocks.len() as u64);
         for (at, (signature, fate)) in (descriptors..).step_by(DESCRIPTOR_LEN).zip(&piece.blocks) {
             let block = match fate {
                 Fate::Data => Block::Offered(*signature),
@@ -308,17 +303,18 @@ impl Reading<'_, '_> {
         let Piece {
             file,
             first,
+            hollow,
             mut record,
             descriptors,
             data,
             blocks,
+            ..
         } = piece;
         let (mut from, mut to) = (data, data);
         let mut differs = false;
         for ((index, (signature, fate)), place) in (first..).zip(&blocks).zip(0..) {
-            let travels = *fate == Fate::Data;
             let length = self.source.block_size.length_of(file.size, index);
-            let range = from..if travels { from + length } else { from };
+            let range = from..if hollow { from } else { from + length };
             from = range.end;
             let found = answer.has(place);
             let block = fate.block(*signature, &record[range.clone()]);
@@ -327,8 +323,7 @@ impl Reading<'_, '_> {
             let at = descriptors + place * DESCRIPTOR_LEN;
             let descriptor = payload::descriptor(block);
             differs |= block != Block::Same;
-            if travels && !found {
-                let length = range.len();
+            if matches!(block, Block::Data(..)) {
                 if to != range.start {
                     record.copy_within(range, to);
                 }
@@ -340,7 +335,7 @@ impl Reading<'_, '_> {
         if differs {
             self.source.outlet.emit(record, false, first)?;
         } else {
-            self.source.outlet.give_back(record);
+            self.source.outlet.give_back(record.into_memory());
         }
         let start = usize::try_from(first).unwrap_or(0);
         let signatures = blocks.iter().map(|(signature, _)| *signature);
@@ -365,9 +360,10 @@ impl Reading<'_, '_> {
     }
 }
 
-/// The beginning of a piece's record and where its descriptors go.
-fn head(buffer: Vec<u8>, file: &Large, first: u64, count: u32) -> (Vec<u8>, usize) {
-    let mut head = payload::start(buffer, PayloadKind::Segment);
+/// The beginning of a piece's record, up to its data, and where its descriptors go.
+fn head(file: &Large, first: u64, count: u64) -> (Vec<u8>, usize) {
+    let mut head = payload::start(Vec::new(), PayloadKind::Segment);
+    let count = u32::try_from(count).unwrap_or(1);
     let descriptors = payload::put_segment(&mut head, &file.path, file.size, first, count);
     (head, descriptors)
 }

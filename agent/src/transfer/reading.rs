@@ -37,11 +37,19 @@ use std::sync::{Arc, Mutex};
 const SMALL_CAP: u64 = DATA_CAP as u64;
 /// Small files read in one batch.
 const BATCH_FILES: usize = 256;
-/// Records, at most a megabyte each, that a thread keeps while their offers are not answered: with two
+/// Records, at most a megabyte each, that a thread keeps while their offers are not answered: with four
 /// threads enough to fill 1 GB/s over a round trip of 30 ms.
-const UNANSWERED_CAP: usize = 16;
+const UNANSWERED_CAP: usize = 8;
+/// Threads that read, for each worker: while one waits for the disk, another signs and seals.
+const READERS: usize = 2;
 /// Attributes up to this size, all together, do not keep a file from being offered.
 const OFFERED_ATTRIBUTES: usize = 1024;
+
+/// Bytes of records that the threads of an epoch hold at most before a link has them.
+pub(super) fn held_by_readers(workers: usize) -> usize {
+    let records = pieces::TOGETHER as usize + UNANSWERED_CAP;
+    workers.max(1) * READERS * records * DATA_CAP
+}
 
 /// What became of each file, by its step: none when it vanished.
 pub(super) type Outcomes = HashMap<usize, Option<Entry>>;
@@ -65,7 +73,7 @@ pub(super) fn send_files(
         deferred: Mutex::default(),
     };
     std::thread::scope(|scope| {
-        for _ in 0..source.options.workers.max(1) {
+        for _ in 0..source.options.workers.max(1) * READERS {
             scope.spawn(|| reading.work());
         }
         if let Err(error) = reading.hand_out(steps) {
@@ -277,9 +285,7 @@ impl<'s> Reading<'_, 's> {
                 Unit::Small(files) => self
                     .read_small(engine.as_mut(), &files, &mut plain)
                     .map(Vec::from_iter),
-                Unit::Pieces(file, blocks) => {
-                    self.read_pieces(engine.as_mut(), &mut plain, &file, blocks)
-                }
+                Unit::Pieces(file, blocks) => self.read_pieces(engine.as_mut(), &file, blocks),
             };
             self.queue.done();
             let settled = result.and_then(|offered| {

@@ -293,7 +293,7 @@ impl Rebuild {
                 }
                 let file = self
                     .destination
-                    .file(parent, path, Access::New)
+                    .file(parent, path, Access::private())
                     .map_err(|error| error.needing(size))?;
                 if dense {
                     self.destination.reserve(&file, path, size)?;
@@ -378,7 +378,7 @@ impl Rebuild {
             let access = if held.is_some() {
                 Access::InPlace
             } else {
-                Access::New
+                Access::new_for(entry)
             };
             let file = self
                 .destination

@@ -16,6 +16,7 @@ use super::seal::{DataKey, LinkKey, Salt, Sealer, Tagger, random};
 use super::spool::Spool;
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, VolumeId};
+use crate::volume::{BlockSize, FleetKey};
 use std::collections::HashMap;
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -32,6 +33,8 @@ pub struct RelayPlan {
     pub link_key: LinkKey,
     /// The plan's key, when `encrypt` is delegated to this device.
     pub seal_key: Option<DataKey>,
+    /// Key of signatures.
+    pub fleet_key: FleetKey,
     /// The target, when `transfer` is delegated to this device.
     pub forward: Option<Hop>,
     /// Directory in which records wait when only `transfer` is delegated.
@@ -49,6 +52,7 @@ pub(super) struct Relay {
 struct Session {
     id: SessionId,
     epoch: Epoch,
+    block_size: BlockSize,
     salt: Salt,
     basis: Basis,
     holdings: Holdings,
@@ -358,6 +362,7 @@ impl Relay {
         let session = Session {
             id: session,
             epoch,
+            block_size,
             salt,
             basis,
             holdings,
@@ -404,7 +409,9 @@ impl Relay {
             let number = header.number;
             lock(&session.have).clear();
             if let Some(sealer) = &session.sealer {
-                session.tagger.check(&mut record).map_err(|e| corrupt(&e))?;
+                let (key, size) = (&self.plan.fleet_key, session.block_size);
+                let checked = session.tagger.check_plain(&header, &mut record, key, size);
+                checked.map_err(|e| corrupt(&e))?;
                 let header = Header {
                     kind: FrameKind::Sealed,
                     ..header

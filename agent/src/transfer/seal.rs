@@ -5,9 +5,13 @@
 //! the plan and the direction are associated data: a record cannot be moved to another place.
 
 use super::frame::{FrameKind, HEADER_LEN, Header};
+use super::payload::{Block, Payload, data_of_segment};
 use crate::model::ids::PlanId;
+use crate::volume::sign::signature;
+use crate::volume::{BlockSize, FleetKey};
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use rand::TryRngCore;
+use std::ops::DerefMut;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 /// Bytes that sealing adds to a payload.
@@ -63,6 +67,11 @@ pub fn random<const N: usize>() -> Result<[u8; N], NoRandom> {
 #[error("the record does not open: it was changed on the way or sealed with another key")]
 pub struct OpenFailed;
 
+/// A record that a seal or a tag is added to.
+pub trait Growing: DerefMut<Target = [u8]> + for<'a> Extend<&'a u8> {}
+
+impl<R: DerefMut<Target = [u8]> + for<'a> Extend<&'a u8>> Growing for R {}
+
 /// Seals and opens the records of one session.
 #[derive(Debug)]
 pub struct Sealer {
@@ -86,7 +95,7 @@ impl Sealer {
 
     /// Seals the payload that follows the place for the header in `record`, and writes the header.
     /// A number must never be used for two payloads.
-    pub fn seal(&self, header: &Header, record: &mut Vec<u8>) {
+    pub fn seal(&self, header: &Header, record: &mut impl Growing) {
         let header = Header {
             length: header.length_for(record, SEAL_LEN),
             ..*header
@@ -98,7 +107,7 @@ impl Sealer {
             .key
             .seal_in_place_separate_tag(nonce(header.number), Aad::from(aad), payload)
             .expect("AES-GCM refuses only payloads beyond 64 GiB; records are capped");
-        record.extend_from_slice(tag.as_ref());
+        record.extend(tag.as_ref());
     }
 
     /// Opens a record's body in place and returns the payload at its start.
@@ -142,7 +151,8 @@ fn nonce(number: u64) -> Nonce {
 }
 
 /// Tags records on one link with keyed BLAKE3: plain ones on a trusted link, and sealed ones on their
-/// way through a device that cannot open them.
+/// way through a device that cannot open them. The data of a plain segment is hashed once: its tag covers
+/// everything before it, the blocks' signatures included, and these cover the data.
 #[derive(Debug)]
 pub struct Tagger {
     key: LinkKey,
@@ -160,18 +170,18 @@ impl Tagger {
     }
 
     /// Writes the header of `record` and appends the tag.
-    pub fn tag(&self, header: &Header, record: &mut Vec<u8>) {
+    pub fn tag(&self, header: &Header, record: &mut impl Growing) {
         let header = Header {
             length: header.length_for(record, TAG_LEN),
             ..*header
         };
         record[..HEADER_LEN].copy_from_slice(&header.encode());
-        let tag = blake3::keyed_hash(&self.key.0, record);
-        record.extend_from_slice(tag.as_bytes());
+        let tag = blake3::keyed_hash(&self.key.0, covered(&header, record));
+        record.extend(tag.as_bytes());
     }
 
     /// Tags a sealed record for its way to or from a paired device.
-    pub fn wrap(&self, header: &Header, record: &mut Vec<u8>) {
+    pub fn wrap(&self, header: &Header, record: &mut impl Growing) {
         let header = Header {
             kind: FrameKind::Carried,
             ..*header
@@ -184,7 +194,7 @@ impl Tagger {
     /// # Errors
     /// [`OpenFailed`] when the tag does not fit.
     pub fn unwrap(&self, header: &Header, record: &mut Vec<u8>) -> Result<(), OpenFailed> {
-        self.check(record)?;
+        self.check(header, record)?;
         let header = Header {
             kind: FrameKind::Sealed,
             length: header.length_for(record, 0),
@@ -194,18 +204,45 @@ impl Tagger {
         Ok(())
     }
 
-    /// Checks a whole record, header included, and cuts the tag off.
+    /// Checks a plain record of a volume with this block size and cuts the tag off.
     ///
     /// # Errors
-    /// [`OpenFailed`] when the tag does not fit.
-    pub fn check(&self, record: &mut Vec<u8>) -> Result<(), OpenFailed> {
+    /// [`OpenFailed`] when the tag or the signature of a block does not fit.
+    pub fn check_plain(
+        &self,
+        header: &Header,
+        record: &mut Vec<u8>,
+        key: &FleetKey,
+        block_size: BlockSize,
+    ) -> Result<(), OpenFailed> {
+        self.check(header, record)?;
+        let payload = &record[HEADER_LEN..];
+        if data_of_segment(payload).is_some() {
+            let Ok(Payload::Segment(segment)) = Payload::decode(payload, block_size) else {
+                return Err(OpenFailed);
+            };
+            let is_signed = |block: &Block<'_>| match block {
+                Block::Data(expected, bytes) => signature(key, bytes) == *expected,
+                _ => true,
+            };
+            if !segment.blocks.iter().all(is_signed) {
+                return Err(OpenFailed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a record, header included, and cuts the tag off.
+    fn check(&self, header: &Header, record: &mut Vec<u8>) -> Result<(), OpenFailed> {
         let at = record.len().checked_sub(TAG_LEN).ok_or(OpenFailed)?;
         if at < HEADER_LEN {
             return Err(OpenFailed);
         }
         let tag: [u8; TAG_LEN] = record[at..].try_into().map_err(|_| OpenFailed)?;
         // `blake3::Hash` compares in constant time.
-        if blake3::keyed_hash(&self.key.0, &record[..at]) != blake3::Hash::from(tag) {
+        if blake3::keyed_hash(&self.key.0, covered(header, &record[..at]))
+            != blake3::Hash::from(tag)
+        {
             return Err(OpenFailed);
         }
         record.truncate(at);
@@ -213,11 +250,21 @@ impl Tagger {
     }
 }
 
+/// What the tag of a record covers.
+fn covered<'r>(header: &Header, record: &'r [u8]) -> &'r [u8] {
+    let data = match header.kind {
+        FrameKind::Tagged => data_of_segment(&record[HEADER_LEN..]),
+        _ => None,
+    };
+    data.map_or(record, |data| &record[..HEADER_LEN + data])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::ids::{Epoch, VolumeId};
-    use aes_gcm::aead::{Aead, KeyInit, Payload};
+    use crate::transfer::payload::{DESCRIPTOR_LEN, PayloadKind, descriptor, put_segment, start};
+    use aes_gcm::aead::{Aead, KeyInit};
     use proptest::prelude::*;
 
     fn header(number: u64) -> Header {
@@ -253,7 +300,7 @@ mod tests {
             aad.extend_from_slice(&record[..HEADER_LEN]);
             let mut nonce = [0; 12];
             nonce[4..].copy_from_slice(&number.to_be_bytes());
-            let expected = cipher.encrypt(&nonce.into(), Payload { msg: &payload, aad: &aad }).unwrap();
+            let expected = cipher.encrypt(&nonce.into(), aes_gcm::aead::Payload { msg: &payload, aad: &aad }).unwrap();
             prop_assert_eq!(&record[HEADER_LEN..], &expected[..]);
         }
 
@@ -290,22 +337,76 @@ mod tests {
         assert_eq!(open("plan", 1, 9), Err(OpenFailed));
     }
 
+    /// A plain record of two blocks of one file, and what tells whether one is accepted.
+    fn tagged_segment() -> (Vec<u8>, impl Fn(&Tagger, &[u8]) -> bool) {
+        let (key, size) = (FleetKey([3; 32]), BlockSize::default());
+        let blocks = [vec![1; 64 << 10], vec![2; 100]];
+        let mut record = start(Vec::new(), PayloadKind::Segment);
+        let descriptors = put_segment(&mut record, b"file", (64 << 10) + 100, 0, 2);
+        for (at, block) in (descriptors..).step_by(DESCRIPTOR_LEN).zip(&blocks) {
+            let named = descriptor(Block::Data(signature(&key, block), block));
+            record[at..at + DESCRIPTOR_LEN].copy_from_slice(&named);
+        }
+        record.extend(blocks.concat());
+        let is_accepted = move |tagger: &Tagger, record: &[u8]| {
+            let Ok(header) = Header::decode(record[..HEADER_LEN].try_into().unwrap()) else {
+                return false;
+            };
+            let mut record = record.to_vec();
+            let checked = tagger.check_plain(&header, &mut record, &key, size);
+            checked.is_ok() && record.len() == HEADER_LEN + header.length as usize - TAG_LEN
+        };
+        (record, is_accepted)
+    }
+
     #[test]
     fn a_tagged_record_is_accepted_only_whole_and_in_its_session() {
+        let (segment, is_accepted) = tagged_segment();
+        let mut entries = start(Vec::new(), PayloadKind::Removals);
+        entries.extend_from_slice(b"\x05\0plain");
+        for mut record in [segment, entries] {
+            let tagger = Tagger::new(&LinkKey([1; 32]), &[1; 16]);
+            let header = Header {
+                kind: FrameKind::Tagged,
+                ..header(4)
+            };
+            tagger.tag(&header, &mut record);
+            assert!(is_accepted(&tagger, &record));
+            let other = Tagger::new(&LinkKey([1; 32]), &[2; 16]);
+            assert!(!is_accepted(&other, &record));
+            let (front, length) = (record.len().min(5000), record.len());
+            let data = (front..length).step_by(997);
+            let tail = length - length.min(200)..length;
+            for at in (0..front).chain(data).chain(tail) {
+                let mut bad = record.clone();
+                bad[at] ^= 1;
+                assert!(!is_accepted(&tagger, &bad), "byte {at}");
+            }
+            for cut in [1, 32, 33] {
+                assert!(!is_accepted(&tagger, &record[..length - cut]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_carried_record_is_unwrapped_only_as_it_was_wrapped() {
         let tagger = Tagger::new(&LinkKey([1; 32]), &[1; 16]);
-        let mut record = vec![0; HEADER_LEN];
-        record.extend_from_slice(b"plain");
-        tagger.tag(&header(4), &mut record);
+        let mut record = sealed("plan", 4, b"secret");
+        let whole = record.clone();
+        tagger.wrap(&header(4), &mut record);
+        let header = Header::decode(record[..HEADER_LEN].try_into().unwrap()).unwrap();
         let mut good = record.clone();
-        tagger.check(&mut good).unwrap();
-        assert_eq!(&good[HEADER_LEN..], b"plain");
-        let other = Tagger::new(&LinkKey([1; 32]), &[2; 16]);
-        assert_eq!(other.check(&mut record.clone()), Err(OpenFailed));
+        tagger.unwrap(&header, &mut good).unwrap();
+        assert_eq!(good, whole);
         for at in 0..record.len() {
             let mut bad = record.clone();
             bad[at] ^= 1;
-            assert_eq!(tagger.check(&mut bad), Err(OpenFailed), "byte {at}");
+            assert_eq!(
+                tagger.unwrap(&header, &mut bad),
+                Err(OpenFailed),
+                "byte {at}"
+            );
         }
-        assert_eq!(tagger.check(&mut vec![0; 5]), Err(OpenFailed));
+        assert_eq!(tagger.unwrap(&header, &mut vec![0; 5]), Err(OpenFailed));
     }
 }

@@ -9,6 +9,8 @@ use super::message::{Basis, Done, Held as Answer, Message};
 use super::offers::Offers;
 use super::packing::Packing;
 use super::payload::{self, PayloadKind};
+use super::reading::held_by_readers;
+use super::record::Record;
 use super::seal::{DataKey, NoRandom, Salt, Sealer, Tagger, random};
 use super::source::{Held, Source};
 use super::{Options, Progress};
@@ -180,6 +182,9 @@ pub struct Sender {
     options: Options,
 }
 
+/// What a link keeps in any case: some records, or nothing would move.
+const WINDOW_LEAST: usize = 8 << 20;
+
 /// Seals or tags records and numbers them.
 pub(super) struct Outlet {
     link: Arc<Link>,
@@ -214,19 +219,19 @@ impl Outlet {
     /// Numbers, protects and sends a record; waits while too much is in flight.
     pub(super) fn emit(
         &self,
-        record: Vec<u8>,
+        record: impl Into<Record>,
         barrier: bool,
         first_block: u64,
     ) -> Result<(), LinkError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.push(number, record, barrier, first_block)
+        self.push(number, record.into(), barrier, first_block)
     }
 
     /// Sends a record with offered blocks and returns the number under which it is answered.
     pub(super) fn offer(&self, record: Vec<u8>, first_block: u64) -> Result<u64, LinkError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.answering.expect(number);
-        self.push(number, record, false, first_block)?;
+        self.push(number, record.into(), false, first_block)?;
         Ok(number)
     }
 
@@ -245,7 +250,7 @@ impl Outlet {
     fn push(
         &self,
         number: u64,
-        record: Vec<u8>,
+        record: Record,
         barrier: bool,
         first_block: u64,
     ) -> Result<(), LinkError> {
@@ -443,6 +448,16 @@ impl Sender {
         Ok((state, report))
     }
 
+    /// Bytes of records that a link of this path may keep, so that all memory in flight stays below its cap.
+    fn window(&self) -> usize {
+        let links = match &self.path {
+            DataPath::SealReturn { .. } => 2,
+            _ => 1,
+        };
+        let held = held_by_readers(self.options.workers);
+        (self.options.in_flight_cap.saturating_sub(held) / links).max(WINDOW_LEAST)
+    }
+
     fn open(
         &self,
         volume: VolumeId,
@@ -465,7 +480,10 @@ impl Sender {
                 basis: previous.map(|state| state.root),
             },
             known: self.agreed,
-            options: self.options.clone(),
+            options: Options {
+                in_flight_cap: self.window(),
+                ..self.options.clone()
+            },
             progress: Arc::clone(progress),
         };
         let outlet = |link: &Arc<Link>, last: &Arc<Link>, opened: &Opened, protection| Outlet {

@@ -15,11 +15,12 @@ use super::sender::{Outlet, SendError, path_hash};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, Signature};
 use crate::model::volume::VolumeSpec;
-use crate::volume::change::{Baseline, Changes, Step, Window};
+use crate::volume::change::{Ahead, Baseline, Changes, Step, Window};
 use crate::volume::state::Builder;
 use crate::volume::tree::shown;
 use crate::volume::unused;
 use crate::volume::walk::{self, Found, WalkError, hard_link};
+use crate::volume::warm::Warmer;
 use crate::volume::{
     BlockSize, Confined, Entry, Exception, FleetKey, Kind, ScanError, TreeState, Unreadable,
 };
@@ -27,11 +28,16 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
 /// Steps that are worked on at a time: few enough that a tree of any size takes little memory, many enough
 /// that waiting for the last of them does not count.
 const WINDOW: usize = 16_384;
+/// Steps with which work begins while the walk goes on.
+const BEGINNING: usize = 1024;
+/// Threads that read directories ahead of the walk.
+const WARMERS: usize = 2;
 /// Payload from which a record of entries is sent.
 const ENTRIES_FULL: usize = 192 << 10;
 
@@ -155,17 +161,22 @@ impl Source<'_> {
         let previous = self.held.previous();
         let mut state = Builder::new(self.key, self.block_size, previous);
         let mut tally = Tally::default();
+        let warmer = Warmer::new(&root);
         let skipped = std::thread::scope(|scope| {
             // The walk goes on while what it found is read: its waits for the disk cost nothing then.
             let (found, walked) = std::sync::mpsc::sync_channel(WINDOW);
+            for _ in 0..WARMERS {
+                scope.spawn(|| warmer.run());
+            }
             let walker = scope.spawn(|| {
-                let mut walk = walk::walk(&root);
+                let _warming = warmer.until_dropped();
+                let mut walk = walk::walk(&root).warmed_by(&warmer);
                 // Nobody takes more when reading failed.
                 let _ = walk.try_for_each(|one| found.send(one));
                 drop(found);
                 walk.skipped()
             });
-            let changes = Changes::new(walked.into_iter(), previous);
+            let changes = Changes::new(Walked { walked, next: None }, previous);
             self.send_windows(&root, baseline, changes, &mut state, &tally)?;
             // A panic of the thread is passed on.
             Ok::<_, SourceError>(walker.join().unwrap_or_else(|panic| resume_unwind(panic)))
@@ -182,12 +193,12 @@ impl Source<'_> {
         &self,
         root: &Confined,
         baseline: Baseline,
-        mut changes: Changes<'_, impl Iterator<Item = Result<Found, WalkError>>>,
+        mut changes: Changes<'_, Walked>,
         state: &mut Builder<'_>,
         tally: &Tally,
     ) -> Result<(), SourceError> {
         let mut gone = HashSet::new();
-        while let Some(Window { steps, removed }) = changes.window(WINDOW)? {
+        while let Some(Window { steps, removed }) = changes.window(BEGINNING, WINDOW)? {
             add(&tally.removed, removed.len() as u64);
             self.send_removals(&removed)?;
             let mut done = self.send_entries(root, baseline, &steps, tally)?;
@@ -329,6 +340,29 @@ impl Source<'_> {
             return Err(SourceError::Changed(path.into()));
         }
         Ok(())
+    }
+}
+
+/// What the walk found so far.
+struct Walked {
+    walked: Receiver<Result<Found, WalkError>>,
+    next: Option<Result<Found, WalkError>>,
+}
+
+impl Iterator for Walked {
+    type Item = Result<Found, WalkError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.next.take().or_else(|| self.walked.recv().ok())
+    }
+}
+
+impl Ahead for Walked {
+    fn is_ready(&mut self) -> bool {
+        if self.next.is_none() {
+            self.next = self.walked.try_recv().ok();
+        }
+        self.next.is_some()
     }
 }
 

@@ -15,7 +15,8 @@ use nix::sys::stat::{
 };
 use nix::sys::time::TimeSpec;
 use nix::unistd::{
-    Gid, Uid, UnlinkatFlags, fchown, fchownat, ftruncate, linkat, symlinkat, unlinkat,
+    Gid, Uid, UnlinkatFlags, fchown, fchownat, ftruncate, getegid, geteuid, linkat, symlinkat,
+    unlinkat,
 };
 use std::ffi::OsStr;
 use std::fs::File;
@@ -115,14 +116,33 @@ pub struct Destination {
 /// How a file is opened for writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// A new, private file in the place of whatever is there.
-    New,
+    /// A new file with these permissions in the place of whatever is there.
+    New(u32),
     /// The file that is there.
     InPlace,
     /// The file that is there, past the page cache where the file system allows it: every offset,
     /// length and address must be a multiple of 4096.
     Direct,
 }
+
+impl Access {
+    /// A new file for a small file's entry: with its own permissions at once if it is ours, else private until
+    /// it has its owner.
+    #[must_use]
+    pub fn new_for(entry: &Entry) -> Self {
+        let ours = (geteuid().as_raw(), getegid().as_raw()) == (entry.uid, entry.gid);
+        Self::New(if ours { entry.mode & 0o777 } else { PRIVATE })
+    }
+
+    /// A new, private file.
+    #[must_use]
+    pub fn private() -> Self {
+        Self::New(PRIVATE)
+    }
+}
+
+/// Nobody but the owner reads or writes.
+const PRIVATE: u32 = 0o600;
 
 /// The directory opened last, so that a run of siblings resolves it once.
 #[derive(Debug, Default)]
@@ -408,7 +428,7 @@ impl Destination {
     ) -> Result<File, ApplyError> {
         let device = self.is_device();
         self.with_parent(cache, path, |dir, name| match access {
-            Access::New if !device => make_file(dir, name),
+            Access::New(mode) if !device => make_file(dir, name, mode),
             Access::Direct => match open_existing(dir, name, OFlag::O_DIRECT, device) {
                 Err(Errno::EINVAL) => open_existing(dir, name, OFlag::empty(), device),
                 other => other,
@@ -495,11 +515,18 @@ impl Destination {
 
     fn finish(&self, file: &File, entry: &Entry) -> Result<(), ApplyError> {
         let failed = |action: &str, e: Errno| self.failed(action, &entry.path, 0, e);
-        let (uid, gid) = owner(entry);
+        // What a new file has already is not written to the file system's journal once more.
+        let now = fstat(file).map_err(|e| failed("look at", e))?;
+        let is_owned = (now.st_uid, now.st_gid) == (entry.uid, entry.gid);
         // Owner before mode and attributes: changing it clears set-id bits and capabilities.
-        fchown(file, uid, gid).map_err(|e| failed("set the owner of", e))?;
-        fchmod(file, Mode::from_bits_truncate(entry.mode))
-            .map_err(|e| failed("set the mode of", e))?;
+        if !is_owned {
+            let (uid, gid) = owner(entry);
+            fchown(file, uid, gid).map_err(|e| failed("set the owner of", e))?;
+        }
+        if !is_owned || now.st_mode & 0o7777 != entry.mode {
+            fchmod(file, Mode::from_bits_truncate(entry.mode))
+                .map_err(|e| failed("set the mode of", e))?;
+        }
         xattrs::write(file, &entry.xattrs)
             .map_err(|(name, e)| self.attribute_failed(&entry.path, &name, e))?;
         futimens(file, &TimeSpec::UTIME_OMIT, &time_spec(entry.mtime))
@@ -526,13 +553,13 @@ impl Destination {
     }
 }
 
-fn make_file(dir: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+fn make_file(dir: BorrowedFd<'_>, name: &OsStr, mode: u32) -> Result<OwnedFd, Errno> {
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
-    let private = Mode::S_IRUSR | Mode::S_IWUSR;
-    match open_beneath(dir, name.as_bytes(), flags, private) {
+    let mode = Mode::from_bits_truncate(mode);
+    match open_beneath(dir, name.as_bytes(), flags, mode) {
         Err(Errno::EEXIST) => {
             remove_all(dir, name)?;
-            open_beneath(dir, name.as_bytes(), flags, private)
+            open_beneath(dir, name.as_bytes(), flags, mode)
         }
         other => other,
     }
@@ -570,7 +597,8 @@ fn time_spec(time: Timestamp) -> TimeSpec {
     TimeSpec::new(time.seconds, i64::from(time.nanoseconds))
 }
 
-fn fd_path(fd: BorrowedFd<'_>) -> String {
+/// The path of an open descriptor, for calls that take only paths.
+pub(super) fn fd_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 

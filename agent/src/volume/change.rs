@@ -106,6 +106,12 @@ pub struct Changes<'a, W> {
     gone: HashSet<Box<[u8]>>,
 }
 
+/// A walk that may be slower than whoever takes from it.
+pub trait Ahead {
+    /// Whether the next entry is there already.
+    fn is_ready(&mut self) -> bool;
+}
+
 impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
     /// Compares what a walk finds with the last epoch.
     #[must_use]
@@ -122,13 +128,20 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
         }
     }
 
-    /// The next window, of `cap` steps or removals at most; none at the end.
+    /// The next window, of `cap` steps or removals at most, fewer when the walk has nothing more at once and there
+    /// are `least`; none at the end.
     ///
     /// # Errors
     /// Those of the walk.
-    pub fn window(&mut self, cap: usize) -> Result<Option<Window>, WalkError> {
+    pub fn window(&mut self, least: usize, cap: usize) -> Result<Option<Window>, WalkError>
+    where
+        W: Ahead,
+    {
         let mut window = Window::default();
         while window.steps.len() < cap && window.removed.len() < cap {
+            if window.steps.len() >= least && !self.walk.is_ready() {
+                break;
+            }
             let Some(found) = self.walk.next() else {
                 while let Some(old) = self.before.next() {
                     self.remove(&old.entry, &mut window);

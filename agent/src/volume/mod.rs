@@ -22,6 +22,7 @@ pub mod tree;
 pub mod unused;
 pub mod users;
 pub mod walk;
+pub mod warm;
 pub mod xattrs;
 
 pub use block_map::BlockMap;

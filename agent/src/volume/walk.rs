@@ -7,6 +7,7 @@
 use super::confined::{Confined, proc_path};
 use super::one::{self, One};
 use super::tree::{Entry, Exception, Kind, NAME_CAP, PATH_CAP, Seen, Timestamp, XATTRS_CAP, shown};
+use super::warm::{self, Warmer};
 use super::xattrs;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
@@ -20,6 +21,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
+use std::time::Instant;
 
 /// Reading a tree failed.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +87,7 @@ pub fn walk(root: &Confined) -> Walk<'_> {
         root,
         next: BinaryHeap::from([Reverse((Vec::new(), first))]),
         skipped: Vec::new(),
+        warmer: None,
     }
 }
 
@@ -93,6 +96,7 @@ pub struct Walk<'a> {
     root: &'a Confined,
     next: BinaryHeap<Reverse<(Vec<u8>, Next)>>,
     skipped: Vec<Exception>,
+    warmer: Option<&'a Warmer<'a>>,
 }
 
 /// What comes at a path. A directory's contents come at its path with a slash behind it: after a sibling
@@ -116,7 +120,14 @@ struct Listing {
 /// Most directories that a walk holds open.
 const OPEN_CAP: usize = 64;
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    /// The same walk, which finds in memory what `warmer` reads ahead.
+    #[must_use]
+    pub fn warmed_by(mut self, warmer: &'a Warmer<'a>) -> Self {
+        self.warmer = Some(warmer);
+        self
+    }
+
     /// What was left out so far.
     #[must_use]
     pub fn skipped(self) -> Vec<Exception> {
@@ -159,12 +170,17 @@ impl Walk<'_> {
 
     fn list(&mut self, path: &[u8]) -> Result<Box<Listing>, WalkError> {
         let failed = |action, source: io::Error| WalkError::new(self.root, action, path, source);
+        let began = Instant::now();
+        if let Some(warmer) = self.warmer {
+            warmer.reached(path);
+        }
         let dir = open_directory(self.root, path)?;
         let found = std::fs::read_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()))
             .map_err(|e| failed("list", e))?;
-        let (mut names, mut spans) = (Vec::new(), Vec::new());
+        let (mut names, mut spans, mut inner) = (Vec::new(), Vec::new(), Vec::new());
         for name in found {
-            let name = name.map_err(|e| failed("list", e))?.file_name().into_vec();
+            let entry = name.map_err(|e| failed("list", e))?;
+            let name = entry.file_name().into_vec();
             let length = path.len() + 1 + name.len();
             if length > PATH_CAP || name.len() > NAME_CAP {
                 let child = [path, b"/", &name].concat();
@@ -181,6 +197,12 @@ impl Walk<'_> {
             let past = u32::try_from(names.len())
                 .map_err(|_| failed("list", io::Error::other("4 GiB of names in one directory")))?;
             spans.push(start as u32..past);
+            if self.warmer.is_some() && warm::is_directory(&entry) {
+                inner.push(below(path, &names[start..]));
+            }
+        }
+        if let Some(warmer) = self.warmer {
+            warmer.listed(began.elapsed(), &inner);
         }
         let name = |span: &Range<u32>| &names[span.start as usize..span.end as usize];
         spans.sort_unstable_by(|a, b| name(b).cmp(name(a)));
@@ -278,11 +300,16 @@ impl Listing {
 
     /// Path of the next name.
     fn child(&self) -> Vec<u8> {
-        if self.path.is_empty() {
-            return self.name().to_vec();
-        }
-        [&*self.path, b"/", self.name()].concat()
+        below(&self.path, self.name())
     }
+}
+
+/// Path of a name in the directory at `path`.
+fn below(path: &[u8], name: &[u8]) -> Vec<u8> {
+    if path.is_empty() {
+        return name.to_vec();
+    }
+    [path, b"/", name].concat()
 }
 
 // Paths alone decide the order; no two things come at the same path.

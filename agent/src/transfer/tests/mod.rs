@@ -138,6 +138,7 @@ impl Bench {
             plan: self.plan.clone(),
             link_key: LinkKey(TO_RELAY),
             seal_key: matches!(way, Way::SealReturn | Way::SealForward).then(|| data_key.clone()),
+            fleet_key: FleetKey(FLEET),
             forward: (way != Way::SealReturn).then(|| target.clone()),
             spool: self.spool.clone(),
         });
