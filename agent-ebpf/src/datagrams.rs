@@ -4,7 +4,8 @@
 //! Of a socket and a peer, whoever sent first is the client: the other end has received before it sends.
 
 use crate::kernel::{Object, layout, lost, now_ns, probe};
-use crate::ports::{MAPPED, address, alive, count, mapped, note, udp_closed};
+use crate::kinds::{alive, count};
+use crate::ports::{MAPPED, address, mapped, note, udp_closed};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_get_socket_cookie};
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, map};

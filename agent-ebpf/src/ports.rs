@@ -4,58 +4,19 @@
 //! Both ends of a connection find the same place by its sequence numbers, which no address translation
 //! changes; so the kind then names the cgroups of both.
 
-use crate::kernel::{Object, add, compare_exchange, exchange, layout, load, lost, now_ns, probe};
-use crate::scope::{place_by_hash, probed_scoped_id, scoped_id};
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
+use crate::kernel::{Object, add, exchange, layout, load, lost, now_ns, probe};
+use crate::kinds::{count, kind};
+use crate::open::{NOWHERE, OPEN, find, key_at, leave, take};
+use crate::scope::{probed_scoped_id, scoped_id};
 use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::{btf_tracepoint, map, raw_tracepoint};
-use aya_ebpf::maps::{Array, HashMap, Queue, RingBuf};
+use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use lifeboat_ebpf::{
-    Address, End, ListenKey, OPEN_GROUP, OPEN_GROUPS, Open, PORT_ROWS, PortKey, PortRow, PortStats,
-    REFRESH_BATCH, groups_of, loss, place, protocol, role,
-};
-
-// As for the other families, the common path looks up arrays only.
-
-/// Whose each place of [`OPEN`] is: TCP by [`Begin::identity`], UDP by the address of the socket; or
-/// [`place::FREE`], [`place::TAKEN`]. A connection is in one of its two groups. The agent sets the sizes of this
-/// map and all below but the last two.
-#[map]
-static OPEN_KEYS: Array<[u64; OPEN_GROUP]> = Array::with_max_entries(OPEN_GROUPS, BPF_F_MMAPABLE);
-
-/// Open connections.
-#[map]
-static OPEN: Array<Open> = Array::with_max_entries(OPEN_GROUPS * OPEN_GROUP as u32, 0);
-
-/// Kinds of connections by row.
-#[map]
-static PORTS: Array<PortRow> = Array::with_max_entries(PORT_ROWS, BPF_F_MMAPABLE);
-
-/// Row by kind.
-#[map]
-static PORT_ROW: HashMap<PortKey, u32> = HashMap::with_max_entries(PORT_ROWS, 0);
-
-/// Rows of no kind: filled by the agent, which also gives back those of kinds that it forgets.
-#[map]
-static FREE_PORT_ROWS: Queue<u32> = Queue::with_max_entries(PORT_ROWS, 0);
-
-/// The rows looked up last, each in the place of its kind's hash. Which kind a row is of stands in the row itself.
-#[map]
-static KNOWN_PORT_ROWS: Array<u32> = Array::with_max_entries(1 << KNOWN_BITS, 0);
-
-const KNOWN_BITS: u32 = 12;
-
-/// No place, and no row.
-const NOWHERE: u32 = u32::MAX;
+use lifeboat_ebpf::{Address, End, ListenKey, Open, REFRESH_BATCH, loss, place, protocol, role};
 
 /// Listening sockets by port; the value is how many share it.
 #[map]
 static LISTENING: HashMap<ListenKey, u64> = HashMap::with_max_entries(4_096, 0);
-
-/// Kinds of connections seen for the first time.
-#[map]
-static FIRST_SEEN: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 
 const ESTABLISHED: i32 = 1;
 const SYN_SENT: i32 = 2;
@@ -250,92 +211,6 @@ unsafe fn store<const N: usize>(at: *mut u64, words: [u64; N]) {
     }
 }
 
-/// Where it stands whose a place is.
-#[inline(always)]
-fn key_at(place: u32) -> Option<*mut u64> {
-    let group = OPEN_KEYS.get_ptr_mut(place / OPEN_GROUP as u32)?;
-    // SAFETY: the slot is less than a group has.
-    Some(unsafe { group.cast::<u64>().add(place as usize % OPEN_GROUP) })
-}
-
-/// The place of a connection; [`NOWHERE`] when it is not on the list.
-#[inline(never)]
-fn find(identity: u64) -> u32 {
-    let [near, others] = groups_of(identity, layout!(open_groups));
-    let place = find_in(identity, near);
-    if place != NOWHERE {
-        return place;
-    }
-    find_in(identity, others)
-}
-
-#[inline(always)]
-fn find_in(identity: u64, [one, other]: [u32; 2]) -> u32 {
-    let (Some(first), Some(second)) = (OPEN_KEYS.get_ptr(one), OPEN_KEYS.get_ptr(other)) else {
-        return NOWHERE;
-    };
-    for slot in 0..OPEN_GROUP {
-        // SAFETY: map values live for the whole program run; each word is aligned.
-        unsafe {
-            if (*first)[slot] == identity {
-                return one * OPEN_GROUP as u32 + slot as u32;
-            }
-            if (*second)[slot] == identity {
-                return other * OPEN_GROUP as u32 + slot as u32;
-            }
-        }
-    }
-    NOWHERE
-}
-
-/// Takes a place for a connection; [`NOWHERE`] when all of its groups are full.
-#[inline(never)]
-fn take(identity: u64) -> u32 {
-    let [near, others] = groups_of(identity, layout!(open_groups));
-    let place = take_in(near);
-    if place != NOWHERE {
-        return place;
-    }
-    take_in(others)
-}
-
-/// Takes the lowest free place of two groups, so that they fill alike.
-#[inline(always)]
-fn take_in([one, other]: [u32; 2]) -> u32 {
-    let (Some(first), Some(second)) = (OPEN_KEYS.get_ptr_mut(one), OPEN_KEYS.get_ptr_mut(other))
-    else {
-        return NOWHERE;
-    };
-    for slot in 0..OPEN_GROUP {
-        // SAFETY: as for `find_in`.
-        unsafe {
-            if take_at(&raw mut (*first)[slot]) {
-                return one * OPEN_GROUP as u32 + slot as u32;
-            }
-            if take_at(&raw mut (*second)[slot]) {
-                return other * OPEN_GROUP as u32 + slot as u32;
-            }
-        }
-    }
-    NOWHERE
-}
-
-/// # Safety
-/// `key` must point into a map value.
-#[inline(always)]
-unsafe fn take_at(key: *mut u64) -> bool {
-    // SAFETY: the caller's contract.
-    unsafe { *key == place::FREE && compare_exchange(key, place::FREE, place::TAKEN) }
-}
-
-/// Takes a connection off the list. Another one may have done so before, and its place be a third one's by now.
-#[inline(always)]
-fn leave(place: u32, identity: u64) {
-    if let Some(key) = key_at(place) {
-        compare_exchange(key, identity, place::FREE);
-    }
-}
-
 /// An IPv4 address as the maps have it.
 #[inline(always)]
 pub fn mapped(v4: u32) -> Address {
@@ -350,124 +225,6 @@ pub const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 pub fn address([a, b, c, d]: [u32; 4]) -> Address {
     let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
     [pair(a, b), pair(c, d)]
-}
-
-/// Counts a connection of this kind.
-#[inline(always)]
-pub fn count(key: &PortKey, since_ns: u64) {
-    match kind(key, since_ns) {
-        // SAFETY: map values live for the whole program run.
-        Some(stats) => unsafe {
-            add(&raw mut (*stats).connections, 1);
-            (*stats).last_ns = now_ns();
-        },
-        None => lost(loss::PORTS),
-    }
-}
-
-/// Notes that connections of this kind are alive.
-#[inline(always)]
-pub fn alive(key: &PortKey, now_ns: u64) {
-    if let Some(stats) = known(key).or_else(|| stats(row_of(key))) {
-        // SAFETY: map values live for the whole program run.
-        unsafe { (*stats).last_ns = now_ns };
-    }
-}
-
-/// The statistics of a kind, made when there are none; none when there is no room.
-#[inline(always)]
-fn kind(key: &PortKey, since_ns: u64) -> Option<*mut PortStats> {
-    known(key).or_else(|| {
-        // A copy, so that the common path needs none in memory.
-        let key = *key;
-        let row = look_up(&key, since_ns);
-        if let Some(known) = KNOWN_PORT_ROWS.get_ptr_mut(place_of(&key)) {
-            // SAFETY: one aligned word of a map.
-            unsafe { *known = row };
-        }
-        stats(row)
-    })
-}
-
-#[inline(always)]
-fn stats(row: u32) -> Option<*mut PortStats> {
-    // SAFETY: the pointer is to a map value, of which this is a field.
-    PORTS
-        .get_ptr_mut(row)
-        .map(|row| unsafe { &raw mut (*row).stats })
-}
-
-/// Where [`KNOWN_PORT_ROWS`] has a kind.
-#[inline(always)]
-fn place_of(key: &PortKey) -> u32 {
-    let mut mixed = 0u64;
-    for (index, word) in key.words().into_iter().enumerate() {
-        // An odd multiplier for each word, so that what differs in two words does not cancel out.
-        let odd = 0x9e37_79b9_7f4a_7c15u64.rotate_left(9 * index as u32) | 1;
-        mixed = mixed.wrapping_add(word.wrapping_mul(odd));
-    }
-    place_by_hash(mixed ^ mixed >> 32, KNOWN_BITS)
-}
-
-/// The statistics of a kind, when its row is known without the hash map.
-#[inline(always)]
-fn known(key: &PortKey) -> Option<*mut PortStats> {
-    // SAFETY: map values live for the whole program run; a known row is one aligned word.
-    unsafe {
-        let row = *KNOWN_PORT_ROWS.get_ptr(place_of(key))?;
-        let known = PORTS.get_ptr_mut(row)?;
-        let whose = (&raw const (*known).key).cast::<u64>();
-        let mut differ = 0;
-        for (index, word) in key.words().into_iter().enumerate() {
-            differ |= whose.add(index).read() ^ word;
-        }
-        (differ == 0).then_some(&raw mut (*known).stats)
-    }
-}
-
-/// The row of a kind, by the hash map; [`NOWHERE`] when it has none.
-#[inline(always)]
-fn row_of(key: &PortKey) -> u32 {
-    // SAFETY: the value is one word, which is written once.
-    unsafe { PORT_ROW.get(key).copied().unwrap_or(NOWHERE) }
-}
-
-/// The row of a kind, by the hash map, made when it has none; [`NOWHERE`] when there is no room.
-#[inline(never)]
-fn look_up(key: &PortKey, since_ns: u64) -> u32 {
-    let row = row_of(key);
-    if row != NOWHERE {
-        return row;
-    }
-    new_row(key, since_ns)
-}
-
-/// Makes a row for a kind that has none; [`NOWHERE`] when there is no room.
-#[inline(always)]
-fn new_row(key: &PortKey, since_ns: u64) -> u32 {
-    let Ok(Some(row)) = FREE_PORT_ROWS.pop() else {
-        return NOWHERE;
-    };
-    let Some(new) = PORTS.get_ptr_mut(row) else {
-        return NOWHERE;
-    };
-    // SAFETY: the pointer is to a map value, which nobody else has: the row was free.
-    unsafe {
-        (*new).stats.first_ns = since_ns;
-        (*new).stats.last_ns = since_ns;
-        (*new).key = *key;
-    }
-    if PORT_ROW.insert(key, &row, u64::from(BPF_NOEXIST)).is_ok() {
-        if FIRST_SEEN.output::<PortKey>(key, 0).is_err() {
-            lost(loss::FIRST_SEEN);
-        }
-        return row;
-    }
-    // Another CPU was faster.
-    // SAFETY: as above.
-    unsafe { *new = PortRow::FREE };
-    let _ = FREE_PORT_ROWS.push(row, 0);
-    row_of(key)
 }
 
 /// Takes an end of a connection off the list, and the connection with its last one.
