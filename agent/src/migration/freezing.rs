@@ -8,10 +8,11 @@
 use super::events::SourceEvent;
 use super::moving::{Move, MoveError};
 use super::planner::Origin;
+use crate::model::ids::PlanId;
 use crate::model::volume::VolumeKind;
 use crate::volume::users::{self, Mounted, User};
 use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -78,20 +79,19 @@ pub(super) fn note(origin: &Origin) -> Option<String> {
     ))
 }
 
-/// Ends a freeze by itself when it is not stopped before.
+/// Ends a freeze by itself when it is not stopped before, by this life of the agent or a later one.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     process: Child,
 }
 
 impl Watchdog {
-    fn start(mount: &File) -> io::Result<Self> {
+    fn start(plan: &PlanId, mount: &File) -> io::Result<Self> {
         let seconds = FROZEN_MAX.as_secs();
+        let sleeps =
+            format!("sleep {seconds} </dev/null; exec fsfreeze --unfreeze /proc/self/fd/0");
         let process = Command::new("sh")
-            .args([
-                "-c",
-                &format!("sleep {seconds} </dev/null; exec fsfreeze --unfreeze /proc/self/fd/0"),
-            ])
+            .args(["-c", &sleeps, &Self::name(plan)])
             .stdin(mount.try_clone()?)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -100,11 +100,34 @@ impl Watchdog {
         Ok(Self { process })
     }
 
-    fn stop(mut self) {
-        // It leads a group of its own, and may have ended.
-        let group = Pid::from_raw(self.process.id().cast_signed());
-        let _ = killpg(group, Signal::SIGKILL);
-        let _ = self.process.wait();
+    /// What a watchdog of a plan is told by among the processes of the host.
+    fn name(plan: &PlanId) -> String {
+        format!("lifeboat-thaws-{plan}")
+    }
+
+    /// Stops those of a plan: one of an earlier life would end a later freeze.
+    fn stop_all(plan: &PlanId) -> io::Result<()> {
+        let name = Self::name(plan);
+        for process in std::fs::read_dir("/proc")? {
+            let process = process?;
+            let number = process
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            let Some(number) = number.map(Pid::from_raw) else {
+                continue;
+            };
+            // One that ended has no arguments.
+            let arguments = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let is_one = arguments
+                .split(|byte| *byte == 0)
+                .any(|one| one == name.as_bytes());
+            if is_one && getpgid(Some(number)) == Ok(number) {
+                // It leads a group of its own, and may have ended by now.
+                let _ = killpg(number, Signal::SIGKILL);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -146,8 +169,18 @@ impl Move {
         }
         let devices = mounts.iter().map(|(device, _)| device.clone()).collect();
         self.append(SourceEvent::Freezing { devices })?;
+        let plan = self.plan.id.clone();
+        let stopped = tokio::task::spawn_blocking(move || Watchdog::stop_all(&plan)).await;
+        stopped
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(|error| MoveError::File {
+                doing: "stop what would end the freeze too early".into(),
+                error,
+            })?;
         for (device, mount) in mounts {
-            let watchdog = Watchdog::start(&mount).map_err(|error| failed(&device, error))?;
+            let watchdog =
+                Watchdog::start(&self.plan.id, &mount).map_err(|error| failed(&device, error))?;
             self.done.watchdogs.push(watchdog);
             let freezing = tokio::task::spawn_blocking(move || fsfreeze("--freeze", &mount));
             let frozen = match tokio::time::timeout(FREEZE_MAX, freezing).await {
@@ -162,11 +195,24 @@ impl Move {
     /// Lets go what the journal says may be frozen. Nothing happens to what is not.
     pub(super) async fn thaw_file_systems(&mut self) {
         let devices = std::mem::take(&mut self.done.freezing);
-        let thawing = tokio::task::spawn_blocking(move || thaw(&devices));
+        if devices.is_empty() {
+            return;
+        }
+        let plan = self.plan.id.clone();
+        let thawing = tokio::task::spawn_blocking(move || {
+            let thawed = thaw(&devices)?;
+            // A freeze that was begun and is not there yet is left to them.
+            if thawed {
+                Watchdog::stop_all(&plan)?;
+            }
+            Ok(thawed)
+        });
         match thawing.await.map_err(io::Error::other).flatten() {
-            Ok(()) => {
-                for watchdog in self.done.watchdogs.drain(..) {
-                    watchdog.stop();
+            Ok(false) => {}
+            Ok(true) => {
+                for mut watchdog in self.done.watchdogs.drain(..) {
+                    // So that nothing is left of it.
+                    let _ = watchdog.process.wait();
                 }
             }
             // The watchdogs go on.
@@ -177,18 +223,21 @@ impl Move {
     }
 }
 
-fn thaw(devices: &[PathBuf]) -> io::Result<()> {
+/// Thaws what is mounted from devices; whether all of it was frozen.
+fn thaw(devices: &[PathBuf]) -> io::Result<bool> {
+    let mut all = true;
     for device in devices {
-        if let Some(mounted) = mounted_from(device)? {
-            let mount = File::open(&mounted.reached)?;
-            match fsfreeze("--unfreeze", &mount) {
-                // FITHAW of what is not frozen: EINVAL.
-                Err(error) if error.to_string().contains("Invalid argument") => {}
-                other => other?,
-            }
+        let Some(mounted) = mounted_from(device)? else {
+            all = false;
+            continue;
+        };
+        match fsfreeze("--unfreeze", &File::open(&mounted.reached)?) {
+            // FITHAW of what is not frozen: EINVAL.
+            Err(error) if error.to_string().contains("Invalid argument") => all = false,
+            other => other?,
         }
     }
-    Ok(())
+    Ok(all)
 }
 
 fn failed(device: &Path, error: io::Error) -> MoveError {
