@@ -256,7 +256,12 @@ impl Mounted {
         output(
             Command::new("fio")
                 .args(["--name=work", "--rw=randwrite", "--bs=4k", "--size=8M"])
-                .args(["--verify=crc32c", "--verify_fatal=1", verify])
+                .args([
+                    "--verify=crc32c",
+                    "--verify_fatal=1",
+                    "--verify_state_save=0",
+                    verify,
+                ])
                 .arg(format!("--ioengine={engine}"))
                 .arg(format!(
                     "--filename={}",
