@@ -9,6 +9,7 @@
 mod cgroup;
 pub mod command;
 mod fabric;
+pub(crate) mod far;
 mod fault;
 mod host;
 pub mod kernels;

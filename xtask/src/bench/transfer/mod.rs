@@ -13,12 +13,14 @@ mod sides;
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::machine::{self, Limits};
 use super::{goal, median};
+use crate::lab::far::FarLink;
 use crate::lab::{Lab, LabSpec};
 use crate::process::output;
 use crate::setup;
@@ -31,6 +33,9 @@ const FILES: usize = 50_000;
 const CHANGING: [u64; 3] = [8 << 30, 16 << 30, 32 << 30];
 const THERE: u64 = 1 << 30;
 const CHANGED: u64 = CHANGING[0] / 100;
+/// The far link, and its rate in bytes a second: 500 Mbit/s.
+const ROUND_TRIP: Duration = Duration::from_millis(30);
+const FAR: f64 = 62.5e6;
 /// Resident memory allowed on either side, in MiB.
 const PEAK: f64 = 256.0;
 
@@ -56,6 +61,7 @@ pub(super) fn measure(short: bool, runs: usize) -> Result<String> {
         from: lab.host("from")?,
         to: lab.host("to")?,
         over: lab.host("over")?,
+        target: lab.host("to")?.address(),
     };
     pair.start_ssh()?;
     let mut bench = Bench {
@@ -71,6 +77,7 @@ pub(super) fn measure(short: bool, runs: usize) -> Result<String> {
     );
     text.push_str(&bench.table(LARGE / scale, FILES / scale as usize)?);
     text.push_str(&bench.changes(scale)?);
+    text.push_str(&bench.far(LARGE / 8 / scale)?);
     let (source, target) = bench.peaks;
     text.push_str(&format!(
         "Highest resident memory in all of these: source {source:.0} MiB, target {target:.0} MiB ({}).\n",
@@ -247,6 +254,38 @@ impl Bench<'_> {
             again.seconds,
             goal("under 1 %", share < 0.01),
             limits.listed(),
+        ))
+    }
+
+    /// A file over a link with a long round trip.
+    fn far(&mut self, bytes: u64) -> Result<String> {
+        let link = FarLink::between(self.pair.from, self.pair.to, ROUND_TRIP, FAR)?;
+        let pair = Pair {
+            target: link.there,
+            ..self.pair
+        };
+        fs::create_dir(pair.from.path("/srv/far"))?;
+        data::write_large(&pair.from.path("/srv/far/random"), bytes)?;
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for run in 0..self.runs {
+            let (out, peer) = (format!("/srv/far-{run}"), format!("/srv/far-rsync-{run}"));
+            ours.push(pair.lifeboat("/srv/far", &out)?);
+            theirs.push(pair.rsync("/srv/far", &peer, &["-W"])?);
+            pair.to.run(["rm", "-rf", &out, &peer])?;
+        }
+        eprintln!("bench: far: lifeboat {ours:.2?}, rsync {theirs:.2?}");
+        self.peak(&ours);
+        let share = |seconds: f64| 100.0 * bytes as f64 / seconds / link.rate;
+        let ours = middle(&ours, |run| run.seconds);
+        let theirs = middle(&theirs, |run| run.copied);
+        Ok(format!(
+            "{} MiB over a link of {} Mbit/s with a round trip of {} ms: {ours:.2} s, {:.0} % of the link ({}); rsync over ssh {theirs:.2} s, {:.0} %.\n\n",
+            bytes >> 20,
+            link.rate * 8.0 / 1e6,
+            ROUND_TRIP.as_millis(),
+            share(ours),
+            goal("at least 80 %", share(ours) >= 80.0),
+            share(theirs),
         ))
     }
 

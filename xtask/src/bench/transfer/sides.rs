@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::Ipv4Addr;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,8 @@ pub(super) struct Pair<'l> {
     pub(super) from: &'l Host,
     pub(super) to: &'l Host,
     pub(super) over: &'l Host,
+    /// Where the source reaches `to`.
+    pub(super) target: Ipv4Addr,
 }
 
 /// What one run of Lifeboat took.
@@ -186,7 +189,7 @@ impl Pair<'_> {
     }
 
     fn receive(&self, out: &str, map: &str) -> Result<Receiver> {
-        let address = format!("{}:{DATA_PORT}", self.to.address());
+        let address = format!("{}:{DATA_PORT}", self.target);
         let argv = move_directory(&["receive", &address, out, map])?;
         let child = self.to.spawn_logged("receiver", argv)?;
         let receiver = Receiver { child };
@@ -212,7 +215,7 @@ impl Pair<'_> {
     /// first epoch.
     pub(super) fn begin(&self, source: &str, out: &str, map: &str) -> Result<(Sender, Ours)> {
         let receiver = self.receive(out, map)?;
-        let address = format!("{}:{DATA_PORT}", self.to.address());
+        let address = format!("{}:{DATA_PORT}", self.target);
         let start = Instant::now();
         let mut sender = self.send(&["send", &address, source], receiver)?;
         let ours = sender.report(start)?;
@@ -232,7 +235,7 @@ impl Pair<'_> {
         cold()?;
         let receiver = self.receive(out, &format!("{out}.map"))?;
         let way = "seal-forward";
-        let target = format!("{}:{DATA_PORT}", self.to.address());
+        let target = format!("{}:{DATA_PORT}", self.target);
         let relay = format!("{}:{RELAY_PORT}", self.over.address());
         let argv = move_directory(&["relay", way, &relay, "/srv/spool", &target])?;
         let child = self.over.spawn_logged("relay", argv)?;
@@ -265,7 +268,7 @@ impl Pair<'_> {
         self.to.run(["mkdir", "-p", out])?;
         cold()?;
         let (shell, from) = (Self::ssh(), format!("{source}/"));
-        let to = format!("root@{}:{out}/", self.to.address());
+        let to = format!("root@{}:{out}/", self.target);
         let mut argv = vec!["rsync", "-aHAXS", "-e", &shell];
         argv.extend(how);
         argv.extend([from.as_str(), to.as_str()]);
@@ -276,7 +279,7 @@ impl Pair<'_> {
     pub(super) fn tar(&self, source: &str, out: &str) -> Result<Theirs> {
         self.to.run(["mkdir", "-p", out])?;
         cold()?;
-        let (ssh, to) = (Self::ssh(), self.to.address());
+        let (ssh, to) = (Self::ssh(), self.target);
         let line = format!("set -e; tar -c -C {source} . | {ssh} root@{to} tar -x -p -C {out}");
         self.timed(self.from.command(["sh", "-c", &line]), out)
     }
