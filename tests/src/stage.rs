@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 use std::thread::sleep;
 use std::time::Duration;
 use xtask::crew::{Crew, Device};
@@ -61,6 +61,30 @@ impl Service {
 
     fn acknowledged(&self) -> String {
         format!("/run/{}-acknowledged", self.name)
+    }
+}
+
+/// A command that is run again and again, as a process of a container's cgroup, until this is dropped.
+#[derive(Debug)]
+pub struct Load(Child);
+
+impl Load {
+    /// Starts it in the cgroup of the service's container.
+    ///
+    /// # Errors
+    /// There is no such container, or the command cannot be started.
+    pub fn start(host: &Host, service: &Service, command: &str) -> Result<Self> {
+        let id = host.podman(["inspect", "--format", "{{.Id}}", service.name])?;
+        let find = format!("find /sys/fs/cgroup -type d -name 'libpod-{id}*' | head -1");
+        let script = format!("echo $$ >\"$({find})/cgroup.procs\" && while :; do {command}; done");
+        Ok(Self(host.spawn_logged("load", ["sh", "-c", &script])?))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -115,14 +115,7 @@ fn what_was_prepared_is_freed_at_recovery_and_saves_the_evacuation_the_copy() ->
     let before = copied.len();
     stage.crew.kill_agent(TARGET)?;
     stage.crew.start_agent(TARGET)?;
-    let copied = wait_for("a round after the target's death", PATIENCE, || {
-        let copied = rounds(&plan)?;
-        Ok((copied.len() > before + 1).then_some(copied))
-    })
-    .with_context(|| stage.crew.log(SOURCE))?;
-    let again: u64 = copied[before..].iter().map(|round| round.1).sum();
-    ensure!(again < BULK / 4, "{again} bytes again: {copied:?}");
-    ensure!(prepared(&stage, "")? == plan, "another plan");
+    goes_on(&stage, &plan, before)?;
     ensure!(state(&source)? == untouched, "the container was touched");
 
     overload(&stage, STARVED)?;
@@ -175,14 +168,7 @@ fn a_paired_device_that_dies_while_prepared_is_found_again_or_done_without() -> 
     let before = moved(&source, &plan)?.0.len();
     stage.crew.kill_agent(&paired)?;
     stage.crew.start_agent(&paired)?;
-    let copied = wait_for("a round after the paired device's death", PATIENCE, || {
-        let copied = moved(&source, &plan)?.0;
-        Ok((copied.len() > before + 1).then_some(copied))
-    })
-    .with_context(|| stage.crew.log(SOURCE))?;
-    let again: u64 = copied[before..].iter().map(|round| round.1).sum();
-    ensure!(again < BULK / 4, "{again} bytes again: {copied:?}");
-    ensure!(prepared(&stage, "")? == plan, "another plan");
+    goes_on(&stage, &plan, before)?;
     ensure!(state(&source)? == untouched, "the container was touched");
 
     // For good this time.
@@ -198,6 +184,20 @@ fn a_paired_device_that_dies_while_prepared_is_found_again_or_done_without() -> 
     stage.writes_go_on(&CACHE)?;
     stage.check_data_on(&target, &CACHE)?;
     stage.lab.down()
+}
+
+/// Waits for rounds of the same plan beyond the first `before`, after a death, which send little again.
+fn goes_on(stage: &Stage, plan: &str, before: usize) -> Result<()> {
+    let source = stage.source()?;
+    let copied = wait_for("a round after the death", PATIENCE, || {
+        let copied = moved(source, plan)?.0;
+        Ok((copied.len() > before + 1).then_some(copied))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    let again: u64 = copied[before..].iter().map(|round| round.1).sum();
+    ensure!(again < BULK / 4, "{again} bytes again: {copied:?}");
+    ensure!(prepared(stage, "")? == plan, "another plan");
+    Ok(())
 }
 
 fn overload(stage: &Stage, fault: Fault) -> Result<()> {

@@ -1,9 +1,8 @@
 //! A copy beside a workload that uses the same disk: it is slowed for the workload's sake, and no longer than that.
 
 use anyhow::{Context as _, Result, ensure};
-use lifeboat_tests::stage::{PATIENCE, SOURCE, Service, Stage, TARGET, device};
+use lifeboat_tests::stage::{Load, PATIENCE, SOURCE, Service, Stage, TARGET, device};
 use serde_json::Value;
-use std::process::Child;
 use xtask::crew::{Device, wait_for_end};
 use xtask::lab::Host;
 use xtask::process::wait_for;
@@ -16,16 +15,6 @@ const CACHE: Service = Service {
 /// Random bytes to move beside the image.
 const BULK: u64 = 96 << 20;
 const MINIMUM: u64 = 4 << 20;
-
-/// A program that runs until it is dropped.
-struct Load(Child);
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 #[test]
 fn a_workload_on_the_disk_slows_the_copy_and_its_end_lets_it_go() -> Result<()> {
@@ -99,11 +88,6 @@ fn a_workload_on_the_disk_slows_the_copy_and_its_end_lets_it_go() -> Result<()> 
 
 /// Reads a file past the page cache, again and again, as a process of the container's cgroup.
 fn load(host: &Host) -> Result<Load> {
-    let id = host.podman(["inspect", "--format", "{{.Id}}", CACHE.name])?;
-    let find = format!("find /sys/fs/cgroup -type d -name 'libpod-{id}*' | head -1");
-    let script = format!(
-        "echo $$ >\"$({find})/cgroup.procs\" &&
-         while :; do dd if=/srv/load of=/dev/null bs=16k iflag=direct status=none; done"
-    );
-    Ok(Load(host.spawn_logged("load", ["sh", "-c", &script])?))
+    let read = "dd if=/srv/load of=/dev/null bs=16k iflag=direct status=none";
+    Load::start(host, &CACHE, read)
 }

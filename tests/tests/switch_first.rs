@@ -2,9 +2,8 @@
 
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::shop::says;
-use lifeboat_tests::stage::{PATIENCE, SOURCE, Service, Stage, TARGET, device};
+use lifeboat_tests::stage::{Load, PATIENCE, SOURCE, Service, Stage, TARGET, device};
 use serde_json::Value;
-use std::process::Child;
 use xtask::crew::{Device, wait_for_end};
 use xtask::lab::Host;
 
@@ -17,16 +16,6 @@ const CACHE: Service = Service {
 const BULK: u64 = 48 << 20;
 /// What is written anew again and again.
 const BUSY: u64 = 4 << 20;
-
-/// A program that runs until it is dropped.
-struct Load(Child);
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 #[test]
 fn the_choice_is_told_with_its_figures_after_every_round_and_an_operator_has_a_word() -> Result<()>
@@ -108,12 +97,6 @@ fn lines(report: &Value, text: &str) -> Vec<String> {
 
 /// Writes one file anew, again and again, until the container is frozen: as a process of its cgroup.
 fn busy(host: &Host) -> Result<Load> {
-    let id = host.podman(["inspect", "--format", "{{.Id}}", CACHE.name])?;
-    let find = format!("find /sys/fs/cgroup -type d -name 'libpod-{id}*' | head -1");
-    let script = format!(
-        "echo $$ >\"$({find})/cgroup.procs\" &&
-         while :; do head -c {BUSY} /dev/urandom >{}/busy; done",
-        CACHE.notes()
-    );
-    Ok(Load(host.spawn_logged("busy", ["sh", "-c", &script])?))
+    let write = format!("head -c {BUSY} /dev/urandom >{}/busy", CACHE.notes());
+    Load::start(host, &CACHE, &write)
 }

@@ -17,8 +17,8 @@ use crate::model::plan::Plan;
 use crate::model::trace::Trace;
 use crate::model::volume::VolumeKind;
 use crate::serve::{
-    Figures, Filler, FrontEnd, Hot, Mount, MountError, MountOptions, NbdAddress, NbdError,
-    NbdServer, Store, StoreError,
+    Figures, Filler, FrontEnd, Hot, Mount, MountError, NbdAddress, NbdError, NbdServer, Store,
+    StoreError,
 };
 use crate::transfer::fetch::{FetchPlan, Grant};
 use crate::transfer::{DataKey, Hop, LinkKey};
@@ -381,14 +381,7 @@ fn open(
     let store = Store::open(&directory, &name, fetch, &parts.transfer, patience, devices)?;
     let front: Box<dyn FrontEnd> = match how {
         How::Nbd(address) => Box::new(NbdServer::bind(&address, Arc::clone(&store), read_only)?),
-        How::Mount(directory) => {
-            let options = MountOptions {
-                read_only,
-                // Anybody may have put a set-user-id program there, and nobody need run one.
-                trusted: false,
-            };
-            Box::new(Mount::at(&directory, Arc::clone(&store), options)?)
-        }
+        How::Mount(directory) => Box::new(Mount::at(&directory, Arc::clone(&store), read_only)?),
     };
     let filler = fill.then(|| Filler::start(&store, hot)).transpose();
     let filler = filler.map_err(|error| AccessError::System {

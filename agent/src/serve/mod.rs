@@ -23,7 +23,7 @@ pub trait FrontEnd: Send {
 
 pub use fill::{Filler, Hot};
 pub use forward::{ForwardError, Forwarder, Traffic};
-pub use fuse::{Mount, MountError, MountOptions};
+pub use fuse::{Mount, MountError};
 pub use nbd::{NbdAddress, NbdError, NbdServer};
 pub use origins::StoreError;
 pub use store::{Figures, Store};

@@ -44,15 +44,6 @@ pub struct Mount {
     session: Option<BackgroundSession>,
 }
 
-/// What may be done with a mounted tree.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MountOptions {
-    /// Nobody may write.
-    pub read_only: bool,
-    /// Set-user-id programs and device nodes work, as they do in the volume itself: for a twin.
-    pub trusted: bool,
-}
-
 impl Mount {
     /// Whether something can be mounted at `directory`; a dead mount that a killed agent left there is removed.
     ///
@@ -75,21 +66,17 @@ impl Mount {
     ///
     /// # Errors
     /// The directory cannot be used, or the kernel has no FUSE.
-    pub fn at(
-        directory: &Path,
-        store: Arc<Store>,
-        options: MountOptions,
-    ) -> Result<Self, MountError> {
+    pub fn at(directory: &Path, store: Arc<Store>, read_only: bool) -> Result<Self, MountError> {
         let failed = |error: io::Error| MountError {
             directory: directory.to_owned(),
             error,
         };
         Self::check(directory)?;
-        let connection = attach(directory, options).map_err(failed)?;
+        let connection = attach(directory, read_only).map_err(failed)?;
         let mut config = Config::default();
         config.acl = SessionACL::All;
         config.n_threads = Some(THREADS);
-        let tree = tree::Tree::new(store, options.read_only);
+        let tree = tree::Tree::new(store, read_only);
         let calls = calls::Calls::new(tree);
         let session = Session::from_fd(calls, connection, SessionACL::All, config);
         let started = session.and_then(Session::spawn).and_then(|session| {
@@ -147,7 +134,7 @@ fn clear_dead(directory: &Path) -> io::Result<()> {
 }
 
 /// Mounts a connection to this process at `directory`.
-fn attach(directory: &Path, options: MountOptions) -> io::Result<OwnedFd> {
+fn attach(directory: &Path, read_only: bool) -> io::Result<OwnedFd> {
     let connection = OpenOptions::new()
         .read(true)
         .write(true)
@@ -157,9 +144,9 @@ fn attach(directory: &Path, options: MountOptions) -> io::Result<OwnedFd> {
         "fd={},rootmode={mode:o},user_id=0,group_id=0,default_permissions,allow_other",
         connection.as_raw_fd()
     );
-    let mut flags = MsFlags::empty();
-    flags.set(MsFlags::MS_RDONLY, options.read_only);
-    flags.set(MsFlags::MS_NODEV | MsFlags::MS_NOSUID, !options.trusted);
+    // Anybody may have put a set-user-id program there, and nobody need run one.
+    let mut flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID;
+    flags.set(MsFlags::MS_RDONLY, read_only);
     mount(
         Some("lifeboat"),
         directory,
