@@ -2,10 +2,13 @@
 
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::shop::says;
-use lifeboat_tests::stage::{Load, PATIENCE, SOURCE, Service, Stage, TARGET, device};
+use lifeboat_tests::stage::{Load, PATIENCE, SOURCE, Service, Stage, TARGET, device, running};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use xtask::crew::{Device, wait_for_end};
-use xtask::lab::Host;
+use xtask::lab::{Fault, Host};
+
+use xtask::process::wait_for;
 
 const CACHE: Service = Service {
     name: "cache",
@@ -48,8 +51,15 @@ fn the_choice_is_told_with_its_figures_after_every_round_and_an_operator_has_a_w
         .tell(SOURCE, &["plan", CACHE.name, "--switch-first"])?;
     says(
         &told,
-        &["an operator said to switch first, which cannot be done:"],
+        &[
+            "switch first:",
+            "as an operator said",
+            "losing the target loses what the twins wrote",
+        ],
     )?;
+    let (_, plan) = stage.crew.ask(SOURCE, &["plan", CACHE.name])?;
+    let obstacle = plan["choice"]["outlook"]["obstacle"].to_string();
+    ensure!(obstacle.contains("--switch-first"), "{obstacle}");
 
     let busy = busy(&source)?;
     let told = stage
@@ -83,6 +93,136 @@ fn the_choice_is_told_with_its_figures_after_every_round_and_an_operator_has_a_w
     says(&told, &["copy first:", "pause now:"])?;
     stage.writes_go_on(&CACHE)?;
     stage.lab.down()
+}
+
+#[test]
+fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> Result<()> {
+    let devices = [device(SOURCE, None), device(TARGET, None)];
+    let Some(mut stage) = Stage::up("switched", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let (source, target) = (stage.source()?.clone(), stage.target()?.clone());
+    let big = format!("{}/big", CACHE.notes());
+    source.run(["sh", "-c", &format!("head -c {LATER} /dev/urandom >{big}")])?;
+    stage.lab.fault(&source, SLOW, PATIENCE * 5)?;
+    let arguments = ["evacuate", CACHE.name, "--yes", "--switch-first"];
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    let plan = stage.plan()?;
+
+    arrives(&stage, 1)?;
+    ensure!(running(&target)?.len() == 1, "the twin does not run");
+    ensure!(running(&source)?.is_empty(), "the source's container runs");
+    let told = stage.crew.tell(SOURCE, &["status"])?;
+    says(&told, &["fill: switched first:", "MiB) there"])?;
+    stage.writes_go_on(&CACHE)?;
+    println!("{told}");
+
+    stage.crew.kill_agent(TARGET)?;
+    stage.crew.start_agent(TARGET)?;
+    stage.writes_go_on(&CACHE)?;
+    arrives(&stage, 2)?;
+    stage.crew.kill_agent(SOURCE)?;
+    stage.crew.start_agent(SOURCE)?;
+    stage.writes_go_on(&CACHE)?;
+
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 3)
+        .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    ensure!(lines(&report, "roots agree").len() == 1, "{report:#}");
+    stage.crew.tell(SOURCE, &["verify", &plan])?;
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    // The twin's next start is on the plain place, whatever becomes of the agent.
+    let plain = |id: &str| -> Result<bool> {
+        let mounts = target.podman(["exec", id, "cat", "/proc/mounts"])?;
+        Ok(!mounts.contains("fuse.lifeboat"))
+    };
+    ensure!(
+        !plain(CACHE.name)?,
+        "the twin was started anew without need"
+    );
+    stage.crew.signal_agent(TARGET, Signal::SIGTERM)?;
+    stage.crew.await_agent_end(TARGET, PATIENCE)?;
+    ensure!(
+        plain(CACHE.name)?,
+        "the twin is still on a mount of the agent"
+    );
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    let look =
+        "ls -A /srv /var/lib/containers/storage/volumes/*; grep fuse.lifeboat /proc/mounts || true";
+    let left = target.run(["sh", "-c", look])?;
+    ensure!(!left.contains("lifeboat"), "{left}");
+    stage.lab.down()
+}
+
+#[test]
+fn a_death_before_the_release_lists_anew_and_one_after_the_proof_moves_the_data_to_its_place()
+-> Result<()> {
+    let devices = [
+        device(SOURCE, Some("release")),
+        device(TARGET, Some("proven")),
+    ];
+    let Some(mut stage) = Stage::up("switched-deaths", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let target = stage.target()?.clone();
+    let notes = target.path(&CACHE.notes());
+    let arguments = ["evacuate", CACHE.name, "--yes", "--switch-first"];
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    stage.await_death(SOURCE)?;
+    ensure!(
+        running(&target)?.is_empty(),
+        "a twin runs without a release"
+    );
+    let later = format!("{}/later", CACHE.notes());
+    stage
+        .source()?
+        .run(["sh", "-c", &format!("echo known >{later}")])?;
+    stage.crew.start_agent(SOURCE)?;
+    stage.await_death(TARGET)?;
+    stage.crew.start_agent(TARGET)?;
+    let plan = stage.plan()?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)
+        .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    ensure!(
+        lines(&report, "agree on the lists").len() == 2,
+        "{report:#}"
+    );
+    ensure!(
+        notes.join("later").exists(),
+        "the list is of before the death"
+    );
+    stage.crew.tell(SOURCE, &["verify", &plan])?;
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    let mounts = target.podman(["exec", CACHE.name, "cat", "/proc/mounts"])?;
+    ensure!(!mounts.contains("fuse.lifeboat"), "{mounts}");
+    stage.lab.down()
+}
+
+/// Bytes that come behind the twin.
+const LATER: u64 = 64 << 20;
+/// A link over which they take a while.
+const SLOW: Fault = Fault::Net {
+    mbit: 40,
+    loss_percent: 0,
+};
+
+/// Waits until so many MiB have arrived behind the twins, and not all.
+fn arrives(stage: &Stage, mib: u64) -> Result<()> {
+    wait_for("data behind the twins", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let arrival = &status["plans"][0]["arrival"];
+        let figure = |name: &str| arrival[name].as_u64();
+        let (Some(bytes), Some(absent)) = (figure("bytes"), figure("absent")) else {
+            return Ok(None);
+        };
+        ensure!(arrival["whole"] == false, "all was there before: {arrival}");
+        Ok((bytes > 0 && bytes - absent >= mib << 20).then_some(()))
+    })
+    .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))
 }
 
 /// Lines of the report's timeline that hold `text`.

@@ -5,10 +5,11 @@ use crate::migration::paired::{Paired, RelayError};
 use crate::migration::provide::{ProvideError, Provider};
 use crate::migration::target::{Target, TargetError};
 use crate::model::control::{
-    Dismiss, Offer, OfferAccepted, Owns, Provided, RelayAccepted, RelayRequest, TakeOver,
-    TargetStatus,
+    Dismiss, Offer, OfferAccepted, Open, Owns, Provided, RelayAccepted, RelayRequest, TakeOver,
+    TargetStatus, Whole,
 };
 use crate::model::ids::PlanId;
+use crate::model::plan::VolumeRelease;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
@@ -32,7 +33,9 @@ pub fn router(roles: Roles) -> Router {
         .route("/v1/plans/{plan}/offer", post(offer))
         .route("/v1/plans/{plan}/revise", post(revise))
         .route("/v1/plans/{plan}/rehearse", post(rehearse))
+        .route("/v1/plans/{plan}/open", post(open))
         .route("/v1/plans/{plan}/release", post(release))
+        .route("/v1/plans/{plan}/whole", post(arrived))
         .route("/v1/plans/{plan}/dismiss", post(dismiss))
         .route("/v1/plans/{plan}", get(status))
         .route("/v1/plans/{plan}/relay", post(relay))
@@ -106,6 +109,24 @@ async fn rehearse(
     Path(plan): Path<PlanId>,
 ) -> Answer<()> {
     whole(async move { target.rehearse(&peer.device, &plan).await }).await
+}
+
+async fn open(
+    State(Roles { target, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Path(plan): Path<PlanId>,
+    Json(request): Json<Open>,
+) -> Answer<Vec<VolumeRelease>> {
+    whole(async move { target.open(&peer.device, &plan, request).await }).await
+}
+
+async fn arrived(
+    State(Roles { target, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Path(plan): Path<PlanId>,
+    Json(request): Json<Whole>,
+) -> Answer<()> {
+    whole(async move { target.whole(&peer.device, &plan, request).await }).await
 }
 
 async fn release(

@@ -1,7 +1,6 @@
 //! The local API: what the command line asks of the agent, over a unix socket.
 
 use crate::health::{Policy, Stage};
-use crate::migration::PlanStatus;
 use crate::migration::access::{Access, AccessError, ServeRequest, Served};
 use crate::migration::delegator::{Delegator, DelegatorError};
 use crate::migration::events::Approval;
@@ -10,6 +9,7 @@ use crate::migration::planner::Request;
 use crate::migration::report::Report;
 use crate::migration::verify::Verification;
 use crate::migration::view::HostView;
+use crate::migration::{Arriving, PlanStatus};
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::metric::Sample;
 use crate::model::plan::Plan;
@@ -61,6 +61,9 @@ pub struct Status {
     pub view: HostView,
     /// Plans of this agent's life.
     pub plans: Vec<PlanStatus>,
+    /// Plans of other devices whose twins run here before their data is here.
+    #[serde(default)]
+    pub arriving: Vec<Arriving>,
     /// What the verdict rests on and leads to; none without a policy.
     pub judgement: Option<Judgement>,
 }
@@ -248,6 +251,9 @@ async fn status(State(context): State<Context>) -> Json<Status> {
         device: context.device,
         view,
         plans: context.delegator.status(),
+        arriving: context
+            .access
+            .map_or_else(Vec::new, |access| access.arriving()),
         judgement: (context.policy)().map(|policy| Judgement {
             policy: policy.name,
             thresholds: policy.thresholds.len(),

@@ -55,6 +55,19 @@ impl Meter {
             String::new()
         };
         let trouble = plan.trouble.as_ref();
+        let retrying = trouble.map_or_else(String::new, |text| format!(" [retrying: {text}]"));
+        let arrival = plan
+            .arrival
+            .as_ref()
+            .filter(|arrival| !arrival.whole && !plan.over);
+        if let Some(arrival) = arrival {
+            return format!(
+                "plan {}: {}: switched first: {} there{retrying}",
+                plan.plan,
+                plan.phase,
+                arrival.share()
+            );
+        }
         format!(
             "plan {}: {}: {done} of about {total} read, {} sent, {}/s{}{remaining}{}",
             plan.plan,
@@ -62,7 +75,7 @@ impl Meter {
             plan.bytes_sent,
             Bytes(self.rate as u64),
             limited(&plan.limits),
-            trouble.map_or_else(String::new, |text| format!(" [retrying: {text}]")),
+            retrying,
         )
     }
 

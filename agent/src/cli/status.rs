@@ -5,6 +5,7 @@ use super::meter::Meter;
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
 use crate::health::Stage;
+use crate::migration::Arriving;
 use crate::model::ids::PlanId;
 use crate::model::units::{human_duration, utc};
 use std::collections::BTreeMap;
@@ -94,6 +95,19 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
         for (role, device) in devices {
             lines.extend(device.iter().map(|device| format!("  {role} {device}")));
         }
+    }
+    for Arriving {
+        plan,
+        source,
+        arrival,
+    } in &status.arriving
+    {
+        let trouble = arrival.trouble.as_ref();
+        let trouble = trouble.map_or_else(String::new, |text| format!(" [{text}]"));
+        lines.push(format!(
+            "plan {plan} from {source}: its twins run here, {} here{trouble}",
+            arrival.share()
+        ));
     }
     lines.extend(
         status

@@ -8,6 +8,7 @@
 use super::active::locked;
 use super::delegator::Parts;
 use super::journal::plan_directory;
+use super::later::Arriving;
 use super::target::Target;
 use crate::fleet::agent::PairedState;
 use crate::model::control::Provided;
@@ -190,6 +191,12 @@ impl Access {
         }
     }
 
+    /// Plans whose twins run here before their data is here.
+    #[must_use]
+    pub fn arriving(&self) -> Vec<Arriving> {
+        self.target.arriving()
+    }
+
     /// What is served.
     #[must_use]
     pub fn served(&self) -> Vec<Served> {
@@ -239,7 +246,7 @@ impl Access {
             plan: id.clone(),
             volume: volume.id,
             fleet_key: FleetKey(*fleet.identity.fleet_key()),
-            admit: self.admit(&source, id),
+            admit: admit(parts, &source, id),
         };
         let (name, parts) = (volume.name.clone(), parts.clone());
         let serving =
@@ -266,30 +273,6 @@ impl Access {
         let lent = self.pairings.authorised(id, &plan.source);
         let lent = lent.filter(|lent| lent.role == Role::Target);
         Ok((plan, lent.ok_or_else(unknown)?.peer))
-    }
-
-    /// Asks the source over the control channel to let this device fetch.
-    fn admit(
-        &self,
-        source: &PeerAddress,
-        id: &PlanId,
-    ) -> Box<dyn Fn() -> Result<Grant, String> + Send + Sync> {
-        let (parts, source) = (self.target.parts.clone(), source.clone());
-        let path = format!("/v1/plans/{id}/provide");
-        let runtime = tokio::runtime::Handle::current();
-        Box::new(move || {
-            let fleet = parts.fleet.as_ref().ok_or("this device is in no fleet")?;
-            let asked = fleet.client.post::<_, Provided>(&source, &path, &());
-            // Called from threads of the data plane, which may wait.
-            let provided = runtime.block_on(asked).map_err(|error| error.to_string())?;
-            Ok(Grant {
-                hop: Hop {
-                    addr: provided.data,
-                    link_key: LinkKey(provided.link_key.0),
-                },
-                data_key: DataKey(provided.data_key.0),
-            })
-        })
     }
 
     /// Stops serving a volume and removes the copy with what was written to it.
@@ -329,8 +312,9 @@ impl Access {
         }
     }
 
-    /// Stops serving everything; the copies stay for the next life of the agent.
+    /// Stops serving everything, also what twins run on; the copies stay for the next life of the agent.
     pub async fn stop(&self) {
+        self.target.stop().await;
         let all = std::mem::take(&mut *locked(&self.serving));
         let closing = tokio::task::spawn_blocking(move || {
             for serving in all.into_values() {
@@ -341,6 +325,30 @@ impl Access {
             tracing::error!("internal task failed: {error}");
         }
     }
+}
+
+/// Asks the source over the control channel to let this device fetch.
+pub(super) fn admit(
+    parts: &Arc<Parts>,
+    source: &PeerAddress,
+    id: &PlanId,
+) -> Box<dyn Fn() -> Result<Grant, String> + Send + Sync> {
+    let (parts, source) = (parts.clone(), source.clone());
+    let path = format!("/v1/plans/{id}/provide");
+    let runtime = tokio::runtime::Handle::current();
+    Box::new(move || {
+        let fleet = parts.fleet.as_ref().ok_or("this device is in no fleet")?;
+        let asked = fleet.client.post::<_, Provided>(&source, &path, &());
+        // Called from threads of the data plane, which may wait.
+        let provided = runtime.block_on(asked).map_err(|error| error.to_string())?;
+        Ok(Grant {
+            hop: Hop {
+                addr: provided.data,
+                link_key: LinkKey(provided.link_key.0),
+            },
+            data_key: DataKey(provided.data_key.0),
+        })
+    })
 }
 
 fn described((plan, volume): &Key, serving: &Serving) -> Served {
@@ -378,7 +386,15 @@ fn open(
         Mount::check(directory)?;
     }
     let devices = parts.settings.device_nodes;
-    let store = Store::open(&directory, &name, fetch, &parts.transfer, patience, devices)?;
+    let store = Store::open(
+        &directory,
+        &name,
+        fetch,
+        &parts.transfer,
+        patience,
+        devices,
+        false,
+    )?;
     let front: Box<dyn FrontEnd> = match how {
         How::Nbd(address) => Box::new(NbdServer::bind(&address, Arc::clone(&store), read_only)?),
         How::Mount(directory) => Box::new(Mount::at(&directory, Arc::clone(&store), read_only)?),

@@ -5,6 +5,7 @@
 use super::events::Approval;
 use super::moving::MoveError;
 use crate::model::choice::Choice;
+use crate::model::control::Arrival;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{MigrationEvent, Plan, PlanGuards, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
@@ -53,6 +54,9 @@ pub struct PlanStatus {
     /// Whether it copies on, pauses or switches first, and why.
     #[serde(default)]
     pub choice: Option<Choice>,
+    /// How far the data is, after a switch that came first.
+    #[serde(default)]
+    pub arrival: Option<Arrival>,
     /// The last thing that went wrong and is being retried.
     pub trouble: Option<String>,
 }
@@ -144,6 +148,7 @@ impl Active {
                 awaits: Vec::new(),
                 limits: Limits::default(),
                 choice: plan.choice.clone(),
+                arrival: None,
                 trouble: None,
             }),
             progress: Arc::new(capped(plan)),
@@ -288,6 +293,10 @@ impl Active {
 
     pub(super) fn choose(&self, choice: &Choice) {
         locked(&self.status).choice = Some(choice.clone());
+    }
+
+    pub(super) fn arrival(&self, arrival: &Arrival) {
+        locked(&self.status).arrival = Some(arrival.clone());
     }
 
     pub(super) fn awaits(&self, roles: &[String]) {

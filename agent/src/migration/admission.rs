@@ -5,6 +5,7 @@
 use super::events::{Place, TargetEvent};
 use super::journal::plan_directory;
 use super::keys;
+use super::later::cannot_serve;
 use super::places::{image_id, is_one, name_of};
 use super::target::{Target, TargetError};
 use crate::containers::{Runtime, RuntimeError};
@@ -102,14 +103,16 @@ impl Target {
         if let Some(known) = self.plans().get_mut(&plan.id) {
             let event = TargetEvent::Accepted {
                 plan: Box::new(plan.clone()),
-                places,
+                places: places.clone(),
             };
             known.journal.append(crate::fleet::now(), event)?;
             known.plan = plan.clone();
         }
         tracing::info!(plan = %plan.id, source = %plan.source, "its source goes on");
         let layers_present = layers_held(runtime, layers).await?;
-        Ok(Some(self.accepted(keys, images_present, layers_present)))
+        let cannot_serve = cannot_serve(plan, &places);
+        let accepted = self.accepted(keys, images_present, layers_present, cannot_serve);
+        Ok(Some(accepted))
     }
 }
 

@@ -14,9 +14,6 @@ use crate::model::plan::PlannedContainer;
 use crate::model::units::{Bytes, UnixMillis};
 use std::collections::BTreeSet;
 
-/// Why no plan of this version switches first.
-pub(super) const OBSTACLE: &str = "this version starts a twin only on data that has all arrived";
-
 pub(super) fn bounds(settings: &Settings) -> Bounds {
     Bounds {
         threshold: Bytes(settings.changeset_threshold_bytes),
@@ -93,7 +90,7 @@ impl Move {
             copy,
             dirty,
             deadline: deadline(&view, self.delegator.now()),
-            obstacle: Some(OBSTACLE.to_owned()),
+            obstacle: self.obstacle(),
             word: self.plan.guards.way,
             bounds: bounds(self.delegator.settings()),
         }

@@ -198,6 +198,14 @@ impl Delegator {
             super::devices::look(self.settings(), &self.parts.state, path)
         });
         notes.extend(origins.iter().filter_map(super::freezing::note));
+        let filling = super::places::filling(&self.parts.state);
+        blockers.extend(origins.iter().filter_map(|origin| {
+            let plan = filling.get(&origin.path)?;
+            Some(crate::model::plan::Blocker {
+                what: origin.path.display().to_string(),
+                why: format!("plan {plan} brings its data, which is not all here yet; wait for it"),
+            })
+        }));
         if self.parts.fleet.is_none() {
             blockers.push(crate::model::plan::Blocker {
                 what: self.parts.device.to_string(),
@@ -244,6 +252,7 @@ impl Delegator {
                 notes,
                 measured_rate,
                 dirty,
+                failing: super::switch_first::failing(&view),
                 deadline: choosing::deadline(&view, now),
                 bounds: choosing::bounds(self.settings()),
             },

@@ -3,8 +3,9 @@
 use crate::model::action::Actions;
 use crate::model::choice::Choice;
 use crate::model::control::Owns;
+use crate::model::fleet::PeerAddress;
 use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
-use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState};
+use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::volume::Unreadable;
 use serde::{Deserialize, Serialize};
@@ -195,6 +196,13 @@ pub enum SourceEvent {
         /// Time it took.
         duration: Duration,
     },
+    /// Source and target agree on the lists of volumes whose data comes behind the twins.
+    Listed {
+        /// Each list.
+        volumes: Vec<VolumeRelease>,
+        /// Time it took.
+        duration: Duration,
+    },
     /// The commit point.
     Released {
         /// Release.
@@ -223,6 +231,13 @@ pub enum SourceEvent {
         interruption: Duration,
         /// The part of it that the target spent making and starting twins, by its own clock.
         start_up: Duration,
+    },
+    /// Switched first, everything is on the target now: the roots that both computed agree.
+    Whole {
+        /// Root of each tree.
+        roots: BTreeMap<VolumeId, Signature>,
+        /// Bytes of all files.
+        bytes: Bytes,
     },
     /// Nothing is left to do.
     Completed,
@@ -272,6 +287,30 @@ pub enum TargetEvent {
         /// By path on the source.
         devices: BTreeMap<PathBuf, PathBuf>,
     },
+    /// Stores are about to be made of volumes whose data comes behind the twins, from the source's lists of them.
+    Opening {
+        /// Who has the data.
+        source: PeerAddress,
+        /// The directory of each store.
+        stores: BTreeMap<VolumeId, PathBuf>,
+    },
+    /// The lists are here, durably; the data is not.
+    Opened {
+        /// Each list.
+        volumes: Vec<VolumeRelease>,
+    },
+    /// A twin's runtime does not start it by itself.
+    TwinFenced {
+        /// How.
+        fence: ContainerFence,
+    },
+    /// Everything is here and its roots are the source's: the data is about to take its final place.
+    Proven {
+        /// Inode of each tree's data.
+        inodes: BTreeMap<VolumeId, u64>,
+    },
+    /// The data is in its final place, and the source is not needed any more.
+    Whole,
     /// The release was found good and the target owns n+1.
     Owns {
         /// Release.

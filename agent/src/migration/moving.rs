@@ -110,6 +110,14 @@ pub enum MoveError {
         /// Target.
         target: DeviceId,
     },
+    /// What is here cannot be looked at.
+    #[error("{0}")]
+    Unlisted(String),
+    /// What arrived is not what is here.
+    #[error(
+        "what arrived of volume {0} is not what this device reads; its disk or somebody else changed it since the release"
+    )]
+    Unproven(String),
     /// The device left its fleet.
     #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
     NoFleet,
@@ -176,6 +184,8 @@ pub(super) struct Move {
 pub(super) struct Moved {
     /// Target and paired device have taken the plan.
     pub(super) prepared: bool,
+    /// Why the target cannot start twins before their data, as it said last.
+    pub(super) cannot_serve: Option<String>,
     /// Rounds that are on the target.
     pub(super) rounds: u32,
     /// The last epoch of each volume there.

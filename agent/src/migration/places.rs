@@ -8,7 +8,7 @@ use super::events::{Place, TargetEvent};
 use super::journal::{self, plan_directory};
 use super::target::{Target, TargetError};
 use crate::containers::Runtime;
-use crate::model::ids::{Epoch, VolumeId};
+use crate::model::ids::{Epoch, PlanId, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
@@ -243,6 +243,29 @@ pub(super) fn image_id(plan: &Plan, volume: &VolumeSpec) -> String {
         .and_then(|name| plan.container(name))
         .map(|planned| planned.container.image_id.clone())
         .unwrap_or_default()
+}
+
+/// Places on this device whose data is not all here yet, with the plan that brings it.
+#[must_use]
+pub(super) fn filling(state: &Path) -> BTreeMap<PathBuf, PlanId> {
+    let mut filling = BTreeMap::new();
+    for id in plan_ids(state, "target") {
+        let entries = journal::read::<TargetEvent>(&plan_directory(state, "target", &id));
+        let (mut here, mut later, mut owned) = (Vec::new(), false, false);
+        for entry in entries.unwrap_or_default() {
+            match entry.event {
+                TargetEvent::Accepted { places, .. } => here = places,
+                TargetEvent::Opened { .. } => later = true,
+                TargetEvent::Owns { .. } => owned = true,
+                TargetEvent::Whole => later = false,
+                _ => {}
+            }
+        }
+        if owned && later {
+            filling.extend(here.into_iter().map(|place| (place.path, id.clone())));
+        }
+    }
+    filling
 }
 
 /// The epoch from which this device owns each of `volumes`, from the plans it took over.

@@ -3,7 +3,7 @@
 //! Pure composition: the delegator gathers, this file decides.
 
 use crate::model::action::{Action, Actions};
-use crate::model::choice::{Bounds, Deadline, Outlook, Rate};
+use crate::model::choice::{Bounds, Deadline, Next, Outlook, Rate};
 use crate::model::container::{Container, Mount, State};
 use crate::model::edge::{Correlated, Edge};
 use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
@@ -287,6 +287,8 @@ pub struct Gathered {
     pub measured_rate: Option<(PlanId, Bytes)>,
     /// How fast the workload changes its data now, as far as can be told.
     pub dirty: Option<Rate>,
+    /// Evidence that a disk fails.
+    pub failing: Option<String>,
     /// When the policy expects the worst.
     pub deadline: Option<Deadline>,
     /// Bounds of replication.
@@ -408,10 +410,20 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         dirty: gathered.dirty,
         overhead: Duration::ZERO,
         deadline: gathered.deadline,
-        obstacle: Some(super::choosing::OBSTACLE.into()),
+        obstacle: super::switch_first::obstacle(
+            request.guards.way,
+            &containers,
+            &volumes,
+            &delegated,
+            gathered.failing.as_deref(),
+        ),
         word: request.guards.way,
         bounds: gathered.bounds,
     };
+    let choice = outlook.choose();
+    if choice.next == Next::SwitchFirst {
+        notes.push(super::switch_first::RISK.to_owned());
+    }
     Plan {
         id,
         created: now,
@@ -433,7 +445,7 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
             basis,
             duration,
         },
-        choice: Some(outlook.choose()),
+        choice: Some(choice),
         target: None,
         paired: None,
     }

@@ -268,6 +268,22 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(volumes.iter().map(tell_volume));
             lines
         }
+        SourceEvent::Listed { volumes, duration } => {
+            let mut lines = vec![format!(
+                "switched first: source and target agree on the lists, in {}; the data comes behind the twins",
+                human_duration(*duration)
+            )];
+            lines.extend(
+                volumes
+                    .iter()
+                    .map(|volume| format!("  {} epoch {}", volume.name, volume.epoch)),
+            );
+            lines
+        }
+        SourceEvent::Whole { roots, bytes } => vec![format!(
+            "all {bytes} are on the target, in {} volume(s); roots agree",
+            roots.len()
+        )],
         SourceEvent::Released { .. } => {
             vec!["released: signed and durable, the source owns nothing from here".into()]
         }

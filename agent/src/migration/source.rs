@@ -17,14 +17,16 @@ use super::switch::{RETRY, Released};
 use crate::fleet::identity;
 use crate::fleet::pairing::{PairError, Pairing};
 use crate::model::action::{Action, Actions};
-use crate::model::choice::Next;
+use crate::model::choice::{Next, Way};
 use crate::model::container::State;
 use crate::model::control::{
     Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
 };
 use crate::model::fleet::PeerAddress;
 use crate::model::ids::VolumeId;
-use crate::model::plan::{Chosen, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease};
+use crate::model::plan::{
+    Chosen, Content, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease,
+};
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::{DataKey, DataPath, Hop, Limit, LinkKey, Sender};
@@ -222,6 +224,7 @@ impl<'a> Allocated<'a> {
             images_present: accepted.images_present.clone(),
             layers_present: accepted.layers_present.values().sum(),
         })?;
+        core.moved.cannot_serve.clone_from(&accepted.cannot_serve);
         let mut volumes = core.plan.volumes.clone();
         volumes.retain(|volume| !accepted.images_present.contains(&volume.id));
         let held = held_layers(&offer.layers, &accepted.layers_present);
@@ -377,10 +380,18 @@ impl<'a> Prepared<'a> {
             rehearse(core, &target).await?;
         }
         let (mut before, mut rounds) = (None, 0);
-        if !in_advance {
-            core.choose(rounds, before)?;
+        if !in_advance && core.choose(rounds, before)?.next == Next::SwitchFirst {
+            send_images(core, &mut replica, &volumes).await?;
+            rehearse(core, &target).await?;
+            return Ok(Replicated {
+                core,
+                target,
+                volumes,
+                replica,
+                way: Way::SwitchFirst,
+            });
         }
-        loop {
+        let way = loop {
             core.enter("replicate")?;
             let whole = rounds == 0 && !in_advance;
             let (changeset, _) = replicate_round(core, &mut replica, &volumes, whole).await?;
@@ -391,20 +402,18 @@ impl<'a> Prepared<'a> {
             }
             match core.choose(rounds, before)?.next {
                 Next::Copy => before = Some(changeset),
+                Next::SwitchFirst => break Way::SwitchFirst,
                 // What changed while an operator was waited for goes before the pause.
-                Next::Pause | Next::SwitchFirst
-                    if core.await_acceptance(&replica, &volumes).await? =>
-                {
-                    before = None;
-                }
-                Next::Pause | Next::SwitchFirst => break,
+                Next::Pause if core.await_acceptance(&replica, &volumes).await? => before = None,
+                Next::Pause => break Way::CopyFirst,
             }
-        }
+        };
         Ok(Replicated {
             core,
             target,
             volumes,
             replica,
+            way,
         })
     }
 }
@@ -481,6 +490,22 @@ async fn replicate_round(
     Ok((changeset, duration))
 }
 
+/// Sends the images, which a twin needs whole.
+async fn send_images(
+    core: &mut Move,
+    replica: &mut Replica,
+    volumes: &[VolumeSpec],
+) -> Result<(), MoveError> {
+    let is_image = |volume: &&VolumeSpec| matches!(volume.kind, VolumeKind::Image(_));
+    let images: Vec<VolumeSpec> = volumes.iter().filter(is_image).cloned().collect();
+    if !images.is_empty() {
+        core.enter("replicate")?;
+        replicate_round(core, replica, &images, true).await?;
+        drop_exports(core).await;
+    }
+    Ok(())
+}
+
 /// Tells the target how the containers of a plan that was prepared in advance are now.
 async fn revise(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
     let offer = Offer {
@@ -513,6 +538,7 @@ struct Replicated<'a> {
     target: PeerAddress,
     volumes: Vec<VolumeSpec>,
     replica: Replica,
+    way: Way,
 }
 
 impl<'a> Replicated<'a> {
@@ -523,6 +549,7 @@ impl<'a> Replicated<'a> {
             target,
             volumes,
             replica,
+            way,
         } = self;
         core.enter("fence")?;
         core.append(SourceEvent::Fencing)?;
@@ -554,6 +581,7 @@ impl<'a> Replicated<'a> {
             target,
             volumes,
             replica,
+            way,
             since: started,
         })
     }
@@ -569,19 +597,31 @@ struct Paused<'a> {
     target: PeerAddress,
     volumes: Vec<VolumeSpec>,
     replica: Replica,
+    way: Way,
     since: Instant,
 }
 
 impl<'a> Paused<'a> {
-    /// Sends what changed since the last round; source and target agree on every root.
+    /// Sends what changed since the last round; source and target agree on every root. When the plan switches first,
+    /// they agree on the lists instead.
     async fn final_changeset(self) -> Result<FinallySent<'a>, MoveError> {
         let Self {
             core,
             target,
             volumes,
             mut replica,
+            way,
             since,
         } = self;
+        if way == Way::SwitchFirst {
+            let releases = core.agree_on_lists(&target, since).await?;
+            return Ok(FinallySent {
+                core,
+                target,
+                releases,
+                since,
+            });
+        }
         core.enter("final changeset")?;
         core.freeze_file_systems().await?;
         let started = Instant::now();
@@ -613,7 +653,7 @@ impl<'a> Paused<'a> {
                 volume: round.volume,
                 name: round.name,
                 epoch: round.epoch,
-                root: round.root,
+                content: Content::Sealed(round.root),
             })
             .collect();
         Ok(FinallySent {

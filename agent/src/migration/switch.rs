@@ -5,6 +5,7 @@
 use super::events::{Forwarding, SourceEvent};
 use super::faults::die_at;
 use super::moving::{Move, MoveError};
+use super::switch_first::is_later;
 use crate::containers::PauseError;
 use crate::model::control::{Owns, TakeOver, TargetStatus};
 use crate::model::fleet::{DutyOutcome, PeerAddress};
@@ -36,6 +37,7 @@ impl Released<'_> {
             release,
             paused,
         } = self;
+        let later = serde_json::from_str(&release.body).is_ok_and(|release| is_later(&release));
         core.active.enter("switch");
         // The release is written: nothing of the plan is written here any more.
         core.thaw_file_systems().await;
@@ -98,6 +100,9 @@ impl Released<'_> {
             start_up: status.start_up.unwrap_or_default(),
         })
         .await;
+        if later {
+            core.fill(&target).await;
+        }
         core.delegator
             .end_pairings(&core.plan, DutyOutcome::Done, &[])
             .await;
@@ -126,7 +131,10 @@ async fn hand_over(
         .map_err(Into::into)
 }
 
-async fn target_status(core: &Move, target: &PeerAddress) -> Result<TargetStatus, MoveError> {
+pub(super) async fn target_status(
+    core: &Move,
+    target: &PeerAddress,
+) -> Result<TargetStatus, MoveError> {
     Ok(core
         .client()?
         .get(target, &format!("/v1/plans/{}", core.plan.id))

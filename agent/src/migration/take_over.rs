@@ -6,7 +6,7 @@ use super::events::{Place, TargetEvent};
 use super::target::{Target, TargetError};
 use crate::model::control::Owns;
 use crate::model::ids::{DeviceId, PlanId};
-use crate::model::plan::{Plan, Release, SignedRelease, VolumeRelease};
+use crate::model::plan::{Content, Plan, Release, SignedRelease, VolumeRelease};
 use crate::model::volume::VolumeKind;
 use crate::volume::{BlockSize, FleetKey};
 use std::sync::Arc;
@@ -112,7 +112,7 @@ impl Target {
                     let (state, _) = crate::volume::scan(&path, &key, block_size)
                         .map_err(|error| error.to_string())?;
                     Ok(VolumeRelease {
-                        root: state.root,
+                        content: Content::Sealed(state.root),
                         ..released
                     })
                 })
@@ -178,10 +178,10 @@ fn check_release(
         };
         match arrived.iter().find(|arrived| arrived.volume == volume.id) {
             None => return Err(format!("nothing of volume {} arrived", volume.name)),
-            Some(arrived) if arrived.epoch != released.epoch || arrived.root != released.root => {
+            Some(arrived) if arrived != released => {
                 return Err(format!(
-                    "volume {}: released epoch {} root {}, arrived epoch {} root {}",
-                    volume.name, released.epoch, released.root, arrived.epoch, arrived.root
+                    "volume {}: released epoch {} {}, arrived epoch {} {}",
+                    volume.name, released.epoch, released.content, arrived.epoch, arrived.content
                 ));
             }
             Some(_) => {}

@@ -8,6 +8,7 @@ use super::delegator::{Parts, plan_ids};
 use super::events::{Place, TargetEvent};
 use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
+use super::later::{self, Later};
 use super::places::{check_room, name_of, remove_places};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
@@ -15,7 +16,7 @@ use crate::model::container::State;
 use crate::model::control::{Offer, OfferAccepted, Owns, TargetStatus};
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
-use crate::model::plan::{Plan, TwinState, VolumeRelease};
+use crate::model::plan::{Content, Plan, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::ReceiveProgress;
@@ -124,12 +125,14 @@ pub(super) struct Receiving {
     pub(super) trouble: Option<String>,
     /// Its places were made.
     pub(super) accepted: bool,
+    /// Its data comes behind its twins.
+    pub(super) later: Option<Later>,
 }
 
 /// The target role of an agent.
 pub struct Target {
     pub(super) parts: Arc<Parts>,
-    pairings: Arc<PairedState>,
+    pub(super) pairings: Arc<PairedState>,
     data: SocketAddr,
     plans: Mutex<BTreeMap<PlanId, Receiving>>,
     /// One offer at a time: what is found free must still be free when it is taken.
@@ -224,6 +227,7 @@ impl Target {
         };
         journal.append(crate::fleet::now(), event)?;
         let keys = self.admit(&plan, &places)?;
+        let cannot_serve = later::cannot_serve(&plan, &places);
         tracing::info!(plan = %plan.id, source = %plan.source, volumes = places.len(), "offer accepted");
         self.plans().insert(
             plan.id.clone(),
@@ -238,9 +242,10 @@ impl Target {
                 start_up: None,
                 trouble: None,
                 accepted: true,
+                later: None,
             },
         );
-        Ok(self.accepted(keys, images_present, layers_present))
+        Ok(self.accepted(keys, images_present, layers_present, cannot_serve))
     }
 
     pub(super) fn accepted(
@@ -248,6 +253,7 @@ impl Target {
         keys: Keys,
         images_present: Vec<VolumeId>,
         layers_present: BTreeMap<VolumeId, usize>,
+        cannot_serve: Option<String>,
     ) -> OfferAccepted {
         OfferAccepted {
             data: self.data,
@@ -255,6 +261,7 @@ impl Target {
             data_key: keys.data,
             images_present,
             layers_present,
+            cannot_serve,
         }
     }
 
@@ -388,6 +395,9 @@ impl Target {
             .ok_or_else(|| TargetError::Unknown(id.clone()))?;
         let phase = match (&known.owns, known.start_up, &known.trouble) {
             (None, ..) => "receiving",
+            (Some(_), Some(_), _) if known.later.as_ref().is_some_and(|later| !later.whole) => {
+                "filling"
+            }
             (Some(_), Some(_), _) => "running",
             (Some(_), None, Some(_)) => "failed",
             (Some(_), None, None) => "starting",
@@ -399,10 +409,11 @@ impl Target {
             owns: known.owns.clone(),
             twins: known.twins.clone(),
             start_up: known.start_up,
+            arrival: known.later.as_ref().map(Later::arrival),
         })
     }
 
-    /// What of each volume arrived last, as the data plane verified it.
+    /// What of each volume arrived last, as the data plane verified it, or was listed.
     pub(super) fn arrived(&self, known: &Receiving) -> Vec<VolumeRelease> {
         let progress = self
             .parts
@@ -416,14 +427,12 @@ impl Target {
                 volume,
                 name: name_of(&known.plan, volume),
                 epoch,
-                root,
+                content: Content::Sealed(root),
             })
         };
-        progress
-            .unwrap_or_default()
-            .iter()
-            .filter_map(complete)
-            .collect()
+        let listed = known.later.iter().flat_map(|later| later.opened.clone());
+        let progress = progress.unwrap_or_default();
+        listed.chain(progress.iter().filter_map(complete)).collect()
     }
 
     /// Takes a plan as its source has it now: containers, order and relations may have changed since it was
@@ -491,6 +500,7 @@ impl Target {
         };
         self.shut(id);
         if let Some(mut known) = known {
+            self.remove_later(&mut known).await;
             let runtime = self.runtime_for(&known.plan).await?;
             // A rehearsal that was cut short may have left a twin, which was never started.
             for planned in &known.plan.containers {
@@ -530,10 +540,11 @@ impl Target {
             let Some(known) = rebuild(journal, &entries) else {
                 continue;
             };
-            let (plan, owned, running) = (
+            let (plan, owned, running, later) = (
                 known.plan.clone(),
                 known.owns.is_some(),
                 known.start_up.is_some(),
+                known.later.is_some(),
             );
             if !owned
                 && known.accepted
@@ -546,7 +557,9 @@ impl Target {
                 keys::wipe(&directory);
                 self.attach_again(&id);
             }
-            if owned && !running {
+            if owned && later {
+                tokio::spawn(self.clone().resume_later(plan));
+            } else if owned && !running {
                 tokio::spawn(self.clone().start_twins(plan));
             }
         }
@@ -576,6 +589,7 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
                     start_up: None,
                     trouble: None,
                     accepted,
+                    later: None,
                 });
             }
             (
@@ -596,13 +610,26 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
                 known.owns = Some(owns.clone());
                 owned_at = entry.at;
             }
-            (TargetEvent::TwinReady { twin }, Some(known)) => known.twins.push(twin.clone()),
+            (TargetEvent::TwinReady { twin }, Some(known)) => {
+                known
+                    .twins
+                    .retain(|other| other.container != twin.container);
+                known.twins.push(twin.clone());
+            }
             (TargetEvent::Completed, Some(known)) => {
                 known.start_up = Some(entry.at.since(owned_at));
             }
             (TargetEvent::Dismissed { .. }, Some(known)) => known.places.clear(),
+            (event, Some(known)) => Later::note(&mut known.later, event),
             (_, None) => {}
         }
+    }
+    if let Some(known) = &mut known
+        && known.later.as_ref().is_some_and(|later| !later.whole)
+    {
+        // They ran on a mount that died with the agent.
+        known.twins.clear();
+        known.start_up = None;
     }
     let dismissed = matches!(entries.last()?.event, TargetEvent::Dismissed { .. });
     if dismissed { None } else { known }

@@ -43,7 +43,7 @@ impl Target {
         tracing::info!(plan = %plan.id, took = ?begun.elapsed(), "all twins are ready");
     }
 
-    pub(super) async fn start_in_order(&self, plan: &Plan) -> Result<(), String> {
+    pub(super) async fn start_in_order(self: &Arc<Self>, plan: &Plan) -> Result<(), String> {
         let runtime = self
             .runtime_for(plan)
             .await
@@ -52,6 +52,7 @@ impl Target {
             Some(known) => known.places.clone(),
             None => Vec::new(),
         };
+        self.mount_later(plan).await?;
         let devices = self.attach(plan, &places).await;
         let devices = &devices.map_err(|error| error.to_string())?;
         for step in &plan.order {
@@ -103,7 +104,9 @@ impl Target {
             not_carried: Vec::new(),
             error: None,
         };
-        let outcome = self.make_ready(planned, devices, runtime, &mut twin).await;
+        let outcome = self
+            .make_ready(plan, planned, devices, runtime, &mut twin)
+            .await;
         twin.after = begun.elapsed();
         twin.error = outcome.as_ref().err().cloned();
         let mut plans = self.plans();
@@ -122,6 +125,7 @@ impl Target {
 
     pub(super) async fn make_ready(
         &self,
+        plan: &Plan,
         planned: &PlannedContainer,
         devices: &Devices,
         runtime: &Runtime,
@@ -140,7 +144,11 @@ impl Target {
             }
             Err(error) => return Err(say(error)),
         }
-        runtime.start(name).await.map_err(say)?;
+        if self.is_filling(&plan.id) {
+            self.start_fenced(plan, planned, runtime).await?;
+        } else {
+            runtime.start(name).await.map_err(say)?;
+        }
         let rules = ReadyRules {
             service_ports: planned.service_ports.clone(),
             settle: self.parts.settings.settle(),

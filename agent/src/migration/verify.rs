@@ -2,11 +2,12 @@
 
 use super::delegator::{Delegator, DelegatorError};
 use super::events::SourceEvent;
+use super::switch_first::is_later;
 use crate::model::container::State;
 use crate::model::control::{Owns, TargetStatus};
 use crate::model::fleet::PeerAddress;
-use crate::model::ids::{ContainerName, Epoch, PlanId, Signature};
-use crate::model::plan::{Plan, Release};
+use crate::model::ids::{ContainerName, Epoch, PlanId, Signature, VolumeId};
+use crate::model::plan::{Content, Plan, Release};
 use crate::model::units::Bytes;
 use crate::volume::{self, BlockSize, FleetKey};
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ pub struct VolumeProof {
     pub released_epoch: Epoch,
     /// Epoch from which the target owns it.
     pub owned_epoch: Option<Epoch>,
-    /// Root that was released.
+    /// Root that was released; of a volume that was switched first, that of its list.
     pub released: Signature,
     /// Root of what the target received, computed there.
     pub received: Option<Signature>,
@@ -78,6 +79,11 @@ impl Delegator {
             .flatten()
             .collect();
         let kept = self.kept_roots(&plan, &release, &mounted).await?;
+        let proven = entries.iter().find_map(|entry| match &entry.event {
+            SourceEvent::Whole { roots, .. } => Some(roots.clone()),
+            _ => None,
+        });
+        let proven = proven.unwrap_or_default();
         let (mut running, mut unfenced, mut faults) = (Vec::new(), Vec::new(), Vec::new());
         for planned in &plan.containers {
             let name = &planned.container.name;
@@ -105,7 +111,13 @@ impl Delegator {
             }
         }
         Ok(judge(
-            &plan, &release, &status, &kept, running, unfenced, faults,
+            &plan,
+            &release,
+            &status,
+            (&kept, &proven),
+            running,
+            unfenced,
+            faults,
         ))
     }
 
@@ -127,6 +139,7 @@ impl Delegator {
     ) -> Result<BTreeMap<String, Signature>, DelegatorError> {
         let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
         let key = FleetKey(*fleet.identity.fleet_key());
+        let later = is_later(release);
         let paths: Vec<(String, PathBuf, Bytes)> = plan
             .volumes
             .iter()
@@ -143,7 +156,7 @@ impl Delegator {
             paths
                 .into_iter()
                 .map(|(name, path, size)| {
-                    let block_size = BlockSize::for_volume(size.0);
+                    let block_size = BlockSize::for_volume(if later { 0 } else { size.0 });
                     let (state, _) = volume::scan_as_sent(&path, &key, block_size)?;
                     Ok((name, state.root))
                 })
@@ -158,7 +171,7 @@ fn judge(
     plan: &Plan,
     release: &Release,
     status: &TargetStatus,
-    kept: &BTreeMap<String, Signature>,
+    (kept, proven): (&BTreeMap<String, Signature>, &BTreeMap<VolumeId, Signature>),
     running_on_source: Vec<ContainerName>,
     unfenced: Vec<ContainerName>,
     mut faults: Vec<String>,
@@ -170,18 +183,37 @@ fn judge(
     let mut volumes = Vec::new();
     for released in &release.volumes {
         let owned = owns.and_then(|owns| owns.volumes.iter().find(|v| v.volume == released.volume));
+        let kept = kept.get(&released.name).copied();
+        let taken = owned.is_some_and(|owned| {
+            owned.content == released.content && owned.epoch == released.epoch.next()
+        });
+        let (root, received, sent) = match released.content {
+            Content::Sealed(root) => {
+                let received = owned.and_then(|owned| match owned.content {
+                    Content::Sealed(root) => Some(root),
+                    Content::Later(_) => None,
+                });
+                (root, received, Some(root))
+            }
+            Content::Later(list) => {
+                let received = proven.get(&released.volume).copied();
+                if received.is_none() {
+                    faults.push(format!(
+                        "volume {}: not all of it is on the target yet",
+                        released.name
+                    ));
+                }
+                (list, received, received)
+            }
+        };
         let proof = VolumeProof {
             name: released.name.clone(),
             released_epoch: released.epoch,
             owned_epoch: owned.map(|owned| owned.epoch),
-            released: released.root,
-            received: owned.map(|owned| owned.root),
-            kept: kept.get(&released.name).copied(),
-            agrees: owned.is_some_and(|owned| {
-                owned.root == released.root && owned.epoch == released.epoch.next()
-            }) && kept
-                .get(&released.name)
-                .is_none_or(|root| *root == released.root),
+            released: root,
+            received,
+            kept,
+            agrees: taken && sent.is_some() && kept.is_none_or(|kept| Some(kept) == sent),
         };
         if !proof.agrees {
             faults.push(format!("volume {}: roots or epochs differ", proof.name));

@@ -1,7 +1,7 @@
 //! What agents say to each other about a plan over the control channel. Requests and answers only.
 
 use super::action::Actions;
-use super::ids::{DeviceId, PlanId, VolumeId};
+use super::ids::{DeviceId, Epoch, PlanId, Signature, VolumeId};
 use super::plan::{Plan, SignedRelease, TwinState, VolumeRelease};
 use super::units::Bytes;
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,58 @@ pub struct OfferAccepted {
     pub images_present: Vec<VolumeId>,
     /// How many of the lowest layers of each other image volume it holds.
     pub layers_present: BTreeMap<VolumeId, usize>,
+    /// Why it cannot start the twins before the data is here; none when it can.
+    #[serde(default = "too_old")]
+    pub cannot_serve: Option<String>,
+}
+
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "serde wants the type of the field"
+)]
+fn too_old() -> Option<String> {
+    Some("the target's agent is of a version that does not do it".to_owned())
+}
+
+/// Source → target, the workload is frozen: take the list of every tree, durably, in these epochs; answered with the
+/// list of each as the target has it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Open {
+    /// The epoch that will be released, volume by volume.
+    pub epochs: BTreeMap<VolumeId, Epoch>,
+}
+
+/// Source → target: everything is there, as the source computed these roots anew over its frozen data.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Whole {
+    /// Root of each tree.
+    pub roots: BTreeMap<VolumeId, Signature>,
+}
+
+/// How far the data of a plan is that was switched first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrival {
+    /// Bytes of all files as the source listed them.
+    pub bytes: Bytes,
+    /// Bytes that are not here yet.
+    pub absent: Bytes,
+    /// Root of each tree over what arrived; empty while something is absent.
+    pub roots: BTreeMap<VolumeId, Signature>,
+    /// Whether the source is not needed any more.
+    pub whole: bool,
+    /// What is in the way.
+    pub trouble: Option<String>,
+}
+
+impl Arrival {
+    /// How much has arrived, for people.
+    #[must_use]
+    pub fn share(&self) -> String {
+        let Self { bytes, absent, .. } = self;
+        let arrived = bytes.0.saturating_sub(absent.0);
+        let percent = (arrived * 100).checked_div(bytes.0).unwrap_or(100);
+        format!("{percent} % ({} of {bytes})", Bytes(arrived))
+    }
 }
 
 /// Source → target: blocks of the plan's volumes are given out on demand.
@@ -86,7 +138,7 @@ pub struct Owns {
     pub plan: PlanId,
     /// Owner.
     pub target: DeviceId,
-    /// Each volume with the epoch it is owned from and the root that arrived.
+    /// Each volume with the epoch it is owned from and what arrived.
     pub volumes: Vec<VolumeRelease>,
 }
 
@@ -100,16 +152,19 @@ pub struct TakeOver {
 /// Target's state of a plan.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TargetStatus {
-    /// `receiving`, `starting`, `running`, `failed`.
+    /// `receiving`, `starting`, `filling`, `running`, `failed`.
     pub phase: String,
     /// Ownership, once taken.
     pub owns: Option<Owns>,
-    /// Last whole epoch of each volume and its root, as the target computed it.
+    /// Last whole epoch of each volume and its root, or its list and the list's root, as the target computed it.
     pub arrived: Vec<VolumeRelease>,
     /// Twins in start order.
     pub twins: Vec<TwinState>,
     /// Time from ownership to the last twin's readiness, once all are ready.
     pub start_up: Option<Duration>,
+    /// How far the data is of a plan that was switched first.
+    #[serde(default)]
+    pub arrival: Option<Arrival>,
 }
 
 /// Source → target: the plan was rolled back.

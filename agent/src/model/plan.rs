@@ -167,8 +167,30 @@ pub struct VolumeRelease {
     pub name: String,
     /// The epoch that the source owned last.
     pub epoch: Epoch,
-    /// Root over everything the volume held.
-    pub root: Signature,
+    /// What it held.
+    #[serde(flatten)]
+    pub content: Content,
+}
+
+/// What a released volume is known by. A target that knows only `root` cannot read a release of the other kind,
+/// and refuses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Content {
+    /// Root over everything it held, all of which is on the target.
+    #[serde(rename = "root")]
+    Sealed(Signature),
+    /// Root over the list of what it holds: names, sizes, modes, owners, times, attributes. The bytes come later.
+    #[serde(rename = "list")]
+    Later(Signature),
+}
+
+impl std::fmt::Display for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sealed(root) => write!(f, "root {root}"),
+            Self::Later(root) => write!(f, "list {root}"),
+        }
+    }
 }
 
 /// The commit point of a switch: from here the source owns nothing of the plan.
@@ -212,4 +234,39 @@ pub struct TwinState {
     pub not_carried: Vec<String>,
     /// Why it is not ready, when it failed.
     pub error: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_target_that_knows_only_roots_cannot_read_a_release_that_comes_before_the_data() {
+        let release = |content| VolumeRelease {
+            volume: VolumeId(1),
+            name: "data".into(),
+            epoch: Epoch(7),
+            content,
+        };
+        let root = Signature([0xab; 32]);
+        let (sealed, later) = (
+            release(Content::Sealed(root)),
+            release(Content::Later(root)),
+        );
+        let written = serde_json::to_value(&sealed).unwrap();
+        let text = root.to_string();
+        assert_eq!(
+            written,
+            json!({ "volume": 1, "name": "data", "epoch": 7, "root": text })
+        );
+        let written = serde_json::to_value(&later).unwrap();
+        assert!(written.get("root").is_none(), "{written}");
+        for one in [sealed, later] {
+            let text = serde_json::to_string(&one).unwrap();
+            assert_eq!(serde_json::from_str::<VolumeRelease>(&text).unwrap(), one);
+        }
+        let neither = json!({ "volume": 1, "name": "data", "epoch": 7 });
+        assert!(serde_json::from_value::<VolumeRelease>(neither).is_err());
+    }
 }

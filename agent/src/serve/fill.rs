@@ -58,6 +58,14 @@ impl Filler {
     }
 }
 
+impl Filler {
+    /// Whether it has asked for everything.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
 impl Drop for Filler {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
@@ -79,7 +87,7 @@ struct Stopped;
 
 impl Fill {
     fn run(&self, hot: &[Hot]) {
-        if matches!(self.all(hot), Ok(true)) {
+        if matches!(self.all(hot), Ok(true)) && !self.store.proves() {
             tracing::info!(
                 "every page of a served volume is here; the source is not needed any more"
             );

@@ -11,6 +11,7 @@ mod nbd;
 mod origins;
 mod pool;
 mod presence;
+mod proof;
 mod store;
 #[cfg(test)]
 mod tests;

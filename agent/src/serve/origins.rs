@@ -12,7 +12,7 @@ use crate::volume::{Entry, Kind};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirEntryExt;
 use std::path::{Path, PathBuf};
@@ -127,8 +127,33 @@ pub(super) fn make(
             data.finish_directory(entry)?;
         }
     }
+    write_list(directory, entries).map_err(failed("write the list"))?;
     write_index(directory, &origins).map_err(failed("write the index"))?;
     Ok(origins)
+}
+
+/// Keeps the list as it came; made durable with the index.
+fn write_list(directory: &Path, entries: &[Entry]) -> io::Result<()> {
+    let mut out = io::BufWriter::new(File::create(directory.join("list"))?);
+    let mut layout = Vec::new();
+    for entry in entries {
+        layout.clear();
+        entry.encode(&mut layout);
+        out.write_all(&layout)?;
+    }
+    out.flush()
+}
+
+/// The source's list of the volume, as it was when the store was made.
+pub(super) fn read_list(directory: &Path) -> io::Result<Vec<Entry>> {
+    let bytes = std::fs::read(directory.join("list"))?;
+    let mut reader = Reader::new(&bytes);
+    let mut entries = Vec::new();
+    while !reader.is_empty() {
+        let entry = Entry::decode(&mut reader);
+        entries.push(entry.map_err(|error| io::Error::other(error.to_string()))?);
+    }
+    Ok(entries)
 }
 
 fn bytes_path(path: &[u8]) -> &Path {

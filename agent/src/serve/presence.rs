@@ -201,7 +201,8 @@ fn place(block: u64) -> (usize, u64) {
     (word, block % 4 * 16)
 }
 
-fn boot_id() -> io::Result<[u8; 36]> {
+/// The id of this boot of the host.
+pub(super) fn boot_id() -> io::Result<[u8; 36]> {
     let text = std::fs::read("/proc/sys/kernel/random/boot_id")?;
     let id = text.first_chunk().copied();
     id.ok_or_else(|| io::Error::other("the kernel gives no boot id"))

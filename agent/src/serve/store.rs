@@ -7,16 +7,20 @@
 //! touches only pages that are absent; nobody waits longer than the patience. Non-goals: who owns the volume.
 
 use super::ahead::Streams;
-use super::origins::{Origin, StoreError, make, mask, numbers, read_index};
+use super::origins::{Origin, StoreError, make, mask, numbers, read_index, read_list};
 use super::presence::{PAGE, PAGES, Presence};
+use super::proof::{ASKED_CAP, Proof};
+use crate::model::ids::Signature;
 use crate::transfer::Options;
-use crate::transfer::fetch::{Arrivals, BLOCK, Class, FetchPlan, Fetcher, Place, Refusal};
-use crate::volume::Confined;
+use crate::transfer::fetch::{
+    Arrivals, BLOCK, Block, Class, FetchPlan, Fetcher, Place, Refusal, root_of_list,
+};
 use crate::volume::scan::read_full;
+use crate::volume::{Confined, FleetKey};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::{fstat, futimens};
 use nix::sys::time::TimeSpec;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -71,6 +75,9 @@ pub struct Store {
     pub(super) origins: Vec<Origin>,
     numbers: RwLock<HashMap<u64, u32>>,
     pub(super) presence: Presence,
+    proof: Option<Proof>,
+    /// Blocks whose signatures were asked for.
+    signing: Mutex<HashSet<Place>>,
     shards: [Shard; SHARDS],
     /// Held for reading by who writes pages of a file, for writing by who cuts it.
     cuts: [RwLock<()>; SHARDS],
@@ -108,16 +115,17 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Inlet(Weak<Store>);
 
 impl Arrivals for Inlet {
-    fn arrived(&self, class: Class, place: Place, block: Result<&[u8], Refusal>) {
+    fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
         if let Some(store) = self.0.upgrade() {
-            store.take(class, place, block);
+            store.arrived(class, place, block);
         }
     }
 }
 
 impl Store {
     /// Opens the store in `directory`, or makes it from the source's list of the volume. Reads of what is
-    /// absent wait for `patience`; device nodes are made only where they are taken.
+    /// absent wait for `patience`; device nodes are made only where they are taken. One that `proves` keeps the
+    /// signatures of what arrives, for [`Self::root`].
     ///
     /// # Errors
     /// [`StoreError`].
@@ -128,6 +136,7 @@ impl Store {
         options: &Options,
         patience: Duration,
         devices: bool,
+        proves: bool,
     ) -> Result<Arc<Self>, StoreError> {
         let failed = |doing| {
             let directory = directory.to_owned();
@@ -153,12 +162,18 @@ impl Store {
         let numbers = numbers(directory).map_err(failed("list the origins"))?;
         let data = Confined::open(&directory.join("data"))
             .map_err(|error| failed("open the data")(error.into()))?;
+        let proof = proves
+            .then(|| Proof::open(directory, plan.fleet_key.clone()))
+            .transpose()
+            .map_err(failed("keep the signatures"))?;
         let store = Arc::new(Self {
             directory: directory.to_owned(),
             data,
             origins,
             numbers: RwLock::new(numbers),
             presence,
+            proof,
+            signing: Mutex::default(),
             shards: std::array::from_fn(|_| Shard::default()),
             cuts: std::array::from_fn(|_| RwLock::new(())),
             open: Mutex::default(),
@@ -171,13 +186,22 @@ impl Store {
             ahead: AtomicU64::new(0),
             refused: AtomicU64::new(0),
         });
-        if store.presence.absent() > 0 {
+        if store.presence.absent() > 0 || proves {
             let inlet: Arc<dyn Arrivals> = Arc::new(Inlet(Arc::downgrade(&store)));
             let fetcher = Fetcher::start(plan, options.clone(), &inlet)
                 .map_err(failed("start threads for the store"))?;
             *locked(&store.fetcher) = Some(Arc::new(fetcher));
         }
         Ok(store)
+    }
+
+    /// Root of the list that the store in `directory` was made from, as [`crate::transfer::fetch::list_root`] gives it
+    /// on the source.
+    ///
+    /// # Errors
+    /// The list cannot be read.
+    pub fn list_root(directory: &Path, key: &FleetKey) -> io::Result<Signature> {
+        Ok(root_of_list(&read_list(directory)?, key))
     }
 
     /// The tree.
@@ -197,6 +221,47 @@ impl Store {
             refused: self.refused.load(Ordering::Relaxed),
             detached: locked(&self.fetcher).is_none(),
         }
+    }
+
+    /// Whether it is to be proven before the source is let go of.
+    #[must_use]
+    pub fn proves(&self) -> bool {
+        self.proof.is_some()
+    }
+
+    /// Root over the list with what arrived, as a scan of the source's tree gives it in blocks of 64 KiB; none while
+    /// something is absent, or the signature of something that was written over or removed before it came. Asks the
+    /// source for such signatures: to be called again.
+    ///
+    /// # Errors
+    /// The disk's error.
+    pub fn root(&self) -> io::Result<Option<Signature>> {
+        let Some(proof) = &self.proof else {
+            return Ok(None);
+        };
+        let count = u32::try_from(self.origins.len()).unwrap_or(u32::MAX);
+        // A file that was settled is whole or was removed.
+        let absent = |number: u32| !self.is_whole(number) && self.origin_path(number).exists();
+        if (0..count).any(absent) {
+            return Ok(None);
+        }
+        let lacking = proof.lacking(&self.origins)?;
+        if lacking.is_empty() {
+            return proof.root(&self.directory, &self.origins);
+        }
+        let Some(fetcher) = locked(&self.fetcher).clone() else {
+            return Ok(None);
+        };
+        for place in lacking {
+            {
+                let mut signing = locked(&self.signing);
+                if signing.len() >= ASKED_CAP || !signing.insert(place) {
+                    continue;
+                }
+            }
+            fetcher.ask_signature(place, &self.origins[place.file as usize].path);
+        }
+        Ok(None)
     }
 
     /// Ends its connections to the source; what is absent then stays so.
@@ -546,7 +611,7 @@ impl Store {
                 return false;
             }
             match (asked.get(&place), class) {
-                (Some(Asked::For(Class::Demand)), _) | (Some(_), Class::Background) => {
+                (Some(Asked::For(Class::Demand)), _) | (Some(Asked::For(_)), Class::Background) => {
                     return false;
                 }
                 _ => asked.insert(place, Asked::For(class)),
@@ -559,6 +624,29 @@ impl Store {
             None => self.take(class, place, Err(Refusal::Gone)),
         }
         true
+    }
+
+    fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
+        let known = self.origins.get(place.file as usize);
+        if let (Some(proof), Some(origin), Ok(block)) = (&self.proof, known, &block)
+            && let Err(error) = proof.note(origin.first + place.block, block.signature)
+        {
+            // It is asked for again.
+            tracing::error!(directory = %self.directory.display(), "cannot keep a signature: {error}");
+        }
+        let bytes = match block {
+            Ok(block) => block.bytes.map(Ok),
+            Err(why) => {
+                let signed = locked(&self.signing).contains(&place);
+                (!signed).then_some(Err(why))
+            }
+        };
+        match bytes {
+            Some(bytes) => self.take(class, place, bytes),
+            None => {
+                locked(&self.signing).remove(&place);
+            }
+        }
     }
 
     /// Takes what arrived.

@@ -4,7 +4,7 @@ use super::*;
 use crate::model::ids::{PlanId, VolumeId};
 use crate::transfer::fetch::{FetchPlan, Grant};
 use crate::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
-use crate::volume::FleetKey;
+use crate::volume::{BlockSize, FleetKey};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::fs::{self, File, OpenOptions};
@@ -127,10 +127,10 @@ impl Bench {
     }
 
     fn open(&self, patience: Duration) -> Arc<Store> {
-        self.open_volume(VolumeId(1), patience)
+        self.open_volume(VolumeId(1), patience, false)
     }
 
-    fn open_volume(&self, volume: VolumeId, patience: Duration) -> Arc<Store> {
+    fn open_volume(&self, volume: VolumeId, patience: Duration, proves: bool) -> Arc<Store> {
         let addr = self.wire.addr;
         let plan = FetchPlan {
             plan: PlanId::from("plan"),
@@ -147,7 +147,16 @@ impl Bench {
             }),
         };
         let directory = self.dir.path().join("store");
-        Store::open(&directory, "data", plan, &options(), patience, false).unwrap()
+        Store::open(
+            &directory,
+            "data",
+            plan,
+            &options(),
+            patience,
+            false,
+            proves,
+        )
+        .unwrap()
     }
 
     fn file(&self, name: &str, bytes: &[u8]) {
@@ -266,6 +275,52 @@ fn a_tree_is_there_at_once_and_its_bytes_come_when_they_are_read() {
         "nothing of the store is left on it"
     );
     assert!(is("store/data/hole").blocks() < 1000, "holes are holes");
+}
+
+#[test]
+fn what_arrived_is_proven_also_where_it_was_written_over_or_removed_before() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("kept", &random(1, 700_000));
+    bench.file("over", &random(2, 300_000));
+    bench.file("gone", &random(3, 200_000));
+    bench.file("empty", b"");
+    bench.file("zeros", &[0; 100_000]);
+    let store = bench.open_volume(VolumeId(1), LONG, true);
+    assert_eq!(store.root().unwrap(), None, "nothing is here");
+    let over = served(&store, "over");
+    store
+        .write(&over.file, over.number, &random(4, 300_000), 0)
+        .unwrap();
+    fs::remove_file(bench.dir.path().join("store/data/gone")).unwrap();
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("the filler", || filler.is_over());
+    let mut root = None;
+    wait("the proof", || {
+        root = store.root().unwrap();
+        root.is_some()
+    });
+    let scanned = |path: &Path| {
+        let (state, _) =
+            crate::volume::scan(path, &FleetKey([3; 32]), BlockSize::for_volume(0)).unwrap();
+        state.root
+    };
+    assert_eq!(root, Some(scanned(&bench.source)));
+    assert!(
+        !store.figures().detached,
+        "the source may be asked until it is proven"
+    );
+    let list = crate::transfer::fetch::list_root(&bench.source, &FleetKey([3; 32]));
+    let kept = Store::list_root(&bench.dir.path().join("store"), &FleetKey([3; 32]));
+    assert_eq!(list.unwrap(), kept.unwrap());
+    // One byte on the source, and it is not what came.
+    let path = bench.source.join("kept");
+    let times = fs::metadata(&path).unwrap().modified().unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[400_000] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_modified(times).unwrap();
+    assert_ne!(root, Some(scanned(&bench.source)));
 }
 
 #[test]
@@ -465,7 +520,7 @@ fn a_volume_of_one_file_is_a_tree_with_that_file() {
     let bytes = random(6, 300_000);
     bench.file("disk.img", &bytes);
     bench.file("neighbour", b"not of this volume");
-    let store = bench.open_volume(VolumeId(2), LONG);
+    let store = bench.open_volume(VolumeId(2), LONG, false);
     let file = served(&store, "content");
     assert!(file.read(&store, 1000, 300_000).unwrap() == bytes[1000..]);
     let data = bench.dir.path().join("store/data");

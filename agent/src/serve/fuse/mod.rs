@@ -97,6 +97,18 @@ impl Mount {
         }
     }
 
+    /// Takes the mount away from its directory; whoever uses it, as a container with a mount of its own, is served on
+    /// until the last of them ends.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn let_go(mut self) -> io::Result<()> {
+        umount2(&self.directory, MntFlags::MNT_DETACH)?;
+        // Its threads end when the last user does.
+        drop(self.session.take());
+        Ok(())
+    }
+
     /// Whether the mount is gone.
     fn unmount(&self) -> bool {
         match stat(&self.directory) {
@@ -165,6 +177,9 @@ impl FrontEnd for Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        if self.session.is_none() {
+            return;
+        }
         // Its threads end with the mount.
         if self.unmount()
             && let Some(session) = self.session.take()

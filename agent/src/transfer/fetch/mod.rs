@@ -11,6 +11,6 @@ mod target;
 pub mod wire;
 
 pub(super) use source::Provision;
-pub use source::{ProvidePlan, ProvideVolume};
-pub use target::{Arrivals, FetchError, FetchPlan, Fetcher, Grant, Place};
+pub use source::{ProvidePlan, ProvideVolume, list_root, root_of_list};
+pub use target::{Arrivals, Block, FetchError, FetchPlan, Fetcher, Grant, Place};
 pub use wire::{BLOCK, Class, Refusal};

@@ -5,7 +5,7 @@
 //! is what it was when it was read.
 
 use super::wire::{Answer, BLOCK, Class, Fetch, Refusal, Want};
-use crate::model::ids::{Epoch, PlanId, VolumeId};
+use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::transfer::Options;
 use crate::transfer::connection::{Incoming, Receiver, Transmitter};
 use crate::transfer::frame::{DATA_CAP, FrameKind, HEADER_LEN, Header};
@@ -15,13 +15,14 @@ use crate::transfer::seal::{DataKey, LinkKey, Salt, Sealer, random};
 use crate::volume::aligned::Aligned;
 use crate::volume::scan::{open_file, read_full};
 use crate::volume::sign::{ZERO, signature};
+use crate::volume::tree::RootHasher;
 use crate::volume::walk::{self, WalkError, bare_entry, hard_link, kind_of};
-use crate::volume::{Confined, Entry, FleetKey, Kind};
+use crate::volume::{BlockSize, Confined, Entry, FleetKey, Kind};
 use nix::sys::stat::{SFlag, fstat};
 use std::collections::HashMap;
 use std::fs::File;
 use std::net::{Shutdown, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -70,6 +71,7 @@ pub(in crate::transfer) struct Provision {
 enum Job {
     List,
     Block(Want),
+    Signature(Want),
 }
 
 impl Provision {
@@ -179,6 +181,11 @@ impl Desk<'_> {
                         self.put(Job::Block(want))?;
                     }
                 }
+                Incoming::Message(_, _, Message::Fetch(Fetch::Sign(wants))) => {
+                    for want in wants {
+                        self.put(Job::Signature(want))?;
+                    }
+                }
                 _ => return Err("a message came out of order".to_owned()),
             }
         }
@@ -211,7 +218,8 @@ impl Desk<'_> {
                 self.give_way();
                 let done = match job {
                     Job::List => self.list(&mut record),
-                    Job::Block(want) => self.block(&want, buffer, &mut record),
+                    Job::Block(want) => self.block(&want, true, buffer, &mut record),
+                    Job::Signature(want) => self.block(&want, false, buffer, &mut record),
                 };
                 if let Err(error) = done {
                     tracing::debug!("fetching connection: {error}");
@@ -238,6 +246,7 @@ impl Desk<'_> {
     fn block(
         &self,
         want: &Want,
+        with_bytes: bool,
         buffer: &mut [u8],
         record: &mut Vec<u8>,
     ) -> Result<(), std::io::Error> {
@@ -249,7 +258,11 @@ impl Desk<'_> {
                 Answer::Block {
                     number,
                     signature,
-                    bytes: if signature == ZERO { &[] } else { bytes },
+                    bytes: if signature == ZERO || !with_bytes {
+                        &[]
+                    } else {
+                        bytes
+                    },
                 }
             }
             Err(error) => Answer::Refused {
@@ -375,6 +388,28 @@ impl Shelf {
         }
         Ok(entries)
     }
+}
+
+/// Root of the list that [`super::Fetcher::list`] gives of the tree at `path`.
+///
+/// # Errors
+/// Anything that exists but cannot be looked at.
+pub fn list_root(path: &Path, key: &FleetKey) -> Result<Signature, WalkError> {
+    let shelf = Shelf {
+        root: walk::open_root(path)?,
+        open: Mutex::default(),
+    };
+    Ok(root_of_list(&shelf.list()?, key))
+}
+
+/// Root over a volume's entries, files without their blocks.
+#[must_use]
+pub fn root_of_list(entries: &[Entry], key: &FleetKey) -> Signature {
+    let mut root = RootHasher::new(key, BlockSize::for_volume(0));
+    for entry in entries {
+        root.add(entry);
+    }
+    root.finish()
 }
 
 fn file_entry(root: &Confined, path: &[u8]) -> Result<Entry, WalkError> {

@@ -6,7 +6,7 @@
 //! or does not bear its signature.
 
 use super::wire::{Answer, Class, Fetch, Refusal, Want};
-use crate::model::ids::{Epoch, PlanId, VolumeId};
+use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
 use crate::transfer::engine::engine;
 use crate::transfer::hello::{self, HelloError};
@@ -46,11 +46,20 @@ pub struct Place {
     pub block: u64,
 }
 
+/// A block as the source gave it.
+#[derive(Clone, Copy, Debug)]
+pub struct Block<'a> {
+    /// Its signature, which the bytes bear.
+    pub signature: Signature,
+    /// Its bytes (fewer than a block at the end of the file, none for zeros); none where only the signature was
+    /// asked for.
+    pub bytes: Option<&'a [u8]>,
+}
+
 /// Who takes what arrives. Called from the connections' threads; must not ask for more from there.
 pub trait Arrivals: Send + Sync {
-    /// A block: its bytes (fewer than a block at the end of the file, none for zeros), or why it does not
-    /// come.
-    fn arrived(&self, class: Class, place: Place, block: Result<&[u8], Refusal>);
+    /// A block, or why it does not come.
+    fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>);
 }
 
 /// What is fetched from.
@@ -93,8 +102,25 @@ struct Lane {
 
 #[derive(Default)]
 struct LaneState {
-    pending: HashMap<u64, (Place, Arc<[u8]>)>,
+    pending: HashMap<u64, Question>,
     line: Option<Line>,
+}
+
+#[derive(Clone)]
+struct Question {
+    place: Place,
+    path: Arc<[u8]>,
+    with_bytes: bool,
+}
+
+impl Question {
+    fn want(&self, number: u64) -> Want {
+        Want {
+            number,
+            path: (*self.path).into(),
+            block: self.place.block,
+        }
+    }
 }
 
 /// The sending half of a live connection.
@@ -152,22 +178,32 @@ impl Fetcher {
 
     /// Asks for a block of the file at `path`; the answer goes to the arrivals.
     pub fn ask(&self, class: Class, place: Place, path: &Arc<[u8]>) {
+        self.put(class, place, path, true);
+    }
+
+    /// Asks for the signature alone, behind everything else.
+    pub fn ask_signature(&self, place: Place, path: &Arc<[u8]>) {
+        self.put(Class::Background, place, path, false);
+    }
+
+    fn put(&self, class: Class, place: Place, path: &Arc<[u8]>, with_bytes: bool) {
         let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let lane = &self.shared.lanes[usize::from(class == Class::Background)];
+        let question = Question {
+            place,
+            path: Arc::clone(path),
+            with_bytes,
+        };
+        let wants = vec![question.want(number)];
         let line = {
             let mut state = lock(&lane.state);
-            state.pending.insert(number, (place, Arc::clone(path)));
+            state.pending.insert(number, question);
             lane.changed.notify_all();
             let line = state.line.as_ref();
             line.map(|line| Arc::clone(&line.transmitter))
         };
         if let Some(transmitter) = line {
-            let want = Want {
-                number,
-                path: (**path).into(),
-                block: place.block,
-            };
-            self.shared.say(&transmitter, Fetch::Want(vec![want]));
+            self.shared.say(&transmitter, asking(wants, with_bytes));
         }
     }
 
@@ -338,20 +374,19 @@ impl Shared {
                 }
             };
         let transmitter = Arc::new(Mutex::new(transmitter));
-        let open: Vec<Want> = {
+        let open: [Vec<Want>; 2] = {
             let mut state = lock(&lane.state);
             state.line = Some(Line {
                 transmitter: Arc::clone(&transmitter),
                 socket,
             });
-            let pending = state.pending.iter();
-            pending
-                .map(|(number, (place, path))| Want {
-                    number: *number,
-                    path: (**path).into(),
-                    block: place.block,
-                })
-                .collect()
+            [true, false].map(|with_bytes| {
+                let pending = state.pending.iter();
+                pending
+                    .filter(|(_, question)| question.with_bytes == with_bytes)
+                    .map(|(number, question)| question.want(*number))
+                    .collect()
+            })
         };
         if self.is_over() {
             return String::new();
@@ -359,8 +394,10 @@ impl Shared {
         // Said from another thread: the source answers while the questions are still being asked.
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                for wants in open.chunks(ASKED_AT_ONCE) {
-                    self.say(&transmitter, Fetch::Want(wants.to_vec()));
+                for (open, with_bytes) in open.iter().zip([true, false]) {
+                    for wants in open.chunks(ASKED_AT_ONCE) {
+                        self.say(&transmitter, asking(wants.to_vec(), with_bytes));
+                    }
                 }
             });
             let ended = self.receive(lane, arrivals, &mut receiver, &opener, answered);
@@ -402,28 +439,45 @@ impl Shared {
                 Ok(plain) => plain,
                 Err(error) => return error.to_string(),
             };
-            let (number, block) = match Answer::decode(plain) {
+            let (number, answer) = match Answer::decode(plain) {
                 Ok(Answer::Block {
                     number,
-                    signature: said,
+                    signature,
                     bytes,
-                }) => {
-                    let zeros = said == ZERO && bytes.is_empty();
-                    if !zeros && signature(&self.plan.fleet_key, bytes) != said {
-                        return "a block does not bear its signature".to_owned();
-                    }
-                    (number, Ok(bytes))
-                }
+                }) => (number, Ok((signature, bytes))),
                 Ok(Answer::Refused { number, why }) => (number, Err(why)),
                 Ok(Answer::Entries { .. }) => return "a list came unasked".to_owned(),
                 Err(error) => return error.to_string(),
             };
             *answered = true;
-            let known = lock(&lane.state).pending.remove(&number);
-            if let Some((place, _)) = known {
-                arrivals.arrived(lane.class, place, block);
+            let known = lock(&lane.state).pending.get(&number).cloned();
+            let Some(Question {
+                place, with_bytes, ..
+            }) = known
+            else {
+                continue;
+            };
+            if let Ok((said, bytes)) = answer {
+                let bare = bytes.is_empty() && (said == ZERO || !with_bytes);
+                if !bare && signature(&self.plan.fleet_key, bytes) != said {
+                    return "a block does not bear its signature".to_owned();
+                }
             }
+            lock(&lane.state).pending.remove(&number);
+            let block = answer.map(|(signature, bytes)| Block {
+                signature,
+                bytes: with_bytes.then_some(bytes),
+            });
+            arrivals.arrived(lane.class, place, block);
         }
+    }
+}
+
+fn asking(wants: Vec<Want>, with_bytes: bool) -> Fetch {
+    if with_bytes {
+        Fetch::Want(wants)
+    } else {
+        Fetch::Sign(wants)
     }
 }
 

@@ -47,6 +47,8 @@ pub enum Fetch {
     List,
     /// Target: send these.
     Want(Vec<Want>),
+    /// Target: send the signatures of these, without their bytes.
+    Sign(Vec<Want>),
 }
 
 impl Fetch {
@@ -59,8 +61,8 @@ impl Fetch {
                 out.extend_from_slice(salt);
             }
             Self::List => out.push(3),
-            Self::Want(wants) => {
-                out.push(4);
+            Self::Want(wants) | Self::Sign(wants) => {
+                out.push(if matches!(self, Self::Want(_)) { 4 } else { 5 });
                 let count = u16::try_from(wants.len()).unwrap_or(u16::MAX);
                 out.extend_from_slice(&count.to_le_bytes());
                 for want in wants {
@@ -85,7 +87,7 @@ impl Fetch {
             }),
             2 => Self::Opened(reader.array()?),
             3 => Self::List,
-            4 => {
+            kind @ 4..=5 => {
                 let count = usize::from(reader.u16()?);
                 if count > WANTS_CAP {
                     return Err(Malformed("more blocks are wanted at once than the cap"));
@@ -102,7 +104,10 @@ impl Fetch {
                         block,
                     });
                 }
-                Self::Want(wants)
+                match kind {
+                    4 => Self::Want(wants),
+                    _ => Self::Sign(wants),
+                }
             }
             _ => return Err(Malformed("a fetching message is of an unknown kind")),
         })
@@ -128,7 +133,7 @@ pub enum Answer<'a> {
         /// The entries; files without block signatures.
         entries: Vec<Entry>,
     },
-    /// A block: its bytes, none for zeros.
+    /// A block: its bytes, none for zeros or where only its signature was asked for.
     Block {
         /// Number of the question.
         number: u64,
@@ -226,7 +231,7 @@ mod tests {
 
     #[test]
     fn messages_and_answers_survive_their_layout() {
-        let wants = (0..3)
+        let wants: Vec<Want> = (0..3)
             .map(|n| Want {
                 number: n,
                 path: b"a/b".as_slice().into(),
@@ -238,7 +243,8 @@ mod tests {
             Fetch::Open(Class::Background),
             Fetch::Opened([3; 32]),
             Fetch::List,
-            Fetch::Want(wants),
+            Fetch::Want(Vec::clone(&wants)),
+            Fetch::Sign(wants),
         ] {
             let mut bytes = Vec::new();
             message.encode(&mut bytes);

@@ -1,0 +1,809 @@
+//! The target's side of switching first: twins run on volumes whose data is still on the source.
+//!
+//! Each tree has a store beside its final place, on the same file system, and a mount of it over that place. When
+//! everything is here and proven, the data takes the final place itself. Invariants: what is about to be made or
+//! moved is in the journal first, and each step may be done again; until the volumes are whole no runtime starts a
+//! twin by itself, because without the mount it would write into the empty place below. Non-goal: what the source
+//! does meanwhile (`switch_first`).
+
+use super::access::admit;
+use super::events::{ContainerFence, Place, TargetEvent};
+use super::places::{empty, is_one, name_of};
+use super::target::{Receiving, Target, TargetError};
+use crate::containers::{Fence, Means, Runtime};
+use crate::model::container::State;
+use crate::model::control::{Arrival, Open, Whole};
+use crate::model::fleet::{PeerAddress, Role};
+use crate::model::ids::{DeviceId, PlanId, Signature, VolumeId};
+use crate::model::plan::{Content, Plan, PlannedContainer, VolumeRelease};
+use crate::model::units::Bytes;
+use crate::model::volume::VolumeKind;
+use crate::serve::{Filler, Mount, Store};
+use crate::transfer::fetch::FetchPlan;
+use crate::volume::FleetKey;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a twin waits for what is not here while the source is away, before it gets an I/O error: a server takes
+/// minutes to start.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// How often it is looked whether all is here.
+const LOOK: Duration = Duration::from_millis(500);
+/// A twin that is asked to end is killed after this.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// A plan whose twins run here before its data is here.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Arriving {
+    /// Plan.
+    pub plan: PlanId,
+    /// Who has the data.
+    pub source: DeviceId,
+    /// How far it is.
+    pub arrival: Arrival,
+}
+
+/// Volumes of a plan whose data comes behind the twins.
+pub(super) struct Later {
+    /// Who has the data.
+    source: PeerAddress,
+    /// The directory of each store.
+    stores: BTreeMap<VolumeId, PathBuf>,
+    /// The lists that were taken.
+    pub(super) opened: Vec<VolumeRelease>,
+    /// What keeps the runtime from starting each twin by itself.
+    fences: Vec<ContainerFence>,
+    /// The inode of each tree's data, once it is proven.
+    proven: Option<BTreeMap<VolumeId, u64>>,
+    /// The source is not needed any more.
+    pub(super) whole: bool,
+    live: BTreeMap<VolumeId, Live>,
+    roots: BTreeMap<VolumeId, Signature>,
+    trouble: Option<String>,
+}
+
+/// One volume as this life of the agent serves it; its parts end in this order.
+struct Live {
+    mount: Option<Mount>,
+    filler: Option<Filler>,
+    store: Arc<Store>,
+}
+
+impl Later {
+    fn new(source: &PeerAddress, stores: &BTreeMap<VolumeId, PathBuf>) -> Self {
+        Self {
+            source: source.clone(),
+            stores: stores.clone(),
+            opened: Vec::new(),
+            fences: Vec::new(),
+            proven: None,
+            whole: false,
+            live: BTreeMap::new(),
+            roots: BTreeMap::new(),
+            trouble: None,
+        }
+    }
+
+    /// Takes note of a journalled event.
+    pub(super) fn note(later: &mut Option<Self>, event: &TargetEvent) {
+        if let TargetEvent::Opening { source, stores } = event {
+            *later = Some(Self::new(source, stores));
+        }
+        let Some(later) = later else {
+            return;
+        };
+        match event {
+            TargetEvent::Opened { volumes } => later.opened.clone_from(volumes),
+            TargetEvent::TwinFenced { fence } => later.fences.push(fence.clone()),
+            TargetEvent::Proven { inodes } => later.proven = Some(inodes.clone()),
+            TargetEvent::Whole => later.whole = true,
+            _ => {}
+        }
+    }
+
+    /// How far it is.
+    pub(super) fn arrival(&self) -> Arrival {
+        let mut arrival = Arrival {
+            whole: self.whole,
+            roots: self.roots.clone(),
+            trouble: self.trouble.clone(),
+            ..Arrival::default()
+        };
+        for live in self.live.values() {
+            let figures = live.store.figures();
+            arrival.bytes += Bytes(figures.bytes);
+            arrival.absent += Bytes(figures.absent);
+        }
+        arrival
+    }
+}
+
+/// The trees of a plan with their places.
+fn trees<'a>(plan: &'a Plan, places: &'a [Place]) -> impl Iterator<Item = &'a Place> {
+    places.iter().filter(|place| {
+        let volume = plan.volumes.iter().find(|volume| volume.id == place.volume);
+        volume.is_some_and(|volume| {
+            matches!(volume.kind, VolumeKind::Named(_) | VolumeKind::Bind)
+                && !is_one(plan, place.volume)
+        })
+    })
+}
+
+fn beside(place: &Path, name: &str) -> PathBuf {
+    place.parent().unwrap_or(place).join(name)
+}
+
+/// Why the twins of a plan cannot be started here before its data is; none when they can.
+pub(super) fn cannot_serve(plan: &Plan, places: &[Place]) -> Option<String> {
+    if let Err(error) = File::options().read(true).write(true).open("/dev/fuse") {
+        return Some(format!(
+            "the target has no FUSE: /dev/fuse: {error} (`modprobe fuse`)"
+        ));
+    }
+    // Tried with an empty directory: file systems and mounts that cannot do it are many.
+    trees(plan, places).find_map(|place| {
+        let probe = beside(&place.path, &format!(".lifeboat-probe-{}", plan.id));
+        let tried = std::fs::create_dir_all(&probe)
+            .and_then(|()| exchange(&probe, &place.path))
+            .and_then(|()| exchange(&probe, &place.path));
+        // Left behind, it is an empty directory.
+        let _ = std::fs::remove_dir(&probe);
+        let error = tried.err()?;
+        Some(format!(
+            "the target cannot exchange {} with a directory beside it: {error}",
+            place.path.display()
+        ))
+    })
+}
+
+fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    let flags = RenameFlags::RENAME_EXCHANGE;
+    renameat2(AT_FDCWD, one, AT_FDCWD, other, flags)?;
+    Ok(())
+}
+
+impl Target {
+    fn with_later<T>(&self, id: &PlanId, act: impl FnOnce(&mut Receiving) -> T) -> Option<T> {
+        let mut plans = self.plans();
+        let known = plans.get_mut(id).filter(|known| known.later.is_some());
+        known.map(act)
+    }
+
+    fn later<T>(&self, id: &PlanId, act: impl FnOnce(&mut Later) -> T) -> Option<T> {
+        self.with_later(id, |known| known.later.as_mut().map(act))?
+    }
+
+    /// Whether the twins of a plan run, or will run, on volumes that are not whole.
+    pub(super) fn is_filling(&self, id: &PlanId) -> bool {
+        self.later(id, |later| !later.whole).unwrap_or(false)
+    }
+
+    fn note_later(&self, id: &PlanId, event: &TargetEvent) -> Result<(), TargetError> {
+        let mut plans = self.plans();
+        let known = plans
+            .get_mut(id)
+            .ok_or_else(|| TargetError::Unknown(id.clone()))?;
+        known.journal.append(crate::fleet::now(), event.clone())?;
+        Later::note(&mut known.later, event);
+        Ok(())
+    }
+
+    /// Takes the list of every tree of a plan whose workload is frozen, durably; nothing of their data.
+    ///
+    /// # Errors
+    /// The plan is unknown or owned, the source cannot be asked, or the trees cannot be made.
+    pub async fn open(
+        self: &Arc<Self>,
+        peer: &DeviceId,
+        id: &PlanId,
+        request: Open,
+    ) -> Result<Vec<VolumeRelease>, TargetError> {
+        let _turn = self.turn(peer).await;
+        let (plan, places) = self.known(peer, id)?;
+        if self
+            .plans()
+            .get(id)
+            .is_some_and(|known| known.owns.is_some())
+        {
+            return Err(TargetError::Owned(id.clone()));
+        }
+        let lent = self.pairings.authorised(id, peer);
+        let source = lent.filter(|lent| lent.role == Role::Target);
+        let source = source
+            .map(|lent| lent.peer)
+            .ok_or_else(|| TargetError::NotOurs {
+                plan: id.clone(),
+                why: "the duplicator did not lend us to it as target".into(),
+            })?;
+        // An earlier attempt's list is not that of now: the workload ran in between.
+        self.close_later(id).await;
+        let stores = trees(&plan, &places)
+            .map(|place| {
+                let name = format!(".lifeboat-{id}-{}", place.volume);
+                (place.volume, beside(&place.path, &name))
+            })
+            .collect();
+        self.note_later(id, &TargetEvent::Opening { source, stores })?;
+        self.make_stores(&plan, &places, true)
+            .await
+            .map_err(|why| TargetError::InTheWay {
+                what: "the volumes before their data".into(),
+                why,
+            })?;
+        let stores = self.later(id, |later| later.stores.clone());
+        let key = self.fleet_key(id)?;
+        let mut volumes = Vec::new();
+        for (volume, directory) in stores.unwrap_or_default() {
+            let root = Store::list_root(&directory, &key).map_err(|error| TargetError::File {
+                doing: format!("read the list in {}", directory.display()),
+                error,
+            })?;
+            volumes.push(VolumeRelease {
+                volume,
+                name: name_of(&plan, volume),
+                epoch: request.epochs.get(&volume).copied().unwrap_or_default(),
+                content: Content::Later(root),
+            });
+        }
+        let event = TargetEvent::Opened {
+            volumes: volumes.clone(),
+        };
+        self.note_later(id, &event)?;
+        super::faults::die_at("opened");
+        tracing::info!(plan = %id, volumes = volumes.len(), "has the lists of volumes whose data comes later");
+        Ok(volumes)
+    }
+
+    fn fleet_key(&self, id: &PlanId) -> Result<FleetKey, TargetError> {
+        let fleet = self.parts.fleet.as_ref();
+        let fleet = fleet.ok_or_else(|| TargetError::Unknown(id.clone()))?;
+        Ok(FleetKey(*fleet.identity.fleet_key()))
+    }
+
+    /// Opens the store of each tree that is not open; `anew` makes them of the source's lists of now.
+    async fn make_stores(&self, plan: &Plan, places: &[Place], anew: bool) -> Result<(), String> {
+        let id = &plan.id;
+        for place in trees(plan, places) {
+            let wanted = self.later(id, |later| {
+                let directory = later.stores.get(&place.volume).cloned();
+                let open = later.live.contains_key(&place.volume);
+                directory
+                    .filter(|_| !open)
+                    .map(|directory| (directory, later.source.clone()))
+            });
+            let Some((directory, source)) = wanted.flatten() else {
+                continue;
+            };
+            let fetch = FetchPlan {
+                plan: id.clone(),
+                volume: place.volume,
+                fleet_key: self.fleet_key(id).map_err(|error| error.to_string())?,
+                admit: admit(&self.parts, &source, id),
+            };
+            let (name, parts) = (name_of(plan, place.volume), self.parts.clone());
+            let below = place.path.clone();
+            let made = tokio::task::spawn_blocking(move || {
+                if anew {
+                    // Rounds of an earlier life, or what a runtime copied there when a twin was rehearsed.
+                    empty(&below).map_err(|error| format!("empty {}: {error}", below.display()))?;
+                    remove_store(&directory).map_err(|error| error.to_string())?;
+                }
+                let devices = parts.settings.device_nodes;
+                Store::open(
+                    &directory,
+                    &name,
+                    fetch,
+                    &parts.transfer,
+                    PATIENCE,
+                    devices,
+                    true,
+                )
+                .map_err(|error| error.to_string())
+            });
+            let store = made.await.map_err(|error| error.to_string())??;
+            let live = Live {
+                mount: None,
+                filler: None,
+                store,
+            };
+            self.later(id, |later| later.live.insert(place.volume, live));
+        }
+        Ok(())
+    }
+
+    /// Mounts every volume whose data comes later over its final place, and lets the rest come behind.
+    pub(super) async fn mount_later(self: &Arc<Self>, plan: &Plan) -> Result<(), String> {
+        if !self.is_filling(&plan.id) {
+            return Ok(());
+        }
+        let places = self.plans().get(&plan.id).map(|known| known.places.clone());
+        let places = places.unwrap_or_default();
+        self.make_stores(plan, &places, false).await?;
+        let mut mounted = false;
+        for place in trees(plan, &places) {
+            let bare = self.later(&plan.id, |later| {
+                let live = later.live.get(&place.volume);
+                live.filter(|live| live.mount.is_none())
+                    .map(|live| Arc::clone(&live.store))
+            });
+            let Some(store) = bare.flatten() else {
+                continue;
+            };
+            let directory = place.path.clone();
+            let mounting = tokio::task::spawn_blocking(move || {
+                let mount = Mount::at(&directory, Arc::clone(&store), false);
+                let mount = mount.map_err(|error| error.to_string())?;
+                let filler = Filler::start(&store, Vec::new());
+                let filler = filler.map_err(|error| format!("cannot start a thread: {error}"))?;
+                Ok::<_, String>((mount, filler))
+            });
+            let (mount, filler) = mounting.await.map_err(|error| error.to_string())??;
+            mounted = true;
+            tracing::info!(plan = %plan.id, at = %place.path.display(), "serves a volume to its twins before its data is here");
+            self.later(&plan.id, |later| {
+                if let Some(live) = later.live.get_mut(&place.volume) {
+                    (live.mount, live.filler) = (Some(mount), Some(filler));
+                }
+            });
+        }
+        if mounted {
+            tokio::spawn(self.clone().until_filled(plan.clone()));
+        }
+        Ok(())
+    }
+
+    /// Computes the roots once everything is here, for the source to compare. Until it is whole, twins that crash are
+    /// started again here, and what could not be had is asked for again.
+    async fn until_filled(self: Arc<Self>, plan: Plan) {
+        loop {
+            self.revive(&plan).await;
+            let over = self.later(&plan.id, |later| {
+                let unproven = later.roots.is_empty();
+                let live = later.live.values_mut();
+                let over = live.filter(|live| live.filler.as_ref().is_some_and(Filler::is_over));
+                for live in over.filter(|live| live.store.figures().refused > 0 && unproven) {
+                    match Filler::start(&live.store, Vec::new()) {
+                        Ok(filler) => live.filler = Some(filler),
+                        Err(error) => later.trouble = Some(error.to_string()),
+                    }
+                }
+            });
+            if over.is_none() {
+                return;
+            }
+            let stores = self.later(&plan.id, |later| {
+                let live = later.live.iter();
+                let stores: Vec<_> = live
+                    .map(|(volume, live)| (*volume, Arc::clone(&live.store)))
+                    .collect();
+                (!later.whole && !later.live.is_empty()).then(|| {
+                    if later.roots.is_empty() {
+                        stores
+                    } else {
+                        Vec::new()
+                    }
+                })
+            });
+            let Some(stores) = stores.flatten() else {
+                return;
+            };
+            if stores.is_empty() {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            let computed = tokio::task::spawn_blocking(move || {
+                let mut roots = BTreeMap::new();
+                for (volume, store) in stores {
+                    match store.root()? {
+                        Some(root) => roots.insert(volume, root),
+                        None => return Ok(BTreeMap::new()),
+                    };
+                }
+                Ok::<_, io::Error>(roots)
+            });
+            let computed = computed.await.map_err(io::Error::other).flatten();
+            self.later(&plan.id, |later| match computed {
+                Ok(roots) => later.roots = roots,
+                Err(error) => later.trouble = Some(error.to_string()),
+            });
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Starts twins again that crashed, as their restart policies would.
+    async fn revive(self: &Arc<Self>, plan: &Plan) {
+        let ready = self
+            .plans()
+            .get(&plan.id)
+            .is_some_and(|known| known.start_up.is_some());
+        let Ok(runtime) = self.runtime_for(plan).await else {
+            return;
+        };
+        for planned in plan.containers.iter().filter(|_| ready) {
+            let policy = planned.inspect["HostConfig"]["RestartPolicy"]["Name"].as_str();
+            if matches!(policy, None | Some("" | "no")) {
+                continue;
+            }
+            let Ok(inspect) = runtime.inspect(planned.container.name.as_str()).await else {
+                continue;
+            };
+            let state = &inspect["State"];
+            let crashed = state["Status"] == "exited"
+                // Ended by itself, or at somebody's request.
+                && (!matches!(state["ExitCode"].as_i64(), Some(0 | 137 | 143))
+                    || state["OOMKilled"] == true);
+            if crashed && let Err(error) = self.start_fenced(plan, planned, runtime).await {
+                tracing::warn!(plan = %plan.id, twin = %planned.container.name, "{error}");
+            }
+        }
+    }
+
+    /// Starts a twin so that its runtime never does by itself.
+    pub(super) async fn start_fenced(
+        &self,
+        plan: &Plan,
+        planned: &PlannedContainer,
+        runtime: &Runtime,
+    ) -> Result<(), String> {
+        let name = planned.container.name.as_str();
+        let why = format!(
+            "the data of plan {} is not all here; the agent starts it",
+            plan.id
+        );
+        let known = self.later(&plan.id, |later| {
+            let mut fences = later.fences.iter();
+            fences
+                .find(|fence| fence.container == planned.container.name)
+                .map(|fence| fence.fence.clone())
+        });
+        let fence = match known.flatten() {
+            Some(fence) => fence,
+            None => {
+                let mut fence = runtime
+                    .forbid_start(name, &why)
+                    .await
+                    .map_err(|error| error.to_string())?;
+                if let Means::RestartPolicy { previous } = &mut fence.how {
+                    // An earlier life may have fenced it without writing that down.
+                    *previous = planned.inspect["HostConfig"]["RestartPolicy"].clone();
+                }
+                let container = planned.container.name.clone();
+                let event = TargetEvent::TwinFenced {
+                    fence: ContainerFence {
+                        container,
+                        fence: fence.clone(),
+                    },
+                };
+                self.note_later(&plan.id, &event)
+                    .map_err(|error| error.to_string())?;
+                fence
+            }
+        };
+        let Fence {
+            how: Means::Hook { .. },
+            ..
+        } = fence
+        else {
+            // The policy is off; a start by hand is none of its business.
+            return runtime.start(name).await.map_err(|error| error.to_string());
+        };
+        runtime
+            .lift_fence(&fence)
+            .await
+            .map_err(|error| error.to_string())?;
+        let started = runtime.start(name).await;
+        let fenced = runtime.forbid_start(name, &why).await;
+        started.map_err(|error| error.to_string())?;
+        fenced.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Takes the source's word that everything is here; the data takes its final place, and the twins run on.
+    ///
+    /// # Errors
+    /// The roots differ, the plan was not switched first, or a step failed, which may be tried again.
+    pub async fn whole(
+        self: &Arc<Self>,
+        peer: &DeviceId,
+        id: &PlanId,
+        word: Whole,
+    ) -> Result<(), TargetError> {
+        let _turn = self.turn(peer).await;
+        let (plan, _) = self.known(peer, id)?;
+        let known = self.later(id, |later| {
+            let agreed = !later.roots.is_empty() && later.roots == word.roots;
+            (later.whole, agreed || later.proven.is_some())
+        });
+        match known {
+            Some((true, _)) => Ok(()),
+            Some((false, true)) => self.settle(&plan).await,
+            _ => Err(TargetError::InTheWay {
+                what: "the end of the filling".into(),
+                why: "the roots of what arrived are not those of the source".into(),
+            }),
+        }
+    }
+
+    /// Lets the data take the final places.
+    async fn settle(self: &Arc<Self>, plan: &Plan) -> Result<(), TargetError> {
+        let id = &plan.id;
+        let places = self.plans().get(id).map(|known| known.places.clone());
+        let places = places.unwrap_or_default();
+        let Some((stores, proven)) =
+            self.later(id, |later| (later.stores.clone(), later.proven.clone()))
+        else {
+            return Ok(());
+        };
+        let failed = |doing: String| move |error| TargetError::File { doing, error };
+        let inodes = match proven {
+            Some(inodes) => inodes,
+            None => {
+                let mut inodes = BTreeMap::new();
+                for (volume, directory) in &stores {
+                    let data = directory.join("data");
+                    let look = failed(format!("look at {}", data.display()));
+                    inodes.insert(*volume, std::fs::metadata(&data).map_err(look)?.ino());
+                }
+                let event = TargetEvent::Proven {
+                    inodes: inodes.clone(),
+                };
+                self.note_later(id, &event)?;
+                inodes
+            }
+        };
+        super::faults::die_at("proven");
+        for place in trees(plan, &places) {
+            let (Some(directory), Some(inode)) =
+                (stores.get(&place.volume), inodes.get(&place.volume))
+            else {
+                continue;
+            };
+            let live = self.later(id, |later| {
+                let live = later.live.get_mut(&place.volume)?;
+                Some((live.mount.take(), live.filler.take(), live.store.clone()))
+            });
+            let (directory, place, inode) = (directory.clone(), place.path.clone(), *inode);
+            let moved = tokio::task::spawn_blocking(move || {
+                if let Some((mount, filler, store)) = live.flatten() {
+                    drop(filler);
+                    store.detach();
+                    mount.map_or(Ok(()), Mount::let_go)?;
+                }
+                take_place(&directory, &place, inode)
+            });
+            let moved = moved.await.map_err(io::Error::other).flatten();
+            moved.map_err(failed(format!("bring the data of plan {id} to its place")))?;
+        }
+        let runtime = self.runtime_for(plan).await?;
+        let fences = self.later(id, |later| later.fences.clone());
+        for fence in fences.unwrap_or_default() {
+            runtime
+                .lift_fence(&fence.fence)
+                .await
+                .map_err(|error| TargetError::InTheWay {
+                    what: fence.container.to_string(),
+                    why: error.to_string(),
+                })?;
+        }
+        self.note_later(id, &TargetEvent::Whole)?;
+        tracing::info!(plan = %id, "everything is here; the source is not needed any more");
+        Ok(())
+    }
+
+    /// Takes up, after a restart of the agent, what an earlier life owned before its data was here.
+    pub(super) async fn resume_later(self: Arc<Self>, plan: Plan) {
+        // On a mount that died with the agent.
+        if self.is_filling(&plan.id) {
+            self.end_twins(&plan, true).await;
+            let proven = self.later(&plan.id, |later| later.proven.is_some());
+            if proven == Some(true) {
+                for path in self.places_of(&plan) {
+                    // Nobody looks below a dead mount.
+                    if let Err(error) = Mount::check(&path) {
+                        tracing::debug!("{error}");
+                    }
+                }
+                while let Err(error) = self.settle(&plan).await {
+                    self.later(&plan.id, |later| later.trouble = Some(error.to_string()));
+                    tracing::error!(plan = %plan.id, "{error}");
+                    tokio::time::sleep(Duration::from_secs(5)).await;
+                }
+            }
+            return self.start_twins(plan).await;
+        }
+        self.leave_mounts(&plan).await;
+        let started = self
+            .plans()
+            .get(&plan.id)
+            .is_some_and(|known| known.start_up.is_some());
+        if !started {
+            self.start_twins(plan).await;
+        }
+    }
+
+    fn places_of(&self, plan: &Plan) -> Vec<PathBuf> {
+        let plans = self.plans();
+        let places = plans.get(&plan.id).map(|known| known.places.as_slice());
+        let trees = trees(plan, places.unwrap_or_default());
+        trees.map(|place| place.path.clone()).collect()
+    }
+
+    /// Starts those twins anew that still run on a mount although their volumes are whole.
+    async fn leave_mounts(&self, plan: &Plan) {
+        let Ok(runtime) = self.runtime_for(plan).await else {
+            return;
+        };
+        for name in plan.order.iter().flat_map(|step| &step.containers) {
+            let name = name.as_str();
+            let Ok(inspect) = runtime.inspect(name).await else {
+                continue;
+            };
+            let pid = inspect["State"]["Pid"].as_i64().unwrap_or(0);
+            let mounts = self.parts.proc_root.join(format!("{pid}/mountinfo"));
+            let mounts = std::fs::read_to_string(mounts).unwrap_or_default();
+            if pid == 0 || !mounts.contains(" fuse.lifeboat ") {
+                continue;
+            }
+            tracing::info!(plan = %plan.id, twin = name, "starts anew, on the plain place of its data");
+            // What it cannot end by itself, on a mount that answers nobody, is killed.
+            let ended = runtime.stop(name, GRACE).await;
+            if let Err(error) = ended.and(runtime.start(name).await) {
+                tracing::error!(plan = %plan.id, twin = name, "{error}");
+            }
+        }
+    }
+
+    /// Ends the twins of a plan, children before parents.
+    async fn end_twins(&self, plan: &Plan, at_once: bool) {
+        let Ok(runtime) = self.runtime_for(plan).await else {
+            return;
+        };
+        for name in plan
+            .order
+            .iter()
+            .rev()
+            .flat_map(|step| step.containers.iter().rev())
+        {
+            let name = name.as_str();
+            match runtime.state(name).await {
+                Ok(State::Running | State::Paused) => {}
+                _ => continue,
+            }
+            let ended = if at_once {
+                runtime.kill(name, GRACE).await
+            } else {
+                runtime.stop(name, GRACE).await
+            };
+            if let Err(error) = ended {
+                tracing::error!(plan = %plan.id, twin = name, "{error}");
+            }
+        }
+    }
+
+    /// Plans that were switched first and are not whole, each with its source and how far it is.
+    #[must_use]
+    pub fn arriving(&self) -> Vec<Arriving> {
+        let plans = self.plans();
+        let arriving = plans.values().filter_map(|known| {
+            let later = known.later.as_ref()?;
+            let filling = known.owns.is_some() && !later.whole;
+            filling.then(|| Arriving {
+                plan: known.plan.id.clone(),
+                source: known.plan.source.clone(),
+                arrival: later.arrival(),
+            })
+        });
+        arriving.collect()
+    }
+
+    /// Ends, before the agent does, what runs on its mounts: twins of volumes that are not whole end until its next
+    /// life, the others start anew on the plain place.
+    pub async fn stop(&self) {
+        let plans: Vec<(Plan, bool)> = {
+            let plans = self.plans();
+            let owned = plans.values().filter(|known| known.owns.is_some());
+            owned
+                .filter_map(|known| Some((known.plan.clone(), known.later.as_ref()?.whole)))
+                .collect()
+        };
+        for (plan, whole) in plans {
+            if whole {
+                self.leave_mounts(&plan).await;
+            } else {
+                self.end_twins(&plan, false).await;
+            }
+            self.close_later(&plan.id).await;
+        }
+    }
+
+    /// Closes what is open of a plan's stores.
+    async fn close_later(&self, id: &PlanId) {
+        let live = self.later(id, |later| std::mem::take(&mut later.live));
+        let closing = tokio::task::spawn_blocking(move || {
+            for live in live.unwrap_or_default().into_values() {
+                live.store.detach();
+                drop(live);
+            }
+        });
+        if let Err(error) = closing.await {
+            tracing::error!("internal task failed: {error}");
+        }
+    }
+
+    /// Removes the stores of a plan that was not taken over.
+    pub(super) async fn remove_later(&self, known: &mut Receiving) {
+        let Some(later) = known.later.take() else {
+            return;
+        };
+        let plan = known.plan.id.clone();
+        let removing = tokio::task::spawn_blocking(move || {
+            for live in later.live.into_values() {
+                live.store.detach();
+                drop(live);
+            }
+            for directory in later.stores.into_values() {
+                if let Err(error) = remove_store(&directory) {
+                    tracing::warn!(%plan, path = %directory.display(), "left behind: {error}");
+                }
+            }
+        });
+        if let Err(error) = removing.await {
+            tracing::error!("internal task failed: {error}");
+        }
+    }
+}
+
+fn remove_store(directory: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Exchanges the data of a store, known by its inode, with its final place, durably, and removes the store. Doing so
+/// again is no error.
+fn take_place(store: &Path, place: &Path, inode: u64) -> io::Result<()> {
+    if std::fs::symlink_metadata(place)?.ino() != inode {
+        exchange(&store.join("data"), place)?;
+        for directory in [Some(store), place.parent()].into_iter().flatten() {
+            File::open(directory)?.sync_all()?;
+        }
+    }
+    remove_store(store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_takes_its_place_once_however_often_it_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, place) = (
+            directory.path().join("store"),
+            directory.path().join("place"),
+        );
+        std::fs::create_dir_all(store.join("data")).unwrap();
+        std::fs::write(store.join("data/file"), "bytes").unwrap();
+        std::fs::write(store.join("index"), "").unwrap();
+        std::fs::create_dir(&place).unwrap();
+        let inode = std::fs::metadata(store.join("data")).unwrap().ino();
+        for _ in 0..3 {
+            take_place(&store, &place, inode).unwrap();
+            assert_eq!(std::fs::read(place.join("file")).unwrap(), b"bytes");
+            assert!(!store.exists());
+        }
+        let other = directory.path().join("other");
+        std::fs::create_dir(&other).unwrap();
+        assert!(
+            take_place(&store, &other, inode).is_err(),
+            "neither is the data"
+        );
+    }
+}

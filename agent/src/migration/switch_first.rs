@@ -1,0 +1,293 @@
+//! The source's side of switching first: the release comes before the data, which the target then fetches from what
+//! lies frozen here.
+//!
+//! Invariants: target and source agree on the list of every tree before the release; from then on nothing here is
+//! written, and it is given out until the target has proven that it holds everything. Non-goal: serving (the
+//! target's, `later`) and giving out (`provide`).
+
+use super::events::SourceEvent;
+use super::faults::die_at;
+use super::moving::{Move, MoveError};
+use super::source::PAUSE_MAX;
+use super::switch::{RETRY, target_status};
+use super::view::HostView;
+use crate::model::action::{Action, Actions};
+use crate::model::choice::Way;
+use crate::model::control::{Arrival, Open, Whole};
+use crate::model::fleet::PeerAddress;
+use crate::model::ids::{Epoch, Signature, VolumeId};
+use crate::model::plan::{Content, Plan, PlannedContainer, Release, VolumeRelease};
+use crate::model::units::Bytes;
+use crate::model::volume::{VolumeKind, VolumeSpec};
+use crate::transfer::fetch::list_root;
+use crate::volume::{BlockSize, FleetKey};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Metrics of which evidence means that a disk may not give up later what it gives up now.
+const DISK_FAILS: [&str; 18] = [
+    "block.errors",
+    "block.media_errors",
+    "block.timeout_errors",
+    "block.transport_errors",
+    "block.target_errors",
+    "block.protection_errors",
+    "disk.attributes_failing",
+    "disk.media_errors",
+    "disk.offline",
+    "disk.pending_sectors",
+    "disk.reallocated_sectors",
+    "disk.smart_failed",
+    "filesystem.errors",
+    "filesystem.known_errors",
+    "filesystem.read_only",
+    "raid.failed",
+    "raid.mismatches",
+    "raid.missing_disks",
+];
+
+/// What losing the target would lose of a plan that was switched first.
+pub(super) const RISK: &str = "switched first: until all data has arrived, losing the target loses what the twins wrote \
+     there, and losing this device loses what has not arrived";
+
+/// Why a plan cannot switch first, as far as its source knows; none when it can.
+pub(super) fn obstacle(
+    way: Option<Way>,
+    containers: &[PlannedContainer],
+    volumes: &[VolumeSpec],
+    delegated: &Actions,
+    failing: Option<&str>,
+) -> Option<String> {
+    let mut data = volumes
+        .iter()
+        .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)));
+    if data.clone().next().is_none() {
+        return Some("there is no data that could come later".into());
+    }
+    if let Some(one) = data.find(|volume| volume.kind.is_one()) {
+        return Some(format!(
+            "volume {} is of one piece, and only directory trees are served to a container",
+            one.name
+        ));
+    }
+    let mut containers = containers.iter();
+    let removed = |planned: &&PlannedContainer| {
+        planned.inspect["HostConfig"]["AutoRemove"].as_bool() == Some(true)
+    };
+    if let Some(planned) = containers.find(removed) {
+        return Some(format!(
+            "container {} was made with --rm: its volumes here may go with it",
+            planned.container.name
+        ));
+    }
+    if delegated.contains(Action::Transfer) {
+        return Some(
+            "the paired device carries the data, and the twins' reads go to this device".into(),
+        );
+    }
+    if let Some(evidence) = failing {
+        return Some(format!(
+            "what is not fetched yet may be lost with the disk: {evidence}"
+        ));
+    }
+    (way != Some(Way::SwitchFirst)).then(|| {
+        "what the twins write would be on the target alone until all data has arrived, which only an operator may \
+         accept (`--switch-first`)"
+            .into()
+    })
+}
+
+/// Evidence that a disk of this host fails.
+pub(super) fn failing(view: &HostView) -> Option<String> {
+    let verdict = view.verdict.as_ref()?;
+    let mut evidence = verdict.evidence.iter();
+    let found = evidence.find(|evidence| DISK_FAILS.contains(&evidence.metric.as_str()))?;
+    Some(found.text.clone())
+}
+
+impl Move {
+    /// Why this plan cannot switch first now; none when it can.
+    pub(super) fn obstacle(&self) -> Option<String> {
+        let view = self.delegator.parts().view.borrow().clone();
+        let Plan {
+            containers,
+            volumes,
+            delegated,
+            ..
+        } = &self.plan;
+        let copied = volumes.iter().any(|volume| {
+            !matches!(volume.kind, VolumeKind::Image(_))
+                && self.moved.epochs.contains_key(&volume.id)
+        });
+        let way = self.plan.guards.way;
+        obstacle(
+            way,
+            containers,
+            volumes,
+            delegated,
+            failing(&view).as_deref(),
+        )
+        .or_else(|| copied.then(|| "what was copied already would be fetched once more".into()))
+        .or_else(|| self.moved.cannot_serve.clone())
+    }
+
+    /// Lets the target take the list of every tree, and compares it with what is here; the workload is frozen
+    /// since `since`.
+    pub(super) async fn agree_on_lists(
+        &mut self,
+        target: &PeerAddress,
+        since: Instant,
+    ) -> Result<Vec<VolumeRelease>, MoveError> {
+        self.enter("list")?;
+        let started = Instant::now();
+        let left = PAUSE_MAX.saturating_sub(since.elapsed());
+        let agreed = tokio::time::timeout(left, self.lists(target)).await;
+        let volumes = agreed.map_err(|_| MoveError::PauseTooLong(PAUSE_MAX))??;
+        self.append(SourceEvent::Listed {
+            volumes: volumes.clone(),
+            duration: started.elapsed(),
+        })?;
+        Ok(volumes)
+    }
+
+    async fn lists(&self, target: &PeerAddress) -> Result<Vec<VolumeRelease>, MoveError> {
+        let mut expected = Vec::new();
+        for volume in trees(&self.plan) {
+            let known = [&self.moved.epochs, &self.plan.epochs];
+            let last = known.iter().find_map(|epochs| epochs.get(&volume.id));
+            expected.push((volume.clone(), last.copied().unwrap_or_default().next()));
+        }
+        let epochs: BTreeMap<VolumeId, Epoch> = expected
+            .iter()
+            .map(|(volume, epoch)| (volume.id, *epoch))
+            .collect();
+        let client = self.client()?.clone().with_timeout(PAUSE_MAX);
+        let open = Open { epochs };
+        let there: Vec<VolumeRelease> = self.call(&client, target, "open", &open).await?;
+        let key = FleetKey(*self.fleet()?.identity.fleet_key());
+        let here = tokio::task::spawn_blocking(move || {
+            let list = |(volume, epoch): (VolumeSpec, Epoch)| {
+                let root = list_root(&volume.source_path, &key)?;
+                Ok(VolumeRelease {
+                    volume: volume.id,
+                    name: volume.name,
+                    epoch,
+                    content: Content::Later(root),
+                })
+            };
+            expected
+                .into_iter()
+                .map(list)
+                .collect::<Result<Vec<_>, crate::volume::ScanError>>()
+        });
+        let here = here
+            .await?
+            .map_err(|error| MoveError::Unlisted(error.to_string()))?;
+        match here.iter().find(|volume| !there.contains(volume)) {
+            None => Ok(here),
+            Some(volume) => Err(MoveError::NotArrived {
+                volume: volume.name.clone(),
+                target: target.device.clone(),
+            }),
+        }
+    }
+
+    /// Waits until the target holds everything, proves it, and lets the target stand by itself.
+    pub(super) async fn fill(&mut self, target: &PeerAddress) {
+        self.active.enter("fill");
+        die_at("fill");
+        let mut own = None;
+        loop {
+            match self.filled(target, &mut own).await {
+                Ok(Some((roots, bytes))) => {
+                    self.record(SourceEvent::Whole { roots, bytes }).await;
+                    return;
+                }
+                Ok(None) => tokio::time::sleep(FILL_LOOK).await,
+                Err(error) => {
+                    self.active
+                        .trouble(&format!("filling {}: {error}", target.device));
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// The roots and bytes once everything is there and proven; none while it is not.
+    async fn filled(
+        &self,
+        target: &PeerAddress,
+        own: &mut Option<Proven>,
+    ) -> Result<Option<Proven>, MoveError> {
+        let status = target_status(self, target).await?;
+        let arrival = status.arrival.unwrap_or_default();
+        self.active.arrival(&arrival);
+        if let Some(trouble) = &arrival.trouble {
+            self.active.trouble(trouble);
+        }
+        let Arrival { roots, whole, .. } = arrival;
+        if roots.is_empty() && !whole {
+            return Ok(None);
+        }
+        let own = match own {
+            Some(own) => own,
+            None => {
+                self.active.enter("prove");
+                own.insert(self.roots().await?)
+            }
+        };
+        let (expected, _) = &*own;
+        if !whole && roots != *expected {
+            let mut trees = trees(&self.plan);
+            let differs = trees.find(|volume| roots.get(&volume.id) != expected.get(&volume.id));
+            let name = differs.map_or_else(String::new, |volume| volume.name.clone());
+            return Err(MoveError::Unproven(name));
+        }
+        let path = format!("/v1/plans/{}/whole", self.plan.id);
+        let word = Whole {
+            roots: expected.clone(),
+        };
+        let client = self.client()?.clone().with_timeout(SETTLE_TIME);
+        let () = client.post(target, &path, &word).await?;
+        Ok(Some(own.clone()))
+    }
+
+    /// Reads everything here once more, at the pace of one reader.
+    async fn roots(&self) -> Result<Proven, MoveError> {
+        let key = FleetKey(*self.fleet()?.identity.fleet_key());
+        let trees: Vec<VolumeSpec> = trees(&self.plan).cloned().collect();
+        let read = tokio::task::spawn_blocking(move || {
+            let (mut roots, mut bytes) = (BTreeMap::new(), Bytes(0));
+            for volume in trees {
+                let block_size = BlockSize::for_volume(0);
+                let (state, _) = crate::volume::scan(&volume.source_path, &key, block_size)?;
+                bytes += state.iter().map(|entry| Bytes(entry.size())).sum();
+                roots.insert(volume.id, state.root);
+            }
+            Ok((roots, bytes))
+        });
+        let read: Result<Proven, crate::volume::ScanError> = read.await?;
+        read.map_err(|error| MoveError::Unlisted(error.to_string()))
+    }
+}
+
+/// Root of each tree, and the bytes of all their files.
+type Proven = (BTreeMap<VolumeId, Signature>, Bytes);
+
+/// Between two questions how much is there.
+const FILL_LOOK: Duration = Duration::from_millis(500);
+/// The target moves directories and changes its containers' restart policies.
+const SETTLE_TIME: Duration = Duration::from_secs(120);
+
+/// The volumes whose data comes later when a plan switches first.
+fn trees(plan: &Plan) -> impl Iterator<Item = &VolumeSpec> {
+    plan.volumes
+        .iter()
+        .filter(|volume| matches!(volume.kind, VolumeKind::Named(_) | VolumeKind::Bind))
+}
+
+/// Whether a release comes before the data.
+pub(super) fn is_later(release: &Release) -> bool {
+    let mut volumes = release.volumes.iter();
+    volumes.any(|volume| matches!(volume.content, Content::Later(_)))
+}
