@@ -91,6 +91,7 @@ impl Provider {
                 .map(|volume| ProvideVolume {
                     id: volume.id,
                     path: volume.source_path,
+                    mirror: None,
                 })
                 .collect(),
         });

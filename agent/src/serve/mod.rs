@@ -7,6 +7,7 @@ mod ahead;
 mod fill;
 mod forward;
 mod fuse;
+mod mirror;
 mod nbd;
 mod origins;
 mod pool;
@@ -25,6 +26,7 @@ pub trait FrontEnd: Send {
 pub use fill::{Filler, Hot};
 pub use forward::{ForwardError, Forwarder, Traffic};
 pub use fuse::{Mount, MountError};
+pub use mirror::Mirrored;
 pub use nbd::{NbdAddress, NbdError, NbdServer};
 pub use origins::StoreError;
 pub use store::{Figures, Store};

@@ -7,6 +7,7 @@
 //! touches only pages that are absent; nobody waits longer than the patience. Non-goals: who owns the volume.
 
 use super::ahead::Streams;
+use super::mirror::{Mirror, Mirrored};
 use super::origins::{Origin, StoreError, make, mask, numbers, read_index, read_list};
 use super::presence::{PAGE, PAGES, Presence};
 use super::proof::{ASKED_CAP, Proof};
@@ -26,7 +27,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 use xattr::FileExt as _;
 
@@ -83,6 +84,9 @@ pub struct Store {
     cuts: [RwLock<()>; SHARDS],
     open: Mutex<HashMap<u32, Arc<File>>>,
     fetcher: Mutex<Option<Arc<Fetcher>>>,
+    mirror: OnceLock<Mirror>,
+    plan: Arc<FetchPlan>,
+    options: Options,
     patience: Duration,
     pub(super) recent: Mutex<VecDeque<u32>>,
     streams: Mutex<Streams>,
@@ -138,6 +142,7 @@ impl Store {
         devices: bool,
         proves: bool,
     ) -> Result<Arc<Self>, StoreError> {
+        let plan = Arc::new(plan);
         let failed = |doing| {
             let directory = directory.to_owned();
             move |error| StoreError::File {
@@ -178,6 +183,9 @@ impl Store {
             cuts: std::array::from_fn(|_| RwLock::new(())),
             open: Mutex::default(),
             fetcher: Mutex::default(),
+            mirror: OnceLock::new(),
+            plan,
+            options: options.clone(),
             patience,
             recent: Mutex::default(),
             streams: Mutex::default(),
@@ -188,7 +196,7 @@ impl Store {
         });
         if store.presence.absent() > 0 || proves {
             let inlet: Arc<dyn Arrivals> = Arc::new(Inlet(Arc::downgrade(&store)));
-            let fetcher = Fetcher::start(plan, options.clone(), &inlet)
+            let fetcher = Fetcher::start(Arc::clone(&store.plan), options.clone(), &inlet)
                 .map_err(failed("start threads for the store"))?;
             *locked(&store.fetcher) = Some(Arc::new(fetcher));
         }
@@ -262,6 +270,47 @@ impl Store {
             fetcher.ask_signature(place, &self.origins[place.file as usize].path);
         }
         Ok(None)
+    }
+
+    /// Mirrors every change of the tree to the source from now on, or again. To be called before the tree is mounted.
+    ///
+    /// # Errors
+    /// The log cannot be kept.
+    pub fn mirror(&self) -> Result<(), StoreError> {
+        let directory = self.directory.join("mirror");
+        let (plan, options) = (Arc::clone(&self.plan), self.options.clone());
+        let mirror = Mirror::open(&directory, self, plan, options, self.patience)?;
+        // A second one would be of the same log; it is never asked for.
+        let _ = self.mirror.set(mirror);
+        Ok(())
+    }
+
+    /// How far the mirror is, where there is one.
+    #[must_use]
+    pub fn mirrored(&self) -> Option<Mirrored> {
+        self.mirror.get().map(Mirror::figures)
+    }
+
+    /// Waits until the source has every change durably, for as long as `patience`.
+    ///
+    /// # Errors
+    /// Why it has not.
+    pub fn settle_mirror(&self, patience: Duration) -> Result<(), String> {
+        let mirror = self.mirror.get();
+        mirror.map_or(Ok(()), |mirror| mirror.settle(patience))
+    }
+
+    /// The mirror, while changes are to be logged.
+    pub(super) fn logs_to(&self) -> Option<&Mirror> {
+        self.mirror.get().filter(|mirror| !mirror.is_lost())
+    }
+
+    /// Waits until what was changed is safe on both sides, as far as it is mirrored.
+    ///
+    /// # Errors
+    /// The note that it is not cannot be kept.
+    pub fn sync_mirror(&self) -> io::Result<()> {
+        self.logs_to().map_or(Ok(()), Mirror::sync)
     }
 
     /// Ends its connections to the source; what is absent then stays so.

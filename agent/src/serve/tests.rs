@@ -110,10 +110,12 @@ impl Bench {
                 ProvideVolume {
                     id: VolumeId(1),
                     path: source.clone(),
+                    mirror: Some(dir.path().join("mirror")),
                 },
                 ProvideVolume {
                     id: VolumeId(2),
                     path: source.join("disk.img"),
+                    mirror: None,
                 },
             ],
         });

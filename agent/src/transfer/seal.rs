@@ -83,13 +83,23 @@ impl Sealer {
     /// For the session with this salt.
     #[must_use]
     pub fn new(plan: &PlanId, key: &DataKey, salt: &Salt) -> Self {
+        Self::towards("target", plan, key, salt)
+    }
+
+    /// For the session with this salt, which the target drew: its records go to the source.
+    #[must_use]
+    pub fn to_source(plan: &PlanId, key: &DataKey, salt: &Salt) -> Self {
+        Self::towards("source", plan, key, salt)
+    }
+
+    fn towards(side: &str, plan: &PlanId, key: &DataKey, salt: &Salt) -> Self {
         let mut session = session_key(key, salt);
         let unbound = UnboundKey::new(&AES_256_GCM, &session)
             .expect("a 32-byte key is what AES-256-GCM takes");
         session.zeroize();
         Self {
             key: LessSafeKey::new(unbound),
-            prefix: associated_prefix(plan),
+            prefix: associated_prefix(side, plan),
         }
     }
 
@@ -135,10 +145,9 @@ fn session_key(key: &DataKey, salt: &Salt) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// Associated data that is the same for all records: the plan and the direction (to the target; the
-/// way back carries no sealed records, its messages are authenticated by other keys).
-fn associated_prefix(plan: &PlanId) -> Vec<u8> {
-    let mut prefix = b"lifeboat record 1 to target ".to_vec();
+/// Associated data that is the same for all records: the direction and the plan.
+fn associated_prefix(side: &str, plan: &PlanId) -> Vec<u8> {
+    let mut prefix = format!("lifeboat record 1 to {side} ").into_bytes();
     prefix.extend_from_slice(plan.as_str().as_bytes());
     prefix.push(0);
     prefix
@@ -296,7 +305,7 @@ mod tests {
             let record = sealed("plan", number, &payload);
             let key = session_key(&DataKey([1; 32]), &[2; 32]);
             let cipher = aes_gcm::Aes256Gcm::new(&key.into());
-            let mut aad = associated_prefix(&PlanId::from("plan"));
+            let mut aad = associated_prefix("target", &PlanId::from("plan"));
             aad.extend_from_slice(&record[..HEADER_LEN]);
             let mut nonce = [0; 12];
             nonce[4..].copy_from_slice(&number.to_be_bytes());

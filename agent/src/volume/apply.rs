@@ -374,6 +374,19 @@ impl Destination {
                     return Err(Errno::EINVAL);
                 }
             }
+            Ok(())
+        })
+        .map_err(|e| self.failed("make", &entry.path, 0, e))?;
+        self.finish_special(cache, entry)
+    }
+
+    /// Gives a symbolic link, FIFO or device that is there its metadata.
+    ///
+    /// # Errors
+    /// One of them could not be set.
+    pub fn finish_special(&self, cache: &mut Parent, entry: &Entry) -> Result<(), ApplyError> {
+        let permissions = Mode::from_bits_truncate(entry.mode);
+        self.with_parent(cache, &entry.path, |dir, name| {
             let (uid, gid) = owner(entry);
             fchownat(dir, name, uid, gid, AtFlags::AT_SYMLINK_NOFOLLOW)?;
             if !matches!(entry.kind, Kind::Symlink(_)) {
@@ -383,7 +396,7 @@ impl Destination {
             }
             Ok(())
         })
-        .map_err(|e| self.failed("make", &entry.path, 0, e))?;
+        .map_err(|e| self.failed("set the owner of", &entry.path, 0, e))?;
         let attributes = |dir: BorrowedFd<'_>, name: &OsStr| {
             xattrs::write(proc_path(dir, name).as_path(), &entry.xattrs)
         };

@@ -13,6 +13,7 @@ pub mod change;
 pub mod codec;
 pub mod confined;
 pub mod measure;
+pub mod mirror;
 pub mod one;
 pub mod salvage;
 pub mod scan;

@@ -76,6 +76,8 @@ impl Calls {
         back: impl FnOnce(&File) -> std::io::Result<BackingId>,
     ) -> (FileHandle, Option<Arc<BackingId>>, FopenFlags) {
         let passes = self.passthrough.load(Ordering::Acquire)
+            // What goes past this process is not mirrored.
+            && self.tree.store.logs_to().is_none()
             && self.tree.is_whole(number)
             // The kernel would not take these bits away at a write.
             && fstat(&file).is_ok_and(|stat| stat.st_mode & 0o6000 == 0);
@@ -371,8 +373,7 @@ impl Filesystem for Calls {
             let write = move |data: &[u8]| {
                 let written = wanted
                     .map_or(Ok(()), |wanted| tree.store.wait(&wanted))
-                    .and_then(|()| tree.store.write(&handle.file, handle.number, data, offset))
-                    .and_then(|()| if strip { tree.strip(&handle.file) } else { Ok(()) });
+                    .and_then(|()| tree.write(&handle, data, offset, strip));
                 match written {
                     Ok(()) => reply.written(length),
                     Err(error) => reply.error(error.into()),
@@ -411,7 +412,8 @@ impl Filesystem for Calls {
         self.pool.run(move || {
             let synced = tree.handle(handle).and_then(|handle| {
                 let synced = tree.store.sync(&handle.file, handle.number);
-                synced.map_err(|error| errno(&error))
+                let mirrored = synced.and_then(|()| tree.store.sync_mirror());
+                mirrored.map_err(|error| errno(&error))
             });
             answer!(reply, synced, () => reply.ok());
         });
@@ -471,6 +473,10 @@ impl Filesystem for Calls {
         let tree = Arc::clone(&self.tree);
         self.pool.run(move || {
             let synced = tree.directory(inode.0).and_then(nix::unistd::fsync);
+            let synced = synced.and_then(|()| {
+                let mirrored = tree.store.sync_mirror();
+                mirrored.map_err(|error| errno(&error))
+            });
             answer!(reply, synced, () => reply.ok());
         });
     }
@@ -498,7 +504,7 @@ impl Filesystem for Calls {
         _: u32,
         reply: ReplyEmpty,
     ) {
-        let set = self.tree.at_path(inode.0, |path| {
+        let set = self.tree.change_attribute(inode.0, |path| {
             let known = xattr::get(path, name)?.is_some();
             match flags {
                 libc::XATTR_CREATE if known => return Err(Errno::EEXIST.into()),
@@ -529,7 +535,9 @@ impl Filesystem for Calls {
     }
 
     fn removexattr(&self, _: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = self.tree.at_path(inode.0, |path| xattr::remove(path, name));
+        let removed = self
+            .tree
+            .change_attribute(inode.0, |path| xattr::remove(path, name));
         answer!(reply, removed, () => reply.ok());
     }
 

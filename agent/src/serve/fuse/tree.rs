@@ -5,8 +5,10 @@
 
 use super::handles::{Handle, Handles, Listing};
 use super::nodes::{Nodes, ROOT};
+use crate::serve::mirror::{Intent, joined};
 use crate::serve::store::Store;
 use crate::volume::confined::{open_beneath, proc_path};
+use crate::volume::walk::walk;
 use fuser::{FileAttr, FileHandle, FileType, INodeNo, RenameFlags, Request, TimeOrNow};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, renameat2};
@@ -32,6 +34,8 @@ pub(super) struct Tree {
     read_only: bool,
     nodes: RwLock<Nodes>,
     handles: Mutex<Handles>,
+    /// Path that [`Tree::other_name`] found last.
+    other: Mutex<Option<Vec<u8>>>,
 }
 
 /// What `setattr` sets.
@@ -57,6 +61,7 @@ impl Tree {
             read_only,
             nodes: RwLock::default(),
             handles: Mutex::default(),
+            other: Mutex::default(),
         }
     }
 
@@ -112,6 +117,77 @@ impl Tree {
 
     pub(super) fn handle(&self, handle: FileHandle) -> Result<Arc<Handle>, Errno> {
         self.handles().file(handle.0).ok_or(Errno::EBADF)
+    }
+
+    /// Does `act`, which changes what `intent` says, and mirrors it where the tree is mirrored. `bytes` are those of
+    /// a write; with an intent of none nothing is mirrored.
+    pub(super) fn mirrored<T, E: From<Errno>>(
+        &self,
+        intent: impl FnOnce() -> Result<Option<Intent>, Errno>,
+        bytes: Option<&[u8]>,
+        act: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let Some(mirror) = self.store.logs_to() else {
+            return act();
+        };
+        let _turn = mirror.turn();
+        let Some(intent) = intent()? else {
+            return act();
+        };
+        mirror.intend(&intent);
+        let done = act();
+        let bytes = bytes.filter(|_| done.is_ok());
+        mirror.log(&self.store, &intent, bytes);
+        done
+    }
+
+    /// Path of `name` in the directory `parent`.
+    pub(super) fn path_in(&self, parent: u64, name: &OsStr) -> Result<Vec<u8>, Errno> {
+        Ok(joined(&self.nodes().path(parent)?, name))
+    }
+
+    /// Path of an inode; none when it has no name any more and nobody will miss what is done to it. Called in turn, so
+    /// that the path stays what it is.
+    pub(super) fn path_of(
+        &self,
+        inode: u64,
+        file: Option<&File>,
+    ) -> Result<Option<Vec<u8>>, Errno> {
+        match self.nodes().path(inode) {
+            Err(Errno::ESTALE) => {}
+            path => return path.map(Some),
+        }
+        let known = self.handles().of(inode);
+        let file = file.or(known.as_ref().map(|handle| &handle.file));
+        let Some(stat) = file.map(fstat).transpose()? else {
+            return Ok(None);
+        };
+        if self.links(&stat) == 0 {
+            return Ok(None);
+        }
+        self.other_name(stat.st_ino).map(Some)
+    }
+
+    /// A name of a file that is open by one that was removed, and has others that the kernel never looked up.
+    fn other_name(&self, inode: u64) -> Result<Vec<u8>, Errno> {
+        let data = self.store.data();
+        let is_it = |path: &[u8]| {
+            let (parent, name) = data.parent(path)?;
+            let stat = fstatat(&parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            Ok::<_, Errno>(stat.st_ino == inode)
+        };
+        let mut last = self.other.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(path) = last.as_deref().filter(|path| is_it(path) == Ok(true)) {
+            return Ok(path.to_vec());
+        }
+        for found in walk(data) {
+            let found = found.map_err(|error| errno(&error.source))?;
+            if found.stat.st_ino == inode {
+                *last = Some(found.path.to_vec());
+                return Ok(found.path.into());
+            }
+        }
+        Err(Errno::ESTALE)
     }
 
     pub(super) fn forget(&self, inode: u64, lookups: u64) {
@@ -187,8 +263,12 @@ impl Tree {
     ) -> Result<(FileAttr, u64), Errno> {
         let directory = self.directory(parent)?;
         let plain = Mode::from_bits_truncate(mode.map_or(0, |(mode, _)| mode) & 0o7777);
-        make(&directory, plain)?;
-        self.give(asker, &directory, name, mode)?;
+        let made = || {
+            make(&directory, plain)?;
+            self.give(asker, &directory, name, mode)
+        };
+        let intent = || Ok(Some(Intent::Made(self.path_in(parent, name)?)));
+        self.mirrored(intent, None, made)?;
         self.entry_in(&directory, parent, name)
     }
 
@@ -286,6 +366,37 @@ impl Tree {
         handle: Option<FileHandle>,
         asker: u32,
     ) -> Result<FileAttr, Errno> {
+        let intent = || {
+            let path = self.path_of(inode, None)?;
+            Ok(path.map(Intent::State))
+        };
+        if let Some(size) = changes.size
+            && self.store.logs_to().is_some()
+        {
+            self.await_edges(inode, size)?;
+        }
+        self.mirrored(intent, None, || self.set(inode, changes, handle, asker))?;
+        self.attributes(inode)
+    }
+
+    /// Waits for the rest of the page at which a file will be cut, so that nobody else waits for it too.
+    fn await_edges(&self, inode: u64, size: u64) -> Result<(), Errno> {
+        let number = match self.handles().of(inode) {
+            Some(open) => open.number,
+            None => self.open(inode)?.1,
+        };
+        let wanted = self.store.want_edges(number, size, 0);
+        let waited = wanted.map_or(Ok(()), |wanted| self.store.wait(&wanted));
+        waited.map_err(|error| errno(&error))
+    }
+
+    fn set(
+        &self,
+        inode: u64,
+        changes: Changes,
+        handle: Option<FileHandle>,
+        asker: u32,
+    ) -> Result<(), Errno> {
         let Changes {
             mode,
             uid,
@@ -344,7 +455,7 @@ impl Tree {
                 set => set?,
             }
         }
-        self.attributes(inode)
+        Ok(())
     }
 
     /// Who cuts a program of another user takes its set-user-id bit away, as on any disk.
@@ -356,8 +467,50 @@ impl Tree {
         Ok(())
     }
 
+    /// Writes to an open file; `strip` when the bits that give rights away go with it.
+    pub(super) fn write(
+        &self,
+        handle: &Handle,
+        bytes: &[u8],
+        offset: u64,
+        strip: bool,
+    ) -> io::Result<()> {
+        let Handle {
+            inode,
+            file,
+            number,
+            ..
+        } = handle;
+        let intent = || {
+            let path = self.path_of(*inode, Some(file))?;
+            Ok(path.map(|path| Intent::Written {
+                path,
+                offset,
+                length: bytes.len() as u64,
+            }))
+        };
+        self.mirrored(intent, Some(bytes), || {
+            self.store.write(file, *number, bytes, offset)
+        })?;
+        if strip && fstat(file)?.st_mode & 0o6000 != 0 {
+            let intent = || Ok(self.path_of(*inode, Some(file))?.map(Intent::State));
+            return self.mirrored(intent, None, || self.strip(file));
+        }
+        Ok(())
+    }
+
+    /// Sets or removes an extended attribute by `act`, which gets a path of the inode.
+    pub(super) fn change_attribute(
+        &self,
+        inode: u64,
+        act: impl FnOnce(&Path) -> io::Result<()>,
+    ) -> Result<(), Errno> {
+        let intent = || Ok(self.path_of(inode, None)?.map(Intent::State));
+        self.mirrored(intent, None, || self.at_path(inode, act))
+    }
+
     /// Takes the set-user-id and set-group-id bits away.
-    pub(super) fn strip(&self, file: &File) -> io::Result<()> {
+    fn strip(&self, file: &File) -> io::Result<()> {
         let mode = fstat(file)?.st_mode;
         let mut left = mode & !Mode::S_ISUID.bits();
         // Without the right to execute it is no set-group-id bit (chmod(2): it was mandatory locking).
@@ -376,6 +529,11 @@ impl Tree {
         name: &OsStr,
         flag: UnlinkatFlags,
     ) -> Result<(), Errno> {
+        let intent = || Ok(Some(Intent::Removed(self.path_in(parent, name)?)));
+        self.mirrored(intent, None, || self.unlink(parent, name, flag))
+    }
+
+    fn unlink(&self, parent: u64, name: &OsStr, flag: UnlinkatFlags) -> Result<(), Errno> {
         let mut nodes = self.change_nodes();
         let directory = self.directory_in(&nodes, parent)?;
         let stat = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
@@ -390,6 +548,36 @@ impl Tree {
     }
 
     pub(super) fn rename(
+        &self,
+        from: (u64, &OsStr),
+        to: (u64, &OsStr),
+        flags: RenameFlags,
+    ) -> Result<(), Errno> {
+        let intent = || {
+            if flags.contains(RenameFlags::RENAME_WHITEOUT) {
+                return Err(Errno::EINVAL);
+            }
+            let inode = |(parent, name): (u64, &OsStr)| {
+                let directory = self.directory(parent)?;
+                let stat = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+                stat.map(|stat| stat.st_ino)
+            };
+            let moved = inode(from)?;
+            // Two names of one file stay as they are.
+            if inode(to) == Ok(moved) {
+                return Ok(None);
+            }
+            Ok(Some(Intent::Renamed {
+                from: self.path_in(from.0, from.1)?,
+                to: self.path_in(to.0, to.1)?,
+                exchange: flags.contains(RenameFlags::RENAME_EXCHANGE),
+                inode: moved,
+            }))
+        };
+        self.mirrored(intent, None, || self.move_name(from, to, flags))
+    }
+
+    fn move_name(
         &self,
         from: (u64, &OsStr),
         to: (u64, &OsStr),
@@ -427,8 +615,16 @@ impl Tree {
         name: &OsStr,
     ) -> Result<(FileAttr, u64), Errno> {
         let directory = self.directory(parent)?;
-        self.named(inode, |from, old| {
-            linkat(from, old, &directory, name, AtFlags::empty())
+        let intent = || {
+            Ok(Some(Intent::Linked {
+                from: self.nodes().path(inode)?,
+                to: self.path_in(parent, name)?,
+            }))
+        };
+        self.mirrored(intent, None, || {
+            self.named(inode, |from, old| {
+                linkat(from, old, &directory, name, AtFlags::empty())
+            })
         })?;
         self.entry_in(&directory, parent, name)
     }
@@ -456,11 +652,43 @@ impl Tree {
         length: u64,
         mode: i32,
     ) -> Result<(), Errno> {
-        let Handle { file, number, .. } = &*self.handle(handle)?;
+        let handle = self.handle(handle)?;
+        let Handle { file, number, .. } = &*handle;
         let flags = FallocateFlags::from_bits(mode).ok_or(Errno::EOPNOTSUPP)?;
+        let plain = (flags - FallocateFlags::FALLOC_FL_KEEP_SIZE).is_empty();
+        if !plain && let Some(wanted) = self.store.want_edges(*number, offset, length) {
+            let waited = self.store.wait(&wanted);
+            waited.map_err(|error| errno(&error))?;
+        }
+        let intent = || {
+            let path = self.path_of(handle.inode, Some(file))?;
+            Ok(path.map(|path| {
+                if plain {
+                    Intent::State(path)
+                } else {
+                    Intent::Zeroed {
+                        path,
+                        offset,
+                        length,
+                    }
+                }
+            }))
+        };
+        self.mirrored(intent, Some(&[]), || {
+            self.allocate_in(file, *number, (offset, length), flags)
+        })
+    }
+
+    fn allocate_in(
+        &self,
+        file: &File,
+        number: Option<u32>,
+        (offset, length): (u64, u64),
+        flags: FallocateFlags,
+    ) -> Result<(), Errno> {
         let keeps = flags.contains(FallocateFlags::FALLOC_FL_KEEP_SIZE);
         let zeros = |hole| {
-            let zeroed = self.store.zero(file, *number, offset, length, hole);
+            let zeroed = self.store.zero(file, number, offset, length, hole);
             zeroed.map_err(|error| errno(&error))
         };
         match flags - FallocateFlags::FALLOC_FL_KEEP_SIZE {

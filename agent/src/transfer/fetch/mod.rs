@@ -6,10 +6,12 @@
 //! device and checked by its signature; a wanted path stays beneath the volume. Non-goals: where the
 //! blocks are kept, and when a reader gives up (the store's).
 
+mod mirror;
 mod source;
 mod target;
 pub mod wire;
 
+pub use mirror::{BATCH as MIRROR_BATCH, MirrorReceiver, MirrorSender, mirror_to};
 pub(super) use source::Provision;
 pub use source::{ProvidePlan, ProvideVolume, list_root, root_of_list};
 pub use target::{Arrivals, Block, FetchError, FetchPlan, Fetcher, Grant, Place};

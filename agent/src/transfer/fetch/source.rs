@@ -4,6 +4,7 @@
 //! every [`GIVE_WAY`] at least, however much is wanted now. The containers may go on writing: a block
 //! is what it was when it was read.
 
+use super::mirror;
 use super::wire::{Answer, BLOCK, Class, Fetch, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::transfer::Options;
@@ -13,6 +14,7 @@ use crate::transfer::message::Message;
 use crate::transfer::queue::{Queue, lock};
 use crate::transfer::seal::{DataKey, LinkKey, Salt, Sealer, random};
 use crate::volume::aligned::Aligned;
+use crate::volume::mirror::{Log, LogId};
 use crate::volume::scan::{open_file, read_full};
 use crate::volume::sign::{ZERO, signature};
 use crate::volume::tree::RootHasher;
@@ -41,6 +43,8 @@ pub struct ProvideVolume {
     pub id: VolumeId,
     /// Its directory, or a block device or image file.
     pub path: PathBuf,
+    /// Where the target's changes of it are kept, in a log that is made there; none: they are refused.
+    pub mirror: Option<PathBuf>,
 }
 
 /// What the target of a plan may ask this source for.
@@ -66,6 +70,7 @@ pub(in crate::transfer) struct Provision {
     demand: AtomicUsize,
     over: AtomicBool,
     sockets: Mutex<Vec<Weak<TcpStream>>>,
+    logs: Mutex<HashMap<VolumeId, Arc<Mutex<Log>>>>,
 }
 
 enum Job {
@@ -82,6 +87,7 @@ impl Provision {
             demand: AtomicUsize::new(0),
             over: AtomicBool::new(false),
             sockets: Mutex::default(),
+            logs: Mutex::default(),
         }
     }
 
@@ -120,11 +126,18 @@ impl Provision {
     fn talk(&self, mut receiver: Receiver, mut transmitter: Transmitter) -> Result<(), String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let first = receiver.next(Vec::new()).map_err(|e| text(&e))?;
-        let Incoming::Message(id, _, Message::Fetch(Fetch::Open(class))) = first else {
+        let Incoming::Message(id, _, Message::Fetch(first)) = first else {
             return Err("it does not say what it is for".to_owned());
         };
         let volume = self.plan.volumes.iter().find(|volume| volume.id == id);
         let volume = volume.ok_or_else(|| format!("the plan has no volume {id}"))?;
+        let class = match first {
+            Fetch::Open(class) => class,
+            Fetch::Mirror { log, salt } => {
+                return self.mirror(volume, (log, salt), &mut receiver, &mut transmitter);
+            }
+            _ => return Err("it does not say what it is for".to_owned()),
+        };
         let salt: Salt = random().map_err(|e| text(&e))?;
         let opened = Message::Fetch(Fetch::Opened(salt));
         transmitter
@@ -150,6 +163,43 @@ impl Provision {
             lock(&desk.transmitter).shut();
             ended
         })
+    }
+}
+
+impl Provision {
+    /// Keeps the changes that the target makes.
+    fn mirror(
+        &self,
+        volume: &ProvideVolume,
+        (id, salt): (LogId, Salt),
+        receiver: &mut Receiver,
+        transmitter: &mut Transmitter,
+    ) -> Result<(), String> {
+        let opened = match &volume.mirror {
+            None => Err("this plan mirrors nothing".to_owned()),
+            Some(directory) => {
+                let mut logs = lock(&self.logs);
+                match logs.get(&volume.id) {
+                    Some(log) => Ok(Arc::clone(log)),
+                    None => mirror::open_log(directory, id).map(|log| {
+                        let log = Arc::new(Mutex::new(log));
+                        logs.insert(volume.id, Arc::clone(&log));
+                        log
+                    }),
+                }
+            }
+        };
+        let log = match opened {
+            Ok(log) => log,
+            Err(why) => {
+                tracing::warn!(plan = %self.plan.plan, volume = %volume.id, "keeps no changes of the target: {why}");
+                let refused = Message::Fetch(Fetch::Refused(why));
+                let said = transmitter.message(volume.id, Epoch(0), &refused);
+                return said.map_err(|error| error.to_string());
+            }
+        };
+        let sealer = Sealer::to_source(&self.plan.plan, &self.plan.data_key, &salt);
+        mirror::keep(&log, id, &sealer, volume.id, (receiver, transmitter))
     }
 }
 

@@ -86,7 +86,7 @@ pub enum FetchError {
 }
 
 struct Shared {
-    plan: FetchPlan,
+    plan: Arc<FetchPlan>,
     options: Options,
     grant: Mutex<Option<Grant>>,
     next: AtomicU64,
@@ -141,7 +141,7 @@ impl Fetcher {
     /// # Errors
     /// Threads cannot be started.
     pub fn start(
-        plan: FetchPlan,
+        plan: Arc<FetchPlan>,
         options: Options,
         arrivals: &Arc<dyn Arrivals>,
     ) -> std::io::Result<Self> {
@@ -216,7 +216,7 @@ impl Fetcher {
         let link = |error: &dyn std::fmt::Display| FetchError::Link(error.to_string());
         let grant = (plan.admit)().map_err(FetchError::NotAdmitted)?;
         let (_socket, mut receiver, mut transmitter, opener) =
-            connect(plan, &grant, options, Class::Demand).map_err(|e| link(&e))?;
+            fetching(plan, &grant, options, Class::Demand).map_err(|e| link(&e))?;
         let question = Message::Fetch(Fetch::List);
         transmitter
             .message(plan.volume, Epoch(0), &question)
@@ -365,7 +365,7 @@ impl Shared {
             Err(error) => return error,
         };
         let (socket, mut receiver, transmitter, opener) =
-            match connect(&self.plan, &grant, &self.options, lane.class) {
+            match fetching(&self.plan, &grant, &self.options, lane.class) {
                 Ok(connected) => connected,
                 Err(error) => {
                     // Its keys may be of an earlier life of the source.
@@ -484,13 +484,19 @@ fn asking(wants: Vec<Want>, with_bytes: bool) -> Fetch {
 /// Questions in one message.
 const ASKED_AT_ONCE: usize = 32;
 
-type Connected = (Arc<TcpStream>, Receiver, Transmitter, Sealer);
+/// An agreed connection, and what the source answered to the message that opened it.
+pub(super) struct Connected {
+    pub(super) socket: Arc<TcpStream>,
+    pub(super) receiver: Receiver,
+    pub(super) transmitter: Transmitter,
+    pub(super) answer: Fetch,
+}
 
-fn connect(
+pub(super) fn connect(
     plan: &FetchPlan,
     grant: &Grant,
     options: &Options,
-    class: Class,
+    open: Fetch,
 ) -> Result<Connected, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let patience = options.patience;
@@ -509,13 +515,39 @@ fn connect(
     .map_err(|error: HelloError| text(&error))?;
     let (mut receiver, mut transmitter) =
         connection::split(&socket, &key, true, options.engine, patience).map_err(|e| text(&e))?;
-    let open = Message::Fetch(Fetch::Open(class));
     transmitter
-        .message(plan.volume, Epoch(0), &open)
+        .message(plan.volume, Epoch(0), &Message::Fetch(open))
         .map_err(|e| text(&e))?;
     match receiver.next(Vec::new()).map_err(|e| text(&e))? {
-        Incoming::Message(_, _, Message::Fetch(Fetch::Opened(salt))) => {
+        Incoming::Message(_, _, Message::Fetch(answer)) => Ok(Connected {
+            socket,
+            receiver,
+            transmitter,
+            answer,
+        }),
+        _ => Err("the source answered out of order".to_owned()),
+    }
+}
+
+type Fetching = (Arc<TcpStream>, Receiver, Transmitter, Sealer);
+
+/// A connection that fetches.
+fn fetching(
+    plan: &FetchPlan,
+    grant: &Grant,
+    options: &Options,
+    class: Class,
+) -> Result<Fetching, String> {
+    let connected = connect(plan, grant, options, Fetch::Open(class))?;
+    match connected.answer {
+        Fetch::Opened(salt) => {
             let opener = Sealer::new(&plan.plan, &grant.data_key, &salt);
+            let Connected {
+                socket,
+                receiver,
+                transmitter,
+                ..
+            } = connected;
             Ok((socket, receiver, transmitter, opener))
         }
         _ => Err("the source answered out of order".to_owned()),

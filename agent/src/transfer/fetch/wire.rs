@@ -8,6 +8,7 @@ use crate::model::ids::Signature;
 use crate::transfer::seal::Salt;
 use crate::volume::Entry;
 use crate::volume::codec::{Malformed, Reader, put_short};
+use crate::volume::mirror::LogId;
 use crate::volume::tree::checked_path;
 
 /// Bytes that one question asks for: small enough for random reads, large enough for bulk.
@@ -49,7 +50,23 @@ pub enum Fetch {
     Want(Vec<Want>),
     /// Target: send the signatures of these, without their bytes.
     Sign(Vec<Want>),
+    /// Target: this connection carries changes of the volume; the name of their log, the salt of their records.
+    Mirror {
+        /// Log.
+        log: LogId,
+        /// Salt.
+        salt: Salt,
+    },
+    /// Source: every change up to this one is durable here; 0 for none.
+    Mirrored(u64),
+    /// Target: make durable what was sent, and say so.
+    Sync,
+    /// Source: it keeps no changes, and why.
+    Refused(String),
 }
+
+/// Longest reason, bytes.
+const REASON_CAP: usize = 1024;
 
 impl Fetch {
     /// Appends its layout.
@@ -70,6 +87,20 @@ impl Fetch {
                     out.extend_from_slice(&want.block.to_le_bytes());
                     put_short(out, &want.path);
                 }
+            }
+            Self::Mirror { log, salt } => {
+                out.push(6);
+                out.extend_from_slice(log);
+                out.extend_from_slice(salt);
+            }
+            Self::Mirrored(number) => {
+                out.push(7);
+                out.extend_from_slice(&number.to_le_bytes());
+            }
+            Self::Sync => out.push(8),
+            Self::Refused(why) => {
+                out.push(9);
+                put_short(out, &why.as_bytes()[..why.len().min(REASON_CAP)]);
             }
         }
     }
@@ -108,6 +139,17 @@ impl Fetch {
                     4 => Self::Want(wants),
                     _ => Self::Sign(wants),
                 }
+            }
+            6 => Self::Mirror {
+                log: reader.array()?,
+                salt: reader.array()?,
+            },
+            7 => Self::Mirrored(reader.u64()?),
+            8 => Self::Sync,
+            9 => {
+                let why = reader.short()?;
+                let why = &why[..why.len().min(REASON_CAP)];
+                Self::Refused(String::from_utf8_lossy(why).into_owned())
             }
             _ => return Err(Malformed("a fetching message is of an unknown kind")),
         })
@@ -245,6 +287,13 @@ mod tests {
             Fetch::List,
             Fetch::Want(Vec::clone(&wants)),
             Fetch::Sign(wants),
+            Fetch::Mirror {
+                log: [4; 16],
+                salt: [5; 32],
+            },
+            Fetch::Mirrored(7),
+            Fetch::Sync,
+            Fetch::Refused("no room".to_owned()),
         ] {
             let mut bytes = Vec::new();
             message.encode(&mut bytes);

@@ -1,0 +1,526 @@
+//! The mirror of a served tree: what is written on the mount is on the source when a sync was answered, and the log
+//! written over the old tree makes it the new one, whoever is killed meanwhile.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use lifeboat::model::ids::{PlanId, VolumeId};
+use lifeboat::serve::{Mirrored, Mount, Store};
+use lifeboat::transfer::fetch::{FetchPlan, Grant};
+use lifeboat::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
+use lifeboat::volume::FleetKey;
+use lifeboat::volume::mirror::write_back;
+use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
+use nix::sys::stat::Mode;
+use std::env;
+use std::fs::{self, File, OpenOptions};
+use std::net::SocketAddr;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+use xtask::process::{is_root, output, wait_for};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a sync waits for the source.
+const SYNC_PATIENCE: Duration = Duration::from_secs(2);
+/// What a process started by a test does.
+const ROLE: &str = "LIFEBOAT_MIRRORED_ROLE";
+const PLACE: &str = "LIFEBOAT_MIRRORED_PLACE";
+const DOOR: &str = "LIFEBOAT_MIRRORED_DOOR";
+
+/// The directories of one test: the source's tree, the mirror's log beside it, the target's store and mount.
+struct Place(PathBuf);
+
+impl Place {
+    fn source(&self) -> PathBuf {
+        self.0.join("source")
+    }
+    fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+    fn store(&self) -> PathBuf {
+        self.0.join("store")
+    }
+    fn mount(&self) -> PathBuf {
+        self.0.join("mount")
+    }
+    fn status(&self) -> PathBuf {
+        self.0.join("status")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // It may be unmounted already.
+        let _ = nix::mount::umount2(&self.mount(), nix::mount::MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process that serves the mount or writes back; killed when it is dropped.
+struct Actor(Child);
+
+impl Actor {
+    fn start(role: &str, place: &Place, door: SocketAddr, test: &str) -> Result<Self> {
+        let child = Command::new(env::current_exe()?)
+            .args(["--exact", test, "--nocapture"])
+            .env(ROLE, role)
+            .env(PLACE, &place.0)
+            .env(DOOR, door.to_string())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        Ok(Self(child))
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Actor {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.kill();
+    }
+}
+
+/// Does what this process was started for, if it was by a test.
+fn act() -> Result<bool> {
+    let Ok(role) = env::var(ROLE) else {
+        return Ok(false);
+    };
+    let place = std::mem::ManuallyDrop::new(Place(env::var(PLACE)?.into()));
+    if role == "return" {
+        write_back(&place.log(), &place.0.join("copy"))?;
+        return Ok(true);
+    }
+    let addr: SocketAddr = env::var(DOOR)?.parse()?;
+    let plan = FetchPlan {
+        plan: PlanId::from("plan"),
+        volume: VolumeId(1),
+        fleet_key: FleetKey([3; 32]),
+        admit: Box::new(move || {
+            Ok(Grant {
+                hop: Hop {
+                    addr,
+                    link_key: LinkKey([1; 32]),
+                },
+                data_key: DataKey([2; 32]),
+            })
+        }),
+    };
+    let store = Store::open(
+        &place.store(),
+        "tree",
+        plan,
+        &options(),
+        SYNC_PATIENCE,
+        true,
+        false,
+    )?;
+    store.mirror()?;
+    let _mount = Mount::at(&place.mount(), store.clone(), false)?;
+    let parent = nix::unistd::getppid();
+    while nix::unistd::getppid() == parent {
+        let new = place.0.join("status.new");
+        fs::write(&new, serde_json::to_vec(&store.mirrored())?)?;
+        fs::rename(new, place.status())?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(true)
+}
+
+fn options() -> Options {
+    Options {
+        patience: Duration::from_secs(5),
+        backoff: Duration::from_millis(50),
+        ..Options::default()
+    }
+}
+
+/// The source's data plane, at `addr` when it was there before.
+fn source(place: &Place, addr: Option<SocketAddr>) -> Result<DataServer> {
+    let addr = addr.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let server = wait_for("the source's address", PATIENCE, || {
+        Ok(DataServer::bind(addr, options(), None).ok())
+    })?;
+    server.admit_provide(ProvidePlan {
+        plan: PlanId::from("plan"),
+        link_key: LinkKey([1; 32]),
+        data_key: DataKey([2; 32]),
+        fleet_key: FleetKey([3; 32]),
+        volumes: vec![ProvideVolume {
+            id: VolumeId(1),
+            path: place.source(),
+            mirror: Some(place.log()),
+        }],
+    });
+    Ok(server)
+}
+
+struct Scene {
+    place: Place,
+    server: Option<DataServer>,
+    door: SocketAddr,
+    actor: Actor,
+    test: &'static str,
+}
+
+impl Scene {
+    /// None where this cannot be run.
+    fn up(test: &'static str) -> Result<Option<Self>> {
+        if !is_root() {
+            println!("skipped: needs root for the mount");
+            return Ok(None);
+        }
+        let place = Place(Path::new(env!("CARGO_TARGET_TMPDIR")).join(test));
+        let _ = nix::mount::umount2(&place.mount(), nix::mount::MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir_all(&place.0);
+        for directory in [place.source(), place.mount()] {
+            fs::create_dir_all(directory)?;
+        }
+        sh(
+            &place.source(),
+            "mkdir -p d0/d1 d2; head -c 700001 /dev/urandom >d0/n0; head -c 3000 /dev/urandom >n1; \
+             head -c 100000 /dev/urandom >d2/n2; ln d2/n2 d0/n3; ln -s n1 n4; mkfifo d2/n5; \
+             setfattr -n user.a -v b n1; setfacl -d -m u:7:rwx d2; truncate -s 1M n5",
+        )?;
+        output(
+            Command::new("cp")
+                .arg("-a")
+                .args([place.source(), place.0.join("copy")]),
+        )?;
+        let server = source(&place, None)?;
+        let door = server.addr();
+        let actor = Actor::start("serve", &place, door, test)?;
+        let mut scene = Self {
+            place,
+            server: Some(server),
+            door,
+            actor,
+            test,
+        };
+        scene.is_mounted()?;
+        Ok(Some(scene))
+    }
+
+    fn is_mounted(&mut self) -> Result<()> {
+        let there = self.place.status();
+        let actor = &mut self.actor.0;
+        wait_for("the mount", PATIENCE, || {
+            ensure!(actor.try_wait()?.is_none(), "who serves it ended");
+            Ok(there.exists().then_some(()))
+        })
+    }
+
+    /// Kills who serves the mount and lets another take it up.
+    fn kill_target(&mut self) -> Result<()> {
+        self.actor.kill()?;
+        fs::remove_file(self.place.status())?;
+        self.actor = Actor::start("serve", &self.place, self.door, self.test)?;
+        self.is_mounted()
+    }
+
+    fn cut_source(&mut self) {
+        self.server = None;
+    }
+
+    fn mend_source(&mut self) -> Result<()> {
+        self.server = Some(source(&self.place, Some(self.door))?);
+        Ok(())
+    }
+
+    fn mirrored(&self) -> Result<Mirrored> {
+        let read = || Ok(fs::read(self.place.status()).ok());
+        let bytes = wait_for("the mirror's figures", PATIENCE, read)?;
+        let figures: Option<Mirrored> = serde_json::from_slice(&bytes)?;
+        figures.context("it is not mirrored")
+    }
+
+    fn is_unmirrored(&self) -> Result<()> {
+        wait_for("the figures to say so", PATIENCE, || {
+            Ok(self.mirrored()?.unmirrored.map(drop))
+        })
+    }
+
+    fn all_is_mirrored(&self) -> Result<Mirrored> {
+        wait_for("the source to have all", PATIENCE, || {
+            let figures = self.mirrored()?;
+            let all = figures.changes == figures.acknowledged && figures.unmirrored.is_none();
+            Ok(all.then_some(figures))
+        })
+    }
+
+    /// Writes the log over a copy of the old tree, killed so many times, and compares it with the mount.
+    fn return_to_copy(&self, deaths: u32) -> Result<()> {
+        let copy = self.place.0.join("copy");
+        for death in 0..deaths {
+            let mut actor = Actor::start("return", &self.place, self.door, self.test)?;
+            std::thread::sleep(Duration::from_millis(u64::from(5 + death * 9)));
+            actor.kill()?;
+        }
+        let changes = write_back(&self.place.log(), &copy)?;
+        ensure!(
+            changes > 0 && changes == self.mirrored()?.changes,
+            "{changes}"
+        );
+        ensure!(
+            write_back(&self.place.log(), &copy)? == changes,
+            "it is done once"
+        );
+        for (from, to) in [
+            (self.place.mount(), copy.clone()),
+            (copy, self.place.mount()),
+        ] {
+            let said = output(
+                Command::new("rsync")
+                    .args([
+                        "-aHAXS",
+                        "--checksum",
+                        "--delete",
+                        "--dry-run",
+                        "--itemize-changes",
+                    ])
+                    .args([format!("{}/", from.display()), format!("{}/", to.display())]),
+            )?;
+            ensure!(
+                said.trim().is_empty(),
+                "{} -> {}:\n{said}",
+                from.display(),
+                to.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+fn sh(at: &Path, script: &str) -> Result<()> {
+    output(Command::new("sh").args(["-ec", script]).current_dir(at)).map(drop)
+}
+
+/// Xorshift: the same sequence every time.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+
+    fn path(&mut self, root: &Path) -> PathBuf {
+        let directory = ["", "d0", "d2", "d0/d1", "d3"][self.below(5) as usize];
+        root.join(directory).join(format!("n{}", self.below(7)))
+    }
+
+    fn directory(&mut self, root: &Path) -> PathBuf {
+        root.join(["d0", "d2", "d0/d1", "d3", "d2/d1", "d0/d4"][self.below(6) as usize])
+    }
+}
+
+/// One random change; one that cannot be is none.
+fn change(chance: &mut Chance, root: &Path, held: &mut Vec<File>) -> std::io::Result<()> {
+    let (path, other) = (chance.path(root), chance.path(root));
+    let (offset, length) = (chance.below(900_000), 1 + chance.below(150_000));
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    match chance.below(24) {
+        0..5 => {
+            // A FIFO that is opened so does not wait.
+            let file = options.create(chance.below(3) == 0).open(&path)?;
+            let bytes: Vec<u8> = (0..length).map(|n| (n * 7 + offset) as u8).collect();
+            file.write_all_at(&bytes, offset)?;
+            if chance.below(3) == 0 {
+                file.sync_all()?;
+            }
+            if held.len() < 4 {
+                held.push(file);
+            }
+        }
+        5..7 if !held.is_empty() => {
+            let at = chance.below(held.len() as u64) as usize;
+            held[at].write_all_at(&[chance.below(255) as u8; 5000], offset)?;
+            if chance.below(3) == 0 {
+                held.swap_remove(at);
+            }
+        }
+        7 => options.open(&path)?.set_len(offset)?,
+        8..10 => {
+            let flags = match chance.below(4) {
+                0 => FallocateFlags::empty(),
+                1 => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+                _ => FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            };
+            fallocate(&options.open(&path)?, flags, offset as i64, length as i64)?;
+        }
+        10..13 => {
+            let flags = match chance.below(4) {
+                0 => RenameFlags::RENAME_EXCHANGE,
+                _ => RenameFlags::empty(),
+            };
+            renameat2(AT_FDCWD, &path, AT_FDCWD, &other, flags)?;
+        }
+        13 => {
+            let (from, to) = (chance.directory(root), chance.directory(root));
+            renameat2(AT_FDCWD, &from, AT_FDCWD, &to, RenameFlags::empty())?;
+        }
+        14 => fs::hard_link(&path, &other)?,
+        15 => fs::remove_file(&path)?,
+        16 => fs::create_dir(chance.directory(root))?,
+        17 => fs::remove_dir(chance.directory(root))?,
+        18 => std::os::unix::fs::symlink("d0/n0", &path)?,
+        19 => nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o640))?,
+        20 => fs::set_permissions(
+            &path,
+            fs::Permissions::from_mode(0o600 + chance.below(64) as u32),
+        )?,
+        21 => std::os::unix::fs::lchown(&path, Some(chance.below(9) as u32), None)?,
+        22 => {
+            let time = SystemTime::UNIX_EPOCH + Duration::from_nanos(offset * 1_000_003);
+            options.open(&path)?.set_modified(time)?;
+        }
+        _ => {
+            let how = if chance.below(2) == 0 {
+                ["-v", "c"]
+            } else {
+                ["-v", "longer"]
+            };
+            let set = Command::new("setfattr")
+                .args(["-h", "-n", "user.a"])
+                .args(how)
+                .arg(&path)
+                .stderr(Stdio::null())
+                .status();
+            set.map(drop)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn random_changes_on_a_mount_written_over_the_old_tree_lead_to_the_same_tree() -> Result<()> {
+    if act()? {
+        return Ok(());
+    }
+    let test = "random_changes_on_a_mount_written_over_the_old_tree_lead_to_the_same_tree";
+    for seed in 1..=2 {
+        let Some(mut scene) = Scene::up(test)? else {
+            return Ok(());
+        };
+        let done = scene.change_at_random(seed);
+        done.with_context(|| format!("seed {seed}"))?;
+    }
+    Ok(())
+}
+
+impl Scene {
+    fn change_at_random(&mut self, seed: u64) -> Result<()> {
+        let root = self.place.mount();
+        let mut chance = Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut held = Vec::new();
+        let mut made = 0;
+        for step in 0..600 {
+            match step {
+                150 | 450 => {
+                    // In the midst of a change, if it can be.
+                    held.clear();
+                    let writer = std::thread::spawn({
+                        let root = root.clone();
+                        move || {
+                            let bytes = vec![step as u8; 1 << 20];
+                            for n in 0..200 {
+                                if fs::write(root.join(format!("m{}", n % 3)), &bytes).is_err()
+                                    || fs::rename(root.join("m1"), root.join("m4")).is_err()
+                                        && n > 2
+                                {
+                                    return;
+                                }
+                            }
+                        }
+                    });
+                    std::thread::sleep(Duration::from_millis(30 + seed * 10));
+                    self.kill_target()?;
+                    ensure!(writer.join().is_ok(), "the writer panicked");
+                }
+                250 => self.cut_source(),
+                350 => self.mend_source()?,
+                _ => made += u32::from(change(&mut chance, &root, &mut held).is_ok()),
+            }
+        }
+        ensure!(made > 100, "only {made} changes were made");
+        drop(held);
+        let figures = self.all_is_mirrored()?;
+        println!("{made} calls, {figures:?}");
+        self.return_to_copy(4)
+    }
+}
+
+#[test]
+fn a_sync_is_answered_when_the_source_has_it_or_when_it_is_noted_that_it_has_not() -> Result<()> {
+    if act()? {
+        return Ok(());
+    }
+    let test = "a_sync_is_answered_when_the_source_has_it_or_when_it_is_noted_that_it_has_not";
+    let Some(mut scene) = Scene::up(test)? else {
+        return Ok(());
+    };
+    let note = scene.place.store().join("mirror/unmirrored");
+    let file = File::create(scene.place.mount().join("synced"))?;
+    let in_log = |scene: &Scene, what: &[u8]| -> Result<bool> {
+        let log = fs::read(scene.place.log().join("log"))?;
+        Ok(log.windows(what.len()).any(|window| window == what))
+    };
+    file.write_all_at(b"what was acknowledged first", 0)?;
+    file.sync_all()?;
+    ensure!(in_log(&scene, b"what was acknowledged first")? && !note.exists());
+
+    scene.cut_source();
+    file.write_all_at(b"what nobody else has", 4096)?;
+    let began = Instant::now();
+    file.sync_all()?;
+    ensure!(
+        began.elapsed() >= SYNC_PATIENCE && note.exists(),
+        "nothing says that it is not mirrored"
+    );
+    scene.is_unmirrored()?;
+    let began = Instant::now();
+    file.sync_data()?;
+    ensure!(
+        began.elapsed() < SYNC_PATIENCE,
+        "each sync waits for a source that is away"
+    );
+    ensure!(!in_log(&scene, b"what nobody else has")?);
+
+    // Also what was not acknowledged by the source before the target died.
+    scene.kill_target()?;
+    scene.is_unmirrored()?;
+    scene.mend_source()?;
+    scene.all_is_mirrored()?;
+    ensure!(in_log(&scene, b"what nobody else has")? && !note.exists());
+    output(
+        Command::new("dd")
+            .args([
+                "if=/dev/zero",
+                "bs=4k",
+                "count=4",
+                "oflag=dsync",
+                "status=none",
+            ])
+            .arg(format!(
+                "of={}",
+                scene.place.mount().join("dsync").display()
+            )),
+    )?;
+    let figures = scene.mirrored()?;
+    ensure!(figures.unmirrored.is_none(), "{figures:?}");
+    scene.return_to_copy(0)?;
+    let other = scene.place.0.join("other");
+    fs::create_dir(&other)?;
+    if write_back(&other, &scene.place.source()).is_ok() {
+        bail!("a log that is not there was written back");
+    }
+    Ok(())
+}
