@@ -262,10 +262,9 @@ impl Scene {
             actor.kill()?;
         }
         let changes = write_back(&self.place.log(), &copy)?;
-        ensure!(
-            changes > 0 && changes == self.mirrored()?.changes,
-            "{changes}"
-        );
+        wait_for("the figures to say so", PATIENCE, || {
+            Ok((changes > 0 && changes == self.mirrored()?.changes).then_some(()))
+        })?;
         ensure!(
             write_back(&self.place.log(), &copy)? == changes,
             "it is done once"

@@ -18,6 +18,9 @@ const MAGIC: &[u8; 8] = b"LBmirro1";
 const HEAD: u64 = 4096;
 /// Bytes before the content of a record: its length, its number, its check.
 const FRAME: usize = 4 + 8 + 8;
+/// Most bytes of records that a log ever takes, also of those that were trimmed: 64 GiB are written back in minutes at
+/// 500 MB/s. Beyond it the mirror ends rather than filling the disk of the source.
+const LOG_CAP: u64 = 64 << 30;
 /// Longest content: a write with its path, or an entry with all its attributes.
 const CONTENT_CAP: usize = super::WRITE_CAP + (32 << 10);
 
@@ -217,6 +220,11 @@ impl Log {
     /// It cannot be written; the log is as it was.
     pub fn append(&mut self, content: &[u8]) -> io::Result<u64> {
         let number = self.end.number;
+        if self.end.offset + (FRAME + content.len()) as u64 > LOG_CAP {
+            return Err(io::Error::other(
+                "the log of the mirror is at its cap of 64 GiB",
+            ));
+        }
         let mut frame = std::mem::take(&mut self.frame);
         frame.clear();
         Record { number, content }.encode(&mut frame);
