@@ -3,8 +3,9 @@
 use super::payload::{Block, Payload, Segment};
 use crate::model::ids::Signature;
 use crate::volume::aligned::Aligned;
-use crate::volume::block_map::BlockReader;
+use crate::volume::block_map::{BlockReader, Wanted};
 use crate::volume::{BlockMap, BlockSize, Entry, FleetKey};
+use std::ops::Range;
 
 /// One thread's means to read held blocks.
 #[derive(Default)]
@@ -25,23 +26,25 @@ impl Finder {
         key: &FleetKey,
         block_size: BlockSize,
         payload: &Payload<'_>,
-    ) -> (&[u8], Vec<Option<std::ops::Range<usize>>>) {
-        let wanted = offered(block_size, payload);
-        let total = wanted.iter().map(|(_, length)| length).sum();
+    ) -> (&[u8], Vec<Option<Range<usize>>>) {
+        let mut total = 0;
+        let place = |(signature, length)| {
+            let start = total;
+            total += length;
+            (signature, start..total)
+        };
+        let wanted: Vec<Wanted> = offered(block_size, payload)
+            .into_iter()
+            .map(place)
+            .collect();
         let memory = self.plain.space(total);
-        let mut at = 0;
-        let found = wanted.iter().map(|(signature, length)| {
-            let place = at..at + length;
-            let map = map?;
-            let buffer = &mut memory[place.clone()];
-            if !self.reader.read(map, key, signature, buffer) {
-                return None;
-            }
-            at = place.end;
-            Some(place)
-        });
-        let found = found.collect();
-        (memory, found)
+        let held = match map {
+            Some(map) => self.reader.read(map, key, &wanted, memory),
+            None => vec![false; wanted.len()],
+        };
+        let found = wanted.into_iter().zip(held);
+        let found = found.map(|((_, place), held)| held.then_some(place));
+        (memory, found.collect())
     }
 }
 
@@ -70,7 +73,7 @@ fn offered(block_size: BlockSize, payload: &Payload<'_>) -> Vec<(Signature, usiz
 pub(super) fn filled<'b>(
     payload: &Payload<'b>,
     memory: &'b [u8],
-    found: Vec<Option<std::ops::Range<usize>>>,
+    found: Vec<Option<Range<usize>>>,
 ) -> Payload<'b> {
     let mut found = found.into_iter();
     let mut fill = |blocks: &[Block<'b>]| -> Blocks<'b> {

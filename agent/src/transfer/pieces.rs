@@ -21,8 +21,7 @@ use nix::sys::stat::FileStat;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -56,17 +55,6 @@ impl Large {
 
 /// Pieces read at a time by each thread.
 pub(super) const TOGETHER: u64 = 4;
-
-/// Opens a file a second time, past the page cache; none where its file system refuses that.
-pub(super) fn open_direct(file: &File) -> Option<File> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let flags = libc::O_DIRECT | libc::O_NOATIME;
-    File::options()
-        .read(true)
-        .custom_flags(flags)
-        .open(path)
-        .ok()
-}
 
 /// A run of blocks that is read straight into its record.
 pub(super) struct Piece {
@@ -207,6 +195,7 @@ impl Reading<'_, '_> {
                 file: past.unwrap_or(&large.file).as_fd(),
                 offset: piece.offset,
                 buffer: &mut piece.record[piece.data..piece.data + length],
+                length: piece.length,
                 once: past.is_none(),
                 done: Ok(0),
             });
@@ -224,6 +213,7 @@ impl Reading<'_, '_> {
                     file: large.file.as_fd(),
                     offset: read.offset,
                     buffer: &mut *read.buffer,
+                    length,
                     once: true,
                     done: Ok(0),
                 }];

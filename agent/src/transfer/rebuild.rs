@@ -378,7 +378,7 @@ impl Rebuild {
             let access = if held.is_some() {
                 Access::InPlace
             } else {
-                Access::new_for(entry)
+                self.destination.access_to_new(entry)
             };
             let file = self
                 .destination
@@ -610,13 +610,7 @@ impl Rebuild {
             state.forget(path);
             state.touch_parent(path);
         }
-        for path in std::mem::take(&mut state.touched).iter().rev() {
-            if let Some(entry) = state.tree.get(path)
-                && entry.kind == Kind::Directory
-            {
-                self.destination.finish_directory(&entry)?;
-            }
-        }
+        let touched = std::mem::take(&mut state.touched);
         let tree = std::mem::take(&mut state.tree);
         let root = std::thread::scope(|scope| {
             let root = scope.spawn(|| {
@@ -624,6 +618,13 @@ impl Rebuild {
                 tree.iter().for_each(|entry| root.add(&entry));
                 root.finish()
             });
+            for path in touched.iter().rev() {
+                if let Some(entry) = tree.get(path)
+                    && entry.kind == Kind::Directory
+                {
+                    self.destination.finish_directory(&entry)?;
+                }
+            }
             self.destination.sync()?;
             if let Some(map) = &self.map {
                 map.flush();

@@ -10,8 +10,10 @@ use std::ops::{Deref, DerefMut};
 /// memory, until bytes beyond a seal or a tag are added.
 #[derive(Debug, Default)]
 pub struct Record {
+    /// May go on behind the record, so that memory which is used again need not be cleared.
     memory: Vec<u8>,
     start: usize,
+    end: usize,
 }
 
 impl Record {
@@ -25,14 +27,17 @@ impl Record {
         }
         let payload = memory.as_ptr().addr() + HEADER_LEN;
         let start = payload.next_multiple_of(ALIGNMENT) - payload;
-        memory.resize(start + length, 0);
+        let end = start + length;
+        if memory.len() < end {
+            memory.resize(end, 0);
+        }
         memory[start..start + head.len()].copy_from_slice(head);
-        Self { memory, start }
+        Self { memory, start, end }
     }
 
     /// Cuts it to `length` bytes.
     pub fn truncate(&mut self, length: usize) {
-        self.memory.truncate(self.start + length);
+        self.end = self.end.min(self.start + length);
     }
 
     /// Its memory, for another record; what is in it has no meaning.
@@ -44,7 +49,12 @@ impl Record {
 
 impl From<Vec<u8>> for Record {
     fn from(memory: Vec<u8>) -> Self {
-        Self { memory, start: 0 }
+        let end = memory.len();
+        Self {
+            memory,
+            start: 0,
+            end,
+        }
     }
 }
 
@@ -52,19 +62,21 @@ impl Deref for Record {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.memory[self.start..]
+        &self.memory[self.start..self.end]
     }
 }
 
 impl DerefMut for Record {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..]
+        &mut self.memory[self.start..self.end]
     }
 }
 
 impl<'a> Extend<&'a u8> for Record {
     fn extend<I: IntoIterator<Item = &'a u8>>(&mut self, bytes: I) {
+        self.memory.truncate(self.end);
         self.memory.extend(bytes);
+        self.end = self.memory.len();
     }
 }
 

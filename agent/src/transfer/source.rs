@@ -36,6 +36,8 @@ use std::sync::{Arc, Mutex};
 const WINDOW: usize = 16_384;
 /// Steps with which work begins while the walk goes on.
 const BEGINNING: usize = 1024;
+/// Entries that the walk hands over together: waking a thread costs more than looking at one.
+const HANDED: usize = 64;
 /// Threads that read directories ahead of the walk.
 const WARMERS: usize = 2;
 /// Payload from which a record of entries is sent.
@@ -164,19 +166,25 @@ impl Source<'_> {
         let warmer = Warmer::new(&root);
         let skipped = std::thread::scope(|scope| {
             // The walk goes on while what it found is read: its waits for the disk cost nothing then.
-            let (found, walked) = std::sync::mpsc::sync_channel(WINDOW);
+            let (found, walked) = std::sync::mpsc::sync_channel(WINDOW / HANDED);
             for _ in 0..WARMERS {
                 scope.spawn(|| warmer.run());
             }
             let walker = scope.spawn(|| {
                 let _warming = warmer.until_dropped();
                 let mut walk = walk::walk(&root).warmed_by(&warmer);
-                // Nobody takes more when reading failed.
-                let _ = walk.try_for_each(|one| found.send(one));
+                loop {
+                    let some: Handed = walk.by_ref().take(HANDED).collect();
+                    // Nobody takes more when reading failed.
+                    if some.is_empty() || found.send(some).is_err() {
+                        break;
+                    }
+                }
                 drop(found);
                 walk.skipped()
             });
-            let changes = Changes::new(Walked { walked, next: None }, previous);
+            let next = Handed::default().into_iter();
+            let changes = Changes::new(Walked { walked, next }, previous);
             self.send_windows(&root, baseline, changes, &mut state, &tally)?;
             // A panic of the thread is passed on.
             Ok::<_, SourceError>(walker.join().unwrap_or_else(|panic| resume_unwind(panic)))
@@ -343,26 +351,34 @@ impl Source<'_> {
     }
 }
 
+/// What the walk hands over.
+type Handed = Vec<Result<Found, WalkError>>;
+
 /// What the walk found so far.
 struct Walked {
-    walked: Receiver<Result<Found, WalkError>>,
-    next: Option<Result<Found, WalkError>>,
+    walked: Receiver<Handed>,
+    next: std::vec::IntoIter<Result<Found, WalkError>>,
 }
 
 impl Iterator for Walked {
     type Item = Result<Found, WalkError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.next.take().or_else(|| self.walked.recv().ok())
+        if self.next.len() == 0 {
+            self.next = self.walked.recv().ok()?.into_iter();
+        }
+        self.next.next()
     }
 }
 
 impl Ahead for Walked {
     fn is_ready(&mut self) -> bool {
-        if self.next.is_none() {
-            self.next = self.walked.try_recv().ok();
+        if self.next.len() == 0
+            && let Ok(more) = self.walked.try_recv()
+        {
+            self.next = more.into_iter();
         }
-        self.next.is_some()
+        self.next.len() > 0
     }
 }
 

@@ -286,7 +286,7 @@ impl Engine for UringEngine {
                     match outcome(code) {
                         Ok(count) => {
                             read.done = Ok(done + count);
-                            if count > 0 && done + count < read.buffer.len() {
+                            if count > 0 && done + count < read.length {
                                 again.push((index, done + count));
                             }
                         }

@@ -111,6 +111,8 @@ pub struct Destination {
     volume: String,
     root: Confined,
     devices: bool,
+    /// Whose new files are.
+    owner: (u32, u32),
 }
 
 /// How a file is opened for writing.
@@ -126,14 +128,6 @@ pub enum Access {
 }
 
 impl Access {
-    /// A new file for a small file's entry: with its own permissions at once if it is ours, else private until
-    /// it has its owner.
-    #[must_use]
-    pub fn new_for(entry: &Entry) -> Self {
-        let ours = (geteuid().as_raw(), getegid().as_raw()) == (entry.uid, entry.gid);
-        Self::New(if ours { entry.mode & 0o777 } else { PRIVATE })
-    }
-
     /// A new, private file.
     #[must_use]
     pub fn private() -> Self {
@@ -184,6 +178,7 @@ impl Destination {
             volume: volume.to_owned(),
             root: root.map_err(|e| failed("open the place of the volume", e))?,
             devices: false,
+            owner: (geteuid().as_raw(), getegid().as_raw()),
         })
     }
 
@@ -191,6 +186,14 @@ impl Destination {
     #[must_use]
     pub fn taking_devices(self, devices: bool) -> Self {
         Self { devices, ..self }
+    }
+
+    /// A new file for a small file's entry: with its own permissions at once if it is ours, else private until
+    /// it has its owner.
+    #[must_use]
+    pub fn access_to_new(&self, entry: &Entry) -> Access {
+        let ours = self.owner == (entry.uid, entry.gid);
+        Access::New(if ours { entry.mode & 0o777 } else { PRIVATE })
     }
 
     fn is_device(&self) -> bool {

@@ -5,7 +5,9 @@
 //! (SQLite in WAL mode) and one that is damaged is begun anew; memory and disk are bounded.
 //! Non-goal: blocks that did not come through the data plane.
 
+use super::aligned::{ALIGNMENT, open_direct};
 use super::confined::Confined;
+use super::scan::read_full;
 use super::sign::{FleetKey, signature};
 use crate::model::ids::Signature;
 use nix::fcntl::OFlag;
@@ -14,6 +16,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -164,19 +167,20 @@ impl BlockMap {
         }
     }
 
-    fn find(&self, wanted: &Signature) -> Option<Place> {
+    /// Where blocks may lie.
+    fn find(&self, wanted: &[Wanted]) -> Vec<Option<Place>> {
         let state = self.state();
-        let name = name(wanted);
-        if let Some(place) = state.pending.get(&name) {
-            return Some(place.clone());
-        }
-        match state.find(&name) {
-            Ok(found) => found,
-            Err(error) => {
+        let place = |(signature, _): &Wanted| {
+            let name = name(signature);
+            if let Some(place) = state.pending.get(&name) {
+                return Some(place.clone());
+            }
+            state.find(&name).unwrap_or_else(|error| {
                 tracing::warn!(path = %self.path.display(), "the block map cannot be read: {error}");
                 None
-            }
-        }
+            })
+        };
+        wanted.iter().map(place).collect()
     }
 
     fn forget(&self, stale: &Signature) {
@@ -290,53 +294,109 @@ impl State {
     }
 }
 
+/// A block that is looked for, and the place in memory where it goes.
+pub type Wanted = (Signature, Range<usize>);
+
+/// Runs of blocks from this size are read past the page cache, which does not hold them either when they
+/// came as a large file.
+const DIRECT_LEAST: usize = 256 << 10;
+
 /// Reads blocks that the map knows; belongs to one thread, and keeps the file it read last open.
 #[derive(Debug, Default)]
 pub struct BlockReader {
     open: Option<(Arc<Holder>, File)>,
+    /// The same file past the page cache.
+    direct: Option<File>,
 }
 
 impl BlockReader {
-    /// Fills `buffer` with the block of this signature, when the device holds it: read from its place
-    /// and signed again. False when it does not; what is in `buffer` is then worthless.
+    /// Fills the places in `memory` of those blocks that the device holds, read from where they lie and signed
+    /// again, and tells which they are; what is in the places of others is worthless. Places in order.
     pub fn read(
         &mut self,
         map: &BlockMap,
         key: &FleetKey,
-        wanted: &Signature,
-        buffer: &mut [u8],
-    ) -> bool {
-        let Some(place) = map.find(wanted) else {
-            return false;
-        };
-        let held = self.file(&place.holder).is_some_and(|file| {
-            file.read_exact_at(buffer, place.offset).is_ok() && signature(key, buffer) == *wanted
-        });
-        if !held {
-            map.forget(wanted);
+        wanted: &[Wanted],
+        memory: &mut [u8],
+    ) -> Vec<bool> {
+        let places = map.find(wanted);
+        let mut held = Vec::with_capacity(wanted.len());
+        while let Some(first) = wanted.get(held.len()) {
+            let Some(Some(place)) = places.get(held.len()) else {
+                held.push(false);
+                continue;
+            };
+            // What lies one after the other both here and there is read at once.
+            let follows = |(next, at): (&Wanted, &Option<Place>)| {
+                let distance = (next.1.start - first.1.start) as u64;
+                at.as_ref().is_some_and(|at| {
+                    at.holder == place.holder && at.offset == place.offset.saturating_add(distance)
+                })
+            };
+            let rest = wanted[held.len()..].iter().zip(&places[held.len()..]);
+            let run = &wanted[held.len()..][..rest.take_while(|one| follows(*one)).count()];
+            let past = run.last().map_or(first.1.end, |last| last.1.end);
+            let start = first.1.start;
+            let done = start + self.read_run(&place.holder, &mut memory[start..past], place.offset);
+            for (wanted, range) in run {
+                let right = range.end <= done && signature(key, &memory[range.clone()]) == *wanted;
+                if !right {
+                    map.forget(wanted);
+                }
+                held.push(right);
+            }
         }
         held
     }
 
-    fn file(&mut self, holder: &Arc<Holder>) -> Option<&File> {
-        let known = self.open.as_ref().is_some_and(|(open, _)| open == holder);
-        if !known {
-            let root = Confined::open(&holder.root).ok()?;
-            // O_NONBLOCK: should a FIFO have taken the place, opening must not wait for a writer.
-            let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
-            let fd = root.open_beneath(&holder.path, flags, Mode::empty()).ok()?;
-            let mode = SFlag::from_bits_truncate(fstat(fd.as_fd()).ok()?.st_mode);
-            if mode & SFlag::S_IFMT != SFlag::S_IFREG {
-                return None;
-            }
-            self.open = Some((Arc::clone(holder), File::from(fd)));
+    /// Reads from a file and returns how many bytes it had.
+    fn read_run(&mut self, holder: &Arc<Holder>, buffer: &mut [u8], offset: u64) -> usize {
+        if !self.turn_to(holder) {
+            return 0;
         }
-        self.open.as_ref().map(|(_, file)| file)
+        let Some((_, file)) = &self.open else {
+            return 0;
+        };
+        let mut done = 0;
+        if buffer.len() >= DIRECT_LEAST && buffer.as_ptr().addr().is_multiple_of(ALIGNMENT) {
+            if self.direct.is_none() {
+                self.direct = open_direct(file);
+            }
+            let whole = buffer.len() / ALIGNMENT * ALIGNMENT;
+            let direct = self.direct.as_ref();
+            // What cannot be had so is read through the page cache.
+            let read =
+                direct.and_then(|direct| direct.read_exact_at(&mut buffer[..whole], offset).ok());
+            done = read.map_or(0, |()| whole);
+        }
+        let rest = read_full(file, &mut buffer[done..], offset + done as u64);
+        done + rest.unwrap_or(0)
     }
+
+    /// Opens the file, unless it is open.
+    fn turn_to(&mut self, holder: &Arc<Holder>) -> bool {
+        if self.open.as_ref().is_some_and(|(open, _)| open == holder) {
+            return true;
+        }
+        (self.open, self.direct) = (None, None);
+        let file = open_held(holder);
+        self.open = file.map(|file| (Arc::clone(holder), file));
+        self.open.is_some()
+    }
+}
+
+fn open_held(holder: &Holder) -> Option<File> {
+    let root = Confined::open(&holder.root).ok()?;
+    // O_NONBLOCK: should a FIFO have taken the place, opening must not wait for a writer.
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK;
+    let fd = root.open_beneath(&holder.path, flags, Mode::empty()).ok()?;
+    let mode = SFlag::from_bits_truncate(fstat(fd.as_fd()).ok()?.st_mode);
+    (mode & SFlag::S_IFMT == SFlag::S_IFREG).then(|| File::from(fd))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::aligned::Aligned;
     use super::*;
 
     const KEY: FleetKey = FleetKey([9; 32]);
@@ -355,7 +415,7 @@ mod tests {
     }
 
     /// A file of `count` blocks in `root`, remembered in `map`.
-    fn remembered(map: &BlockMap, root: &Path, path: &str, numbers: std::ops::Range<usize>) {
+    fn remembered(map: &BlockMap, root: &Path, path: &str, numbers: Range<usize>) {
         let bytes: Vec<u8> = numbers.clone().flat_map(block).collect();
         std::fs::write(root.join(path), bytes).unwrap();
         let first = numbers.start;
@@ -369,9 +429,10 @@ mod tests {
     fn holds(map: &BlockMap, number: usize) -> bool {
         let mut buffer = vec![0; LEAST];
         let wanted = signature(&KEY, &block(number));
+        let wanted = [(wanted, 0..LEAST)];
         let held = BlockReader::default().read(map, &KEY, &wanted, &mut buffer);
-        assert!(!held || buffer == block(number));
-        held
+        assert!(!held[0] || buffer == block(number));
+        held[0]
     }
 
     #[test]
@@ -395,7 +456,41 @@ mod tests {
         assert!(!holds(&map, 9));
         std::fs::remove_file(dir.path().join("f")).unwrap();
         assert!(!holds(&map, 5));
-        assert_eq!(map.find(&signature(&KEY, &block(5))).map(|_| ()), None);
+        let forgotten = map.find(&[(signature(&KEY, &block(5)), 0..LEAST)]);
+        assert!(forgotten[0].is_none());
+    }
+
+    #[test]
+    fn a_run_of_blocks_is_read_at_once_and_only_what_is_right_in_it_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let map = BlockMap::open(&dir.path().join("map")).unwrap();
+        remembered(&map, dir.path(), "f", 0..40);
+        remembered(&map, dir.path(), "g", 40..43);
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("f"))
+            .unwrap();
+        file.write_all_at(b"x", 4 * LEAST as u64 + 99).unwrap();
+        file.set_len(38 * LEAST as u64 + 5).unwrap();
+        // A block that is not known, and one in between that lies elsewhere.
+        let numbers: Vec<usize> = (0..20).chain([99, 41]).chain(20..40).collect();
+        let wanted: Vec<Wanted> = numbers
+            .iter()
+            .zip(0..)
+            .map(|(&number, at)| {
+                (
+                    signature(&KEY, &block(number)),
+                    at * LEAST..(at + 1) * LEAST,
+                )
+            })
+            .collect();
+        let mut memory = Aligned::default();
+        let memory = memory.space(numbers.len() * LEAST);
+        let held = BlockReader::default().read(&map, &KEY, &wanted, memory);
+        for ((number, held), (_, range)) in numbers.iter().zip(held).zip(wanted) {
+            assert_eq!(held, ![4, 38, 39, 99].contains(number), "block {number}");
+            assert!(!held || memory[range] == block(*number));
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::one::{self, One};
 use super::tree::{Entry, Exception, Kind, NAME_CAP, PATH_CAP, Seen, Timestamp, XATTRS_CAP, shown};
 use super::warm::{self, Warmer};
 use super::xattrs;
+use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
@@ -18,7 +19,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::time::Instant;
@@ -111,7 +112,7 @@ enum Next {
 /// Names of one directory that were not looked at yet, the next one last.
 struct Listing {
     /// None when so many are open that this one is opened again for each name.
-    dir: Option<OwnedFd>,
+    dir: Option<Dir>,
     path: Box<[u8]>,
     names: Vec<u8>,
     spans: Vec<Range<u32>>,
@@ -175,15 +176,17 @@ impl<'a> Walk<'a> {
             warmer.reached(path);
         }
         let dir = open_directory(self.root, path)?;
-        let found = std::fs::read_dir(format!("/proc/self/fd/{}", dir.as_raw_fd()))
-            .map_err(|e| failed("list", e))?;
+        let mut dir = Dir::from_fd(dir).map_err(|e| failed("list", e.into()))?;
         let (mut names, mut spans, mut inner) = (Vec::new(), Vec::new(), Vec::new());
-        for name in found {
-            let entry = name.map_err(|e| failed("list", e))?;
-            let name = entry.file_name().into_vec();
+        for entry in dir.iter() {
+            let entry = entry.map_err(|e| failed("list", e.into()))?;
+            let name = entry.file_name().to_bytes();
+            if matches!(name, b"." | b"..") {
+                continue;
+            }
             let length = path.len() + 1 + name.len();
             if length > PATH_CAP || name.len() > NAME_CAP {
-                let child = [path, b"/", &name].concat();
+                let child = [path, b"/", name].concat();
                 self.skipped.push(Exception {
                     path: shown(&child).into_owned(),
                     reason: format!(
@@ -193,7 +196,7 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let start = names.len();
-            names.extend_from_slice(&name);
+            names.extend_from_slice(name);
             let past = u32::try_from(names.len())
                 .map_err(|_| failed("list", io::Error::other("4 GiB of names in one directory")))?;
             spans.push(start as u32..past);
@@ -220,17 +223,17 @@ impl<'a> Walk<'a> {
     fn look(&mut self, path: Vec<u8>, listing: &Listing) -> Result<Option<Found>, WalkError> {
         let again;
         let dir = match &listing.dir {
-            Some(dir) => dir,
+            Some(dir) => dir.as_fd(),
             None => match open_directory(self.root, &listing.path) {
                 Err(error) if error.vanished() => return Ok(None),
                 other => {
                     again = other?;
-                    &again
+                    again.as_fd()
                 }
             },
         };
         let name = OsStr::from_bytes(listing.name());
-        let stat = match fstatat(dir.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        let stat = match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
             Err(Errno::ENOENT) => return Ok(None),
             Err(error) => return Err(WalkError::new(self.root, "stat", &path, error)),

@@ -4,19 +4,19 @@
 //! Invariants: only hints, nothing that is found here is used; a tree that lies in the page cache costs nothing
 //! more; memory and the distance from the walk are bounded.
 
-use super::apply::fd_path;
 use super::confined::Confined;
+use nix::dir::{Dir, Entry, Type};
 use nix::fcntl::{AtFlags, OFlag};
 use nix::sys::stat::{Mode, fstatat};
-use std::collections::BTreeSet;
-use std::fs::DirEntry;
+use std::collections::{BTreeSet, HashSet};
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A directory that takes longer to list was not in the page cache.
 const COLD: Duration = Duration::from_micros(60);
+/// Inodes that lie in one block of the disk: 256 bytes each is what file systems make today.
+const NEIGHBOURS: u64 = 16;
 /// Most directories that wait to be read.
 const WAITING_CAP: usize = 4096;
 /// Most directories that are read and that the walk has not come to.
@@ -116,28 +116,29 @@ impl<'a> Warmer<'a> {
         let Ok(dir) = self.root.open_beneath(path, flags, Mode::empty()) else {
             return;
         };
-        let Ok(names) = std::fs::read_dir(fd_path(dir.as_fd())) else {
+        let Ok(mut dir) = Dir::from_fd(dir) else {
             return;
         };
-        let names: Vec<DirEntry> = names.flatten().collect();
+        let names: Vec<Entry> = dir.iter().flatten().collect();
         let took = began.elapsed();
-        for name in &names {
-            // Only for its effect.
-            let _ = fstatat(
-                dir.as_fd(),
-                name.file_name().as_os_str(),
-                AtFlags::AT_SYMLINK_NOFOLLOW,
-            );
+        let mut seen = HashSet::new();
+        // Only for its effect: what is known of neighbours comes with the first of them.
+        for name in names
+            .iter()
+            .filter(|name| seen.insert(name.ino() / NEIGHBOURS))
+        {
+            let _ = fstatat(dir.as_fd(), name.file_name(), AtFlags::AT_SYMLINK_NOFOLLOW);
         }
         let inner = names.iter().filter(|name| is_directory(name));
-        let inner = inner.map(|name| [path, b"/", name.file_name().as_bytes()].concat());
+        let inner = inner.map(|name| [path, b"/", name.file_name().to_bytes()].concat());
         self.listed(took, &inner.collect::<Vec<_>>());
     }
 }
 
 /// Whether the list says that it is a directory, without looking at it.
-pub(super) fn is_directory(entry: &DirEntry) -> bool {
-    entry.file_type().is_ok_and(|kind| kind.is_dir())
+pub(super) fn is_directory(entry: &Entry) -> bool {
+    let itself = matches!(entry.file_name().to_bytes(), b"." | b"..");
+    entry.file_type() == Some(Type::Directory) && !itself
 }
 
 /// See [`Warmer::until_dropped`].

@@ -112,6 +112,11 @@ pub(super) fn measured(from: &Host, to: &Host) -> Result<Limits> {
             disk(from, "write")?,
         ),
         ("disk, reading (the same)", disk(from, "read")?),
+        // What a copy from the disk to itself cannot exceed: as much is read as is written.
+        (
+            "disk, read and written at once (the same, each way)",
+            disk(from, "rw")?,
+        ),
         (
             "link between two lab hosts (iperf3, one stream)",
             link(from, to)?,
@@ -138,8 +143,14 @@ fn disk(host: &Host, mode: &str) -> Result<f64> {
         "--output-format=json",
     ])?;
     let report: Value = serde_json::from_str(&text).context("fio printed no JSON")?;
-    report["jobs"][0][mode]["bw_bytes"]
-        .as_f64()
+    let done = ["read", "write"]
+        .into_iter()
+        .filter(|way| mode == "rw" || *way == mode);
+    let speeds = done.map(|way| report["jobs"][0][way]["bw_bytes"].as_f64());
+    let slower = |speeds: Vec<f64>| speeds.into_iter().reduce(f64::min);
+    speeds
+        .collect::<Option<Vec<f64>>>()
+        .and_then(slower)
         .context("fio reports no bandwidth")
 }
 

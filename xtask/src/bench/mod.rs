@@ -40,6 +40,9 @@ pub struct Arguments {
     /// Runs of each transfer, of which the median counts.
     #[arg(long, default_value_t = 5)]
     runs: usize,
+    /// Of the transfers, only these: to see what a change does.
+    #[arg(long, conflicts_with = "write")]
+    only: Vec<transfer::Part>,
     /// Set-up and build are done (how the task calls itself as root).
     #[arg(long, hide = true)]
     built: bool,
@@ -119,7 +122,9 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
     keep(machine::limits()?);
     for subject in subjects {
         keep(match subject {
-            Subject::Transfer => transfer::measure(arguments.short, arguments.runs)?,
+            Subject::Transfer => {
+                transfer::measure(arguments.short, arguments.runs, &arguments.only)?
+            }
             Subject::Pause => pause::measure(arguments.short)?,
             Subject::Agent => agent::measure(arguments.short)?,
             Subject::Programs => programs::measure(arguments.short)?,

@@ -38,9 +38,11 @@ pub struct Read<'a> {
     pub offset: u64,
     /// Where the bytes go.
     pub buffer: &'a mut [u8],
+    /// Bytes wanted; past the page cache the buffer is longer, up to a whole sector.
+    pub length: usize,
     /// What is not in the page cache need not stay there: it is read only once.
     pub once: bool,
-    /// Bytes read, fewer than asked only at the end of the file.
+    /// Bytes read, fewer than wanted only at the end of the file.
     pub done: io::Result<usize>,
 }
 
@@ -186,6 +188,7 @@ mod tests {
                     file: file.as_ref().unwrap().as_fd(),
                     offset: 3,
                     once: buffer.len() % 2 == 1,
+                    length: buffer.len(),
                     buffer,
                     done: Ok(0),
                 })

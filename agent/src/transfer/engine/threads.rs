@@ -39,7 +39,7 @@ impl Engine for ThreadEngine {
                     Err(Errno::EINTR) => {}
                     Err(error) => break Err(error.into()),
                 }
-                if done == read.buffer.len() {
+                if done >= read.length {
                     break Ok(done);
                 }
             };

@@ -49,7 +49,24 @@ struct Bench<'l> {
     peaks: (f64, f64),
 }
 
-pub(super) fn measure(short: bool, runs: usize) -> Result<String> {
+/// What can be measured by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// The large file, and what else it tells.
+    File,
+    /// Many small files.
+    Small,
+    /// The Rust sources.
+    Tree,
+    /// A change since the last epoch.
+    Changes,
+    /// A link with a long round trip.
+    Far,
+}
+
+/// Measures `only` these parts, all when none is named.
+pub(super) fn measure(short: bool, runs: usize, only: &[Part]) -> Result<String> {
+    let wants = |part: Part| only.is_empty() || only.contains(&part);
     setup::provide("qemu-nbd", "qemu-utils", "peer of the figures")?;
     setup::provide("nbdcopy", "libnbd-bin", "peer of the figures")?;
     let (scale, runs) = if short { (10, 1) } else { (1, runs) };
@@ -75,9 +92,13 @@ pub(super) fn measure(short: bool, runs: usize) -> Result<String> {
          destination in every run; median of {runs}. Lifeboat counts until the receiver has acknowledged that \
          everything is on disk; a peer's ratio is with a `sync -f` after it, the one in brackets without.\n\n"
     );
-    text.push_str(&bench.table(LARGE / scale, FILES / scale as usize)?);
-    text.push_str(&bench.changes(scale)?);
-    text.push_str(&bench.far(LARGE / 8 / scale)?);
+    text.push_str(&bench.table(LARGE / scale, FILES / scale as usize, wants)?);
+    if wants(Part::Changes) {
+        text.push_str(&bench.changes(scale)?);
+    }
+    if wants(Part::Far) {
+        text.push_str(&bench.far(LARGE / 8 / scale)?);
+    }
     let (source, target) = bench.peaks;
     text.push_str(&format!(
         "Highest resident memory in all of these: source {source:.0} MiB, target {target:.0} MiB ({}).\n",
@@ -146,13 +167,21 @@ impl Bench<'_> {
     }
 
     /// The large file, the small files and the real tree.
-    fn table(&mut self, large: u64, files: usize) -> Result<String> {
+    fn table(&mut self, large: u64, files: usize, wants: impl Fn(Part) -> bool) -> Result<String> {
         let pair = self.pair;
         let from = pair.from;
-        fs::create_dir(from.path("/srv/file"))?;
-        data::write_large(&from.path("/srv/file/random"), large)?;
-        data::write_tree(&from.path("/srv/small"), files)?;
-        let real = data::copy_rust_sources(&from.path("/srv/real"))?;
+        if wants(Part::File) {
+            fs::create_dir(from.path("/srv/file"))?;
+            data::write_large(&from.path("/srv/file/random"), large)?;
+        }
+        if wants(Part::Small) {
+            data::write_tree(&from.path("/srv/small"), files)?;
+        }
+        let real = if wants(Part::Tree) {
+            data::copy_rust_sources(&from.path("/srv/real"))?
+        } else {
+            String::new()
+        };
         let rsync = || -> Peer<'_> {
             let copy = |source: &str, out: &str| pair.rsync(source, out, &["-W"]);
             ("rsync over ssh", 5.0, Box::new(copy))
@@ -167,26 +196,28 @@ impl Bench<'_> {
             2.0,
             Box::new(|source, out| pair.nbdcopy(&format!("{source}/random"), out)),
         );
-        let subjects: [(String, &str, bool, Vec<Peer<'_>>); 3] = [
+        let subjects: [(Part, String, &str, bool, Vec<Peer<'_>>); 3] = [
             (
+                Part::File,
                 format!("one file of {} MiB", large >> 20),
                 "/srv/file",
                 false,
                 vec![rsync(), nbd],
             ),
             (
+                Part::Small,
                 format!("{files} files of 4 KiB"),
                 "/srv/small",
                 true,
                 vec![rsync(), tar],
             ),
-            (real, "/srv/real", true, vec![rsync()]),
+            (Part::Tree, real, "/srv/real", true, vec![rsync()]),
         ];
         let mut text = String::from(
             "| data | Lifeboat | peer | peer's time | peer ÷ Lifeboat | goal |\n|---|---|---|---|---|---|\n",
         );
         let mut rest = String::new();
-        for (what, source, keep, peers) in &subjects {
+        for (part, what, source, keep, peers) in subjects.iter().filter(|one| wants(one.0)) {
             let measured = self.compare(source, *keep, peers)?;
             let ours = middle(&measured.ours, |run| run.seconds);
             for (name, least, _) in peers {
@@ -194,10 +225,14 @@ impl Bench<'_> {
                 let durable = middle(theirs, |run| run.durable);
                 let copied = middle(theirs, |run| run.copied);
                 text.push_str(&format!(
-                    "| {what} | {ours:.2} s | {name} | {durable:.2} s | {:.1} ({:.1}) | {} |\n",
+                    "| {what} | {ours:.2} s | {name} | {durable:.2} s | {:.1} ({:.1}) | {}{} |\n",
                     durable / ours,
                     copied / ours,
-                    goal(&format!("at least {least:.0}"), durable / ours >= *least)
+                    goal(&format!("at least {least:.0}"), durable / ours >= *least),
+                    match part {
+                        Part::File => self.beyond(large as f64 * least / durable),
+                        _ => String::new(),
+                    }
                 ));
             }
             if *source == "/srv/file" {
@@ -205,6 +240,19 @@ impl Bench<'_> {
             }
         }
         Ok(format!("{text}\n{rest}"))
+    }
+
+    /// What is to be said of a goal that asks for more bytes a second than the machine has.
+    fn beyond(&self, speed: f64) -> String {
+        let (limit, slowest) = self.limits.slowest();
+        if speed <= slowest {
+            return String::new();
+        }
+        format!(
+            "; that is {:.2} GB/s, and {limit} gives {:.2}",
+            speed / 1e9,
+            slowest / 1e9
+        )
     }
 
     /// What else the large file tells: how near the machine's limits, the source's processor time, half of the
