@@ -160,9 +160,6 @@ pub(super) struct Link {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Most records that wait to be sent: they keep the link busy, and more would only take memory. What was sent
-/// and is not acknowledged fills the rest of the window, as far as the link's round trip needs it.
-const UNSENT_CAP: usize = 8;
 /// Most used buffers that are kept.
 const SPARE_CAP: usize = 16;
 /// How often a waiting thread looks at the cancel flag.
@@ -232,8 +229,7 @@ impl Link {
                 .keys()
                 .next()
                 .is_none_or(|&first| number < first);
-            let room = state.bytes + record.len() <= cap && state.unsent.len() < UNSENT_CAP;
-            if oldest || room {
+            if oldest || state.bytes + record.len() <= cap {
                 break;
             }
             state = self.shared.wait(state, TICK);
@@ -541,9 +537,6 @@ impl Shared {
         let mut measured = Measured::begin();
         let mut state = lock(&self.state);
         while state.broken.is_none() && state.over.is_none() {
-            if state.unsent.len() >= UNSENT_CAP {
-                self.changed.notify_all();
-            }
             let next = state.unsent.pop_front();
             let sent = match next {
                 Some(number) => {

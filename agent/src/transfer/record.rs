@@ -23,7 +23,8 @@ impl Record {
         let length = head.len() + room;
         let wanted = ALIGNMENT + length + TAG_LEN;
         if memory.capacity() < wanted {
-            memory = Vec::with_capacity(wanted);
+            // The kernel's own zeros: nothing is written.
+            memory = vec![0; wanted];
         }
         let payload = memory.as_ptr().addr() + HEADER_LEN;
         let start = payload.next_multiple_of(ALIGNMENT) - payload;
