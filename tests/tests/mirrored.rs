@@ -120,7 +120,7 @@ fn act() -> Result<bool> {
         true,
         false,
     )?;
-    store.mirror()?;
+    store.mirror(SYNC_PATIENCE)?;
     let _mount = Mount::at(&place.mount(), store.clone(), false)?;
     let parent = nix::unistd::getppid();
     while nix::unistd::getppid() == parent {

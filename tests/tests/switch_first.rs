@@ -54,7 +54,7 @@ fn the_choice_is_told_with_its_figures_after_every_round_and_an_operator_has_a_w
         &[
             "switch first:",
             "as an operator said",
-            "losing the target loses what the twins wrote",
+            "losing the target what the twins wrote without `fsync`",
         ],
     )?;
     let (_, plan) = stage.crew.ask(SOURCE, &["plan", CACHE.name])?;

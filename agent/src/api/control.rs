@@ -9,7 +9,7 @@ use crate::model::control::{
     TargetStatus, Whole,
 };
 use crate::model::ids::PlanId;
-use crate::model::plan::VolumeRelease;
+use crate::model::plan::{SignedRelease, VolumeRelease};
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
@@ -36,6 +36,7 @@ pub fn router(roles: Roles) -> Router {
         .route("/v1/plans/{plan}/open", post(open))
         .route("/v1/plans/{plan}/release", post(release))
         .route("/v1/plans/{plan}/whole", post(arrived))
+        .route("/v1/plans/{plan}/give-back", post(give_back))
         .route("/v1/plans/{plan}/dismiss", post(dismiss))
         .route("/v1/plans/{plan}", get(status))
         .route("/v1/plans/{plan}/relay", post(relay))
@@ -127,6 +128,14 @@ async fn arrived(
     Json(request): Json<Whole>,
 ) -> Answer<()> {
     whole(async move { target.whole(&peer.device, &plan, request).await }).await
+}
+
+async fn give_back(
+    State(Roles { target, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Path(plan): Path<PlanId>,
+) -> Answer<SignedRelease> {
+    whole(async move { target.give_back(&peer.device, &plan).await }).await
 }
 
 async fn release(

@@ -63,7 +63,7 @@ enum Command {
     Status(status::Arguments),
     Explain(explain::Arguments),
     Serve(serve::Arguments),
-    /// Stops a plan that is not released yet and rolls it back.
+    /// Stops a plan that is not released yet, or switched first and is not whole, and brings everything back.
     Abort(plans::Arguments),
     /// Changes how fast the copy of a plan under way may read.
     Limit(plans::Limit),

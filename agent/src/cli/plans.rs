@@ -29,7 +29,7 @@ impl Arguments {
     }
 }
 
-/// Stops a plan that is not released and rolls it back.
+/// Stops a plan that is not released, or was switched first and is not whole, and brings everything back.
 pub fn abort(arguments: &Arguments, context: &Context) -> Outcome {
     let path = arguments.path("abort")?;
     let () = ask(&context.socket, async |agent| {
@@ -39,7 +39,7 @@ pub fn abort(arguments: &Arguments, context: &Context) -> Outcome {
         println!("{}", serde_json::json!({ "aborting": arguments.plan }));
     } else {
         println!(
-            "plan {} is being rolled back; `lifeboat report {}` tells when it is",
+            "plan {} is being rolled back; `lifeboat report {}` tells when it is, `lifeboat status` what is in the way",
             arguments.plan, arguments.plan
         );
     }

@@ -107,6 +107,10 @@ struct Word {
 struct Cancel {
     reason: Option<String>,
     committed: bool,
+    /// After the release: the target may still give everything back.
+    returnable: bool,
+    /// It is asked to, for this reason.
+    returning: Option<String>,
     /// The agent ends, and its next life goes on with the plan.
     suspended: bool,
 }
@@ -366,6 +370,25 @@ impl Active {
         self.stop.cancel();
         self.told.notify_one();
         true
+    }
+
+    /// Whether the target may still give everything back.
+    pub(super) fn returnable(&self, may: bool) {
+        locked(&self.cancel).returnable = may;
+    }
+
+    /// Asks for everything to be given back; false when that is too late, or too early.
+    pub(super) fn give_back(&self, reason: &str) -> bool {
+        let mut cancel = locked(&self.cancel);
+        if cancel.returnable {
+            cancel.returning = Some(reason.to_owned());
+        }
+        cancel.returnable
+    }
+
+    /// Why everything is to be given back, once it is asked for.
+    pub(super) fn take_returning(&self) -> Option<String> {
+        locked(&self.cancel).returning.take()
     }
 
     /// Stops the plan for this life of the agent; false when that is too late, or when it is over.

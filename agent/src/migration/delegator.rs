@@ -291,7 +291,10 @@ impl Delegator {
             let entries = self.entries(&id).unwrap_or_default();
             let gone = entries
                 .iter()
-                .any(|e| matches!(e.event, SourceEvent::Released { .. }));
+                .any(|e| matches!(e.event, SourceEvent::Released { .. }))
+                && !entries
+                    .iter()
+                    .any(|e| matches!(e.event, SourceEvent::Returned { .. }));
             if let Some(plan) = plan_of(&entries).filter(|_| gone) {
                 released.extend(
                     plan.containers
@@ -483,7 +486,7 @@ impl Delegator {
         if status.over {
             return Err(DelegatorError::Over(plan.clone(), status.phase));
         }
-        if active.cancel(reason) {
+        if active.cancel(reason) || active.give_back(reason) {
             Ok(())
         } else {
             Err(DelegatorError::Released(plan.clone()))
@@ -632,6 +635,23 @@ impl Delegator {
             }
         }
         ports
+    }
+
+    /// Lets go of the ports that were forwarded for a plan.
+    pub(super) async fn stop_forwarding(&self, plan: &Plan) {
+        let ports: Vec<std::net::SocketAddr> = plan
+            .containers
+            .iter()
+            .flat_map(|planned| planned.container.published.iter())
+            .map(|port| (port.host_ip, port.host_port).into())
+            .collect();
+        let (ended, kept) = std::mem::take(&mut *locked(&self.forwarders))
+            .into_iter()
+            .partition(|forwarder| ports.contains(&forwarder.listen()));
+        *locked(&self.forwarders) = kept;
+        for forwarder in ended {
+            forwarder.stop().await;
+        }
     }
 
     async fn forward_one(&self, port: &Forwarding) -> Result<(), ForwardError> {

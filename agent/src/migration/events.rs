@@ -239,6 +239,20 @@ pub enum SourceEvent {
         /// Bytes of all files.
         bytes: Bytes,
     },
+    /// The target gives the volumes back: what its twins changed is about to be written over the data here.
+    Returning {
+        /// Its word.
+        word: SignedRelease,
+        /// Why.
+        reason: String,
+    },
+    /// It is written, durably: this device owns the volumes again, from these epochs on.
+    Returned {
+        /// Epoch of each tree.
+        epochs: BTreeMap<VolumeId, Epoch>,
+        /// Changes that were written.
+        changes: u64,
+    },
     /// Nothing is left to do.
     Completed,
     /// Rolled back: the source's containers run on as if nothing had happened.
@@ -311,6 +325,11 @@ pub enum TargetEvent {
     },
     /// The data is in its final place, and the source is not needed any more.
     Whole,
+    /// The volumes are the source's again: no twin is ever started here any more.
+    GivenBack {
+        /// What was signed.
+        word: SignedRelease,
+    },
     /// The release was found good and the target owns n+1.
     Owns {
         /// Release.

@@ -10,12 +10,10 @@ use super::access::admit;
 use super::events::{ContainerFence, Place, TargetEvent};
 use super::places::{empty, is_one, name_of};
 use super::target::{Receiving, Target, TargetError};
-use crate::containers::{Fence, Means, Runtime};
-use crate::model::container::State;
 use crate::model::control::{Arrival, Open, Whole};
 use crate::model::fleet::{PeerAddress, Role};
 use crate::model::ids::{DeviceId, PlanId, Signature, VolumeId};
-use crate::model::plan::{Content, Plan, PlannedContainer, VolumeRelease};
+use crate::model::plan::{Content, Plan, SignedRelease, VolumeRelease};
 use crate::model::units::Bytes;
 use crate::model::volume::VolumeKind;
 use crate::serve::{Filler, Mount, Store};
@@ -34,10 +32,10 @@ use std::time::Duration;
 /// How long a twin waits for what is not here while the source is away, before it gets an I/O error: a server takes
 /// minutes to start.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// How long a twin's `fsync` waits for a source that is away, before it is noted that writes go unmirrored.
+const MIRROR_PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked whether all is here.
 const LOOK: Duration = Duration::from_millis(500);
-/// A twin that is asked to end is killed after this.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// A plan whose twins run here before its data is here.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -59,21 +57,25 @@ pub(super) struct Later {
     /// The lists that were taken.
     pub(super) opened: Vec<VolumeRelease>,
     /// What keeps the runtime from starting each twin by itself.
-    fences: Vec<ContainerFence>,
+    pub(super) fences: Vec<ContainerFence>,
     /// The inode of each tree's data, once it is proven.
     proven: Option<BTreeMap<VolumeId, u64>>,
     /// The source is not needed any more.
     pub(super) whole: bool,
-    live: BTreeMap<VolumeId, Live>,
+    /// No twin is started any more, at least for now.
+    pub(super) returning: bool,
+    /// What was signed when the volumes were given back.
+    pub(super) given_back: Option<SignedRelease>,
+    pub(super) live: BTreeMap<VolumeId, Live>,
     roots: BTreeMap<VolumeId, Signature>,
     trouble: Option<String>,
 }
 
 /// One volume as this life of the agent serves it; its parts end in this order.
-struct Live {
-    mount: Option<Mount>,
-    filler: Option<Filler>,
-    store: Arc<Store>,
+pub(super) struct Live {
+    pub(super) mount: Option<Mount>,
+    pub(super) filler: Option<Filler>,
+    pub(super) store: Arc<Store>,
 }
 
 impl Later {
@@ -85,6 +87,8 @@ impl Later {
             fences: Vec::new(),
             proven: None,
             whole: false,
+            returning: false,
+            given_back: None,
             live: BTreeMap::new(),
             roots: BTreeMap::new(),
             trouble: None,
@@ -104,8 +108,21 @@ impl Later {
             TargetEvent::TwinFenced { fence } => later.fences.push(fence.clone()),
             TargetEvent::Proven { inodes } => later.proven = Some(inodes.clone()),
             TargetEvent::Whole => later.whole = true,
+            TargetEvent::GivenBack { word } => {
+                later.given_back = Some(word.clone());
+                later.returning = true;
+            }
             _ => {}
         }
+    }
+
+    pub(super) fn is_given_back(&self) -> bool {
+        self.given_back.is_some()
+    }
+
+    /// Whether the data is about to take, or has taken, its final place.
+    pub(super) fn is_proven(&self) -> bool {
+        self.proven.is_some() || self.whole
     }
 
     /// How far it is.
@@ -120,6 +137,9 @@ impl Later {
             let figures = live.store.figures();
             arrival.bytes += Bytes(figures.bytes);
             arrival.absent += Bytes(figures.absent);
+            let mirrored = live.store.mirrored();
+            let alone = mirrored.and_then(|mirrored| mirrored.unmirrored);
+            arrival.unmirrored = arrival.unmirrored.or(alone.filter(|_| !self.whole));
         }
         arrival
     }
@@ -176,8 +196,13 @@ impl Target {
         known.map(act)
     }
 
-    fn later<T>(&self, id: &PlanId, act: impl FnOnce(&mut Later) -> T) -> Option<T> {
+    pub(super) fn later<T>(&self, id: &PlanId, act: impl FnOnce(&mut Later) -> T) -> Option<T> {
         self.with_later(id, |known| known.later.as_mut().map(act))?
+    }
+
+    /// Whether no twin of a plan may be started, as its volumes are given back.
+    pub(super) fn is_returning(&self, id: &PlanId) -> bool {
+        self.later(id, |later| later.returning).unwrap_or(false)
     }
 
     /// Whether the twins of a plan run, or will run, on volumes that are not whole.
@@ -185,7 +210,7 @@ impl Target {
         self.later(id, |later| !later.whole).unwrap_or(false)
     }
 
-    fn note_later(&self, id: &PlanId, event: &TargetEvent) -> Result<(), TargetError> {
+    pub(super) fn note_later(&self, id: &PlanId, event: &TargetEvent) -> Result<(), TargetError> {
         let mut plans = self.plans();
         let known = plans
             .get_mut(id)
@@ -338,6 +363,9 @@ impl Target {
             };
             let directory = place.path.clone();
             let mounting = tokio::task::spawn_blocking(move || {
+                store
+                    .mirror(MIRROR_PATIENCE)
+                    .map_err(|error| error.to_string())?;
                 let mount = Mount::at(&directory, Arc::clone(&store), false);
                 let mount = mount.map_err(|error| error.to_string())?;
                 let filler = Filler::start(&store, Vec::new());
@@ -417,93 +445,6 @@ impl Target {
         }
     }
 
-    /// Starts twins again that crashed, as their restart policies would.
-    async fn revive(self: &Arc<Self>, plan: &Plan) {
-        let ready = self
-            .plans()
-            .get(&plan.id)
-            .is_some_and(|known| known.start_up.is_some());
-        let Ok(runtime) = self.runtime_for(plan).await else {
-            return;
-        };
-        for planned in plan.containers.iter().filter(|_| ready) {
-            let policy = planned.inspect["HostConfig"]["RestartPolicy"]["Name"].as_str();
-            if matches!(policy, None | Some("" | "no")) {
-                continue;
-            }
-            let Ok(inspect) = runtime.inspect(planned.container.name.as_str()).await else {
-                continue;
-            };
-            let state = &inspect["State"];
-            let crashed = state["Status"] == "exited"
-                // Ended by itself, or at somebody's request.
-                && (!matches!(state["ExitCode"].as_i64(), Some(0 | 137 | 143))
-                    || state["OOMKilled"] == true);
-            if crashed && let Err(error) = self.start_fenced(plan, planned, runtime).await {
-                tracing::warn!(plan = %plan.id, twin = %planned.container.name, "{error}");
-            }
-        }
-    }
-
-    /// Starts a twin so that its runtime never does by itself.
-    pub(super) async fn start_fenced(
-        &self,
-        plan: &Plan,
-        planned: &PlannedContainer,
-        runtime: &Runtime,
-    ) -> Result<(), String> {
-        let name = planned.container.name.as_str();
-        let why = format!(
-            "the data of plan {} is not all here; the agent starts it",
-            plan.id
-        );
-        let known = self.later(&plan.id, |later| {
-            let mut fences = later.fences.iter();
-            fences
-                .find(|fence| fence.container == planned.container.name)
-                .map(|fence| fence.fence.clone())
-        });
-        let fence = match known.flatten() {
-            Some(fence) => fence,
-            None => {
-                let mut fence = runtime
-                    .forbid_start(name, &why)
-                    .await
-                    .map_err(|error| error.to_string())?;
-                if let Means::RestartPolicy { previous } = &mut fence.how {
-                    // An earlier life may have fenced it without writing that down.
-                    *previous = planned.inspect["HostConfig"]["RestartPolicy"].clone();
-                }
-                let container = planned.container.name.clone();
-                let event = TargetEvent::TwinFenced {
-                    fence: ContainerFence {
-                        container,
-                        fence: fence.clone(),
-                    },
-                };
-                self.note_later(&plan.id, &event)
-                    .map_err(|error| error.to_string())?;
-                fence
-            }
-        };
-        let Fence {
-            how: Means::Hook { .. },
-            ..
-        } = fence
-        else {
-            // The policy is off; a start by hand is none of its business.
-            return runtime.start(name).await.map_err(|error| error.to_string());
-        };
-        runtime
-            .lift_fence(&fence)
-            .await
-            .map_err(|error| error.to_string())?;
-        let started = runtime.start(name).await;
-        let fenced = runtime.forbid_start(name, &why).await;
-        started.map_err(|error| error.to_string())?;
-        fenced.map(drop).map_err(|error| error.to_string())
-    }
-
     /// Takes the source's word that everything is here; the data takes its final place, and the twins run on.
     ///
     /// # Errors
@@ -517,7 +458,7 @@ impl Target {
         let _turn = self.turn(peer).await;
         let (plan, _) = self.known(peer, id)?;
         let known = self.later(id, |later| {
-            let agreed = !later.roots.is_empty() && later.roots == word.roots;
+            let agreed = !later.returning && !later.roots.is_empty() && later.roots == word.roots;
             (later.whole, agreed || later.proven.is_some())
         });
         match known {
@@ -572,6 +513,7 @@ impl Target {
             let moved = tokio::task::spawn_blocking(move || {
                 if let Some((mount, filler, store)) = live.flatten() {
                     drop(filler);
+                    store.end_mirror();
                     store.detach();
                     mount.map_or(Ok(()), Mount::let_go)?;
                 }
@@ -634,58 +576,6 @@ impl Target {
         trees.map(|place| place.path.clone()).collect()
     }
 
-    /// Starts those twins anew that still run on a mount although their volumes are whole.
-    async fn leave_mounts(&self, plan: &Plan) {
-        let Ok(runtime) = self.runtime_for(plan).await else {
-            return;
-        };
-        for name in plan.order.iter().flat_map(|step| &step.containers) {
-            let name = name.as_str();
-            let Ok(inspect) = runtime.inspect(name).await else {
-                continue;
-            };
-            let pid = inspect["State"]["Pid"].as_i64().unwrap_or(0);
-            let mounts = self.parts.proc_root.join(format!("{pid}/mountinfo"));
-            let mounts = std::fs::read_to_string(mounts).unwrap_or_default();
-            if pid == 0 || !mounts.contains(" fuse.lifeboat ") {
-                continue;
-            }
-            tracing::info!(plan = %plan.id, twin = name, "starts anew, on the plain place of its data");
-            // What it cannot end by itself, on a mount that answers nobody, is killed.
-            let ended = runtime.stop(name, GRACE).await;
-            if let Err(error) = ended.and(runtime.start(name).await) {
-                tracing::error!(plan = %plan.id, twin = name, "{error}");
-            }
-        }
-    }
-
-    /// Ends the twins of a plan, children before parents.
-    async fn end_twins(&self, plan: &Plan, at_once: bool) {
-        let Ok(runtime) = self.runtime_for(plan).await else {
-            return;
-        };
-        for name in plan
-            .order
-            .iter()
-            .rev()
-            .flat_map(|step| step.containers.iter().rev())
-        {
-            let name = name.as_str();
-            match runtime.state(name).await {
-                Ok(State::Running | State::Paused) => {}
-                _ => continue,
-            }
-            let ended = if at_once {
-                runtime.kill(name, GRACE).await
-            } else {
-                runtime.stop(name, GRACE).await
-            };
-            if let Err(error) = ended {
-                tracing::error!(plan = %plan.id, twin = name, "{error}");
-            }
-        }
-    }
-
     /// Plans that were switched first and are not whole, each with its source and how far it is.
     #[must_use]
     pub fn arriving(&self) -> Vec<Arriving> {
@@ -723,7 +613,7 @@ impl Target {
     }
 
     /// Closes what is open of a plan's stores.
-    async fn close_later(&self, id: &PlanId) {
+    pub(super) async fn close_later(&self, id: &PlanId) {
         let live = self.later(id, |later| std::mem::take(&mut later.live));
         let closing = tokio::task::spawn_blocking(move || {
             for live in live.unwrap_or_default().into_values() {

@@ -4,7 +4,7 @@
 
 use super::delegator::plan_ids;
 use super::devices::{self, find_counterpart};
-use super::events::{Place, TargetEvent};
+use super::events::{Place, SourceEvent, TargetEvent};
 use super::journal::{self, plan_directory};
 use super::target::{Target, TargetError};
 use crate::containers::Runtime;
@@ -258,6 +258,7 @@ pub(super) fn filling(state: &Path) -> BTreeMap<PathBuf, PlanId> {
                 TargetEvent::Opened { .. } => later = true,
                 TargetEvent::Owns { .. } => owned = true,
                 TargetEvent::Whole => later = false,
+                TargetEvent::GivenBack { .. } => owned = false,
                 _ => {}
             }
         }
@@ -287,6 +288,22 @@ pub(super) fn owned_epochs(state: &Path, volumes: &[VolumeSpec]) -> BTreeMap<Vol
                     }
                 }
                 _ => {}
+            }
+        }
+    }
+    for id in plan_ids(state, "source") {
+        let entries = journal::read::<SourceEvent>(&plan_directory(state, "source", &id));
+        let entries = entries.unwrap_or_default();
+        let plan = super::delegator::plan_of(&entries);
+        for entry in &entries {
+            if let (SourceEvent::Returned { epochs, .. }, Some(plan)) = (&entry.event, &plan) {
+                let returned = plan.volumes.iter().filter_map(|volume| {
+                    Some((volume.source_path.clone(), *epochs.get(&volume.id)?))
+                });
+                for (path, epoch) in returned {
+                    let known = owned.entry(path).or_insert(epoch);
+                    *known = epoch.max(*known);
+                }
             }
         }
     }

@@ -419,6 +419,7 @@ impl World {
             After::GoOn(UnderWay::Released(release)) => {
                 At::HandOver(release.body.parse().expect("a release of this model"))
             }
+            After::GoOn(UnderWay::Returning { .. }) => unreachable!("copied first, as here"),
             After::GoOn(UnderWay::GivenUp(_)) => At::Thaw,
             After::GoOn(UnderWay::Unreleased) => At::LetRun,
         };

@@ -4,6 +4,7 @@
 
 use super::active::locked;
 use super::delegator::Delegator;
+use super::returning::mirror_directory;
 use crate::model::control::{Provided, Secret};
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::volume::VolumeKind;
@@ -79,6 +80,7 @@ impl Provider {
             link_key: Secret(rand::random()),
             data_key: Secret(rand::random()),
         };
+        let mirror = mirror_directory(&parts.state, plan);
         let volumes = active.plan().volumes.into_iter();
         data.admit_provide(ProvidePlan {
             plan: plan.clone(),
@@ -91,7 +93,7 @@ impl Provider {
                 .map(|volume| ProvideVolume {
                     id: volume.id,
                     path: volume.source_path,
-                    mirror: None,
+                    mirror: Some(mirror.join(volume.id.to_string())),
                 })
                 .collect(),
         });

@@ -284,6 +284,12 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             "all {bytes} are on the target, in {} volume(s); roots agree",
             roots.len()
         )],
+        SourceEvent::Returning { reason, .. } => vec![format!(
+            "the target gives everything back ({reason}); its twins have ended"
+        )],
+        SourceEvent::Returned { changes, .. } => vec![format!(
+            "{changes} change(s) of the twins are written over the data here, which this device owns again"
+        )],
         SourceEvent::Released { .. } => {
             vec!["released: signed and durable, the source owns nothing from here".into()]
         }

@@ -100,7 +100,11 @@ impl Delegator {
                     .finish()
                     .await;
                 }
-                (UnderWay::Released(_), None) => core.active.trouble(
+                (UnderWay::Returning { word, reason }, Some(target)) => {
+                    let _ = core.active.commit();
+                    core.take_back(&target, &word, &reason).await;
+                }
+                (UnderWay::Released(_) | UnderWay::Returning { .. }, None) => core.active.trouble(
                     "released, but the target's address in the journal cannot be read; repair it and restart the agent",
                 ),
                 (UnderWay::GivenUp(reason), _) => core.roll_back(&reason).await,
@@ -126,6 +130,13 @@ pub(super) enum After {
 pub(super) enum UnderWay {
     /// Released: there is no way back.
     Released(SignedRelease),
+    /// The target has given everything back.
+    Returning {
+        /// Its word.
+        word: SignedRelease,
+        /// Why.
+        reason: String,
+    },
     /// It was being rolled back for this reason.
     GivenUp(String),
     /// Neither.
@@ -139,6 +150,12 @@ impl After {
             match event {
                 SourceEvent::Released { release } => {
                     under_way = UnderWay::Released(release.clone());
+                }
+                SourceEvent::Returning { word, reason } => {
+                    under_way = UnderWay::Returning {
+                        word: word.clone(),
+                        reason: reason.clone(),
+                    };
                 }
                 SourceEvent::GivenUp { reason } if !matches!(under_way, UnderWay::Released(_)) => {
                     under_way = UnderWay::GivenUp(reason.clone());

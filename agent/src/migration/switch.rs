@@ -70,7 +70,11 @@ impl Released<'_> {
         core.record(SourceEvent::Forwarding { ports }).await;
         core.active.enter("start twins");
         die_at("start twins");
+        core.active.returnable(later);
         let status = loop {
+            if later && core.asked_back(&target).await {
+                return;
+            }
             match target_status(core, &target).await {
                 Ok(status) if status.start_up.is_some() => break status,
                 Ok(status) => {
@@ -100,8 +104,8 @@ impl Released<'_> {
             start_up: status.start_up.unwrap_or_default(),
         })
         .await;
-        if later {
-            core.fill(&target).await;
+        if later && !core.fill(&target).await {
+            return;
         }
         core.delegator
             .end_pairings(&core.plan, DutyOutcome::Done, &[])

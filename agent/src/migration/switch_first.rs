@@ -8,6 +8,7 @@
 use super::events::SourceEvent;
 use super::faults::die_at;
 use super::moving::{Move, MoveError};
+use super::returning::mirror_directory;
 use super::source::PAUSE_MAX;
 use super::switch::{RETRY, target_status};
 use super::view::HostView;
@@ -47,8 +48,8 @@ const DISK_FAILS: [&str; 18] = [
 ];
 
 /// What losing the target would lose of a plan that was switched first.
-pub(super) const RISK: &str = "switched first: until all data has arrived, losing the target loses what the twins wrote \
-     there, and losing this device loses what has not arrived";
+pub(super) const RISK: &str = "switched first: until all data has arrived, losing this device loses what has not, and \
+     losing the target what the twins wrote without `fsync`, which alone waits for the mirror here";
 
 /// Why a plan cannot switch first, as far as its source knows; none when it can.
 pub(super) fn obstacle(
@@ -91,8 +92,7 @@ pub(super) fn obstacle(
         ));
     }
     (way != Some(Way::SwitchFirst)).then(|| {
-        "what the twins write would be on the target alone until all data has arrived, which only an operator may \
-         accept (`--switch-first`)"
+        "until all data has arrived it would be in two places, which only an operator may accept (`--switch-first`)"
             .into()
     })
 }
@@ -192,16 +192,23 @@ impl Move {
         }
     }
 
-    /// Waits until the target holds everything, proves it, and lets the target stand by itself.
-    pub(super) async fn fill(&mut self, target: &PeerAddress) {
+    /// Waits until the target holds everything, proves it, and lets the target stand by itself; false when it was
+    /// given back instead.
+    pub(super) async fn fill(&mut self, target: &PeerAddress) -> bool {
         self.active.enter("fill");
         die_at("fill");
         let mut own = None;
         loop {
+            if self.asked_back(target).await {
+                return false;
+            }
             match self.filled(target, &mut own).await {
                 Ok(Some((roots, bytes))) => {
+                    self.active.returnable(false);
                     self.record(SourceEvent::Whole { roots, bytes }).await;
-                    return;
+                    let mirror = mirror_directory(&self.delegator.parts().state, &self.plan.id);
+                    let _ = tokio::fs::remove_dir_all(mirror).await;
+                    return true;
                 }
                 Ok(None) => tokio::time::sleep(FILL_LOOK).await,
                 Err(error) => {
@@ -280,7 +287,7 @@ const FILL_LOOK: Duration = Duration::from_millis(500);
 const SETTLE_TIME: Duration = Duration::from_secs(120);
 
 /// The volumes whose data comes later when a plan switches first.
-fn trees(plan: &Plan) -> impl Iterator<Item = &VolumeSpec> {
+pub(super) fn trees(plan: &Plan) -> impl Iterator<Item = &VolumeSpec> {
     plan.volumes
         .iter()
         .filter(|volume| matches!(volume.kind, VolumeKind::Named(_) | VolumeKind::Bind))

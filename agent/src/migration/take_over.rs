@@ -31,6 +31,9 @@ impl Target {
             plan: id.clone(),
             why,
         };
+        if self.is_returning(id) {
+            return Err(refuse("this target has given the volumes back".to_owned()));
+        }
         let release = self.check_signature(&plan, &signed).map_err(refuse)?;
         let mut arrived = self
             .plans()

@@ -137,6 +137,8 @@ pub struct Target {
     plans: Mutex<BTreeMap<PlanId, Receiving>>,
     /// One offer at a time: what is found free must still be free when it is taken.
     offers: tokio::sync::Mutex<()>,
+    /// No twin is started while another one's end is awaited.
+    pub(super) starts: tokio::sync::Mutex<()>,
     /// One call of a source at a time: each is a few steps that belong together.
     turns: Mutex<BTreeMap<DeviceId, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -151,6 +153,7 @@ impl Target {
             data,
             plans: Mutex::default(),
             offers: tokio::sync::Mutex::default(),
+            starts: tokio::sync::Mutex::default(),
             turns: Mutex::default(),
         }
     }
@@ -500,8 +503,9 @@ impl Target {
         };
         self.shut(id);
         if let Some(mut known) = known {
-            self.remove_later(&mut known).await;
             let runtime = self.runtime_for(&known.plan).await?;
+            self.remove_returned(&known, runtime).await;
+            self.remove_later(&mut known).await;
             // A rehearsal that was cut short may have left a twin, which was never started.
             for planned in &known.plan.containers {
                 let name = planned.container.name.as_str();
@@ -548,6 +552,7 @@ impl Target {
             );
             if !owned
                 && known.accepted
+                && !known.later.as_ref().is_some_and(Later::is_given_back)
                 && let Err(error) = self.admit(&plan, &known.places)
             {
                 tracing::error!(plan = %id, "its data is not taken: {error}");
@@ -620,7 +625,12 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
                 known.start_up = Some(entry.at.since(owned_at));
             }
             (TargetEvent::Dismissed { .. }, Some(known)) => known.places.clear(),
-            (event, Some(known)) => Later::note(&mut known.later, event),
+            (event, Some(known)) => {
+                if matches!(event, TargetEvent::GivenBack { .. }) {
+                    known.owns = None;
+                }
+                Later::note(&mut known.later, event);
+            }
             (_, None) => {}
         }
     }

@@ -17,6 +17,9 @@ impl Target {
         super::faults::die_at("start twins");
         let mut pause = Duration::from_millis(500);
         loop {
+            if self.is_returning(&plan.id) {
+                return;
+            }
             match self.start_in_order(&plan).await {
                 Ok(()) => break,
                 Err(trouble) => {

@@ -70,6 +70,18 @@ pub struct Whole {
     pub roots: BTreeMap<VolumeId, Signature>,
 }
 
+/// The target's word that it gives the volumes of a plan back that was switched first: its twins have ended for good, and
+/// every change that they made is in the source's mirror. It travels signed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivenBack {
+    /// Plan.
+    pub plan: PlanId,
+    /// Who gives it back.
+    pub target: DeviceId,
+    /// Changes of each tree.
+    pub changes: BTreeMap<VolumeId, u64>,
+}
+
 /// How far the data of a plan is that was switched first.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Arrival {
@@ -83,6 +95,9 @@ pub struct Arrival {
     pub whole: bool,
     /// What is in the way.
     pub trouble: Option<String>,
+    /// Why what the twins write is on the target alone for now; none while it is mirrored here.
+    #[serde(default)]
+    pub unmirrored: Option<String>,
 }
 
 impl Arrival {
@@ -92,7 +107,13 @@ impl Arrival {
         let Self { bytes, absent, .. } = self;
         let arrived = bytes.0.saturating_sub(absent.0);
         let percent = (arrived * 100).checked_div(bytes.0).unwrap_or(100);
-        format!("{percent} % ({} of {bytes})", Bytes(arrived))
+        let alone = self.unmirrored.iter();
+        let alone = alone.map(|why| format!(", writes NOT mirrored: {why}"));
+        format!(
+            "{percent} % ({} of {bytes}){}",
+            Bytes(arrived),
+            alone.collect::<String>()
+        )
     }
 }
 

@@ -272,17 +272,25 @@ impl Store {
         Ok(None)
     }
 
-    /// Mirrors every change of the tree to the source from now on, or again. To be called before the tree is mounted.
+    /// Mirrors every change of the tree to the source from now on, or again; a sync waits for so long for a source
+    /// that is away. To be called before the tree is mounted.
     ///
     /// # Errors
     /// The log cannot be kept.
-    pub fn mirror(&self) -> Result<(), StoreError> {
+    pub fn mirror(&self, patience: Duration) -> Result<(), StoreError> {
         let directory = self.directory.join("mirror");
         let (plan, options) = (Arc::clone(&self.plan), self.options.clone());
-        let mirror = Mirror::open(&directory, self, plan, options, self.patience)?;
+        let mirror = Mirror::open(&directory, self, plan, options, patience)?;
         // A second one would be of the same log; it is never asked for.
         let _ = self.mirror.set(mirror);
         Ok(())
+    }
+
+    /// Mirrors no further: the source is not needed any more.
+    pub fn end_mirror(&self) {
+        if let Some(mirror) = self.mirror.get() {
+            mirror.end();
+        }
     }
 
     /// How far the mirror is, where there is one.

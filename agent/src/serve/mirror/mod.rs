@@ -143,6 +143,19 @@ impl Mirror {
         self.shared.lose(&mut self.shared.state(), why);
     }
 
+    /// Nothing is mirrored from now on, as nobody needs it.
+    pub(super) fn end(&self) {
+        let mut state = self.shared.state();
+        state.over = true;
+        state.lost = Some("the volume is whole".to_owned());
+        self.shared.is_lost.store(true, Ordering::Release);
+        if let Some(socket) = state.socket.take() {
+            // It may be closed already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        self.shared.changed.notify_all();
+    }
+
     /// Waits until all that was changed is durable at the source, or durably noted to be unmirrored.
     ///
     /// # Errors
