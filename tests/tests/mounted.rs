@@ -3,6 +3,7 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lifeboat_tests::stage::{PATIENCE, PREPARE_AT_ONCE, SOURCE, Service, Stage, TARGET, device};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::fs::{self, File};
@@ -10,6 +11,7 @@ use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 use xtask::crew::Device;
 use xtask::lab::Host;
 use xtask::process::{output, wait_for};
@@ -295,13 +297,40 @@ impl Mounted {
         wait_for("everything to be here", PATIENCE, || {
             Ok(self.figures()?["detached"].as_bool().filter(|done| *done))
         })?;
-        // Read past the agent where the kernel can.
+        self.whole_files_pass_by()?;
         self.fio("--verify_only=1", "psync")?;
         fs::copy(self.mounted.join("image"), self.mounted.join("odd"))?;
         ensure!(fs::read(self.mounted.join("odd"))? == fs::read(self.mounted.join("image"))?);
         self.fio("--do_verify=1", "psync")?;
         self.fio("--verify_only=1", "mmap")?;
         ensure!(self.rows("")? == ROWS + ROWS / 2);
+        Ok(())
+    }
+
+    /// The kernel reads a whole file by itself, where it can: also while the agent stands still.
+    fn whole_files_pass_by(&self) -> Result<()> {
+        if self
+            .stage
+            .crew
+            .log(TARGET)
+            .contains("FUSE has no passthrough")
+        {
+            println!("not tried: this kernel has no passthrough");
+            return Ok(());
+        }
+        let image = File::open(self.mounted.join("image"))?;
+        // What the kernel kept of it from the agent would answer too.
+        posix_fadvise(&image, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        self.stage.crew.signal_agent(TARGET, Signal::SIGSTOP)?;
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut bytes = vec![0; 1 << 20];
+            // Nobody listens any more when it came too late.
+            let _ = sender.send(image.read_exact_at(&mut bytes, 3 << 20));
+        });
+        let read = receiver.recv_timeout(Duration::from_secs(20));
+        self.stage.crew.signal_agent(TARGET, Signal::SIGCONT)?;
+        read.context("a whole file is read through the agent")??;
         Ok(())
     }
 

@@ -75,6 +75,8 @@ pub struct Store {
     data: Confined,
     pub(super) origins: Vec<Origin>,
     numbers: RwLock<HashMap<u64, u32>>,
+    /// How often each origin is open.
+    held: Mutex<HashMap<u32, u32>>,
     pub(super) presence: Presence,
     proof: Option<Proof>,
     /// Blocks whose signatures were asked for.
@@ -94,6 +96,21 @@ pub struct Store {
     on_demand: AtomicU64,
     ahead: AtomicU64,
     refused: AtomicU64,
+}
+
+/// An origin that is open for as long as this lives.
+pub struct Held(Arc<Store>, u32);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut held = locked(&self.0.held);
+        if let Some(count) = held.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.1);
+            }
+        }
+    }
 }
 
 /// Blocks that were asked for because somebody waits for them.
@@ -176,6 +193,7 @@ impl Store {
             data,
             origins,
             numbers: RwLock::new(numbers),
+            held: Mutex::default(),
             presence,
             proof,
             signing: Mutex::default(),
@@ -832,8 +850,18 @@ impl Store {
         Ok(())
     }
 
-    /// Whether an origin was removed here: nobody needs its pages.
+    /// An open file of an origin: its pages are wanted also when its last name is removed.
+    #[must_use]
+    pub fn hold(self: &Arc<Self>, number: u32) -> Held {
+        *locked(&self.held).entry(number).or_default() += 1;
+        Held(Arc::clone(self), number)
+    }
+
+    /// Whether an origin was removed here and is not open: nobody needs its pages.
     pub(super) fn is_removed(&self, number: u32) -> bool {
+        if locked(&self.held).contains_key(&number) {
+            return false;
+        }
         self.origin_file(number)
             .and_then(|file| Ok(fstat(&*file)?))
             .is_ok_and(|stat| stat.st_nlink == 1)

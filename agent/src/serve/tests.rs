@@ -413,6 +413,28 @@ fn what_came_and_what_was_written_is_there_when_the_store_is_opened_again() {
 }
 
 #[test]
+fn a_file_that_is_removed_while_it_is_open_is_read_to_its_end() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(11, 3_000_000);
+    bench.file("open", &bytes);
+    bench.file("closed", &bytes);
+    let store = bench.open(LONG);
+    let file = served(&store, "open");
+    let held = file.number.map(|number| store.hold(number));
+    for name in ["open", "closed"] {
+        fs::remove_file(bench.dir.path().join("store/data").join(name)).unwrap();
+    }
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("the end of the source", || store.figures().detached);
+    assert!(file.read(&store, 0, bytes.len()).unwrap() == bytes);
+    assert!(
+        store.figures().absent >= bytes.len() as u64,
+        "what nobody has open was fetched"
+    );
+    drop((filler, held));
+}
+
+#[test]
 fn without_the_link_a_read_waits_then_fails_and_goes_on_when_it_is_back() {
     let bench = Bench::new(Duration::ZERO);
     let bytes = random(9, 2_000_000);

@@ -57,8 +57,10 @@ pub(super) struct Transmitter {
 /// What a data connection carries, and how the network may treat it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
-    /// The copy: less than best effort, RFC 8622 (LE, 000001).
+    /// The copy, and what nobody waits for yet: less than best effort, RFC 8622 (LE, 000001).
     Background,
+    /// What a program waits for: low-latency data, RFC 4594 (AF21, 010010).
+    Demand,
 }
 
 impl Class {
@@ -66,6 +68,7 @@ impl Class {
     fn octet(self) -> i32 {
         match self {
             Self::Background => 0b00_0001 << 2,
+            Self::Demand => 0b01_0010 << 2,
         }
     }
 }
@@ -199,5 +202,27 @@ impl Transmitter {
     pub(super) fn shut(&self) {
         // It may be closed already.
         let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::getsockopt;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_connection_bears_its_class_and_can_change_it() {
+        let (background, demand) = (Class::Background, Class::Demand);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        for (class, octet) in [(background, 0x04), (demand, 0x48), (background, 0x04)] {
+            mark(&socket, class).unwrap();
+            assert_eq!(getsockopt(&socket, sockopt::Ipv4Tos).unwrap(), octet);
+        }
+        let listener = TcpListener::bind("[::1]:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        mark(&socket, demand).unwrap();
+        assert_eq!(getsockopt(&socket, sockopt::Ipv6TClass).unwrap(), 0x48);
     }
 }

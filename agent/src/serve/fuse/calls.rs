@@ -96,7 +96,8 @@ impl Calls {
             }
             opened.ok()
         });
-        let handle = FileHandle(handles.add(inode, file, number, backing.clone()));
+        let held = number.map(|number| self.tree.store.hold(number));
+        let handle = FileHandle(handles.add(inode, (file, number, held), backing.clone()));
         // What the kernel has read of a file stays true, unless it was written past the kernel's own cache.
         let flags = if passes {
             FopenFlags::empty()

@@ -4,6 +4,7 @@
 //! go through its page cache at the same time. So a file is passed through only when it is whole and no handle
 //! from before it was whole is open.
 
+use crate::serve::store::Held;
 use fuser::{BackingId, FileType};
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -15,6 +16,8 @@ pub(super) struct Handle {
     pub(super) inode: u64,
     pub(super) file: File,
     pub(super) number: Option<u32>,
+    /// Its origin, so that what is absent still comes when its name is removed.
+    _held: Option<Held>,
     /// Kept for as long as the kernel may use it.
     backing: Option<Arc<BackingId>>,
 }
@@ -61,8 +64,7 @@ impl Handles {
     pub(super) fn add(
         &mut self,
         inode: u64,
-        file: File,
-        number: Option<u32>,
+        (file, number, held): (File, Option<u32>, Option<Held>),
         backing: Option<Arc<BackingId>>,
     ) -> u64 {
         self.next += 1;
@@ -73,6 +75,7 @@ impl Handles {
             inode,
             file,
             number,
+            _held: held,
             backing,
         };
         self.files.insert(self.next, Arc::new(handle));

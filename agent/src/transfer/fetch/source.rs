@@ -8,7 +8,7 @@ use super::mirror;
 use super::wire::{Answer, BLOCK, Class, Fetch, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::transfer::Options;
-use crate::transfer::connection::{Incoming, Receiver, Transmitter};
+use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
 use crate::transfer::frame::{DATA_CAP, FrameKind, HEADER_LEN, Header};
 use crate::transfer::message::Message;
 use crate::transfer::queue::{Queue, lock};
@@ -118,12 +118,17 @@ impl Provision {
         if self.over.load(Ordering::Acquire) {
             return;
         }
-        if let Err(error) = self.talk(receiver, transmitter) {
+        if let Err(error) = self.talk(receiver, transmitter, socket) {
             tracing::debug!(plan = %self.plan.plan, "fetching connection ended: {error}");
         }
     }
 
-    fn talk(&self, mut receiver: Receiver, mut transmitter: Transmitter) -> Result<(), String> {
+    fn talk(
+        &self,
+        mut receiver: Receiver,
+        mut transmitter: Transmitter,
+        socket: &TcpStream,
+    ) -> Result<(), String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let first = receiver.next(Vec::new()).map_err(|e| text(&e))?;
         let Incoming::Message(id, _, Message::Fetch(first)) = first else {
@@ -131,6 +136,10 @@ impl Provision {
         };
         let volume = self.plan.volumes.iter().find(|volume| volume.id == id);
         let volume = volume.ok_or_else(|| format!("the plan has no volume {id}"))?;
+        // It was marked as background when it was let in.
+        if first.is_waited_for() {
+            connection::mark(socket, connection::Class::Demand).map_err(|e| text(&e))?;
+        }
         let class = match first {
             Fetch::Open(class) => class,
             Fetch::Mirror { log, salt } => {

@@ -503,6 +503,12 @@ pub(super) fn connect(
     let Hop { addr, link_key } = &grant.hop;
     let socket = TcpStream::connect_timeout(addr, patience).map_err(|e| text(&e))?;
     connection::tune(&socket, patience).map_err(|e| text(&e))?;
+    let class = if open.is_waited_for() {
+        connection::Class::Demand
+    } else {
+        connection::Class::Background
+    };
+    connection::mark(&socket, class).map_err(|e| text(&e))?;
     let socket = Arc::new(socket);
     let mut greeter = engine(options.engine).map_err(|e| text(&e))?;
     let key = hello::call(

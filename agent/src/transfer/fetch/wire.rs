@@ -69,6 +69,13 @@ pub enum Fetch {
 const REASON_CAP: usize = 1024;
 
 impl Fetch {
+    /// Whether programs wait for what goes over the connection that it opens: blocks on demand, and changes that a
+    /// sync sends.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        matches!(self, Self::Open(Class::Demand) | Self::Mirror { .. })
+    }
+
     /// Appends its layout.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self {
