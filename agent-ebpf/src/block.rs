@@ -6,7 +6,7 @@ use crate::scope::place_by_hash;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::{btf_tracepoint, map};
-use aya_ebpf::maps::{Array, HashMap, Queue};
+use aya_ebpf::maps::{Array, HashMap, Stack};
 use aya_ebpf::programs::BtfTracePointContext;
 use lifeboat_ebpf::{
     BLOCK_ROWS, BlockKey, BlockRow, BlockStats, IN_FLIGHT_GROUP, IN_FLIGHT_PLACES, InFlight,
@@ -31,7 +31,7 @@ static BLOCK_ROW: HashMap<BlockKey, u32> = HashMap::with_max_entries(BLOCK_ROWS,
 
 /// Rows of nobody: filled by the agent, which also gives back those of cgroups that are gone.
 #[map]
-static FREE_BLOCK_ROWS: Queue<u32> = Queue::with_max_entries(BLOCK_ROWS, 0);
+static FREE_BLOCK_ROWS: Stack<u32> = Stack::with_max_entries(BLOCK_ROWS, 0);
 
 /// The rows looked up last, each in the place of its key's hash. Whose a row is stands in the row itself.
 #[map]

@@ -6,7 +6,7 @@ use crate::open::NOWHERE;
 use crate::scope::place_by_hash;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, Queue, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, RingBuf, Stack};
 use lifeboat_ebpf::{PORT_ROWS, PortKey, PortRow, PortStats, loss};
 
 /// Kinds of connections by row.
@@ -19,7 +19,7 @@ static PORT_ROW: HashMap<PortKey, u32> = HashMap::with_max_entries(PORT_ROWS, 0)
 
 /// Rows of no kind: filled by the agent, which also gives back those of kinds that it forgets.
 #[map]
-static FREE_PORT_ROWS: Queue<u32> = Queue::with_max_entries(PORT_ROWS, 0);
+static FREE_PORT_ROWS: Stack<u32> = Stack::with_max_entries(PORT_ROWS, 0);
 
 /// The rows looked up last, each in the place of its kind's hash. Which kind a row is of stands in the row itself.
 #[map]

@@ -5,7 +5,7 @@ use crate::scope::{cgroup_id, place_by_hash, scoped_id, task_cgroup};
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_tracepoint, map};
-use aya_ebpf::maps::{Array, HashMap, Queue};
+use aya_ebpf::maps::{Array, HashMap, Stack};
 use aya_ebpf::programs::BtfTracePointContext;
 use lifeboat_ebpf::{
     Latency, RUN_QUEUE_ROWS, RUN_QUEUE_SHARDS, SWITCHES_PLACES, SWITCHES_WORDS, WAITING_PLACES,
@@ -30,7 +30,7 @@ static ROWS: HashMap<u64, u32> = HashMap::with_max_entries(RUN_QUEUE_ROWS, 0);
 
 /// Rows without a cgroup: filled by the agent, which also gives back those of cgroups that are gone.
 #[map]
-static FREE_ROWS: Queue<u32> = Queue::with_max_entries(RUN_QUEUE_ROWS, 0);
+static FREE_ROWS: Stack<u32> = Stack::with_max_entries(RUN_QUEUE_ROWS, 0);
 
 /// The rows looked up last, each in the place of its cgroup id's hash: the id and below it the row, in
 /// one word. An id's highest bits are a generation that never gets there.

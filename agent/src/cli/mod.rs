@@ -23,6 +23,7 @@ mod serve;
 mod status;
 mod trace;
 
+use crate::telemetry::memory;
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -107,6 +108,7 @@ pub type Outcome = Result<(), Failure>;
 
 /// Parses the arguments, runs the subcommand and returns its documented exit code.
 pub fn main() -> ExitCode {
+    memory::share_heaps();
     let cli = Cli::parse();
     let context = Context {
         json: cli.json,

@@ -12,6 +12,7 @@ mod sched;
 
 use super::btf::KernelTypes;
 use super::layout::{self, Family};
+use super::memory;
 use super::scope::{self, Scope};
 use crate::model::telemetry::Disabled;
 use aya::maps::{Array, HashMap, Map, MapData};
@@ -23,7 +24,6 @@ use aya::programs::{
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
 use caps::{CapSet, Capability};
 use lifeboat_ebpf::{Ancestors, Layout};
-use mapped::Mapped;
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -177,7 +177,8 @@ impl Kernel {
                         };
                         kernel.attach(&btf, cgroup, needed, &missing, disabled);
                         drop(btf);
-                        give_back_memory();
+                        // Parsing the kernel's types took some MiB of small pieces.
+                        memory::give_back();
                         kernel
                     }
                     Err(why) => nothing(disabled, why),
@@ -468,15 +469,6 @@ pub fn tracepoints(types: &KernelTypes) -> Result<Btf, String> {
     let data = types.tracepoints().map_err(|error| error.to_string())?;
     Btf::parse(&data, aya::Endianness::default())
         .map_err(|error| format!("the kernel's BTF cannot be used: {error}"))
-}
-
-/// Returns what parsing the kernel's types took: some MiB of small pieces that the allocator would keep.
-fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it only gives free pages back to the kernel, from any thread at any time.
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }
 
 /// What the verifier's log ends with: totals, which say nothing about why a program was refused.

@@ -140,14 +140,15 @@ fn read_namespace(
 ) -> Option<Namespace> {
     let through = inside.first()?;
     let sockets = sockets::read(root, through.pid);
-    let holders = sockets::holders(root, &processes(scope, inside));
+    let processes = processes(scope, inside);
+    let holders = sockets::holders(root, &processes);
     let mut kinds: BTreeMap<Kind, u64> = BTreeMap::new();
     for socket in &sockets.established {
         let Some(owner) = holders.get(&socket.inode) else {
             continue;
         };
         let kind = Kind {
-            owner: owner.clone(),
+            owner: (*owner).clone(),
             netns: namespace,
             protocol: socket.protocol,
             role: socket.role,
@@ -166,7 +167,9 @@ fn read_namespace(
     }
     let ports = sockets.listening.iter();
     let listening = ports
-        .filter_map(|(protocol, port, inode)| Some((*protocol, *port, holders.get(inode)?.clone())))
+        .filter_map(|(protocol, port, inode)| {
+            Some((*protocol, *port, (*holders.get(inode)?).clone()))
+        })
         .collect();
     Some(Namespace {
         read: Instant::now(),

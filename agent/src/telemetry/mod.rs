@@ -17,6 +17,7 @@ mod kernel;
 mod layout;
 pub mod links;
 mod listeners;
+pub mod memory;
 mod ports;
 mod sampling;
 mod scope;
@@ -49,6 +50,10 @@ use std::time::{Duration, Instant};
 /// The kernel measures its programs during one sweep in so many: measuring always would cost as much
 /// as the programs do.
 const MEASURED_SWEEP: u64 = 60;
+
+/// In one sweep of so many, free memory goes back to the kernel: reading the sockets of a crowded network namespace
+/// takes some MiB for a moment.
+const TIDIED_SWEEP: u64 = 10;
 
 /// Containers that ended and are remembered; the oldest give way.
 const ENDED: usize = 64;
@@ -182,13 +187,12 @@ impl Telemetry {
         self.heard = heard;
     }
 
-    /// Waits until `end`, when the next sweep is due. On a host that switches tasks too often the scheduler
-    /// programs are attached only now and then, for the last part of this; elsewhere they always are.
+    /// Waits until `end`, when the next sweep is due. On a host that switches tasks too often the scheduler programs
+    /// are attached only for the last part of this, and a little longer when somebody waits for long.
     pub fn rest(&mut self, end: Instant) {
         let left = || end.saturating_duration_since(Instant::now());
         if self.kernel.runs(Family::Sched) {
             match self.sampling.next(left()) {
-                Next::Rest => {}
                 Next::Always => {
                     while self.kernel.sched_attached() && left() > LOOK_EVERY {
                         std::thread::sleep(LOOK_EVERY);
@@ -198,7 +202,17 @@ impl Telemetry {
                 Next::Window(window) => {
                     std::thread::sleep(left().saturating_sub(window));
                     self.attach_sched();
+                    let start = Instant::now();
                     std::thread::sleep(left());
+                    loop {
+                        let waiting = self.kernel.waiting(ports::monotonic_ns());
+                        let longest = waiting.into_iter().map(|(_, age_ns)| age_ns).max();
+                        let waited = Duration::from_nanos(longest.unwrap_or(0));
+                        let Some(more) = self.sampling.prolong(start.elapsed(), waited) else {
+                            break;
+                        };
+                        std::thread::sleep(more);
+                    }
                     self.judge_switches();
                 }
             }
@@ -329,6 +343,9 @@ impl Telemetry {
         };
         self.sweeps += 1;
         self.measure();
+        if self.sweeps.is_multiple_of(TIDIED_SWEEP) {
+            memory::give_back();
+        }
         Snapshot {
             at: now,
             samples: samples(sweep.values, now),

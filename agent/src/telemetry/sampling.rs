@@ -1,8 +1,9 @@
-//! When the scheduler programs are attached: always on a calm host, in windows on one that switches tasks so
-//! often that they would slow it down. Pure.
+//! When the scheduler programs are attached: always on a calm host, in a window of every sweep on one that switches
+//! tasks so often that they would slow it down. Pure.
 //!
-//! Invariant: what they see, and so what they cost, is bounded by [`BUDGET`] whatever the host does; a burst is
-//! seen whole for at most [`LOOK_EVERY`] and the window that it falls into.
+//! Invariants: what they see, and so what they cost, is bounded by [`BUDGET`] whatever the host does, as long as nobody
+//! waits for long; every sweep has a window, so that no verdict is later than on a calm host; a burst is seen whole for
+//! at most [`LOOK_EVERY`] and the window that it falls into.
 
 use std::time::Duration;
 
@@ -13,29 +14,26 @@ pub const BUDGET: f64 = 30_000.0;
 /// Beyond this much of the budget the programs are detached, so that a host near it does not go to and fro.
 const HEADROOM: f64 = 1.25;
 
-/// Shortest window: longer waits than this are seen only as that long.
-const SHORTEST: Duration = Duration::from_millis(200);
+/// Shortest window.
+const SHORTEST: Duration = Duration::from_millis(20);
 
-/// Longest time from one window to the next, which a policy may have to wait for a value.
-const LONGEST_TURN: Duration = Duration::from_secs(10);
+/// A window at whose end somebody has waited for half of it goes on for up to so long. With the time between two sweeps
+/// it is less than the second that a verdict may be late.
+const PROLONGED: Duration = Duration::from_millis(80);
+
+/// When that was too short as well, the next sweep's is this long. Longer waits are seen only as that long.
+const LONGEST: Duration = Duration::from_millis(200);
 
 /// Between two looks at the number of switches while the programs are attached.
 pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// A window, and the time from its end to the end of the next one.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Turn {
-    /// How long the programs are attached.
-    pub window: Duration,
-    /// From one end to the next.
-    pub every: Duration,
-}
-
 /// Whether the programs are attached, and what was seen.
 #[derive(Debug, Default)]
 pub struct Sampling {
-    /// None while they are always attached.
-    turn: Option<Turn>,
+    /// Of each sweep; none while they are always attached.
+    window: Option<Duration>,
+    /// Somebody still waited at the end of the window before, however long it became.
+    too_short: bool,
     /// How long the programs were attached since the last look, and how long they were not.
     attached: Duration,
     detached: Duration,
@@ -48,8 +46,6 @@ pub struct Sampling {
 pub enum Next {
     /// Leave the programs attached.
     Always,
-    /// Leave them detached.
-    Rest,
     /// Attach them for this long at the end.
     Window(Duration),
 }
@@ -58,26 +54,37 @@ impl Sampling {
     /// What to do in the `rest` until the next sweep.
     #[must_use]
     pub fn next(&self, rest: Duration) -> Next {
-        let Some(turn) = self.turn else {
+        let Some(window) = self.window else {
             return Next::Always;
         };
-        // Half a window early is nearer than a whole sweep late.
-        if self.detached + rest + SHORTEST / 2 < turn.every {
-            return Next::Rest;
-        }
-        Next::Window(turn.window.min(rest))
+        let wanted = if self.too_short {
+            window.max(LONGEST)
+        } else {
+            window
+        };
+        Next::Window(wanted.min(rest))
+    }
+
+    /// For how much longer a window goes on that is as long as `window` by now and in which somebody has waited for
+    /// `waited` and waits still; none when it ends.
+    pub fn prolong(&mut self, window: Duration, waited: Duration) -> Option<Duration> {
+        self.too_short = waited >= window / 2;
+        let more = window.min(PROLONGED.saturating_sub(window));
+        (self.too_short && !more.is_zero()).then_some(more)
     }
 
     /// Takes in `switches` that were seen in `time`; true when the programs may stay attached.
     pub fn look(&mut self, switches: u64, time: Duration) -> bool {
         let rate = switches as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE);
-        let limit = if self.turn.is_none() {
+        let limit = if self.window.is_none() {
             BUDGET * HEADROOM
         } else {
             BUDGET
         };
-        self.turn = (rate > limit).then(|| turn(rate));
-        self.turn.is_none()
+        let window = || SHORTEST.max(Duration::from_secs(1).mul_f64(BUDGET / rate));
+        self.window = (rate > limit).then(window);
+        self.too_short &= self.window.is_some();
+        self.window.is_none()
     }
 
     /// Time passed, with the programs attached or not.
@@ -96,7 +103,7 @@ impl Sampling {
         }
         let whole = self.attached + self.detached;
         let share = self.attached.as_secs_f64() / whole.as_secs_f64();
-        self.share = (!self.detached.is_zero() || self.turn.is_some()).then_some(share);
+        self.share = (!self.detached.is_zero() || self.window.is_some()).then_some(share);
         (self.attached, self.detached) = (Duration::ZERO, Duration::ZERO);
         true
     }
@@ -105,15 +112,6 @@ impl Sampling {
     #[must_use]
     pub fn percent(&self) -> Option<f64> {
         self.share.map(|share| share * 100.0)
-    }
-}
-
-fn turn(rate: f64) -> Turn {
-    let share = BUDGET / rate;
-    let window = SHORTEST.max(Duration::from_secs(1).mul_f64(share));
-    Turn {
-        window,
-        every: window.div_f64(share).min(LONGEST_TURN),
     }
 }
 
@@ -129,15 +127,12 @@ mod tests {
         let next = sampling.next(SECOND);
         let window = match next {
             Next::Always => SECOND,
-            Next::Rest => Duration::ZERO,
             Next::Window(window) => window,
         };
         sampling.passed(false, SECOND - window);
         sampling.passed(true, window);
-        if !window.is_zero() {
-            sampling.look((rate * window.as_secs_f64()) as u64, window);
-        }
-        sampling.sweep();
+        sampling.look((rate * window.as_secs_f64()) as u64, window);
+        assert!(sampling.sweep(), "every sweep has something new");
         next
     }
 
@@ -149,30 +144,30 @@ mod tests {
             assert_eq!(sampling.percent(), None);
         }
         second(&mut sampling, 600_000.0);
-        let busy: Vec<Next> = (0..8).map(|_| second(&mut sampling, 600_000.0)).collect();
-        let window = Next::Window(SHORTEST);
-        let rest = Next::Rest;
-        assert_eq!(
-            busy,
-            [rest, rest, rest, window, rest, rest, rest, window],
-            "5 % of the time"
-        );
-        assert_eq!(sampling.percent(), Some(5.0));
-        let calm: Vec<Next> = (0..5).map(|_| second(&mut sampling, 100.0)).collect();
-        assert_eq!(calm, [rest, rest, rest, window, Next::Always]);
+        for _ in 0..5 {
+            let window = Next::Window(Duration::from_millis(50));
+            assert_eq!(second(&mut sampling, 600_000.0), window);
+            assert_eq!(sampling.percent(), Some(5.0));
+        }
+        second(&mut sampling, 100.0);
+        assert_eq!(second(&mut sampling, 100.0), Next::Always);
         assert_eq!(sampling.percent(), None);
     }
 
     #[test]
-    fn a_host_somewhat_beyond_the_budget_is_watched_in_every_second() {
+    fn a_window_goes_on_while_somebody_waits_and_the_next_is_longer_when_that_was_too_short() {
         let mut sampling = Sampling::default();
-        second(&mut sampling, 2.0 * BUDGET);
-        for _ in 0..3 {
-            assert_eq!(
-                second(&mut sampling, 2.0 * BUDGET),
-                Next::Window(SECOND / 2)
-            );
-        }
+        second(&mut sampling, 600_000.0);
+        let ms = Duration::from_millis;
+        assert_eq!(sampling.prolong(ms(50), ms(10)), None);
+        assert_eq!(sampling.next(SECOND), Next::Window(ms(50)));
+        assert_eq!(sampling.prolong(ms(50), ms(25)), Some(ms(30)));
+        assert_eq!(sampling.prolong(ms(80), ms(55)), None);
+        assert_eq!(sampling.next(SECOND), Next::Window(LONGEST));
+        assert_eq!(sampling.prolong(LONGEST, ms(150)), None);
+        assert_eq!(sampling.next(SECOND), Next::Window(LONGEST));
+        assert_eq!(sampling.prolong(LONGEST, ms(90)), None);
+        assert_eq!(sampling.next(SECOND), Next::Window(ms(50)));
     }
 
     #[test]
@@ -195,12 +190,11 @@ mod tests {
             for _ in 0..60 {
                 match second(&mut sampling, rate) {
                     Next::Always => seen += rate,
-                    Next::Rest => {}
                     Next::Window(window) => seen += rate * window.as_secs_f64(),
                 }
             }
-            let of_longest = rate * SHORTEST.as_secs_f64() / LONGEST_TURN.as_secs_f64();
-            prop_assert!(seen / 60.0 <= BUDGET.max(of_longest) * HEADROOM + 1.0, "{}", seen / 60.0);
+            let of_shortest = rate * SHORTEST.as_secs_f64();
+            prop_assert!(seen / 60.0 <= BUDGET.max(of_shortest) * HEADROOM + 1.0, "{}", seen / 60.0);
         }
     }
 }

@@ -134,7 +134,7 @@ fn v6_addresses(if_inet6: &str) -> impl Iterator<Item = IpAddr> {
 
 /// Which of the groups of processes holds each socket, by the socket's inode.
 #[must_use]
-pub fn holders<T: Clone>(root: &Path, groups: &[(T, Vec<i32>)]) -> BTreeMap<u64, T> {
+pub fn holders<'g, T>(root: &Path, groups: &'g [(T, Vec<i32>)]) -> BTreeMap<u64, &'g T> {
     let mut holders = BTreeMap::new();
     for (holder, processes) in groups {
         for pid in processes {
@@ -148,7 +148,7 @@ pub fn holders<T: Clone>(root: &Path, groups: &[(T, Vec<i32>)]) -> BTreeMap<u64,
                     .and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']'))
                     .and_then(|inode| inode.parse().ok());
                 if let Some(inode) = inode {
-                    holders.entry(inode).or_insert_with(|| holder.clone());
+                    holders.entry(inode).or_insert(holder);
                 }
             }
         }
@@ -172,9 +172,10 @@ mod tests {
     fn check(protocol: Protocol, service: SocketAddr, client: SocketAddr) {
         let own = std::process::id() as i32;
         let sockets = read(Path::new("/"), own);
-        let held = holders(Path::new("/"), &[("me", vec![own])]);
+        let groups = [("me", vec![own])];
+        let held = holders(Path::new("/"), &groups);
         assert!(sockets.listening.iter().any(|&(of, port, inode)| {
-            of == protocol && port == service.port() && held.get(&inode) == Some(&"me")
+            of == protocol && port == service.port() && held.get(&inode) == Some(&&"me")
         }));
         let mut ours = sockets.established.iter().filter(|socket| {
             socket.protocol == protocol && (socket.local == client || socket.peer == client)

@@ -115,11 +115,12 @@ impl UnixSockets {
             return;
         }
         let running: Vec<&Container> = containers.iter().filter(|c| c.pid > 0).collect();
-        let holders = sockets::holders(root, &processes(scope, &running));
+        let processes = processes(scope, &running);
+        let holders = sockets::holders(root, &processes);
         let holder = |inode: u32| holders.get(&u64::from(inode));
         for (&(client, server), pair) in self.pairs.iter_mut().filter(|(_, pair)| wanted(pair)) {
             if let (Some(client), Some(server)) = (holder(client), holder(server)) {
-                pair.between = Some((client.clone(), server.clone()));
+                pair.between = Some(((*client).clone(), (*server).clone()));
             }
         }
     }

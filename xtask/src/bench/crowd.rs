@@ -56,8 +56,8 @@ pub(super) fn measure(short: bool) -> Result<String> {
             .unwrap_or(0);
         Ok((count >= connections).then_some(()))
     })?;
-    // Several sweeps over them.
-    thread::sleep(Duration::from_secs(5));
+    // Many sweeps over them.
+    thread::sleep(Duration::from_secs(15));
     let resident = resident_mib(agent)?;
     inside(host, &format!("kill {}", holder.trim()))?;
     thread::sleep(Duration::from_secs(3));

@@ -4,6 +4,7 @@
 //! lab hosts with the release build. `--write` keeps what was printed in `docs/benchmarks.md`.
 
 mod agent;
+mod bpftrace;
 mod crowd;
 mod machine;
 mod order;

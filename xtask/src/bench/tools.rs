@@ -11,6 +11,13 @@ use crate::process::wait_for;
 /// An image of busybox; the host's programs are mounted over it.
 pub(super) const IMAGE: &str = "localhost/tools:1";
 
+/// CPUs of the servers and of the client: left to the scheduler, where they are moves a rate by more than a tenth.
+const SERVER_CPU: &str = "0";
+pub(super) const CLIENT_CPU: &str = "1";
+
+/// By its path: busybox's shell would take its own, which knows no lists.
+const TASKSET: &str = "/usr/bin/taskset";
+
 /// Makes it.
 const MAKE_IMAGE: &str = r#"mkdir -p /tmp/image/bin && cp "$(command -v busybox)" /tmp/image/bin/busybox &&
 ln -s busybox /tmp/image/bin/sleep && tar -c -C /tmp/image . | podman --log-level error import --quiet - localhost/tools:1"#;
@@ -18,11 +25,12 @@ ln -s busybox /tmp/image/bin/sleep && tar -c -C /tmp/image . | podman --log-leve
 /// Servers and the client's container: the host's own programs over an image of busybox.
 pub(super) fn furnish(host: &Host) -> Result<()> {
     host.run(["sh", "-c", MAKE_IMAGE])?;
+    let servers = format!(
+        "{TASKSET} --cpu-list {SERVER_CPU} redis-server --save '' --protected-mode no --port 6379 --maxclients 12000 & \
+         exec {TASKSET} --cpu-list {SERVER_CPU} iperf3 -s"
+    );
     for (name, command) in [
-        (
-            "server",
-            "redis-server --save '' --protected-mode no --port 6379 --maxclients 12000 & exec iperf3 -s",
-        ),
+        ("server", servers.as_str()),
         ("client", "exec sleep 100000"),
     ] {
         let mut arguments: Vec<String> = ["run", "--detach", "--name", name].map(Into::into).into();
@@ -61,7 +69,8 @@ pub(super) fn server(host: &Host) -> Result<String> {
 
 /// Runs a script in the client's container.
 pub(super) fn inside(host: &Host, script: &str) -> Result<String> {
-    host.podman(["exec", "client", "/bin/busybox", "sh", "-c", script])
+    let shell = ["exec", "client", TASKSET, "--cpu-list", CLIENT_CPU];
+    host.podman(shell.iter().chain(&["/bin/busybox", "sh", "-c", script]))
 }
 
 /// Requests a second of a `redis-benchmark` from container to container.

@@ -1,36 +1,41 @@
 //! Reading the block programs' maps.
 
-use super::{Kernel, Mapped};
+use super::Kernel;
+use super::mapped::{Mapped, Rows};
 use crate::telemetry::block::Request;
-use aya::maps::{Array, MapData, Queue};
-use lifeboat_ebpf::{
-    BLOCK_ROWS, BlockKey, BlockRow, BlockStats, Latency, SIZE_SLOTS, SLOTS, error,
-};
+use aya::maps::{Array, MapData, Stack};
+use lifeboat_ebpf::{BlockKey, BlockRow, BlockStats, Latency, SIZE_SLOTS, SLOTS, error};
 use std::collections::{HashMap, HashSet};
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The block maps in memory.
 pub struct Blocks {
-    rows: Mapped,
+    rows: Rows,
     in_flight: Mapped,
 }
 
 /// Words of a row.
 const ROW_WORDS: usize = size_of::<BlockRow>() / 8;
 
+/// The word of a row with its device, which is not 0 where the row is somebody's. Few rows are, and a row
+/// is half a kilobyte.
+const DEVICE_WORD: usize = offset_of!(BlockRow, key.device) / 8;
+
 impl Kernel {
     /// Makes the maps ready for the programs, which take a row for each new (cgroup, disk, op).
     pub(super) fn prepare_block(&mut self) -> Result<(), String> {
         let map = |name| self.map(name).ok_or("it is not in the embedded object");
         self.blocks = Some(Blocks {
-            rows: Mapped::new(map("BLOCK")?)?,
+            rows: Rows::new(map("BLOCK")?, 1)?,
             in_flight: Mapped::new(map("IN_FLIGHT")?)?,
         });
-        let rows = self.block_row_count();
+        let rows = self.blocks.as_ref().map_or(0, |blocks| blocks.rows.count());
         let mut free = self
             .free_block_rows()
             .ok_or("FREE_BLOCK_ROWS is not in the embedded object")?;
-        for row in 0..rows {
+        // The first is taken first.
+        for row in (0..rows).rev() {
             free.push(row, 0).map_err(|error| super::chain(&error))?;
         }
         Ok(())
@@ -38,13 +43,18 @@ impl Kernel {
 
     /// Block I/O, since the start.
     #[must_use]
-    pub fn block(&self) -> Vec<(BlockKey, BlockStats)> {
-        let Some(blocks) = &self.blocks else {
+    pub fn block(&mut self) -> Vec<(BlockKey, BlockStats)> {
+        let Some(blocks) = &mut self.blocks else {
             return Vec::new();
         };
+        blocks.rows.reach_used(DEVICE_WORD);
         let (rows, _) = blocks.rows.words().as_chunks::<ROW_WORDS>();
-        let rows = rows.iter().map(row);
-        rows.filter(|row| row.key.device != 0)
+        let taken =
+            |words: &&[AtomicU64; ROW_WORDS]| words[DEVICE_WORD].load(Ordering::Relaxed) != 0;
+        rows.iter()
+            .filter(taken)
+            .map(row)
+            .filter(|row| row.key.device != 0)
             .map(|row| (row.key, row.stats))
             .collect()
     }
@@ -90,13 +100,7 @@ impl Kernel {
         }
     }
 
-    fn block_row_count(&self) -> u32 {
-        let rows = self.blocks.as_ref();
-        let rows = rows.map_or(0, |blocks| blocks.rows.words().len() / ROW_WORDS);
-        u32::try_from(rows).unwrap_or(BLOCK_ROWS)
-    }
-
-    fn free_block_rows(&mut self) -> Option<Queue<&mut MapData, u32>> {
+    fn free_block_rows(&mut self) -> Option<Stack<&mut MapData, u32>> {
         self.ebpf
             .as_mut()?
             .map_mut("FREE_BLOCK_ROWS")?

@@ -55,7 +55,7 @@ impl Kernel {
             Map::Array(map)
             | Map::HashMap(map)
             | Map::LruHashMap(map)
-            | Map::Queue(map)
+            | Map::Stack(map)
             | Map::RingBuf(map) => described(map.fd().as_fd(), "memlock:"),
             _ => None,
         });

@@ -1,26 +1,31 @@
 //! Reading the connection programs' maps.
 
-use super::{Kernel, Mapped};
-use aya::maps::{Array, MapData, Queue, RingBuf};
+use super::Kernel;
+use super::mapped::{Mapped, Rows};
+use aya::maps::{Array, MapData, RingBuf, Stack};
 use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{RawTracePointRunOptions, TestRun};
 use lifeboat_ebpf::{
     ListenKey, Open, PortKey, PortRow, PortStats, REFRESH_BATCH, open_groups, place, role,
 };
 use std::collections::{HashMap, HashSet};
+use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The connection maps in memory.
 pub struct Connections {
     /// Whose each place of `OPEN` is.
     keys: Mapped,
-    kinds: Mapped,
+    kinds: Rows,
     /// Rows that are nobody's, and given back at the next opportunity: a program may be about to count in one.
     freed: Vec<u32>,
 }
 
 /// Words of a row of `PORTS`.
 const ROW_WORDS: usize = size_of::<PortRow>() / 8;
+
+/// The word of a row with its role, which is not 0 where the row is somebody's.
+const ROLE_WORD: usize = offset_of!(PortRow, key.role) / 8;
 
 /// Sizes of the maps for so many open connections and kinds.
 #[must_use]
@@ -45,15 +50,16 @@ impl Kernel {
         let map = |name| self.map(name).ok_or("it is not in the embedded object");
         let connections = Connections {
             keys: Mapped::new(map("OPEN_KEYS")?)?,
-            kinds: Mapped::new(map("PORTS")?)?,
+            kinds: Rows::new(map("PORTS")?, 1)?,
             freed: Vec::new(),
         };
-        let rows = u32::try_from(connections.kinds.words().len() / ROW_WORDS).unwrap_or(u32::MAX);
+        let rows = connections.kinds.count();
         self.connections = Some(connections);
         let mut free = self
             .free_port_rows()
             .ok_or("FREE_PORT_ROWS is not in the embedded object")?;
-        for row in 0..rows {
+        // The first is taken first.
+        for row in (0..rows).rev() {
             free.push(row, 0).map_err(|error| super::chain(&error))?;
         }
         Ok(())
@@ -61,11 +67,12 @@ impl Kernel {
 
     /// Kinds of connections, since the start, with the bytes of open connections up to now.
     #[must_use]
-    pub fn ports(&self) -> Vec<(PortKey, PortStats)> {
+    pub fn ports(&mut self) -> Vec<(PortKey, PortStats)> {
         self.refresh_open();
-        let Some(connections) = &self.connections else {
+        let Some(connections) = &mut self.connections else {
             return Vec::new();
         };
+        connections.kinds.reach_used(ROLE_WORD);
         let (rows, _) = connections.kinds.words().as_chunks::<ROW_WORDS>();
         rows.iter()
             .map(row)
@@ -145,7 +152,7 @@ impl Kernel {
         }
     }
 
-    fn free_port_rows(&mut self) -> Option<Queue<&mut MapData, u32>> {
+    fn free_port_rows(&mut self) -> Option<Stack<&mut MapData, u32>> {
         self.ebpf
             .as_mut()?
             .map_mut("FREE_PORT_ROWS")?

@@ -1,7 +1,8 @@
 //! The scheduler programs: attaching them for a while, and reading their maps.
 
-use super::{Family, Kernel, Mapped, program, refused};
-use aya::maps::{Array, MapData, Queue};
+use super::mapped::{Mapped, Rows};
+use super::{Family, Kernel, program, refused};
+use aya::maps::{Array, MapData, Stack};
 use aya::programs::BtfTracePoint;
 use aya::programs::tp_btf::BtfTracePointLinkId;
 use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SLOTS, SWITCHES_WORDS, Waiting};
@@ -15,7 +16,7 @@ pub(super) const PROGRAMS: [&str; 3] = ["sched_switch", "sched_wakeup", "sched_w
 /// The scheduler's maps in memory.
 pub struct RunQueues {
     waiting: Mapped,
-    latency: Mapped,
+    latency: Rows,
     switches: Mapped,
     links: Vec<(&'static str, BtfTracePointLinkId)>,
     /// While nothing is attached: who waited when that began.
@@ -28,7 +29,7 @@ impl Kernel {
         let map = |name| self.map(name).ok_or("it is not in the embedded object");
         self.run_queues = Some(RunQueues {
             waiting: Mapped::writable(map("WAITING")?)?,
-            latency: Mapped::new(map("RUN_QUEUE")?)?,
+            latency: Rows::new(map("RUN_QUEUE")?, RUN_QUEUE_SHARDS)?,
             switches: Mapped::new(map("SWITCHES")?)?,
             links: Vec::new(),
             left: None,
@@ -36,7 +37,8 @@ impl Kernel {
         let mut free = self
             .free_rows()
             .ok_or("FREE_ROWS is not in the embedded object")?;
-        for row in 0..free.capacity() {
+        // The first is taken first.
+        for row in (0..free.capacity()).rev() {
             free.push(row, 0).map_err(|error| super::chain(&error))?;
         }
         Ok(())
@@ -44,22 +46,25 @@ impl Kernel {
 
     /// Run-queue latency by cgroup2 id, since the start.
     #[must_use]
-    pub fn run_queue(&self) -> Vec<(u64, Latency)> {
-        let Some(maps) = &self.run_queues else {
+    pub fn run_queue(&mut self) -> Vec<(u64, Latency)> {
+        let rows: Vec<(u64, u32)> = self.entries("ROWS");
+        let Some(maps) = &mut self.run_queues else {
             return Vec::new();
         };
+        let last = rows.iter().map(|(_, row)| *row).max().unwrap_or(0);
+        maps.latency.reach(last as usize);
         let words = maps.latency.words();
         let row_words = SLOTS * RUN_QUEUE_SHARDS as usize;
-        let rows = self.entries::<u64, u32>("ROWS").into_iter();
-        rows.filter_map(|(cgroup, row)| {
-            let shards = words.chunks_exact(row_words).nth(row as usize)?;
-            let mut latency = Latency::EMPTY;
-            for (place, counted) in shards.iter().enumerate() {
-                latency.slots[place % SLOTS] += counted.load(Ordering::Relaxed);
-            }
-            Some((cgroup, latency))
-        })
-        .collect()
+        rows.into_iter()
+            .filter_map(|(cgroup, row)| {
+                let shards = words.chunks_exact(row_words).nth(row as usize)?;
+                let mut latency = Latency::EMPTY;
+                for (place, counted) in shards.iter().enumerate() {
+                    latency.slots[place % SLOTS] += counted.load(Ordering::Relaxed);
+                }
+                Some((cgroup, latency))
+            })
+            .collect()
     }
 
     /// Attaches the programs, which then know of nobody who waits.
@@ -186,7 +191,7 @@ impl Kernel {
         }
     }
 
-    fn free_rows(&mut self) -> Option<Queue<&mut MapData, u32>> {
+    fn free_rows(&mut self) -> Option<Stack<&mut MapData, u32>> {
         self.ebpf.as_mut()?.map_mut("FREE_ROWS")?.try_into().ok()
     }
 }
