@@ -17,6 +17,8 @@ const CACHE: Service = Service {
 
 /// Enough for the copy's rate to be measured.
 const BULK: u64 = 48 << 20;
+/// Enough for a copy at a low pace to take longer than a pause may.
+const FEW: u64 = 14 << 20;
 /// What is written anew again and again.
 const BUSY: u64 = 4 << 20;
 
@@ -57,9 +59,6 @@ fn the_choice_is_told_with_its_figures_after_every_round_and_an_operator_has_a_w
             "losing the target what the twins wrote without `fsync`",
         ],
     )?;
-    let (_, plan) = stage.crew.ask(SOURCE, &["plan", CACHE.name])?;
-    let obstacle = plan["choice"]["outlook"]["obstacle"].to_string();
-    ensure!(obstacle.contains("--switch-first"), "{obstacle}");
 
     let busy = busy(&source)?;
     let told = stage
@@ -153,6 +152,39 @@ fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> 
         "ls -A /srv /var/lib/containers/storage/volumes/*; grep fuse.lifeboat /proc/mounts || true";
     let left = target.run(["sh", "-c", look])?;
     ensure!(!left.contains("lifeboat"), "{left}");
+    stage.lab.down()
+}
+
+#[test]
+fn a_plan_switches_first_by_itself_where_changesets_would_not_get_small() -> Result<()> {
+    let devices = [device(SOURCE, None), device(TARGET, None)];
+    let Some(stage) = Stage::up("switched-itself", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let source = stage.source()?.clone();
+    let big = format!("{}/big", CACHE.notes());
+    source.run(["sh", "-c", &format!("head -c {FEW} /dev/urandom >{big}")])?;
+    let place = format!("{}/busy", CACHE.notes());
+    let write = format!("head -c {BUSY} /dev/urandom >{place}; sync {place}");
+    let busy = Load::start(&source, &CACHE, &write)?;
+    wait_for("writes that are counted", PATIENCE, || {
+        let (_, plan) = stage.crew.ask(SOURCE, &["plan", CACHE.name])?;
+        let rate = plan["choice"]["outlook"]["dirty"]["bytes"].as_u64();
+        Ok((rate > Some(2 << 20)).then_some(()))
+    })?;
+    // Copied at this pace, all of it would be written anew meanwhile, and a pause longer than any may be.
+    let arguments = ["evacuate", CACHE.name, "--yes", "--limit", "512KiB"];
+    let told = stage
+        .crew
+        .tell(SOURCE, &arguments)
+        .with_context(|| stage.crew.log(SOURCE))?;
+    drop(busy);
+    says(&told, &["switch first:", "the changesets do not get small"])?;
+    let report = wait_for_end(&stage.crew, SOURCE, &stage.plan()?, PATIENCE)?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    ensure!(lines(&report, "roots agree").len() == 1, "{report:#}");
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
     stage.lab.down()
 }
 

@@ -411,7 +411,6 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         overhead: Duration::ZERO,
         deadline: gathered.deadline,
         obstacle: super::switch_first::obstacle(
-            request.guards.way,
             &containers,
             &volumes,
             &delegated,

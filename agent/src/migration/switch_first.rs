@@ -13,7 +13,6 @@ use super::source::PAUSE_MAX;
 use super::switch::{RETRY, target_status};
 use super::view::HostView;
 use crate::model::action::{Action, Actions};
-use crate::model::choice::Way;
 use crate::model::control::{Arrival, Open, Whole};
 use crate::model::fleet::PeerAddress;
 use crate::model::ids::{Epoch, Signature, VolumeId};
@@ -53,7 +52,6 @@ pub(super) const RISK: &str = "switched first: until all data has arrived, losin
 
 /// Why a plan cannot switch first, as far as its source knows; none when it can.
 pub(super) fn obstacle(
-    way: Option<Way>,
     containers: &[PlannedContainer],
     volumes: &[VolumeSpec],
     delegated: &Actions,
@@ -86,15 +84,7 @@ pub(super) fn obstacle(
             "the paired device carries the data, and the twins' reads go to this device".into(),
         );
     }
-    if let Some(evidence) = failing {
-        return Some(format!(
-            "what is not fetched yet may be lost with the disk: {evidence}"
-        ));
-    }
-    (way != Some(Way::SwitchFirst)).then(|| {
-        "until all data has arrived it would be in two places, which only an operator may accept (`--switch-first`)"
-            .into()
-    })
+    failing.map(|evidence| format!("what is not fetched yet may be lost with the disk: {evidence}"))
 }
 
 /// Evidence that a disk of this host fails.
@@ -119,16 +109,9 @@ impl Move {
             !matches!(volume.kind, VolumeKind::Image(_))
                 && self.moved.epochs.contains_key(&volume.id)
         });
-        let way = self.plan.guards.way;
-        obstacle(
-            way,
-            containers,
-            volumes,
-            delegated,
-            failing(&view).as_deref(),
-        )
-        .or_else(|| copied.then(|| "what was copied already would be fetched once more".into()))
-        .or_else(|| self.moved.cannot_serve.clone())
+        obstacle(containers, volumes, delegated, failing(&view).as_deref())
+            .or_else(|| copied.then(|| "what was copied already would be fetched once more".into()))
+            .or_else(|| self.moved.cannot_serve.clone())
     }
 
     /// Lets the target take the list of every tree, and compares it with what is here; the workload is frozen
