@@ -1,0 +1,263 @@
+//! What a store lacks: asking the source for it, waiting, and keeping what arrives.
+//!
+//! Invariant: a block is asked for once by whoever wants it first, and again only with more haste. Non-goal: the
+//! signatures' root (`proof`).
+
+use super::{Asked, Store, Wanted, locked, signed};
+use crate::serve::origins::{Origin, mask};
+use crate::serve::presence::{PAGE, PAGES};
+use crate::transfer::fetch::{Arrivals, BLOCK, Block, Class, Place, Refusal};
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::stat::{fstat, futimens};
+use nix::sys::time::TimeSpec;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::Ordering;
+use std::sync::{PoisonError, Weak};
+use std::time::Instant;
+use xattr::FileExt as _;
+
+/// The attribute that the kernel removes at every write (capabilities(7)).
+const CAPABILITY: &str = "security.capability";
+/// Files of which the rest is fetched next, because somebody reads them.
+const RECENT_CAP: usize = 64;
+
+/// Hands on what arrives, for as long as the store lives.
+pub(super) struct Inlet(pub(super) Weak<Store>);
+
+impl Arrivals for Inlet {
+    fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
+        if let Some(store) = self.0.upgrade() {
+            store.arrived(class, place, block);
+        }
+    }
+}
+
+impl Store {
+    /// Blocks of the range of which pages of the range are absent.
+    pub(super) fn absent_blocks(&self, origin: &Origin, offset: u64, length: u64) -> Vec<u64> {
+        let end = offset.saturating_add(length).min(origin.size);
+        if offset >= end || self.presence.absent() == 0 {
+            return Vec::new();
+        }
+        let blocks = offset / BLOCK..end.div_ceil(BLOCK);
+        blocks
+            .filter(|&block| {
+                let start = block * BLOCK;
+                let first = offset.saturating_sub(start) / PAGE;
+                let pages = mask(first, (end - start).min(BLOCK).div_ceil(PAGE));
+                pages & self.missing(origin, block) != 0
+            })
+            .collect()
+    }
+
+    /// Asks for blocks that somebody waits for.
+    pub(super) fn ask_for(&self, number: u32, blocks: Vec<u64>) -> Option<Wanted> {
+        if blocks.is_empty() {
+            return None;
+        }
+        self.note_recent(number);
+        for &block in &blocks {
+            self.ask(Class::Demand, number, block);
+        }
+        Some(Wanted {
+            number,
+            blocks,
+            until: Instant::now() + self.patience,
+        })
+    }
+
+    /// Waits until what was asked for is here.
+    ///
+    /// # Errors
+    /// It did not come within the patience, or the source does not give it (`EIO`).
+    pub fn wait(&self, wanted: &Wanted) -> io::Result<()> {
+        for &block in &wanted.blocks {
+            let place = Place {
+                file: wanted.number,
+                block,
+            };
+            let shard = self.shard(place);
+            let mut asked = locked(&shard.asked);
+            loop {
+                match asked.get(&place) {
+                    // It came, or everything of it was written here.
+                    None => break,
+                    Some(Asked::Refused(_)) => {
+                        return Err(nix::errno::Errno::EIO.into());
+                    }
+                    Some(Asked::For(_)) => {}
+                }
+                let left = wanted.until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(nix::errno::Errno::EIO.into());
+                }
+                let waited = shard.changed.wait_timeout(asked, left);
+                asked = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn note_recent(&self, number: u32) {
+        let mut recent = locked(&self.recent);
+        if recent.back() != Some(&number) {
+            recent.retain(|known| *known != number);
+            recent.push_back(number);
+            if recent.len() > RECENT_CAP {
+                recent.pop_front();
+            }
+        }
+    }
+
+    /// Asks for a block that somebody will want soon, unless it was asked for by anybody.
+    pub(super) fn ask_first(&self, number: u32, block: u64) {
+        let place = Place {
+            file: number,
+            block,
+        };
+        if !locked(&self.shard(place).asked).contains_key(&place) {
+            self.ask(Class::Demand, number, block);
+        }
+    }
+
+    /// Asks the source for a block unless it was; whether it was asked for now.
+    pub(in crate::serve) fn ask(&self, class: Class, number: u32, block: u64) -> bool {
+        let place = Place {
+            file: number,
+            block,
+        };
+        let Some(origin) = self.origins.get(number as usize) else {
+            return false;
+        };
+        {
+            let mut asked = locked(&self.shard(place).asked);
+            if self.missing(origin, block) == 0 {
+                return false;
+            }
+            match (asked.get(&place), class) {
+                (Some(Asked::For(Class::Demand)), _) | (Some(Asked::For(_)), Class::Background) => {
+                    return false;
+                }
+                _ => asked.insert(place, Asked::For(class)),
+            };
+        }
+        let fetcher = locked(&self.fetcher).clone();
+        match fetcher {
+            Some(fetcher) => fetcher.ask(class, place, &origin.path),
+            // Detached: nothing will come any more.
+            None => self.take(class, place, Err(Refusal::Gone)),
+        }
+        true
+    }
+
+    fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
+        let known = self.origins.get(place.file as usize);
+        if let (Some(proof), Some(origin), Ok(block)) = (&self.proof, known, &block)
+            && let Err(error) = proof.note(origin.first + place.block, block.signature)
+        {
+            // It is asked for again.
+            tracing::error!(directory = %self.directory.display(), "cannot keep a signature: {error}");
+        }
+        let bytes = match block {
+            Ok(block) => block.bytes.map(Ok),
+            Err(why) => {
+                let signed = locked(&self.signing).contains(&place);
+                (!signed).then_some(Err(why))
+            }
+        };
+        match bytes {
+            Some(bytes) => self.take(class, place, bytes),
+            None => {
+                locked(&self.signing).remove(&place);
+            }
+        }
+    }
+
+    /// Takes what arrived.
+    fn take(&self, class: Class, place: Place, block: Result<&[u8], Refusal>) {
+        let taken = block.map(|bytes| self.keep(place, bytes));
+        let shard = self.shard(place);
+        {
+            let mut asked = locked(&shard.asked);
+            match taken {
+                Ok(Ok(())) => {
+                    let counter = match class {
+                        Class::Demand => &self.on_demand,
+                        Class::Background => &self.ahead,
+                    };
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    asked.remove(&place);
+                }
+                Ok(Err(error)) => {
+                    tracing::error!(directory = %self.directory.display(), "cannot keep a fetched block: {error}");
+                    asked.insert(place, Asked::Refused(Refusal::Unreadable));
+                }
+                Err(why) => {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    asked.insert(place, Asked::Refused(why));
+                }
+            }
+            shard.changed.notify_all();
+        }
+        if class == Class::Background {
+            let mut open = locked(&self.window.open);
+            *open = open.saturating_sub(1);
+            self.window.changed.notify_all();
+        }
+    }
+
+    /// Writes the pages of an arrived block that are absent.
+    fn keep(&self, place: Place, bytes: &[u8]) -> io::Result<()> {
+        let Some(origin) = self.origins.get(place.file as usize) else {
+            return Ok(());
+        };
+        let _cut = self
+            .cut(place.file)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let file = self.origin_file(place.file)?;
+        let _turn = locked(&self.shard(place).asked);
+        let missing = self.missing(origin, place.block);
+        if missing == 0 {
+            return Ok(());
+        }
+        let before = fstat(&file)?;
+        let capability = file.get_xattr(CAPABILITY).unwrap_or_default();
+        let start = place.block * BLOCK;
+        let mut page = 0;
+        while page < PAGES {
+            let run = (missing >> page).trailing_ones();
+            if run == 0 {
+                page += 1;
+                continue;
+            }
+            let from = u64::from(page) * PAGE;
+            let to = (u64::from(page + run) * PAGE).min(origin.size - start);
+            page += run;
+            // A file that shrank on the source since it was listed ends in zeros.
+            let there = bytes.len() as u64;
+            if from < there {
+                let part = &bytes[from as usize..to.min(there) as usize];
+                file.write_all_at(part, start + from)?;
+            }
+            if to > there {
+                let zeros = from.max(there);
+                let flags =
+                    FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                match fallocate(&file, flags, signed(start + zeros), signed(to - zeros)) {
+                    // Absent pages are holes that were never written: zeros already.
+                    Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        // Arriving is no modification.
+        let time = TimeSpec::new(before.st_mtime, before.st_mtime_nsec);
+        futimens(&file, &TimeSpec::UTIME_OMIT, &time)?;
+        if let Some(capability) = capability {
+            file.set_xattr(CAPABILITY, &capability)?;
+        }
+        self.presence.mark(origin.first + place.block, missing)
+    }
+}
