@@ -231,14 +231,7 @@ impl Target {
         request: Open,
     ) -> Result<Vec<VolumeRelease>, TargetError> {
         let _turn = self.turn(peer).await;
-        let (plan, places) = self.known(peer, id)?;
-        if self
-            .plans()
-            .get(id)
-            .is_some_and(|known| known.owns.is_some())
-        {
-            return Err(TargetError::Owned(id.clone()));
-        }
+        let (plan, places) = self.not_owned(peer, id)?;
         let lent = self.pairings.authorised(id, peer);
         let source = lent.filter(|lent| lent.role == Role::Target);
         let source = source

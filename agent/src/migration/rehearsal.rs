@@ -23,14 +23,7 @@ impl Target {
     pub async fn rehearse(&self, peer: &DeviceId, id: &PlanId) -> Result<(), TargetError> {
         let _turn = self.turn(peer).await;
         super::faults::die_at("rehearse");
-        let (plan, places) = self.known(peer, id)?;
-        if self
-            .plans()
-            .get(id)
-            .is_some_and(|known| known.owns.is_some())
-        {
-            return Err(TargetError::Owned(id.clone()));
-        }
+        let (plan, places) = self.not_owned(peer, id)?;
         let runtime = self.runtime_for(&plan).await?;
         for volume in &plan.volumes {
             let VolumeKind::Image(reference) = &volume.kind else {

@@ -386,6 +386,20 @@ impl Target {
         Ok((known.plan.clone(), known.places.clone()))
     }
 
+    /// The same, of a plan whose volumes are not ours yet.
+    pub(super) fn not_owned(
+        &self,
+        peer: &DeviceId,
+        id: &PlanId,
+    ) -> Result<(Plan, Vec<Place>), TargetError> {
+        let known = self.known(peer, id)?;
+        let owned = |known: &Receiving| known.owns.is_some();
+        if self.plans().get(id).is_some_and(owned) {
+            return Err(TargetError::Owned(id.clone()));
+        }
+        Ok(known)
+    }
+
     /// State of a plan, for its source.
     ///
     /// # Errors
