@@ -30,7 +30,7 @@ const fn need(package: &'static str, shown_by: &'static str, why: &'static str) 
 }
 
 /// Names without a slash are programs, looked for on PATH and where root's programs are.
-const NEEDS: [Need; 37] = [
+const NEEDS: [Need; 38] = [
     need("gcc", "gcc", "C parts of crates (SQLite, AWS-LC)"),
     need("libc6-dev", "/usr/include/stdlib.h", "C parts of crates"),
     need("podman", "podman", "containers of lab hosts"),
@@ -66,6 +66,7 @@ const NEEDS: [Need; 37] = [
     need("fio", "fio", "disk fault of the lab"),
     need("e2fsprogs", "mkfs.ext4", "disks of the tests"),
     need("xfsprogs", "mkfs.xfs", "disks of the tests"),
+    need("btrfs-progs", "mkfs.btrfs", "quotas of the tests' disks"),
     need("attr", "setfattr", "attributes of the tests' files"),
     need("acl", "setfacl", "ACLs of the tests' files"),
     need("libcap2-bin", "setcap", "capabilities of the tests' files"),

@@ -264,13 +264,15 @@ impl Engine for UringEngine {
                 read.done = Ok(0);
             }
             while !left.is_empty() {
+                // Of several that are refused, the first one changes what the next round asks for.
+                let caches = self.caches;
                 let operations: Vec<squeue::Entry> = left
                     .iter()
                     .map(|&(index, done)| {
                         let read = &mut batch[index];
                         let rest = &mut read.buffer[done..];
                         let file = types::Fd(read.file.as_raw_fd());
-                        let once = read.once && !self.caches;
+                        let once = read.once && !caches;
                         opcode::Read::new(file, rest.as_mut_ptr(), length(rest.len()))
                             .offset(read.offset + done as u64)
                             .rw_flags(if once { RWF_DONTCACHE } else { 0 })
@@ -292,7 +294,9 @@ impl Engine for UringEngine {
                         }
                         Err(error) if is_retry(&error) => again.push((index, done)),
                         Err(error)
-                            if error.raw_os_error() == Some(libc::EOPNOTSUPP) && !self.caches =>
+                            if error.raw_os_error() == Some(libc::EOPNOTSUPP)
+                                && read.once
+                                && !caches =>
                         {
                             self.caches = true;
                             again.push((index, done));

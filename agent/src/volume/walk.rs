@@ -26,7 +26,7 @@ use std::time::Instant;
 
 /// Reading a tree failed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} `{path}` in {}: {source}", .root.display())]
+#[error("cannot {action} `{path}` in {}: {source}{}", .root.display(), self.remedy())]
 pub struct WalkError {
     /// What was being done.
     pub action: &'static str,
@@ -50,6 +50,20 @@ impl WalkError {
             path: shown(path).into_owned(),
             root: root.path().to_owned(),
             source: source.into(),
+        }
+    }
+
+    /// What helps, where that is known: root is refused by file systems, not by modes.
+    fn remedy(&self) -> &'static str {
+        match self.source.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EACCES | Errno::EPERM) => {
+                "; its file system refuses it even to root (a FUSE mount of another user, or a file of the kernel): \
+                 unmount it, or take it out of the volume"
+            }
+            Some(Errno::ENOTCONN) => {
+                "; the program behind this FUSE mount is gone: unmount it or start it again"
+            }
+            _ => "",
         }
     }
 

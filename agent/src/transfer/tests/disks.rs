@@ -80,6 +80,81 @@ fn a_disk_without_inodes_or_space_says_which_of_them_is_missing() {
 }
 
 #[test]
+fn a_quota_that_is_used_up_is_named_and_the_plan_goes_on_when_it_is_raised() {
+    let bench = Bench::new(EngineChoice::Auto);
+    let Some(disk) = Disk::new(&bench, 200, &["mkfs.btrfs", "-q"]) else {
+        return;
+    };
+    let btrfs = |words: &[&str]| assert!(tool("btrfs", words, &[&disk.dir]), "{words:?}");
+    btrfs(&["quota", "enable"]);
+    btrfs(&["qgroup", "limit", "8M"]);
+    fs::create_dir(bench.source.join("dir")).unwrap();
+    for n in 0..24 {
+        fs::write(
+            bench.source.join(format!("dir/f{n}")),
+            noise(n, (n as usize % 2 * 4 + 1) << 18),
+        )
+        .unwrap();
+    }
+    let copy = disk.dir.join("copy");
+    let error = refusal(&bench, &copy);
+    assert!(
+        error.contains("`dir/f") && error.contains("disk quota is used up"),
+        "{error}"
+    );
+    btrfs(&["qgroup", "limit", "none"]);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 1, None).unwrap();
+    assert_same_tree(&bench.source, &copy);
+}
+
+#[test]
+fn a_source_whose_file_system_reads_through_its_cache_alone_is_read_all_the_same() {
+    let bench = Bench::new(EngineChoice::Auto);
+    if !tool("mount", &["-t", "tmpfs", "tmpfs"], &[&bench.source]) {
+        println!("no tmpfs can be mounted here: not tested");
+        return;
+    }
+    let _mounted = Disk {
+        dir: bench.source.clone(),
+    };
+    fs::write(bench.source.join("large"), noise(1, 24 << 20)).unwrap();
+    fs::write(bench.source.join("small"), noise(2, 70_000)).unwrap();
+    bench.admit_target(&bench.target);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 1, None).unwrap();
+    assert_same_tree(&bench.source, &bench.target);
+}
+
+#[test]
+fn a_file_that_not_even_root_may_read_is_named_and_not_left_out() {
+    let bench = Bench::new(EngineChoice::Auto);
+    fs::create_dir(bench.source.join("dir")).unwrap();
+    let secret = bench.source.join("dir/secret");
+    fs::write(&secret, b"x").unwrap();
+    // Only to be written, says the kernel, whoever asks.
+    let bound = tool(
+        "mount",
+        &["--bind", "/sys/bus/cpu/drivers_probe"],
+        &[&secret],
+    );
+    if !bound || fs::File::open(&secret).is_ok() {
+        println!("no file can be kept from root here: not tested");
+        return;
+    }
+    let mounted = Disk { dir: secret };
+    let error = refusal(&bench, &bench.target);
+    assert!(
+        error.contains("`dir/secret`") && error.contains("take it out of the volume"),
+        "{error}"
+    );
+    drop(mounted);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 1, None).unwrap();
+    assert_same_tree(&bench.source, &bench.target);
+}
+
+#[test]
 fn a_disk_that_became_read_only_says_so_and_goes_on_when_it_is_writable() {
     for mkfs in [&["mkfs.ext4", "-q"][..], &["mkfs.xfs", "-q"]] {
         let bench = Bench::new(EngineChoice::Auto);
