@@ -5,16 +5,24 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 use lifeboat::containers::{create, inspect, ops};
 use lifeboat::fleet::enrol::JoinToken;
+use lifeboat::fleet::pairing::{AuthoriseRequest, Notice};
 use lifeboat::fleet::secret::Secret;
 use lifeboat::fleet::token::{self, SealedToken};
 use lifeboat::health::{Policy, RuleTests, recorded};
 use lifeboat::migration::events::{SourceEvent, TargetEvent};
 use lifeboat::migration::journal;
-use lifeboat::model::control::{Offer, RelayRequest};
+use lifeboat::model::control::{
+    Arrival, Dismiss, GivenBack, Offer, OfferAccepted, Open, Provided, RelayAccepted, RelayRequest,
+    TakeOver, TargetStatus, Whole,
+};
+use lifeboat::model::fleet::Device;
+use lifeboat::model::plan::{Release, SignedRelease};
+use lifeboat::model::trace::Trace;
 use lifeboat::telemetry::btf::KernelTypes;
 use lifeboat::transfer::LinkKey;
 use lifeboat::transfer::engine::{Engine, Read, Write};
@@ -24,6 +32,7 @@ use lifeboat::transfer::hello;
 use lifeboat::transfer::message::Message;
 use lifeboat::transfer::payload::{self, Payload, PayloadKind};
 use lifeboat::volume::codec::Reader;
+use lifeboat::volume::mirror::{Change, Log, Record};
 use lifeboat::volume::unused::{Image, Trust, find};
 use lifeboat::volume::{BlockSize, Entry};
 use serde::Serialize;
@@ -37,13 +46,16 @@ use serde_json::Value;
 pub type Decoder = fn(&[u8]);
 
 /// Name and function of each decoder.
-pub const DECODERS: [(&str, Decoder); 16] = [
+pub const DECODERS: [(&str, Decoder); 19] = [
     ("frame", frame),
     ("hello", greeting),
     ("message", message),
     ("payload", payload),
     ("entry", entry),
     ("fetched", fetched),
+    ("mirrored", mirrored),
+    ("mirror-log", mirror_log),
+    ("trace", trace),
     ("ext4", unused),
     ("xfs", unused),
     ("token", sealed_token),
@@ -128,6 +140,57 @@ fn fetched(bytes: &[u8]) {
     if let Ok(answer) = Answer::decode(bytes) {
         let once = again(answer);
         assert!(Answer::decode(&once).is_ok_and(|answer| again(answer) == once));
+    }
+}
+
+/// A change as the target sends it, and as it is kept on the source.
+fn mirrored(bytes: &[u8]) {
+    let again = |change: &Change| {
+        let mut again = Vec::new();
+        change.encode(&mut again);
+        again
+    };
+    if let Ok(change) = Change::decode(bytes) {
+        let once = again(&change);
+        assert!(Change::decode(&once).is_ok_and(|change| again(&change) == once));
+    }
+    let mut record = Vec::new();
+    let content = bytes;
+    Record { number: 1, content }.encode(&mut record);
+    let decoded = Record::decode(&mut Reader::new(&record));
+    assert!(decoded.is_ok_and(|record| record.content == bytes));
+    let _ = Record::decode(&mut Reader::new(bytes));
+}
+
+/// The file of a mirror's log, whatever is left of it: its head, and without the gap behind that its records.
+fn mirror_log(bytes: &[u8]) {
+    let (head, records) = bytes.split_at(bytes.len().min(40));
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").expect("a file in memory");
+    file.as_file()
+        .write_all_at(head, 0)
+        .and_then(|()| file.as_file().write_all_at(records, 4096))
+        .expect("a file in memory");
+    let Ok(mut log) = Log::open(file.path(), || Ok([1; 16])) else {
+        return;
+    };
+    let last = log.last();
+    // It may be at its cap.
+    let Ok(number) = log.append(b"one more") else {
+        return;
+    };
+    assert_eq!(number, last + 1);
+    let opened = Log::open(file.path(), || Ok([1; 16])).expect("it is a log");
+    assert_eq!(opened.last(), number);
+}
+
+fn trace(bytes: &[u8]) {
+    // Also with the check that it would have: few bytes get past that by themselves.
+    let checked = [bytes, blake3::hash(bytes).as_bytes()].concat();
+    for bytes in [bytes, &checked] {
+        if let Ok(trace) = Trace::decode(bytes) {
+            let again = Trace::decode(&trace.encode());
+            assert!(again.is_ok_and(|again| again.encode() == trace.encode()));
+        }
     }
 }
 
@@ -227,7 +290,22 @@ fn stable<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
 
 fn control(bytes: &[u8]) {
     stable::<Offer>(bytes);
+    stable::<OfferAccepted>(bytes);
+    stable::<Open>(bytes);
+    stable::<Whole>(bytes);
+    stable::<GivenBack>(bytes);
+    stable::<Arrival>(bytes);
+    stable::<Provided>(bytes);
     stable::<RelayRequest>(bytes);
+    stable::<RelayAccepted>(bytes);
+    stable::<TakeOver>(bytes);
+    stable::<TargetStatus>(bytes);
+    stable::<Dismiss>(bytes);
+    stable::<SignedRelease>(bytes);
+    stable::<Release>(bytes);
+    stable::<AuthoriseRequest>(bytes);
+    stable::<Notice>(bytes);
+    stable::<Device>(bytes);
 }
 
 fn journal_lines(bytes: &[u8]) {

@@ -128,11 +128,8 @@ impl fmt::Display for Tally {
 /// # Errors
 /// A copy differs, a side gave up, or too much was sent again.
 pub fn transfer(wanted: &Transfer) -> Result<Tally> {
-    let seed = wanted.seed.unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        now.map_or(0, |now| now.subsec_nanos().into())
-    });
-    println!("soak: seed {seed}: repeat these choices with --seed {seed}");
+    let chance = Chance::new("soak", wanted.seed);
+    let seed = chance.0;
     let bare = |name: &str| HostSpec {
         containers: false,
         ..name.into()
@@ -144,7 +141,7 @@ pub fn transfer(wanted: &Transfer) -> Result<Tally> {
     furnish(&lab.host("source")?.path(SOURCE_DATA), wanted.mib)?;
     let mut soak = Soak {
         lab: &lab,
-        chance: Chance(seed),
+        chance,
         step: (wanted.mib << 20) / 12,
         tally: Tally::default(),
     };
@@ -221,10 +218,23 @@ fn furnish(root: &Path, mib: u64) -> Result<()> {
 }
 
 /// Choices that a seed repeats (SplitMix64).
-struct Chance(u64);
+#[derive(Debug)]
+pub struct Chance(u64);
 
 impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
+    /// Begins with `seed`, or with one of its own; says it.
+    #[must_use]
+    pub fn new(what: &str, seed: Option<u64>) -> Self {
+        let seed = seed.unwrap_or_else(|| {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            now.map_or(0, |now| now.subsec_nanos().into())
+        });
+        println!("{what}: seed {seed}");
+        Self(seed)
+    }
+
+    /// The next choice, from 0 to below `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -117,6 +117,9 @@ impl Log {
         let (Ok(id), Ok(number), Ok(offset)) = (reader.array(), reader.u64(), reader.u64()) else {
             return Err(broken());
         };
+        if !(1..=LOG_CAP).contains(&number) || !(HEAD..=LOG_CAP).contains(&offset) {
+            return Err(broken());
+        }
         let start = Mark { number, offset };
         let mut log = Self {
             file,
