@@ -115,6 +115,13 @@ fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> 
     says(&told, &["fill: switched first:", "MiB) there"])?;
     stage.writes_go_on(&CACHE)?;
     println!("{told}");
+    // What came of the first block is not what the source has any more, and nothing there says so.
+    target.run(["head", "-c", "1", &big])?;
+    let flip = format!(
+        "cd {} && touch -r big /run/was && printf flipped | dd of=big conv=notrunc status=none && touch -r /run/was big",
+        CACHE.notes()
+    );
+    source.run(["sh", "-c", &flip])?;
 
     stage.crew.kill_agent(TARGET)?;
     stage.crew.start_agent(TARGET)?;
@@ -128,6 +135,14 @@ fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> 
         .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))?;
     ensure!(report["state"] == "completed", "{report:#}");
     ensure!(lines(&report, "roots agree").len() == 1, "{report:#}");
+    let log = stage.crew.log(TARGET);
+    let named = log.lines().find(|line| line.contains("fetched again"));
+    says(
+        named.context("the flipped bytes were not found")?,
+        &["path=big", "offset=0"],
+    )?;
+    let sum = |host: &Host| host.run(["sha256sum", &big]);
+    ensure!(sum(&source)? == sum(&target)?, "`big` differs");
     stage.crew.tell(SOURCE, &["verify", &plan])?;
     stage.writes_go_on(&CACHE)?;
     stage.check_data(&CACHE)?;

@@ -16,7 +16,7 @@ use crate::model::ids::{DeviceId, PlanId, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, SignedRelease, VolumeRelease};
 use crate::model::units::Bytes;
 use crate::model::volume::VolumeKind;
-use crate::serve::{Filler, Mount, Store};
+use crate::serve::{Filler, Mount, Store, StoreError};
 use crate::transfer::fetch::FetchPlan;
 use crate::volume::FleetKey;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
@@ -137,6 +137,7 @@ impl Later {
             let figures = live.store.figures();
             arrival.bytes += Bytes(figures.bytes);
             arrival.absent += Bytes(figures.absent);
+            arrival.trouble = arrival.trouble.or_else(|| live.store.doubted());
             let mirrored = live.store.mirrored();
             let alone = mirrored.and_then(|mirrored| mirrored.unmirrored);
             arrival.unmirrored = arrival.unmirrored.or(alone.filter(|_| !self.whole));
@@ -459,8 +460,43 @@ impl Target {
             Some((false, true)) => self.settle(&plan).await,
             _ => Err(TargetError::InTheWay {
                 what: "the end of the filling".into(),
-                why: "the roots of what arrived are not those of the source".into(),
+                why: self.doubt(id, &word).await,
             }),
+        }
+    }
+
+    /// Compares volumes whose roots are not those of the source with it again; what came of that, for people.
+    async fn doubt(&self, id: &PlanId, word: &Whole) -> String {
+        let unlike = self.later(id, |later| {
+            let roots = later.roots.clone();
+            let unlike = later.live.iter().filter(|(volume, _)| {
+                let root = roots.get(volume);
+                root.is_some() && root != word.roots.get(volume)
+            });
+            unlike
+                .map(|(_, live)| Arc::clone(&live.store))
+                .collect::<Vec<_>>()
+        });
+        let unlike = unlike.unwrap_or_default();
+        let stores = unlike.clone();
+        let doubting = tokio::task::spawn_blocking(move || {
+            let mut again = false;
+            for store in &unlike {
+                again |= store.doubt()?;
+            }
+            Ok::<_, StoreError>(again)
+        });
+        match doubting.await {
+            Ok(Ok(true)) => {
+                self.later(id, |later| later.roots.clear());
+                "the roots of what arrived are not those of the source; every block is compared with it again".into()
+            }
+            Ok(Ok(false)) => {
+                let known = stores.iter().find_map(|store| store.doubted());
+                known.unwrap_or_else(|| "the roots of what arrived are not here yet".into())
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
         }
     }
 

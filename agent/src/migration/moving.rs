@@ -114,10 +114,13 @@ pub enum MoveError {
     #[error("{0}")]
     Unlisted(String),
     /// What arrived is not what is here.
-    #[error(
-        "what arrived of volume {0} is not what this device reads; its disk or somebody else changed it since the release"
-    )]
-    Unproven(String),
+    #[error("what arrived of volume {volume} is not what this device reads: {answer}")]
+    Unproven {
+        /// The volume's name.
+        volume: String,
+        /// What the target says to that.
+        answer: String,
+    },
     /// The device left its fleet.
     #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
     NoFleet,

@@ -207,7 +207,7 @@ impl Move {
     async fn filled(
         &self,
         target: &PeerAddress,
-        own: &mut Option<Proven>,
+        known: &mut Option<Proven>,
     ) -> Result<Option<Proven>, MoveError> {
         let status = target_status(self, target).await?;
         let arrival = status.arrival.unwrap_or_default();
@@ -215,31 +215,47 @@ impl Move {
         if let Some(trouble) = &arrival.trouble {
             self.active.trouble(trouble);
         }
-        let Arrival { roots, whole, .. } = arrival;
+        let Arrival {
+            roots,
+            whole,
+            trouble,
+            ..
+        } = arrival;
         if roots.is_empty() && !whole {
             return Ok(None);
         }
-        let own = match own {
+        let own = match known {
             Some(own) => own,
             None => {
                 self.active.enter("prove");
-                own.insert(self.roots().await?)
+                known.insert(self.roots().await?)
             }
         };
-        let (expected, _) = &*own;
-        if !whole && roots != *expected {
-            let mut trees = trees(&self.plan);
-            let differs = trees.find(|volume| roots.get(&volume.id) != expected.get(&volume.id));
-            let name = differs.map_or_else(String::new, |volume| volume.name.clone());
-            return Err(MoveError::Unproven(name));
-        }
+        let proven = own.clone();
+        let (expected, _) = &proven;
         let path = format!("/v1/plans/{}/whole", self.plan.id);
         let word = Whole {
             roots: expected.clone(),
         };
         let client = self.client()?.clone().with_timeout(SETTLE_TIME);
-        let () = client.post(target, &path, &word).await?;
-        Ok(Some(own.clone()))
+        let told = client.post::<_, ()>(target, &path, &word).await;
+        if !whole && roots != *expected {
+            // The target does not take that word: it compares every block with what is here, which is read once more
+            // unless it is known already what differs.
+            if trouble.is_none() {
+                *known = None;
+            }
+            let mut trees = trees(&self.plan);
+            let differs = trees.find(|volume| roots.get(&volume.id) != expected.get(&volume.id));
+            let volume = differs.map_or_else(String::new, |volume| volume.name.clone());
+            let answer = match told {
+                Ok(()) => String::new(),
+                Err(error) => error.to_string(),
+            };
+            return Err(MoveError::Unproven { volume, answer });
+        }
+        let () = told?;
+        Ok(Some(proven))
     }
 
     /// Reads everything here once more, at the pace of one reader.

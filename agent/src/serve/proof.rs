@@ -14,9 +14,9 @@ use crate::volume::tree::RootHasher;
 use crate::volume::{BlockSize, FleetKey, Kind};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Where the signatures begin in the file, behind the boot's id.
 const START: u64 = 64;
@@ -28,6 +28,8 @@ pub(super) const ASKED_CAP: usize = 4096;
 /// The signatures of all blocks of a volume as they came.
 pub(super) struct Proof {
     file: File,
+    /// What was known before it was doubted, while it is.
+    doubted: PathBuf,
     key: FleetKey,
 }
 
@@ -42,32 +44,88 @@ impl Proof {
             .write(true)
             .open(directory.join("signatures"))?;
         let mut of = [0; 36];
-        if file.read_at(&mut of, 0)? < of.len() || of != boot {
-            file.set_len(0)?;
-            file.write_all_at(&boot, 0)?;
+        let proof = Self {
+            file,
+            doubted: directory.join("doubted"),
+            key,
+        };
+        if proof.file.read_at(&mut of, 0)? < of.len() || of != boot {
+            proof.begin(&boot)?;
         }
-        Ok(Self { file, key })
+        if let Ok(doubted) = File::open(&proof.doubted)
+            && (doubted.read_at(&mut of, 0)? < of.len() || of != boot)
+        {
+            proof.believe()?;
+        }
+        Ok(proof)
+    }
+
+    fn begin(&self, boot: &[u8]) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.write_all_at(boot, 0)
+    }
+
+    /// Forgets every signature, so that it is asked for again, and keeps it to compare.
+    pub(super) fn doubt(&self) -> io::Result<()> {
+        if self.doubted.exists() {
+            return Ok(());
+        }
+        let new = self.doubted.with_extension("new");
+        let mut from = &self.file;
+        from.seek(SeekFrom::Start(0))?;
+        io::copy(&mut from, &mut File::create(&new)?)?;
+        std::fs::rename(new, &self.doubted)?;
+        self.begin(&boot_id()?)
+    }
+
+    /// Ends the doubt.
+    pub(super) fn believe(&self) -> io::Result<()> {
+        match std::fs::remove_file(&self.doubted) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Blocks of which the source says another signature now, `cap` at most, each with the one of before.
+    pub(super) fn differing(
+        &self,
+        origins: &[Origin],
+        cap: usize,
+    ) -> io::Result<Vec<(Place, Signature)>> {
+        let before = match File::open(&self.doubted) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            opened => opened?,
+        };
+        let mut differing = Vec::new();
+        for (origin, file) in origins.iter().zip(0..) {
+            let both = of(&before, origin)?.into_iter().zip(self.of(origin)?);
+            let differs = both
+                .zip(0..)
+                .filter(|((before, now), _)| before != now)
+                .filter_map(|((before, _), block)| Some((Place { file, block }, before?)));
+            differing.extend(differs.take(cap - differing.len()));
+            if differing.len() == cap {
+                break;
+            }
+        }
+        Ok(differing)
+    }
+
+    /// Takes note of a block's signature, which is in doubt no more.
+    pub(super) fn settle(&self, block: u64, signature: Signature) -> io::Result<()> {
+        self.note(block, signature)?;
+        let before = File::options().write(true).open(&self.doubted)?;
+        before.write_all_at(&kept(signature).0, START + block * 32)
     }
 
     /// Takes note of a block's signature.
     pub(super) fn note(&self, block: u64, signature: Signature) -> io::Result<()> {
-        let kept = if signature == ZERO { ZEROS } else { signature };
-        self.file.write_all_at(&kept.0, START + block * 32)
+        self.file
+            .write_all_at(&kept(signature).0, START + block * 32)
     }
 
-    /// Signatures of an origin's blocks; none for those that are not known.
     fn of(&self, origin: &Origin) -> io::Result<Vec<Option<Signature>>> {
-        let mut bytes = vec![0; usize::try_from(origin.blocks() * 32).unwrap_or(usize::MAX)];
-        crate::volume::scan::read_full(&self.file, &mut bytes, START + origin.first * 32)?;
-        let (signatures, _) = bytes.as_chunks::<32>();
-        Ok(signatures
-            .iter()
-            .map(|bytes| match Signature(*bytes) {
-                ZERO => None,
-                ZEROS => Some(ZERO),
-                signature => Some(signature),
-            })
-            .collect())
+        of(&self.file, origin)
     }
 
     /// Blocks whose signature is not known, [`ASKED_CAP`] at most.
@@ -109,4 +167,24 @@ impl Proof {
         }
         Ok(Some(root.finish()))
     }
+}
+
+/// A signature as the file has it.
+fn kept(signature: Signature) -> Signature {
+    if signature == ZERO { ZEROS } else { signature }
+}
+
+/// Signatures of an origin's blocks; none for those that are not known.
+fn of(file: &File, origin: &Origin) -> io::Result<Vec<Option<Signature>>> {
+    let mut bytes = vec![0; usize::try_from(origin.blocks() * 32).unwrap_or(usize::MAX)];
+    crate::volume::scan::read_full(file, &mut bytes, START + origin.first * 32)?;
+    let (signatures, _) = bytes.as_chunks::<32>();
+    Ok(signatures
+        .iter()
+        .map(|bytes| match Signature(*bytes) {
+            ZERO => None,
+            ZEROS => Some(ZERO),
+            signature => Some(signature),
+        })
+        .collect())
 }

@@ -7,8 +7,10 @@
 //! touches only pages that are absent; nobody waits longer than the patience. Non-goals: who owns the volume.
 
 mod arrivals;
+mod doubt;
 
 use self::arrivals::Inlet;
+use self::doubt::Doubt;
 use super::ahead::Streams;
 use super::mirror::{Mirror, Mirrored};
 use super::origins::{Origin, StoreError, make, mask, numbers, read_index, read_list};
@@ -69,6 +71,8 @@ pub struct Figures {
 /// The volume.
 pub struct Store {
     directory: PathBuf,
+    /// The volume's, for messages.
+    name: String,
     data: Confined,
     pub(super) origins: Vec<Origin>,
     numbers: RwLock<HashMap<u64, u32>>,
@@ -78,6 +82,7 @@ pub struct Store {
     proof: Option<Proof>,
     /// Blocks whose signatures were asked for.
     signing: Mutex<HashSet<Place>>,
+    doubt: Mutex<Doubt>,
     shards: [Shard; SHARDS],
     /// Held for reading by who writes pages of a file, for writing by who cuts it.
     cuts: [RwLock<()>; SHARDS],
@@ -176,6 +181,7 @@ impl Store {
             .map_err(failed("keep the signatures"))?;
         let store = Arc::new(Self {
             directory: directory.to_owned(),
+            name: volume.to_owned(),
             data,
             origins,
             numbers: RwLock::new(numbers),
@@ -183,6 +189,7 @@ impl Store {
             presence,
             proof,
             signing: Mutex::default(),
+            doubt: Mutex::default(),
             shards: std::array::from_fn(|_| Shard::default()),
             cuts: std::array::from_fn(|_| RwLock::new(())),
             open: Mutex::default(),
@@ -259,7 +266,11 @@ impl Store {
         }
         let lacking = proof.lacking(&self.origins)?;
         if lacking.is_empty() {
-            return proof.root(&self.directory, &self.origins);
+            return if self.is_mended(proof)? {
+                proof.root(&self.directory, &self.origins)
+            } else {
+                Ok(None)
+            };
         }
         let Some(fetcher) = locked(&self.fetcher).clone() else {
             return Ok(None);

@@ -1,7 +1,7 @@
 //! A served volume over loopback: real files, real sockets, a link with a delay that can be cut.
 
 use super::*;
-use crate::model::ids::{PlanId, VolumeId};
+use crate::model::ids::{PlanId, Signature, VolumeId};
 use crate::transfer::fetch::{FetchPlan, Grant};
 use crate::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
 use crate::volume::{BlockSize, FleetKey};
@@ -279,6 +279,12 @@ fn a_tree_is_there_at_once_and_its_bytes_come_when_they_are_read() {
     assert!(is("store/data/hole").blocks() < 1000, "holes are holes");
 }
 
+fn scanned(path: &Path) -> Signature {
+    let (state, _) =
+        crate::volume::scan(path, &FleetKey([3; 32]), BlockSize::for_volume(0)).unwrap();
+    state.root
+}
+
 #[test]
 fn what_arrived_is_proven_also_where_it_was_written_over_or_removed_before() {
     let bench = Bench::new(Duration::ZERO);
@@ -301,11 +307,6 @@ fn what_arrived_is_proven_also_where_it_was_written_over_or_removed_before() {
         root = store.root().unwrap();
         root.is_some()
     });
-    let scanned = |path: &Path| {
-        let (state, _) =
-            crate::volume::scan(path, &FleetKey([3; 32]), BlockSize::for_volume(0)).unwrap();
-        state.root
-    };
     assert_eq!(root, Some(scanned(&bench.source)));
     assert!(
         !store.figures().detached,
@@ -314,15 +315,103 @@ fn what_arrived_is_proven_also_where_it_was_written_over_or_removed_before() {
     let list = crate::transfer::fetch::list_root(&bench.source, &FleetKey([3; 32]));
     let kept = Store::list_root(&bench.dir.path().join("store"), &FleetKey([3; 32]));
     assert_eq!(list.unwrap(), kept.unwrap());
-    // One byte on the source, and it is not what came.
-    let path = bench.source.join("kept");
+}
+
+/// Changes a byte of a file of the source behind everybody's back.
+fn flip(bench: &Bench, name: &str, at: usize) {
+    let path = bench.source.join(name);
     let times = fs::metadata(&path).unwrap().modified().unwrap();
     let mut bytes = fs::read(&path).unwrap();
-    bytes[400_000] ^= 1;
+    bytes[at] ^= 1;
     fs::write(&path, bytes).unwrap();
     let file = File::options().write(true).open(&path).unwrap();
     file.set_modified(times).unwrap();
-    assert_ne!(root, Some(scanned(&bench.source)));
+}
+
+#[test]
+fn a_byte_that_is_not_the_sources_is_found_by_path_and_offset_and_fetched_again() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("one", &random(1, 700_000));
+    bench.file("two", &random(2, 300_000));
+    bench.file("three", &random(3, 10));
+    let store = bench.open_volume(VolumeId(1), LONG, true);
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("the filler", || filler.is_over());
+    let proven = || {
+        let mut root = None;
+        wait("the proof", || {
+            root = store.root().unwrap();
+            root.is_some()
+        });
+        root
+    };
+    let first = proven();
+    assert_eq!(first, Some(scanned(&bench.source)));
+    assert_eq!(store.doubted(), None);
+
+    // What came of `one` is here still, of `two` the twin has written a byte.
+    flip(&bench, "one", 400_000);
+    assert_eq!(first, proven(), "nobody doubts it yet");
+    assert!(store.doubt().unwrap());
+    assert_eq!(proven(), Some(scanned(&bench.source)));
+    let told = store.doubted().unwrap();
+    assert!(
+        told.contains("`one` at offset 393216") && told.contains("fetched again"),
+        "{told}"
+    );
+    let data = bench.dir.path().join("store/data");
+    let is_same = |name: &str| {
+        fs::read(data.join(name)).unwrap() == fs::read(bench.source.join(name)).unwrap()
+    };
+    assert!(is_same("one") && is_same("two") && is_same("three"));
+    let modified = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+    assert_eq!(
+        modified(&data.join("one")),
+        modified(&bench.source.join("one"))
+    );
+
+    let two = served(&store, "two");
+    store.write(&two.file, two.number, b"twin", 70_000).unwrap();
+    flip(&bench, "two", 100_000);
+    flip(&bench, "three", 5);
+    assert!(store.doubt().unwrap());
+    let root = proven();
+    assert_ne!(root, Some(scanned(&bench.source)), "a block is not proven");
+    let told = store.doubted().unwrap();
+    assert!(
+        told.contains("`two` at offset 65536") && told.contains("abort"),
+        "{told}"
+    );
+    assert!(is_same("three"));
+    assert_eq!(
+        &fs::read(data.join("two")).unwrap()[70_000..70_004],
+        b"twin"
+    );
+    assert!(!store.doubt().unwrap(), "it stays as it is");
+}
+
+#[test]
+fn what_somebody_changed_on_the_source_is_named_and_not_fetched_again() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("kept", &random(1, 100_000));
+    bench.file("other", &random(2, 100_000));
+    let store = bench.open_volume(VolumeId(1), LONG, true);
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("the filler", || filler.is_over());
+    wait("the proof", || store.root().unwrap().is_some());
+    let before = fs::read(bench.dir.path().join("store/data/kept")).unwrap();
+    bench.file("kept", b"by somebody");
+    assert!(!store.doubt().unwrap());
+    let told = store.doubted().unwrap();
+    assert!(
+        told.contains("`kept`") && !told.contains("`other`"),
+        "{told}"
+    );
+    assert!(told.contains("see who writes there"), "{told}");
+    assert_eq!(
+        fs::read(bench.dir.path().join("store/data/kept")).unwrap(),
+        before
+    );
 }
 
 #[test]
@@ -549,4 +638,85 @@ fn a_volume_of_one_file_is_a_tree_with_that_file() {
     assert!(file.read(&store, 1000, 300_000).unwrap() == bytes[1000..]);
     let data = bench.dir.path().join("store/data");
     assert_eq!(fs::read_dir(data).unwrap().count(), 1);
+}
+
+/// What an NBD client says from its first byte to its good-bye: names `disk.img`, reads, writes, clears and flushes.
+fn nbd_session() -> Vec<u8> {
+    let mut said = 3_u32.to_be_bytes().to_vec();
+    said.extend(b"IHAVEOPT");
+    let name = b"disk.img";
+    let length = u32::try_from(name.len()).unwrap();
+    for part in [7, length + 6, length] {
+        said.extend(part.to_be_bytes());
+    }
+    said.extend(name);
+    said.extend([0, 0]);
+    for (kind, length) in [
+        (0_u16, 5000_u32),
+        (1, 8),
+        (6, 4096),
+        (4, 512),
+        (3, 0),
+        (2, 0),
+    ] {
+        said.extend(0x2560_9513_u32.to_be_bytes());
+        said.extend([0, 0]);
+        said.extend(kind.to_be_bytes());
+        said.extend(u64::from(kind).to_be_bytes());
+        said.extend(1000_u64.to_be_bytes());
+        said.extend(length.to_be_bytes());
+        if kind == 1 {
+            said.extend(b"eight of");
+        }
+    }
+    said
+}
+
+#[test]
+fn whatever_an_nbd_client_says_the_next_one_is_served() {
+    use std::os::unix::net::UnixStream;
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("disk.img", &random(1, 200_000));
+    let store = bench.open(LONG);
+    let socket = bench.dir.path().join("nbd.sock");
+    let _server =
+        NbdServer::bind(&NbdAddress::Unix(socket.clone()), Arc::clone(&store), false).unwrap();
+    let answer = |said: &[u8]| {
+        let mut client = UnixStream::connect(&socket).unwrap();
+        client.set_read_timeout(Some(LONG)).unwrap();
+        // It may hang up before it has heard everything.
+        let _ = client.write_all(said);
+        let _ = client.shutdown(Shutdown::Write);
+        let mut heard = Vec::new();
+        let ended = client.read_to_end(&mut heard);
+        let hangs = ended.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
+        assert!(!hangs, "it does not end with {said:?}");
+        heard
+    };
+    let whole = nbd_session();
+    let length = answer(&whole).len();
+    let seed = rand::rng().random();
+    println!("seed {seed}");
+    let mut chance = StdRng::seed_from_u64(seed);
+    for _ in 0..400 {
+        let mut said = whole.clone();
+        for _ in 0..chance.random_range(1..5) {
+            let at = chance.random_range(0..said.len());
+            match chance.random_range(0..4) {
+                0 => said[at] = chance.random(),
+                1 => said[at] ^= 1 << chance.random_range(0..8),
+                2 => said.truncate(at.max(1)),
+                _ => said[at] = [0, 0x7f, 0x80, 0xff][chance.random_range(0..4)],
+            }
+        }
+        answer(&said);
+    }
+    let heard = answer(&whole);
+    assert_eq!(
+        heard.len(),
+        length,
+        "an honest client is not answered as before"
+    );
+    let held = fs::read(bench.dir.path().join("store/data/disk.img")).unwrap();
+    assert_eq!(held.len(), 200_000);
 }

@@ -10,6 +10,7 @@ use crate::transfer::fetch::{Arrivals, BLOCK, Block, Class, Place, Refusal};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::{fstat, futimens};
 use nix::sys::time::TimeSpec;
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering;
@@ -152,6 +153,9 @@ impl Store {
     }
 
     fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
+        if self.mends(place, &block) {
+            return;
+        }
         let known = self.origins.get(place.file as usize);
         if let (Some(proof), Some(origin), Ok(block)) = (&self.proof, known, &block)
             && let Err(error) = proof.note(origin.first + place.block, block.signature)
@@ -222,8 +226,7 @@ impl Store {
         if missing == 0 {
             return Ok(());
         }
-        let before = fstat(&file)?;
-        let capability = file.get_xattr(CAPABILITY).unwrap_or_default();
+        let looks = Looks::of(&file)?;
         let start = place.block * BLOCK;
         let mut page = 0;
         while page < PAGES {
@@ -252,12 +255,31 @@ impl Store {
                 }
             }
         }
-        // Arriving is no modification.
-        let time = TimeSpec::new(before.st_mtime, before.st_mtime_nsec);
-        futimens(&file, &TimeSpec::UTIME_OMIT, &time)?;
-        if let Some(capability) = capability {
-            file.set_xattr(CAPABILITY, &capability)?;
-        }
+        looks.restore(&file)?;
         self.presence.mark(origin.first + place.block, missing)
+    }
+}
+
+/// What a write changes of a file beside its bytes: arriving is no modification.
+pub(super) struct Looks {
+    modified: TimeSpec,
+    capability: Option<Vec<u8>>,
+}
+
+impl Looks {
+    pub(super) fn of(file: &File) -> io::Result<Self> {
+        let stat = fstat(file)?;
+        Ok(Self {
+            modified: TimeSpec::new(stat.st_mtime, stat.st_mtime_nsec),
+            capability: file.get_xattr(CAPABILITY).unwrap_or_default(),
+        })
+    }
+
+    pub(super) fn restore(self, file: &File) -> io::Result<()> {
+        futimens(file, &TimeSpec::UTIME_OMIT, &self.modified)?;
+        match self.capability {
+            Some(capability) => file.set_xattr(CAPABILITY, &capability),
+            None => Ok(()),
+        }
     }
 }

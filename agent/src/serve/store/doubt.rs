@@ -1,0 +1,228 @@
+//! A volume whose root is not the source's though all of it is here: which blocks differ, and what is done about them.
+//!
+//! Every signature is asked for again; a block of which the source says another one than when it came is fetched
+//! once more and written over what came, where that is still here. Invariant: what was written here since is never
+//! written over: such a block is named instead, and the volume stays unproven. Non-goal: who asks for it (`later`).
+
+use super::arrivals::Looks;
+use super::{Mirror, Store, locked};
+use crate::model::ids::Signature;
+use crate::serve::origins::{StoreError, read_list};
+use crate::serve::proof::Proof;
+use crate::transfer::fetch::{BLOCK, Block, Class, Fetcher, Place, Refusal};
+use crate::volume::Entry;
+use crate::volume::scan::read_full;
+use crate::volume::sign::signature;
+use crate::volume::tree::shown;
+use nix::fcntl::OFlag;
+use nix::sys::stat::{Mode, SFlag, fstat};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+/// Blocks that are fetched again at a time: 4 MiB.
+const WINDOW: usize = 64;
+/// A source that says something else each time is not asked for ever.
+const ROUNDS_MAX: u32 = 3;
+/// Blocks that are named; more are only counted.
+const NAMED_CAP: usize = 8;
+
+/// What became of the blocks that differed.
+#[derive(Debug, Default)]
+pub(super) struct Doubt {
+    /// Fetched again, each with the signature of what came first.
+    open: HashMap<Place, Signature>,
+    mended: Named,
+    lost: Named,
+    rounds: u32,
+    /// Paths that are not on the source as it released them.
+    changed: Named,
+}
+
+/// Blocks for people, the first of them by name.
+#[derive(Debug, Default)]
+struct Named(Vec<String>, usize);
+
+impl Named {
+    fn add(&mut self, name: String) {
+        if self.0.len() < NAMED_CAP {
+            self.0.push(name);
+        } else {
+            self.1 += 1;
+        }
+    }
+}
+
+impl std::fmt::Display for Named {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join(", "))?;
+        match self.1 {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
+impl Store {
+    /// Compares every block with the source again, as the roots differ: [`Self::root`] gives another one when that is
+    /// over. False where it is known to stay as it is.
+    ///
+    /// # Errors
+    /// The source cannot be asked, or the disk's error.
+    pub fn doubt(&self) -> Result<bool, StoreError> {
+        let Some(proof) = &self.proof else {
+            return Ok(false);
+        };
+        {
+            let mut doubt = locked(&self.doubt);
+            if !doubt.lost.0.is_empty() || doubt.rounds == ROUNDS_MAX {
+                return Ok(false);
+            }
+            doubt.rounds += 1;
+        }
+        let failed = |error| StoreError::File {
+            doing: "compare with the source",
+            directory: self.directory.clone(),
+            error,
+        };
+        // What somebody changed there since it was released is not what should be here.
+        let now = Fetcher::list(&self.plan, &self.options)?;
+        let now: HashMap<&[u8], &Entry> = now.iter().map(|entry| (&*entry.path, entry)).collect();
+        let mut changed = Named::default();
+        for entry in read_list(&self.directory).map_err(failed)? {
+            if !now.get(&*entry.path).is_some_and(|now| now.same(&entry)) {
+                changed.add(format!("`{}`", shown(&entry.path)));
+            }
+        }
+        let is_same = changed.0.is_empty();
+        locked(&self.doubt).changed = changed;
+        if is_same {
+            proof.doubt().map_err(failed)?;
+        }
+        Ok(is_same)
+    }
+
+    /// What was not as on the source though it was here, for people; none when all was.
+    #[must_use]
+    pub fn doubted(&self) -> Option<String> {
+        let doubt = locked(&self.doubt);
+        let Doubt {
+            mended,
+            lost,
+            changed,
+            ..
+        } = &*doubt;
+        let name = &self.name;
+        if !changed.0.is_empty() {
+            return Some(format!(
+                "volume {name}: changed on the source since it was released, so that what arrived cannot be proven: \
+                 {changed}; see who writes there"
+            ));
+        }
+        if !lost.0.is_empty() {
+            return Some(format!(
+                "volume {name}: the source has other bytes than it sent, and what is here was changed since: {lost}; \
+                 look at these files, or `lifeboat abort` on the source brings everything back there"
+            ));
+        }
+        let mended = Some(mended).filter(|mended| !mended.0.is_empty())?;
+        Some(format!(
+            "volume {name}: the source had other bytes than it sent, which were fetched again: {mended}"
+        ))
+    }
+
+    /// Whether no block is left that differs and may be fetched again; asks for some otherwise.
+    pub(super) fn is_mended(&self, proof: &Proof) -> io::Result<bool> {
+        let differing = proof.differing(&self.origins, WINDOW)?;
+        if differing.is_empty() {
+            proof.believe()?;
+            return Ok(true);
+        }
+        let Some(fetcher) = locked(&self.fetcher).clone() else {
+            return Ok(false);
+        };
+        for (place, came) in differing {
+            if locked(&self.doubt).open.insert(place, came).is_none() {
+                let path = &self.origins[place.file as usize].path;
+                fetcher.ask(Class::Background, place, path);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes a block that was fetched again; false when it was not.
+    pub(super) fn mends(&self, place: Place, block: &Result<Block<'_>, Refusal>) -> bool {
+        let known = locked(&self.doubt).open.get(&place).copied();
+        let origin = self.origins.get(place.file as usize);
+        let (Some(came), Some(proof), Some(origin)) = (known, &self.proof, origin) else {
+            return false;
+        };
+        let (bytes, said) = match block {
+            Ok(Block {
+                bytes: Some(bytes),
+                signature,
+            }) => (bytes, *signature),
+            Ok(_) => return false,
+            Err(_) => {
+                // It is asked for again.
+                locked(&self.doubt).open.remove(&place);
+                return true;
+            }
+        };
+        let (path, offset) = (shown(&origin.path), place.block * BLOCK);
+        let written = self.write_over(place, came, bytes);
+        // What is not mended keeps the root another one.
+        let signature = if written.is_ok() { said } else { came };
+        let noted = proof.settle(origin.first + place.block, signature);
+        if let Err(error) = noted {
+            tracing::error!(directory = %self.directory.display(), "cannot keep a signature: {error}");
+        }
+        let mut doubt = locked(&self.doubt);
+        match written {
+            Ok(()) => {
+                tracing::warn!(volume = %self.name, %path, offset, "the source has other bytes than it sent: fetched again");
+                doubt.mended.add(format!("`{path}` at offset {offset}"));
+            }
+            Err(error) => {
+                tracing::error!(volume = %self.name, %path, offset, "the source has other bytes than it sent; they are not fetched again: {error}");
+                doubt.lost.add(format!("`{path}` at offset {offset}"));
+            }
+        }
+        doubt.open.remove(&place);
+        true
+    }
+
+    /// Writes the bytes over those that came before, if these are still here.
+    fn write_over(&self, place: Place, came: Signature, bytes: &[u8]) -> io::Result<()> {
+        let Some(origin) = self.origins.get(place.file as usize) else {
+            return Ok(());
+        };
+        // Nobody writes meanwhile: every write goes to the mirror in turn.
+        let mirror = self.logs_to();
+        if mirror.is_none() && self.mirror.get().is_some() {
+            return Err(io::Error::other("writes here are not mirrored any more"));
+        }
+        let _turn = mirror.map(Mirror::turn);
+        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK;
+        let opened = self.data.open_beneath(&origin.path, flags, Mode::empty());
+        let file = File::from(opened?);
+        let stat = fstat(&file)?;
+        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+            return Err(io::Error::other("it is another file"));
+        }
+        let start = place.block * BLOCK;
+        let mut here = vec![0; (origin.size - start).min(BLOCK) as usize];
+        let length = read_full(&file, &mut here, start)?;
+        if signature(&self.plan.fleet_key, &here[..length]) != came {
+            return Err(io::Error::other("it was written here since"));
+        }
+        here[..length].fill(0);
+        let there = bytes.len().min(length);
+        here[..there].copy_from_slice(&bytes[..there]);
+        let looks = Looks::of(&file)?;
+        file.write_all_at(&here[..length], start)?;
+        looks.restore(&file)?;
+        file.sync_all()
+    }
+}
