@@ -65,18 +65,54 @@ pub(super) fn unfreezable(device: &Path, mounted: &Mounted, state: &Path) -> Opt
         })
 }
 
-/// What an operator should know of a device with a mounted file system.
+/// What an operator should know of a device with a mounted file system, and of disk images in a tree.
 pub(super) fn note(origin: &Origin) -> Option<String> {
-    if origin.kind != VolumeKind::Device {
-        return None;
+    match origin.kind {
+        VolumeKind::Device => device_note(&origin.path),
+        VolumeKind::Named(_) | VolumeKind::Bind | VolumeKind::File => images_note(&origin.path),
+        VolumeKind::Image(_) => None,
     }
+}
+
+fn device_note(device: &Path) -> Option<String> {
     // Who cannot tell now is asked again, and must, before it is frozen.
-    let mounted = mounted_from(&origin.path).ok().flatten()?;
+    let mounted = mounted_from(device).ok().flatten()?;
     Some(format!(
         "{} is mounted at {} and frozen while its last changes are sent; what is written there after the switch stays here",
-        origin.path.display(),
+        device.display(),
         mounted.at.display(),
     ))
+}
+
+/// A disk image is a file as any other in its tree; what its loop device has not written back yet is not in it.
+fn images_note(tree: &Path) -> Option<String> {
+    let attached = match users::attached_below(tree) {
+        Ok(attached) => attached,
+        Err(error) => {
+            tracing::warn!(tree = %tree.display(), "cannot tell which disk images in it are attached: {error}");
+            return None;
+        }
+    };
+    let images: Vec<String> = attached
+        .iter()
+        .map(|image| {
+            let mounted = image.mounted.as_ref();
+            let at = mounted.map(|at| format!(", mounted at {}", at.display()));
+            format!(
+                "{} ({}{})",
+                image.file.display(),
+                image.device.display(),
+                at.unwrap_or_default()
+            )
+        })
+        .collect();
+    (!images.is_empty()).then(|| {
+        format!(
+            "written through a loop device and not frozen: {}; unmount and detach it, or its file system arrives as \
+             after a power failure",
+            images.join(", ")
+        )
+    })
 }
 
 /// Ends a freeze by itself when it is not stopped before, by this life of the agent or a later one.

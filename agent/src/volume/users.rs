@@ -2,8 +2,10 @@
 
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 /// What is done with a device or image.
@@ -118,6 +120,53 @@ pub fn loops_over(file: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(names.collect())
 }
 
+/// A file that a loop device makes a disk of, to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachedFile {
+    /// The file.
+    pub file: PathBuf,
+    /// The loop device.
+    pub device: PathBuf,
+    /// Where a file system of it is mounted, if one is.
+    pub mounted: Option<PathBuf>,
+}
+
+/// Files below a directory that loop devices may write.
+///
+/// # Errors
+/// `/sys` or `/proc` cannot be read.
+pub fn attached_below(directory: &Path) -> io::Result<Vec<AttachedFile>> {
+    let directory = fs::canonicalize(directory)?;
+    let mut found = Vec::new();
+    for block in fs::read_dir("/sys/block")? {
+        let block = block?;
+        let read = |name: &str| fs::read(block.path().join(name));
+        // Devices that are no loops, or over nothing, have no such file.
+        let Ok(mut file) = read("loop/backing_file") else {
+            continue;
+        };
+        file.truncate(file.trim_ascii_end().len());
+        let file = PathBuf::from(OsString::from_vec(file));
+        if read("ro")?.starts_with(b"1") || !file.starts_with(&directory) || !file.exists() {
+            continue;
+        }
+        let number = String::from_utf8_lossy(&read("dev")?).into_owned();
+        let number = number.trim().split_once(':');
+        let number =
+            number.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+        let mount = number
+            .map(|(major, minor)| mounted(major, minor))
+            .transpose()?;
+        found.push(AttachedFile {
+            file,
+            device: Path::new("/dev").join(block.file_name()),
+            mounted: mount.flatten().map(|mount| mount.at),
+        });
+    }
+    found.sort_by(|one, other| one.file.cmp(&other.file));
+    Ok(found)
+}
+
 /// Runs `losetup` of util-linux; what it prints.
 ///
 /// # Errors
@@ -146,5 +195,48 @@ mod tests {
         assert_eq!(found, Some(("/mnt/two words".into(), "ext4".into())));
         assert_eq!(mount_of(line, "98:1"), None);
         assert_eq!(mount_of("36 35 98:0", "98:0"), None);
+    }
+
+    #[test]
+    fn images_that_a_loop_device_writes_are_found_in_their_directory_with_their_mount() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("not run: loop devices need root");
+            return;
+        }
+        let within = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
+        let directory = tempfile::tempdir_in(within).unwrap();
+        let (tree, at) = (directory.path().join("tree"), directory.path().join("at"));
+        fs::create_dir_all(tree.join("deep")).unwrap();
+        fs::create_dir(&at).unwrap();
+        let image = tree.join("deep/disk.img");
+        File::create(&image).unwrap().set_len(16 << 20).unwrap();
+        let run = |program: &str, arguments: &[&Path]| {
+            let done = std::process::Command::new(program).args(arguments).output();
+            let done = done.unwrap();
+            assert!(done.status.success(), "{program}: {done:?}");
+            PathBuf::from(String::from_utf8(done.stdout).unwrap().trim())
+        };
+        run("mkfs.ext4", &[Path::new("-q"), &image]);
+        let attach = |options: &[&str]| {
+            let options = options.iter().map(Path::new);
+            let all: Vec<&Path> = options.chain([image.as_path()]).collect();
+            run("losetup", &all)
+        };
+        let device = attach(&["--find", "--show"]);
+        run("mount", &[&device, &at]);
+        let found = attached_below(&tree);
+        let beside = attached_below(&at);
+        run("umount", &[&at]);
+        run("losetup", &[Path::new("--detach"), &device]);
+        let device_of =
+            |found: &AttachedFile| found.device == device && found.file.ends_with("deep/disk.img");
+        let found = found.unwrap();
+        assert!(matches!(&found[..], [one] if device_of(one)), "{found:?}");
+        assert_eq!(found[0].mounted, Some(at.canonicalize().unwrap()));
+        assert_eq!(beside.unwrap(), []);
+        let device = attach(&["--find", "--show", "--read-only"]);
+        let found = attached_below(&tree);
+        run("losetup", &[Path::new("--detach"), &device]);
+        assert_eq!(found.unwrap(), [], "nobody writes through it");
     }
 }
