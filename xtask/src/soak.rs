@@ -77,9 +77,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const AGAIN_MAX: f64 = 0.01;
 
 /// The same by the interface counts records that were cut off in the middle, those that a killed target had not
-/// applied, and what a new beginning costs too: about one MiB a kill, whatever the size of the data. Of small
-/// transfers this much may be more than [`AGAIN_MAX`].
-const BEYOND_MAX: u64 = 2 << 20;
+/// applied, and what a new beginning costs too, whatever the size of the data: about one MiB a kill where the target
+/// keeps up, and up to 6 MiB more that wait in the socket of one that gets little processor. Of small transfers this
+/// much may be more than [`AGAIN_MAX`].
+const BEYOND_MAX: u64 = 4 << 20;
 
 /// What happened to the transfers.
 #[derive(Debug, Default)]
