@@ -32,8 +32,8 @@ fn a_move_whose_agents_are_told_to_end_goes_on_in_their_next_life() -> Result<()
     };
     shop::open(&crew, goods)?;
     let before = shop::digest(source)?;
-    // 40 MiB take more than six seconds.
-    lab.shape(target, Some(50))?;
+    // 40 MiB take more than fifteen seconds.
+    lab.shape(target, Some(20))?;
     let evacuate = ["evacuate", "--all", "--yes"];
     let mut evacuation = crew.begin(SOURCE, "evacuate", &evacuate)?;
     let small = target.path(&format!("{}/kept/small", shop::DATA));
@@ -50,7 +50,7 @@ fn a_move_whose_agents_are_told_to_end_goes_on_in_their_next_life() -> Result<()
     shop::runs_on(source)?;
     let there = arrived();
     ensure!(there < 80, "everything had arrived");
-    crew.start_agent(SOURCE)?;
+    crew.launch_agent(SOURCE, &[])?;
     some(there + 5)?;
     end(&mut crew, TARGET)?;
     shop::runs_on(source)?;

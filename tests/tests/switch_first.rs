@@ -115,18 +115,20 @@ fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> 
     says(&told, &["fill: switched first:", "MiB) there"])?;
     stage.writes_go_on(&CACHE)?;
     println!("{told}");
-    // What came of the first block is not what the source has any more, and nothing there says so.
-    target.run(["head", "-c", "1", &big])?;
-    let flip = format!(
-        "cd {} && touch -r big /run/was && printf flipped | dd of=big conv=notrunc status=none && touch -r /run/was big",
-        CACHE.notes()
-    );
-    source.run(["sh", "-c", &flip])?;
 
     stage.crew.kill_agent(TARGET)?;
     stage.crew.start_agent(TARGET)?;
     stage.writes_go_on(&CACHE)?;
     arrives(&stage, 2)?;
+    // What came of the first block, and the twin has read, is not what the source has any more; nothing there says so.
+    let begins = |path: &str| format!("head -c 7 {path} | sha256sum");
+    let read = || target.podman(["exec", CACHE.name, "sh", "-c", &begins("/notes/big")]);
+    read()?;
+    let flip = format!(
+        "cd {} && touch -r big /run/was && printf flipped | dd of=big conv=notrunc status=none && touch -r /run/was big",
+        CACHE.notes()
+    );
+    source.run(["sh", "-c", &flip])?;
     stage.crew.kill_agent(SOURCE)?;
     stage.crew.start_agent(SOURCE)?;
     stage.writes_go_on(&CACHE)?;
@@ -141,6 +143,10 @@ fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> 
         named.context("the flipped bytes were not found")?,
         &["path=big", "offset=0"],
     )?;
+    ensure!(
+        read()? == source.run(["sh", "-c", &begins(&big)])?,
+        "the twin goes on reading what was wrong"
+    );
     let sum = |host: &Host| host.run(["sha256sum", &big]);
     ensure!(sum(&source)? == sum(&target)?, "`big` differs");
     stage.crew.tell(SOURCE, &["verify", &plan])?;

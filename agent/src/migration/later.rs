@@ -19,11 +19,14 @@ use crate::model::volume::VolumeKind;
 use crate::serve::{Filler, Mount, Store, StoreError};
 use crate::transfer::fetch::FetchPlan;
 use crate::volume::FleetKey;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, OFlag, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
+use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -420,6 +423,7 @@ impl Target {
                 tokio::time::sleep(LOOK).await;
                 continue;
             }
+            let places = self.plans().get(&plan.id).map(|known| known.places.clone());
             let computed = tokio::task::spawn_blocking(move || {
                 let mut roots = BTreeMap::new();
                 for (volume, store) in stores {
@@ -427,6 +431,10 @@ impl Target {
                         Some(root) => roots.insert(volume, root),
                         None => return Ok(BTreeMap::new()),
                     };
+                    let mut places = places.iter().flatten();
+                    if let Some(place) = places.find(|place| place.volume == volume) {
+                        forget_cached(&place.path, &store.take_mended());
+                    }
                 }
                 Ok::<_, io::Error>(roots)
             });
@@ -674,6 +682,21 @@ impl Target {
         });
         if let Err(error) = removing.await {
             tracing::error!("internal task failed: {error}");
+        }
+    }
+}
+
+/// Lets the kernel forget what it read of files of a mount that were written below it.
+fn forget_cached(mount: &Path, paths: &[Arc<[u8]>]) {
+    for path in paths {
+        let path = mount.join(OsStr::from_bytes(path));
+        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW;
+        let forgotten = nix::fcntl::open(&path, flags, Mode::empty()).and_then(|file| {
+            let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+            posix_fadvise(&file, 0, 0, advice)
+        });
+        if let Err(error) = forgotten {
+            tracing::warn!(path = %path.display(), "may be read as it was until it is opened anew: {error}");
         }
     }
 }

@@ -20,6 +20,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 
 /// Blocks that are fetched again at a time: 4 MiB.
 const WINDOW: usize = 64;
@@ -36,6 +37,8 @@ pub(super) struct Doubt {
     mended: Named,
     lost: Named,
     rounds: u32,
+    /// Paths of files that were written over since somebody asked.
+    fresh: Vec<Arc<[u8]>>,
     /// Paths that are not on the source as it released them.
     changed: Named,
 }
@@ -132,6 +135,12 @@ impl Store {
         ))
     }
 
+    /// Paths of files that were written over since this was asked last: who has read them holds what they were.
+    #[must_use]
+    pub fn take_mended(&self) -> Vec<Arc<[u8]>> {
+        std::mem::take(&mut locked(&self.doubt).fresh)
+    }
+
     /// Whether no block is left that differs and may be fetched again; asks for some otherwise.
     pub(super) fn is_mended(&self, proof: &Proof) -> io::Result<bool> {
         let differing = proof.differing(&self.origins, WINDOW)?;
@@ -183,6 +192,9 @@ impl Store {
             Ok(()) => {
                 tracing::warn!(volume = %self.name, %path, offset, "the source has other bytes than it sent: fetched again");
                 doubt.mended.add(format!("`{path}` at offset {offset}"));
+                if doubt.fresh.last() != Some(&origin.path) {
+                    doubt.fresh.push(Arc::clone(&origin.path));
+                }
             }
             Err(error) => {
                 tracing::error!(volume = %self.name, %path, offset, "the source has other bytes than it sent; they are not fetched again: {error}");
