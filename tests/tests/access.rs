@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::stage::{PREPARE_AT_ONCE, SOURCE, Service, Stage, TARGET, device};
 use serde_json::Value;
 use std::fs;
+use std::path::Path;
 use xtask::crew::Device;
 use xtask::lab::Host;
 
@@ -58,6 +59,16 @@ fn nbd(stage: &Stage, target: &Host, plan: &str, volume: &str) -> Result<()> {
             .is_err_and(|error| error.contains("nobody beyond this host")),
         "{refused:?}"
     );
+    // The lab's kernel decides; where it has ublk, the guests' tests are about it.
+    if !Path::new("/dev/ublk-control").exists() {
+        let refused = serve(&["--ublk=image"]).map_err(|error| format!("{error:#}"));
+        ensure!(
+            refused.as_ref().is_err_and(|error| {
+                error.contains("/dev/ublk-control is not there") && error.contains("use --nbd")
+            }),
+            "{refused:?}"
+        );
+    }
     println!(
         "{}",
         serve(&["--nbd", &address, "--no-fill", "--patience", "10"])?

@@ -46,6 +46,9 @@ struct Way {
     /// As files and directories, mounted at this empty directory.
     #[arg(long, value_name = "DIRECTORY", requires = "volume")]
     mount: Option<PathBuf>,
+    /// As a block device (/dev/ublkbN), the only file of the volume or this one.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, requires = "volume")]
+    ublk: Option<Option<String>>,
     /// Stop serving it, and remove the copy with what was written to it.
     #[arg(long, requires = "volume")]
     end: bool,
@@ -93,9 +96,12 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
             mount: Some(directory),
             ..
         } => How::Mount(std::path::absolute(directory)?),
+        Way {
+            ublk: Some(file), ..
+        } => How::Ublk(file.clone()),
         _ => {
             return Err(Failure::Failed(anyhow::anyhow!(
-                "say how: --mount DIRECTORY, --nbd ADDRESS, or --end"
+                "say how: --mount DIRECTORY, --nbd ADDRESS, --ublk[=FILE], or --end"
             )));
         }
     };

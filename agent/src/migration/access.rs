@@ -19,7 +19,7 @@ use crate::model::trace::Trace;
 use crate::model::volume::VolumeKind;
 use crate::serve::{
     Figures, Filler, FrontEnd, Hot, Mount, MountError, NbdAddress, NbdError, NbdServer, Store,
-    StoreError,
+    StoreError, UblkDevice, UblkError,
 };
 use crate::transfer::fetch::{FetchPlan, Grant};
 use crate::transfer::{DataKey, Hop, LinkKey};
@@ -38,6 +38,8 @@ pub enum How {
     Nbd(NbdAddress),
     /// Its tree mounted at this directory.
     Mount(PathBuf),
+    /// The file with this path, or its only one, as a block device.
+    Ublk(Option<String>),
 }
 
 /// A request to serve a volume.
@@ -113,6 +115,9 @@ pub enum AccessError {
     /// FUSE.
     #[error("{0}")]
     Mount(#[from] MountError),
+    /// ublk.
+    #[error("{0}")]
+    Ublk(#[from] UblkError),
     /// The trace.
     #[error(
         "cannot use the access trace {path}: {error}; record one with `lifeboat record --trace`"
@@ -382,8 +387,10 @@ fn open(
         .map(hottest)
         .transpose()?
         .unwrap_or_default();
-    if let How::Mount(directory) = &how {
-        Mount::check(directory)?;
+    match &how {
+        How::Nbd(_) => {}
+        How::Mount(directory) => Mount::check(directory)?,
+        How::Ublk(_) => UblkDevice::check(&parts.state)?,
     }
     let devices = parts.settings.device_nodes;
     let store = Store::open(
@@ -398,6 +405,10 @@ fn open(
     let front: Box<dyn FrontEnd> = match how {
         How::Nbd(address) => Box::new(NbdServer::bind(&address, Arc::clone(&store), read_only)?),
         How::Mount(directory) => Box::new(Mount::at(&directory, Arc::clone(&store), read_only)?),
+        How::Ublk(file) => {
+            let file = file.as_deref();
+            Box::new(UblkDevice::start(&parts.state, file, &store, read_only)?)
+        }
     };
     let filler = fill.then(|| Filler::start(&store, hot)).transpose();
     let filler = filler.map_err(|error| AccessError::System {

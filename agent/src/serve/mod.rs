@@ -1,5 +1,5 @@
 //! Answers requests while and after the data moves: forwarding of published ports; volumes on the target
-//! before their data is there, as NBD exports or as a mounted directory.
+//! before their data is there, as NBD exports, as a block device or as a mounted directory.
 //!
 //! Non-goals of this version: HTTP ranges, and UDP (callers report UDP ports as not forwarded).
 
@@ -10,12 +10,14 @@ mod fuse;
 mod mirror;
 mod nbd;
 mod origins;
+mod piece;
 mod pool;
 mod presence;
 mod proof;
 mod store;
 #[cfg(test)]
 mod tests;
+mod ublk;
 
 /// A way into a served volume; dropped, it ends and what uses it gets errors.
 pub trait FrontEnd: Send {
@@ -30,3 +32,4 @@ pub use mirror::Mirrored;
 pub use nbd::{NbdAddress, NbdError, NbdServer};
 pub use origins::StoreError;
 pub use store::{Figures, Store};
+pub use ublk::{UblkDevice, UblkError};

@@ -6,14 +6,11 @@
 //! Non-goals: structured replies, TLS, resizing.
 
 use super::FrontEnd;
+use super::piece::{self, NAME_CAP, Piece};
 use super::store::Store;
-use crate::volume::walk;
-use nix::fcntl::OFlag;
-use nix::sys::stat::{Mode, SFlag, fstat};
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,8 +58,6 @@ const CMD_FLAG_NO_HOLE: u16 = 2;
 
 /// Longest option: two names of 4096 bytes and a list of what is asked about them.
 const OPTION_CAP: u32 = 16 << 10;
-/// Longest name of an export that the protocol allows.
-const NAME_CAP: usize = 4096;
 /// Longest request: what a client may send that did not ask for the limit.
 const REQUEST_CAP: u32 = 32 << 20;
 /// Bytes of the requests of one connection that are worked on: more wait in the socket.
@@ -73,8 +68,6 @@ const WORKERS: usize = 64;
 const CONNECTIONS_CAP: usize = 16;
 /// A client negotiates within this time.
 const NEGOTIATION: Duration = Duration::from_secs(10);
-/// Exports in a list.
-const LIST_CAP: usize = 4096;
 
 const EPERM: u32 = 1;
 const EIO: u32 = 5;
@@ -360,13 +353,6 @@ fn array<const N: usize>(stream: &Stream) -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// One file as a client sees it.
-struct Export {
-    file: File,
-    number: Option<u32>,
-    size: u64,
-}
-
 fn serve(shared: &Shared, stream: &Stream) -> io::Result<()> {
     stream.patience(Some(NEGOTIATION))?;
     let Some(export) = negotiate(shared, stream)? else {
@@ -378,7 +364,7 @@ fn serve(shared: &Shared, stream: &Stream) -> io::Result<()> {
 }
 
 /// The export that the client chose; none when it left.
-fn negotiate(shared: &Shared, mut stream: &Stream) -> io::Result<Option<Export>> {
+fn negotiate(shared: &Shared, mut stream: &Stream) -> io::Result<Option<Piece>> {
     let mut greeting = MAGIC.to_be_bytes().to_vec();
     greeting.extend_from_slice(&I_HAVE_OPT.to_be_bytes());
     greeting.extend_from_slice(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
@@ -418,7 +404,7 @@ fn negotiate(shared: &Shared, mut stream: &Stream) -> io::Result<Option<Export>>
                 return Ok(None);
             }
             OPT_LIST if data.is_empty() => {
-                for name in names(shared) {
+                for name in piece::names(&shared.store) {
                     let length = u32::try_from(name.len()).unwrap_or(u32::MAX);
                     let mut entry = length.to_be_bytes().to_vec();
                     entry.extend_from_slice(&name);
@@ -429,7 +415,10 @@ fn negotiate(shared: &Shared, mut stream: &Stream) -> io::Result<Option<Export>>
             OPT_INFO | OPT_GO => match named(&data) {
                 None => reply(stream, option, REP_ERR_INVALID, b"")?,
                 Some(name) => match find(shared, name) {
-                    None => reply(stream, option, REP_ERR_UNKNOWN, &unknown(shared, name))?,
+                    None => {
+                        let why = piece::unknown(&shared.store, name);
+                        reply(stream, option, REP_ERR_UNKNOWN, why.as_bytes())?;
+                    }
                     Some(export) => {
                         let mut info = INFO_EXPORT.to_be_bytes().to_vec();
                         info.extend_from_slice(&export.size.to_be_bytes());
@@ -473,6 +462,10 @@ fn named(data: &[u8]) -> Option<&[u8]> {
     (whole && length <= NAME_CAP).then_some(name)
 }
 
+fn find(shared: &Shared, name: &[u8]) -> Option<Piece> {
+    Piece::find(&shared.store, name, shared.read_only)
+}
+
 fn flags_of(shared: &Shared) -> u16 {
     let flags = HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES | CAN_MULTI_CONN;
     if shared.read_only {
@@ -480,58 +473,6 @@ fn flags_of(shared: &Shared) -> u16 {
     } else {
         flags
     }
-}
-
-/// Paths of the volume's regular files that are not empty.
-fn names(shared: &Shared) -> Vec<Box<[u8]>> {
-    let found = walk::walk(shared.store.data()).flatten();
-    let files = found.filter(|found| {
-        walk::kind_of(&found.stat) == SFlag::S_IFREG
-            && found.stat.st_size > 0
-            && found.path.len() <= NAME_CAP
-    });
-    files.take(LIST_CAP).map(|found| found.path).collect()
-}
-
-fn unknown(shared: &Shared, name: &[u8]) -> Vec<u8> {
-    let text = if name.is_empty() {
-        let count = names(shared).len();
-        format!("the volume has {count} files that are not empty: name one of them")
-    } else {
-        "the volume has no such regular file".to_owned()
-    };
-    text.into_bytes()
-}
-
-/// Opens the file with this path; the empty name is the only file of a volume that has but one.
-fn find(shared: &Shared, name: &[u8]) -> Option<Export> {
-    let only;
-    let path = if name.is_empty() {
-        let [one] = names(shared).try_into().ok()?;
-        only = one;
-        &*only
-    } else {
-        name
-    };
-    let path = crate::volume::tree::checked_path(path).ok()?;
-    let flags = if shared.read_only {
-        OFlag::O_RDONLY
-    } else {
-        OFlag::O_RDWR
-    };
-    let open = |flags| {
-        let data = shared.store.data();
-        data.open_beneath(&path, flags | OFlag::O_NONBLOCK, Mode::empty())
-    };
-    let fd: OwnedFd = open(flags).ok()?;
-    let file = File::from(fd);
-    let stat = fstat(&file).ok()?;
-    let regular = walk::kind_of(&stat) == SFlag::S_IFREG;
-    regular.then(|| Export {
-        number: shared.store.number(stat.st_ino),
-        size: stat.st_size.unsigned_abs(),
-        file,
-    })
 }
 
 /// A request, with the bytes of a write.
@@ -586,7 +527,7 @@ impl Budget {
     }
 }
 
-fn transmit(shared: &Shared, stream: &Stream, export: &Export) -> io::Result<()> {
+fn transmit(shared: &Shared, stream: &Stream, export: &Piece) -> io::Result<()> {
     let budget = Budget::default();
     let (sender, receiver) = sync_channel::<Request>(WORKERS);
     let receiver = Mutex::new(receiver);
@@ -651,7 +592,7 @@ fn request(mut stream: &Stream, budget: &Budget) -> io::Result<Option<Request>> 
 fn work(
     shared: &Shared,
     stream: &Stream,
-    export: &Export,
+    export: &Piece,
     requests: &Mutex<Receiver<Request>>,
     budget: &Budget,
     answers: &Mutex<()>,
@@ -685,9 +626,7 @@ fn work(
 }
 
 /// Does what is asked; the error number of the protocol when it cannot be done.
-fn act(shared: &Shared, export: &Export, request: &mut Request) -> Result<(), u32> {
-    let Export { file, number, size } = export;
-    let (store, number) = (&shared.store, *number);
+fn act(shared: &Shared, export: &Piece, request: &mut Request) -> Result<(), u32> {
     let &mut Request {
         flags,
         kind,
@@ -700,27 +639,27 @@ fn act(shared: &Shared, export: &Export, request: &mut Request) -> Result<(), u3
     if writes && shared.read_only {
         return Err(EPERM);
     }
-    if kind != CMD_FLUSH && offset.checked_add(length).is_none_or(|end| end > *size) {
+    if kind != CMD_FLUSH
+        && offset
+            .checked_add(length)
+            .is_none_or(|end| end > export.size)
+    {
         return Err(if writes { ENOSPC } else { EINVAL });
     }
     let done = match kind {
         CMD_READ => {
             request.data.resize(length as usize, 0);
-            let read = store.read(file, number, &mut request.data, offset);
-            // A file that was cut short by somebody else reads as zeros beyond its end.
-            read.map(|read| request.data[read..].fill(0))
+            export.read(&mut request.data, offset)
         }
-        CMD_WRITE => store.write(file, number, &request.data, offset),
-        CMD_FLUSH => store.sync(file, number),
-        CMD_TRIM => store.zero(file, number, offset, length, true),
-        CMD_WRITE_ZEROES => store.zero(file, number, offset, length, flags & CMD_FLAG_NO_HOLE == 0),
+        CMD_WRITE => export.write(&request.data, offset),
+        CMD_FLUSH => export.sync(),
+        CMD_TRIM => export.zero(offset, length, true),
+        CMD_WRITE_ZEROES => export.zero(offset, length, flags & CMD_FLAG_NO_HOLE == 0),
         _ => return Err(ENOTSUP),
     };
     done.map_err(|error| error_number(&error))?;
     if writes && flags & CMD_FLAG_FUA != 0 {
-        store
-            .sync(file, number)
-            .map_err(|error| error_number(&error))?;
+        export.sync().map_err(|error| error_number(&error))?;
     }
     Ok(())
 }

@@ -4,7 +4,9 @@ use super::host::Value;
 use crate::model::metric::Subject;
 use crate::model::telemetry::{BlockErrors, BlockIo, BlockOps, Histogram};
 use lifeboat_ebpf::{BlockKey, BlockStats, SECTOR_SHIFT, error, op};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 /// A request between issue and completion.
@@ -197,6 +199,31 @@ pub fn values(subject: &Subject, io: &BlockIo) -> Vec<Value> {
         .collect()
 }
 
+/// A disk's name in sysfs; `major:minor` where sysfs does not know it (any more).
+fn disk_name(root: &Path, device: u32) -> String {
+    let number = format!("{}:{}", device >> 20, device & 0xf_ffff);
+    let link = fs::read_link(root.join("sys/dev/block").join(&number)).ok();
+    link.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
+        .unwrap_or(number)
+}
+
+/// Whether a disk of this name is a program's (ublk): its latency and errors are of that program and its network, and
+/// say nothing of this host.
+pub(super) fn is_served(disk: &str) -> bool {
+    disk.starts_with("ublkb")
+}
+
+/// The name of a disk that no program serves; `served` is which are known to be, for one that is gone says no more.
+pub(super) fn own_disk(root: &Path, device: u32, served: &mut BTreeSet<u32>) -> Option<String> {
+    let name = disk_name(root, device);
+    if is_served(&name) {
+        served.insert(device);
+    } else if !name.contains(':') {
+        served.remove(&device);
+    }
+    (!served.contains(&device)).then_some(name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,6 +240,26 @@ mod tests {
         stats.latency.slots[slot] = requests;
         stats.bytes = bytes;
         stats
+    }
+
+    #[test]
+    fn a_disk_that_a_program_serves_is_none_of_this_host_also_when_it_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let numbers = root.path().join("sys/dev/block");
+        fs::create_dir_all(&numbers).unwrap();
+        let number = numbers.join("259:3");
+        let name = |name: &str| {
+            std::os::unix::fs::symlink(format!("../../devices/virtual/block/{name}"), &number)
+        };
+        let mut served = BTreeSet::new();
+        let mut own = || own_disk(root.path(), 259 << 20 | 3, &mut served);
+        assert_eq!(own().as_deref(), Some("259:3"));
+        name("ublkb0").unwrap();
+        assert_eq!(own(), None);
+        fs::remove_file(&number).unwrap();
+        assert_eq!(own(), None);
+        name("nvme0n1p3").unwrap();
+        assert_eq!(own().as_deref(), Some("nvme0n1p3"));
     }
 
     #[test]

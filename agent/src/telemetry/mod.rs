@@ -43,8 +43,7 @@ use ports::{Clock, Ports};
 use sampling::{LOOK_EVERY, Next, Sampling};
 use stacks::Stacks;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// The kernel measures its programs during one sweep in so many: measuring always would cost as much
@@ -105,6 +104,8 @@ pub struct Telemetry {
     accounted: Instant,
     queued: Queued,
     block: block::Counters,
+    /// Numbers of disks that programs serve.
+    served: BTreeSet<u32>,
     ports: Ports,
     stacks: Stacks,
     /// Names that runtimes gave to container ids.
@@ -158,6 +159,7 @@ impl Telemetry {
             accounted: Instant::now(),
             queued: Queued::default(),
             block: block::Counters::default(),
+            served: BTreeSet::new(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
             stacks: Stacks::default(),
             heard: BTreeMap::new(),
@@ -506,21 +508,35 @@ impl Telemetry {
             *block = Some(BlockIo::default());
         }
         let mut host = BlockIo::default();
-        let mut disks: BTreeMap<u32, BlockIo> = BTreeMap::new();
+        let mut disks: BTreeMap<u32, Option<DiskStats>> = BTreeMap::new();
+        let (root, served) = (&self.config.root, &mut self.served);
+        let mut disk_of = |device| {
+            let name = block::own_disk(root, device, served)?;
+            let block = BlockIo::default();
+            Some(DiskStats { name, block })
+        };
         let in_flight = self.kernel.in_flight();
         for (key, more) in self.block.interval(now, &in_flight, sweep.now_ns) {
-            let disk = disks.entry(key.device).or_default();
+            let disk = disks.entry(key.device);
+            let Some(disk) = disk.or_insert_with(|| disk_of(key.device)) else {
+                continue;
+            };
             let of = sweep.stats_of(key.cgroup, stats);
             let of = of.and_then(|(_, block)| block.as_mut());
-            for io in [Some(&mut host), Some(disk), of].into_iter().flatten() {
+            let all = [Some(&mut host), Some(&mut disk.block), of];
+            for io in all.into_iter().flatten() {
                 block::add(io, &key, &more, sweep.interval);
             }
         }
         for request in &in_flight {
-            let disk = disks.entry(request.key.device).or_default();
+            let disk = disks.entry(request.key.device);
+            let Some(disk) = disk.or_insert_with(|| disk_of(request.key.device)) else {
+                continue;
+            };
             let of = sweep.stats_of(request.key.cgroup, stats);
             let of = of.and_then(|(_, block)| block.as_mut());
-            for io in [Some(&mut host), Some(disk), of].into_iter().flatten() {
+            let all = [Some(&mut host), Some(&mut disk.block), of];
+            for io in all.into_iter().flatten() {
                 block::add_in_flight(io, request, sweep.now_ns, sweep.interval);
             }
         }
@@ -532,13 +548,7 @@ impl Telemetry {
         sweep
             .values
             .extend(block::values(&Subject::device(), &host));
-        let devices: Vec<DiskStats> = disks
-            .into_iter()
-            .map(|(device, block)| DiskStats {
-                name: disk_name(&self.config.root, device),
-                block,
-            })
-            .collect();
+        let devices: Vec<DiskStats> = disks.into_values().flatten().collect();
         for disk in &devices {
             let subject = interval::subject(Per::Disk, &disk.name);
             sweep.values.extend(block::values(&subject, &disk.block));
@@ -587,14 +597,6 @@ fn samples(values: Vec<Value>, at: UnixMillis) -> Vec<Sample> {
             at,
         })
         .collect()
-}
-
-/// A disk's name in sysfs; `major:minor` where sysfs does not know it (any more).
-fn disk_name(root: &Path, device: u32) -> String {
-    let number = format!("{}:{}", device >> 20, device & 0xf_ffff);
-    let link = fs::read_link(root.join("sys/dev/block").join(&number)).ok();
-    link.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
-        .unwrap_or(number)
 }
 
 /// Ports that containers listen on, as the snapshot has them.

@@ -24,7 +24,8 @@ impl Queues {
                 continue;
             };
             // A disk that nobody ever used (ram0, loop7) says nothing.
-            if disk.requests == 0 || !look.path("sys/block").join(disk.name).exists() {
+            let is_used = disk.requests != 0 && !crate::telemetry::block::is_served(disk.name);
+            if !is_used || !look.path("sys/block").join(disk.name).exists() {
                 continue;
             }
             let busy = self.0.more("busy", disk.name, disk.busy_ms);

@@ -7,7 +7,8 @@
 pub fn of(message: &str) -> Option<(&'static str, Option<&str>)> {
     let has = |part: &str| message.contains(part);
     if let Some(disk) = failed_request(message) {
-        return Some(("kernel.io_errors", Some(disk)));
+        let own = !crate::telemetry::block::is_served(disk);
+        return own.then_some(("kernel.io_errors", Some(disk)));
     }
     if let Some(found) = of_filesystem(message) {
         return Some(found);
@@ -287,6 +288,7 @@ mod tests {
 
     /// Messages that look alike and are no event, or tell one a second time.
     const SILENT: &[&str] = &[
+        "I/O error, dev ublkb0, sector 2048 op 0x0:(READ) flags 0x800 phys_seg 1 prio class 2",
         "EXT4-fs (vda): mounted filesystem 2a31 r/w with ordered data mode. Quota mode: none.",
         "EXT4-fs (sda1): re-mounted 2a31 ro.",
         "EXT4-fs warning (device dm-1): ext4_end_bio:316: I/O error -19 writing to inode 10223621",
