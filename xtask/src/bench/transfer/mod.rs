@@ -29,6 +29,8 @@ use sides::{Ours, Pair, Theirs, cold};
 /// Bytes of the large file, and files of 4 KiB in the tree.
 const LARGE: u64 = 4 << 30;
 const FILES: usize = 50_000;
+/// Files of the large tree.
+const MILLION: usize = 1_000_000;
 /// Sizes of the file that changes, what of it is there at first, and what changes: 1 % of the smallest.
 const CHANGING: [u64; 3] = [8 << 30, 16 << 30, 32 << 30];
 const THERE: u64 = 1 << 30;
@@ -62,6 +64,8 @@ pub enum Part {
     Changes,
     /// A link with a long round trip.
     Far,
+    /// A million small files; takes some minutes and 9 GB of the disk, and is only measured when it is named.
+    Million,
 }
 
 /// Measures `only` these parts, all when none is named.
@@ -98,6 +102,9 @@ pub(super) fn measure(short: bool, runs: usize, only: &[Part]) -> Result<String>
     }
     if wants(Part::Far) {
         text.push_str(&bench.far(LARGE / 8 / scale)?);
+    }
+    if only.contains(&Part::Million) {
+        text.push_str(&bench.million(MILLION / scale as usize)?);
     }
     let (source, target) = bench.peaks;
     text.push_str(&format!(
@@ -334,6 +341,26 @@ impl Bench<'_> {
             share(ours),
             goal("at least 80 %", share(ours) >= 80.0),
             share(theirs),
+        ))
+    }
+
+    /// A tree that is too large to be held in memory as it is.
+    fn million(&mut self, files: usize) -> Result<String> {
+        let (source, out) = ("/srv/million", "/srv/million-out");
+        data::write_tree(&self.pair.from.path(source), files)?;
+        let ours = self.pair.lifeboat(source, out)?;
+        self.pair.same(source, out)?;
+        self.peak(&[ours]);
+        Ok(format!(
+            "{files} files of 4 KiB: {:.1} s, {:.1} s of the source's processor; resident memory at most {:.0} MiB on the source and {:.0} MiB on the target ({}).\n\n",
+            ours.seconds,
+            ours.cpu,
+            ours.source_peak,
+            ours.target_peak,
+            goal(
+                "at most 256 MiB",
+                ours.source_peak.max(ours.target_peak) <= PEAK
+            ),
         ))
     }
 
