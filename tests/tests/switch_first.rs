@@ -2,10 +2,13 @@
 
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::shop::says;
-use lifeboat_tests::stage::{Load, PATIENCE, SOURCE, Service, Stage, TARGET, device, running};
+use lifeboat_tests::stage::{
+    Load, PATIENCE, PREPARE_AT_ONCE, SOURCE, Service, Stage, TARGET, device, running,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use xtask::crew::{Device, wait_for_end};
+use xtask::images;
 use xtask::lab::{Fault, Host};
 
 use xtask::process::wait_for;
@@ -177,33 +180,49 @@ fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> 
 }
 
 #[test]
-fn a_plan_switches_first_by_itself_where_changesets_would_not_get_small() -> Result<()> {
+fn a_plan_switches_first_by_itself_once_changesets_will_not_get_small_and_keeps_what_it_copied()
+-> Result<()> {
     let devices = [device(SOURCE, None), device(TARGET, None)];
     let Some(stage) = Stage::up("switched-itself", &devices, &[CACHE])? else {
         return Ok(());
     };
     let source = stage.source()?.clone();
-    let big = format!("{}/big", CACHE.notes());
-    source.run(["sh", "-c", &format!("head -c {FEW} /dev/urandom >{big}")])?;
-    let place = format!("{}/busy", CACHE.notes());
+    let (big, place) = (
+        format!("{}/big", CACHE.notes()),
+        format!("{}/busy", CACHE.notes()),
+    );
     let write = format!("head -c {BUSY} /dev/urandom >{place}; sync {place}");
-    let busy = Load::start(&source, &CACHE, &write)?;
-    wait_for("writes that are counted", PATIENCE, || {
-        let (_, plan) = stage.crew.ask(SOURCE, &["plan", CACHE.name])?;
-        let rate = plan["choice"]["outlook"]["dirty"]["bytes"].as_u64();
-        Ok((rate > Some(2 << 20)).then_some(()))
-    })?;
-    // Copied at this pace, all of it would be written anew meanwhile, and a pause longer than any may be.
+    let fill = format!("head -c {FEW} /dev/urandom >{big}; {write}");
+    source.run(["sh", "-c", &fill])?;
+    // So that the image need not go at this pace too.
+    images::load_some(stage.target()?, &["redis"])?;
+    // Copied at this pace, all of it is written anew meanwhile, and a pause would be longer than any may be.
     let arguments = ["evacuate", CACHE.name, "--yes", "--limit", "512KiB"];
-    let told = stage
-        .crew
-        .tell(SOURCE, &arguments)
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    let plan = stage.plan()?;
+    wait_for("a copy under way", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let copying = status["plans"][0]["phase"] == "replicate";
+        Ok((copying && status["plans"][0]["bytes_read"].as_u64() > Some(0)).then_some(()))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    let busy = Load::start(&source, &CACHE, &write)?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)
         .with_context(|| stage.crew.log(SOURCE))?;
     drop(busy);
-    says(&told, &["switch first:", "the changesets do not get small"])?;
-    let report = wait_for_end(&stage.crew, SOURCE, &stage.plan()?, PATIENCE)?;
     ensure!(report["state"] == "completed", "{report:#}");
-    ensure!(lines(&report, "roots agree").len() == 1, "{report:#}");
+    let choices = lines(&report, "copied (");
+    says(&choices[0], &["copy first:"])?;
+    says(
+        choices.last().context("no choice")?,
+        &[
+            "switch first, with what was copied so far:",
+            "the changesets do not get small",
+        ],
+    )?;
+    let whole = lines(&report, "of it since before the switch; roots agree");
+    ensure!(whole.len() == 1, "{report:#}");
+    ensure!(held(&stage, &plan)? >= FEW - (FEW >> 4), "{whole:?}");
     stage.writes_go_on(&CACHE)?;
     stage.check_data(&CACHE)?;
     stage.lab.down()
@@ -253,6 +272,70 @@ fn a_death_before_the_release_lists_anew_and_one_after_the_proof_moves_the_data_
     let mounts = target.podman(["exec", CACHE.name, "cat", "/proc/mounts"])?;
     ensure!(!mounts.contains("fuse.lifeboat"), "{mounts}");
     stage.lab.down()
+}
+
+#[test]
+fn what_was_prepared_is_not_sent_again_when_its_plan_switches_first_whoever_dies() -> Result<()> {
+    let source = Device {
+        policy: Some(PREPARE_AT_ONCE.into()),
+        migration: vec!["prepare_pause_seconds: 1".into()],
+        ..device(SOURCE, Some("release"))
+    };
+    let devices = [source, device(TARGET, Some("laid by"))];
+    let Some(mut stage) = Stage::up("switched-prepared", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let (source, target) = (stage.source()?.clone(), stage.target()?.clone());
+    let big = format!("{}/big", CACHE.notes());
+    source.run(["sh", "-c", &format!("head -c {BULK} /dev/urandom >{big}")])?;
+    let plan = stage.prepared_plan()?;
+    wait_for("all of it on the target", PATIENCE, || {
+        let there = std::fs::metadata(target.path(&big));
+        let there = there.is_ok_and(|there| there.len() == BULK);
+        Ok((there && stage.prepared_plan()? == plan).then_some(()))
+    })?;
+    let change = format!(
+        "head -c {CHANGED} /dev/urandom | dd of={big} bs=1M seek=7 conv=notrunc status=none; sync {big}"
+    );
+    source.run(["sh", "-c", &change])?;
+    let before = received(&target)?;
+    let arguments = ["evacuate", CACHE.name, "--yes", "--switch-first"];
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    stage.await_death(TARGET)?;
+    stage.crew.start_agent(TARGET)?;
+    stage.await_death(SOURCE)?;
+    stage.crew.start_agent(SOURCE)?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)
+        .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    let received = received(&target)? - before;
+    println!("{received} bytes on the wire for a changeset of {CHANGED} in {BULK}");
+    ensure!(received < BULK / 4, "{received} bytes were sent");
+    ensure!(held(&stage, &plan)? >= BULK - (BULK >> 4), "{report:#}");
+    stage.crew.tell(SOURCE, &["verify", &plan])?;
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    stage.lab.down()
+}
+
+/// Bytes of a large file that change after it was copied.
+const CHANGED: u64 = 200 << 10;
+
+/// Bytes that a host received over its link.
+fn received(host: &Host) -> Result<u64> {
+    let counter = host.run(["cat", "/sys/class/net/eth0/statistics/rx_bytes"])?;
+    Ok(counter.trim().parse()?)
+}
+
+/// Bytes that were copied before the switch and kept, by the source's journal.
+fn held(stage: &Stage, plan: &str) -> Result<u64> {
+    let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
+    let text = std::fs::read_to_string(stage.source()?.path(&journal)).context(journal)?;
+    let entries = text
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok());
+    let mut held = entries.filter_map(|entry: Value| entry["event"]["held"].as_u64());
+    held.next_back().context("it was not switched first")
 }
 
 /// Bytes that come behind the twin.

@@ -99,6 +99,7 @@ impl Target {
                 images_present.push(volume.id);
             }
         }
+        self.put_back(plan, &places).await?;
         let keys = self.admit(plan, &places)?;
         if let Some(known) = self.plans().get_mut(&plan.id) {
             let event = TargetEvent::Accepted {

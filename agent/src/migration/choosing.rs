@@ -2,17 +2,22 @@
 //!
 //! Invariant: it is asked before the whole copy and after every round, and each answer is in the journal.
 
+use super::active::Active;
+use super::delegator::Delegator;
 use super::events::SourceEvent;
 use super::journal::JournalError;
 use super::moving::Move;
 use super::settings::Settings;
 use super::source::PAUSE_MAX;
+use super::switch_first::obstacle_of;
 use super::view::HostView;
-use crate::model::choice::{Bounds, Choice, Deadline, Outlook, Rate};
+use crate::model::choice::{Bounds, Choice, Deadline, Next, Outlook, Rate, rate_of};
 use crate::model::ids::ContainerName;
-use crate::model::plan::PlannedContainer;
+use crate::model::plan::{Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 pub(super) fn bounds(settings: &Settings) -> Bounds {
     Bounds {
@@ -59,6 +64,37 @@ impl Move {
         rounds: u32,
         before: Option<Bytes>,
     ) -> Result<Choice, JournalError> {
+        let choice = self.look(rounds, before);
+        self.note_choice(&choice)?;
+        Ok(choice)
+    }
+
+    pub(super) fn note_choice(&mut self, choice: &Choice) -> Result<(), JournalError> {
+        tracing::info!(plan = %self.plan.id, "{}", choice.why);
+        self.active.choose(choice);
+        self.append(SourceEvent::Chosen {
+            choice: Box::new(choice.clone()),
+        })
+    }
+
+    /// What would be chosen now.
+    pub(super) fn look(&self, rounds: u32, before: Option<Bytes>) -> Choice {
+        self.outlook(rounds, before).choose()
+    }
+
+    /// Looks at the forecasts while everything is copied.
+    pub(super) fn watch(&self) -> Watch {
+        Watch {
+            delegator: self.delegator.clone(),
+            active: self.active.clone(),
+            plan: self.plan.clone(),
+            outlook: self.outlook(0, None),
+            cannot_serve: self.moved.cannot_serve.clone(),
+            began: (Instant::now(), self.active.copied()),
+        }
+    }
+
+    fn outlook(&self, rounds: u32, before: Option<Bytes>) -> Outlook {
         let view = self.delegator.parts().view.borrow().clone();
         let measured = &self.moved.measured;
         let estimate = &self.plan.estimate;
@@ -80,7 +116,7 @@ impl Move {
         let dirty = measured
             .dirty()
             .or_else(|| written(&view, &self.plan.containers));
-        let choice = Outlook {
+        Outlook {
             size: estimate.bytes,
             rounds,
             last: measured.last,
@@ -94,12 +130,51 @@ impl Move {
             word: self.plan.guards.way,
             bounds: bounds(self.delegator.settings()),
         }
-        .choose();
-        tracing::info!(plan = %self.plan.id, "{}", choice.why);
-        self.active.choose(&choice);
-        self.append(SourceEvent::Chosen {
-            choice: Box::new(choice.clone()),
-        })?;
-        Ok(choice)
+    }
+}
+
+/// Looks at the forecasts while everything is copied.
+pub(super) struct Watch {
+    delegator: Arc<Delegator>,
+    active: Arc<Active>,
+    plan: Plan,
+    /// When the copy began.
+    outlook: Outlook,
+    cannot_serve: Option<String>,
+    /// When the copy began, and what was read before.
+    began: (Instant, u64),
+}
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_secs(1);
+
+impl Watch {
+    /// The choice to switch first, once a forecast makes it the better one for what is left.
+    pub(super) async fn late(&self) -> Choice {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let view = self.delegator.parts().view.borrow().clone();
+            let Some(deadline) = deadline(&view, self.delegator.now()) else {
+                continue;
+            };
+            let choice = self.rest(&view, deadline).choose();
+            if choice.next == Next::SwitchFirst {
+                return choice;
+            }
+        }
+    }
+
+    fn rest(&self, view: &HostView, deadline: Deadline) -> Outlook {
+        let (since, before) = self.began;
+        let read = Bytes(self.active.copied().saturating_sub(before));
+        let mut outlook = self.outlook.clone();
+        if let Some(rate) = rate_of(read, since.elapsed()) {
+            outlook.copy = rate;
+        }
+        outlook.size = Bytes(outlook.size.0.saturating_sub(read.0));
+        outlook.dirty = written(view, &self.plan.containers).or(outlook.dirty);
+        outlook.deadline = Some(deadline);
+        outlook.obstacle = obstacle_of(&self.plan, view).or_else(|| self.cannot_serve.clone());
+        outlook
     }
 }

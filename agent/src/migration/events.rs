@@ -238,6 +238,19 @@ pub enum SourceEvent {
         roots: BTreeMap<VolumeId, Signature>,
         /// Bytes of all files.
         bytes: Bytes,
+        /// Of those, copied before the switch and the same since.
+        #[serde(default)]
+        held: Bytes,
+    },
+    /// The target is asked to give everything back, until it answers.
+    AskedBack {
+        /// Why.
+        reason: String,
+    },
+    /// It does not; its twins run on.
+    NotGivenBack {
+        /// Its word.
+        why: String,
     },
     /// The target gives the volumes back: what its twins changed is about to be written over the data here.
     Returning {
@@ -308,6 +321,8 @@ pub enum TargetEvent {
         /// The directory of each store.
         stores: BTreeMap<VolumeId, PathBuf>,
     },
+    /// It came to no release, and nothing is left of it.
+    NotOpened,
     /// The lists are here, durably; the data is not.
     Opened {
         /// Each list.

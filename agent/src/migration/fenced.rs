@@ -50,6 +50,10 @@ impl Target {
         planned: &PlannedContainer,
         runtime: &Runtime,
     ) -> Result<(), String> {
+        let _starts = self.starts.lock().await;
+        if self.is_returning(&plan.id) {
+            return Err("its volumes are being given back".to_owned());
+        }
         let name = planned.container.name.as_str();
         let why = format!(
             "the data of plan {} is not all here; the agent starts it",

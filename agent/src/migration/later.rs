@@ -8,7 +8,7 @@
 
 use super::access::admit;
 use super::events::{ContainerFence, Place, TargetEvent};
-use super::places::{empty, is_one, name_of};
+use super::places::{is_one, name_of};
 use super::target::{Receiving, Target, TargetError};
 use crate::model::control::{Arrival, Open, Whole};
 use crate::model::fleet::{PeerAddress, Role};
@@ -16,7 +16,7 @@ use crate::model::ids::{DeviceId, PlanId, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, SignedRelease, VolumeRelease};
 use crate::model::units::Bytes;
 use crate::model::volume::VolumeKind;
-use crate::serve::{Filler, Mount, Store, StoreError};
+use crate::serve::{Filler, Mount, Store, StoreError, bring_back, lay_by};
 use crate::transfer::fetch::FetchPlan;
 use crate::volume::FleetKey;
 use nix::fcntl::{AT_FDCWD, OFlag, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
@@ -36,7 +36,7 @@ use std::time::Duration;
 /// minutes to start.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// How long a twin's `fsync` waits for a source that is away, before it is noted that writes go unmirrored.
-const MIRROR_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const MIRROR_PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked whether all is here.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -103,6 +103,9 @@ impl Later {
         if let TargetEvent::Opening { source, stores } = event {
             *later = Some(Self::new(source, stores));
         }
+        if matches!(event, TargetEvent::NotOpened) {
+            *later = None;
+        }
         let Some(later) = later else {
             return;
         };
@@ -140,6 +143,7 @@ impl Later {
             let figures = live.store.figures();
             arrival.bytes += Bytes(figures.bytes);
             arrival.absent += Bytes(figures.absent);
+            arrival.held += Bytes(figures.held);
             arrival.trouble = arrival.trouble.or_else(|| live.store.doubted());
             let mirrored = live.store.mirrored();
             let alone = mirrored.and_then(|mirrored| mirrored.unmirrored);
@@ -246,6 +250,21 @@ impl Target {
             })?;
         // An earlier attempt's list is not that of now: the workload ran in between.
         self.close_later(id).await;
+        if let Some(data) = self.parts.data.clone() {
+            let (id, volumes): (_, Vec<_>) = (
+                id.clone(),
+                trees(&plan, &places).map(|place| place.volume).collect(),
+            );
+            let forgetting = tokio::task::spawn_blocking(move || {
+                volumes
+                    .into_iter()
+                    .for_each(|volume| data.forget(&id, volume));
+            });
+            forgetting.await.map_err(|error| TargetError::File {
+                doing: "end what is received".into(),
+                error: error.into(),
+            })?;
+        }
         let stores = trees(&plan, &places)
             .map(|place| {
                 let name = format!(".lifeboat-{id}-{}", place.volume);
@@ -290,7 +309,12 @@ impl Target {
     }
 
     /// Opens the store of each tree that is not open; `anew` makes them of the source's lists of now.
-    async fn make_stores(&self, plan: &Plan, places: &[Place], anew: bool) -> Result<(), String> {
+    pub(super) async fn make_stores(
+        &self,
+        plan: &Plan,
+        places: &[Place],
+        anew: bool,
+    ) -> Result<(), String> {
         let id = &plan.id;
         for place in trees(plan, places) {
             let wanted = self.later(id, |later| {
@@ -313,9 +337,10 @@ impl Target {
             let below = place.path.clone();
             let made = tokio::task::spawn_blocking(move || {
                 if anew {
-                    // Rounds of an earlier life, or what a runtime copied there when a twin was rehearsed.
-                    empty(&below).map_err(|error| format!("empty {}: {error}", below.display()))?;
-                    remove_store(&directory).map_err(|error| error.to_string())?;
+                    // What was copied, which is not fetched once more where it is still the same.
+                    lay_by(&directory, &below)
+                        .map_err(|error| format!("lay {} by: {error}", below.display()))?;
+                    super::faults::die_at("laid by");
                 }
                 let devices = parts.settings.device_nodes;
                 Store::open(
@@ -344,6 +369,10 @@ impl Target {
     pub(super) async fn mount_later(self: &Arc<Self>, plan: &Plan) -> Result<(), String> {
         if !self.is_filling(&plan.id) {
             return Ok(());
+        }
+        let _starts = self.starts.lock().await;
+        if self.is_returning(&plan.id) {
+            return Err("its volumes are being given back".to_owned());
         }
         let places = self.plans().get(&plan.id).map(|known| known.places.clone());
         let places = places.unwrap_or_default();
@@ -606,7 +635,7 @@ impl Target {
         }
     }
 
-    fn places_of(&self, plan: &Plan) -> Vec<PathBuf> {
+    pub(super) fn places_of(&self, plan: &Plan) -> Vec<PathBuf> {
         let plans = self.plans();
         let places = plans.get(&plan.id).map(|known| known.places.as_slice());
         let trees = trees(plan, places.unwrap_or_default());
@@ -647,6 +676,28 @@ impl Target {
             }
             self.close_later(&plan.id).await;
         }
+    }
+
+    /// Ends an attempt to switch first that did not come to its release: what it laid by goes back to its place, where
+    /// it is found whichever way its source goes now.
+    pub(super) async fn put_back(&self, plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
+        let Some(stores) = self.later(&plan.id, |later| later.stores.clone()) else {
+            return Ok(());
+        };
+        self.close_later(&plan.id).await;
+        for place in trees(plan, places) {
+            let Some(store) = stores.get(&place.volume).cloned() else {
+                continue;
+            };
+            let to = place.path.clone();
+            let brought = tokio::task::spawn_blocking(move || bring_back(&store, &to));
+            let brought = brought.await.map_err(io::Error::other).flatten();
+            brought.map_err(|error| TargetError::File {
+                doing: format!("bring what was copied back to {}", place.path.display()),
+                error,
+            })?;
+        }
+        self.note_later(&plan.id, &TargetEvent::NotOpened)
     }
 
     /// Closes what is open of a plan's stores.

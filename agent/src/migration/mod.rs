@@ -41,6 +41,8 @@ pub mod settings;
 mod source;
 mod switch;
 mod switch_first;
+#[cfg(test)]
+mod switch_first_tests;
 mod take_over;
 pub mod target;
 pub mod trusted;

@@ -197,6 +197,8 @@ pub(super) struct Moved {
     pub(super) lives: u32,
     /// What the rounds measured.
     pub(super) measured: Measured,
+    /// Why the target is asked to give everything back, until it answers.
+    pub(super) asked_back: Option<String>,
 }
 
 impl Moved {
@@ -220,6 +222,8 @@ impl Moved {
                 self.sent(volumes);
             }
             SourceEvent::Final { volumes, .. } => self.sent(volumes),
+            SourceEvent::AskedBack { reason } => self.asked_back = Some(reason.clone()),
+            SourceEvent::NotGivenBack { .. } => self.asked_back = None,
             _ => {}
         }
     }

@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 impl Target {
     pub(super) async fn check_names(plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
@@ -33,7 +34,16 @@ impl Target {
             }
             for port in planned.container.published.iter().filter(|port| !port.udp) {
                 let address = SocketAddr::from((port.host_ip, port.host_port));
-                if let Err(error) = std::net::TcpListener::bind(address) {
+                let until = Instant::now() + PORT_PATIENCE;
+                let tried = loop {
+                    match std::net::TcpListener::bind(address) {
+                        Err(_) if Instant::now() < until => {
+                            tokio::time::sleep(Duration::from_millis(100)).await;
+                        }
+                        tried => break tried,
+                    }
+                };
+                if let Err(error) = tried {
                     return Err(TargetError::InTheWay {
                         what: name.to_owned(),
                         why: format!(
@@ -132,6 +142,9 @@ impl Target {
         })
     }
 }
+
+/// A runtime lets go of the ports of a container a moment after it was removed.
+const PORT_PATIENCE: Duration = Duration::from_secs(3);
 
 fn kind_of<'a>(plan: &'a Plan, place: &Place) -> Option<&'a VolumeKind> {
     let mut volumes = plan.volumes.iter();
@@ -257,7 +270,7 @@ pub(super) fn filling(state: &Path) -> BTreeMap<PathBuf, PlanId> {
                 TargetEvent::Accepted { places, .. } => here = places,
                 TargetEvent::Opened { .. } => later = true,
                 TargetEvent::Owns { .. } => owned = true,
-                TargetEvent::Whole => later = false,
+                TargetEvent::Whole | TargetEvent::NotOpened => later = false,
                 TargetEvent::GivenBack { .. } => owned = false,
                 _ => {}
             }

@@ -280,10 +280,14 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             );
             lines
         }
-        SourceEvent::Whole { roots, bytes } => vec![format!(
-            "all {bytes} are on the target, in {} volume(s); roots agree",
+        SourceEvent::Whole { roots, bytes, held } => vec![format!(
+            "all {bytes} are on the target, in {} volume(s), {held} of it since before the switch; roots agree",
             roots.len()
         )],
+        SourceEvent::AskedBack { reason } => vec![format!(
+            "the target is asked to give everything back ({reason})"
+        )],
+        SourceEvent::NotGivenBack { why } => vec![format!("it is not given back: {why}")],
         SourceEvent::Returning { reason, .. } => vec![format!(
             "the target gives everything back ({reason}); its twins have ended"
         )],

@@ -6,7 +6,7 @@
 
 use super::events::{SourceEvent, TargetEvent};
 use super::journal::plan_directory;
-use super::later::Live;
+use super::later::{Live, MIRROR_PATIENCE};
 use super::moving::{Move, MoveError};
 use super::switch::RETRY;
 use super::switch_first::trees;
@@ -18,6 +18,7 @@ use crate::model::control::GivenBack;
 use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Plan, SignedRelease};
+use crate::serve::Mount;
 use crate::volume::mirror::write_back;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -114,6 +115,10 @@ impl Target {
                 _ => {}
             }
         }
+        // An agent that was started just now has not opened them.
+        let places = self.plans().get(&plan.id).map(|known| known.places.clone());
+        self.make_stores(plan, &places.unwrap_or_default(), false)
+            .await?;
         let parts = self.later(&plan.id, |later| {
             let live = later.live.iter_mut();
             live.map(|(volume, live)| {
@@ -133,13 +138,25 @@ impl Target {
                 // What was written through a mapping is in the store when it is unmounted.
                 drop(mount);
                 drop(filler);
+                if store.mirrored().is_none() {
+                    store
+                        .mirror(MIRROR_PATIENCE)
+                        .map_err(|error| error.to_string())?;
+                }
                 store.settle_mirror(MIRROR_MAX)?;
                 let mirrored = store.mirrored().ok_or("it was not mirrored")?;
                 changes.insert(volume, mirrored.changes);
             }
             Ok(changes)
         });
-        settled.await.map_err(|error| error.to_string())?
+        let settled = settled.await.map_err(|error| error.to_string())?;
+        // Those of an agent that was killed.
+        for path in self.places_of(plan) {
+            if let Err(error) = Mount::check(&path) {
+                tracing::debug!("{error}");
+            }
+        }
+        settled
     }
 
     fn sign_back(
@@ -186,13 +203,29 @@ impl Target {
 }
 
 impl Move {
-    /// Takes everything back when that was asked for; false when it was not, or cannot be now.
+    /// Takes everything back when that was asked for, now or in an earlier life of the agent; false when it was not,
+    /// or the target refuses. One that does not answer is asked until it does: it may have given it back.
     pub(super) async fn asked_back(&mut self, target: &PeerAddress) -> bool {
-        let Some(reason) = self.active.take_returning() else {
+        let new = self.active.take_returning();
+        if let (Some(reason), None) = (new, &self.moved.asked_back) {
+            self.record(SourceEvent::AskedBack { reason }).await;
+        }
+        let Some(reason) = self.moved.asked_back.clone() else {
             return false;
         };
         self.active.enter("give back");
-        match self.ask_back(target).await {
+        super::faults::die_at("asked back");
+        let answer = loop {
+            match self.ask_back(target).await {
+                Err(MoveError::Peer(error)) if error.can_retry() => {
+                    self.active
+                        .trouble(&format!("asking for everything back: {error}"));
+                    tokio::time::sleep(RETRY * 4).await;
+                }
+                answer => break answer,
+            }
+        };
+        match answer {
             Ok(word) => {
                 let event = SourceEvent::Returning {
                     word: word.clone(),
@@ -203,6 +236,8 @@ impl Move {
                 true
             }
             Err(error) => {
+                let why = error.to_string();
+                self.record(SourceEvent::NotGivenBack { why }).await;
                 self.active.enter("fill");
                 self.active
                     .trouble(&format!("not given back, ask again: {error}"));

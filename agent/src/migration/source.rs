@@ -380,9 +380,16 @@ impl<'a> Prepared<'a> {
             rehearse(core, &target).await?;
         }
         let (mut before, mut rounds) = (None, 0);
-        if !in_advance && core.choose(rounds, before)?.next == Next::SwitchFirst {
-            send_images(core, &mut replica, &volumes).await?;
-            rehearse(core, &target).await?;
+        // What changed since it was prepared is sent once more before anything else.
+        let first = core.look(rounds, before);
+        if first.next == Next::SwitchFirst || !in_advance {
+            core.note_choice(&first)?;
+        }
+        if first.next == Next::SwitchFirst {
+            if !in_advance {
+                send_images(core, &mut replica, &volumes).await?;
+                rehearse(core, &target).await?;
+            }
             return Ok(Replicated {
                 core,
                 target,
@@ -394,7 +401,19 @@ impl<'a> Prepared<'a> {
         let way = loop {
             core.enter("replicate")?;
             let whole = rounds == 0 && !in_advance;
-            let (changeset, _) = replicate_round(core, &mut replica, &volumes, whole).await?;
+            let changeset = if whole {
+                match whole_round(core, &mut replica, &volumes).await? {
+                    Some(changeset) => changeset,
+                    None => {
+                        send_images(core, &mut replica, &volumes).await?;
+                        rehearse(core, &target).await?;
+                        break Way::SwitchFirst;
+                    }
+                }
+            } else {
+                let round = replicate_round(core, &mut replica, &volumes, false);
+                round.await?.0
+            };
             rounds += 1;
             if whole {
                 drop_exports(core).await;
@@ -488,6 +507,31 @@ async fn replicate_round(
         duration,
     })?;
     Ok((changeset, duration))
+}
+
+/// Sends everything, unless a forecast comes up meanwhile by which the rest should come behind the twins: none then.
+async fn whole_round(
+    core: &mut Move,
+    replica: &mut Replica,
+    volumes: &[VolumeSpec],
+) -> Result<Option<Bytes>, MoveError> {
+    let (watch, progress) = (core.watch(), core.active.progress());
+    let late = {
+        let mut round = std::pin::pin!(replicate_round(core, replica, volumes, true));
+        let late = tokio::select! {
+            sent = &mut round => return Ok(Some(sent?.0)),
+            late = watch.late() => late,
+        };
+        progress.interrupt(true);
+        let ended = round.await;
+        progress.interrupt(false);
+        if let Err(error) = ended {
+            tracing::info!("the copy ends: {error}");
+        }
+        late
+    };
+    core.note_choice(&late)?;
+    Ok(None)
 }
 
 /// Sends the images, which a twin needs whole.

@@ -87,6 +87,16 @@ pub(super) fn obstacle(
     failing.map(|evidence| format!("what is not fetched yet may be lost with the disk: {evidence}"))
 }
 
+/// The same, of a plan as the host is now.
+pub(super) fn obstacle_of(plan: &Plan, view: &HostView) -> Option<String> {
+    obstacle(
+        &plan.containers,
+        &plan.volumes,
+        &plan.delegated,
+        failing(view).as_deref(),
+    )
+}
+
 /// Evidence that a disk of this host fails.
 pub(super) fn failing(view: &HostView) -> Option<String> {
     let verdict = view.verdict.as_ref()?;
@@ -99,19 +109,7 @@ impl Move {
     /// Why this plan cannot switch first now; none when it can.
     pub(super) fn obstacle(&self) -> Option<String> {
         let view = self.delegator.parts().view.borrow().clone();
-        let Plan {
-            containers,
-            volumes,
-            delegated,
-            ..
-        } = &self.plan;
-        let copied = volumes.iter().any(|volume| {
-            !matches!(volume.kind, VolumeKind::Image(_))
-                && self.moved.epochs.contains_key(&volume.id)
-        });
-        obstacle(containers, volumes, delegated, failing(&view).as_deref())
-            .or_else(|| copied.then(|| "what was copied already would be fetched once more".into()))
-            .or_else(|| self.moved.cannot_serve.clone())
+        obstacle_of(&self.plan, &view).or_else(|| self.moved.cannot_serve.clone())
     }
 
     /// Lets the target take the list of every tree, and compares it with what is here; the workload is frozen
@@ -188,7 +186,9 @@ impl Move {
             match self.filled(target, &mut own).await {
                 Ok(Some((roots, bytes))) => {
                     self.active.returnable(false);
-                    self.record(SourceEvent::Whole { roots, bytes }).await;
+                    let arrival = self.active.status().arrival;
+                    let held = arrival.map_or(Bytes(0), |arrival| arrival.held);
+                    self.record(SourceEvent::Whole { roots, bytes, held }).await;
                     let mirror = mirror_directory(&self.delegator.parts().state, &self.plan.id);
                     let _ = tokio::fs::remove_dir_all(mirror).await;
                     return true;

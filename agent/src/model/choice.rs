@@ -281,7 +281,8 @@ impl Outlook {
 
     fn head(&self, next: Next) -> &'static str {
         match (next, self.whole) {
-            (Next::SwitchFirst, _) => "switch first",
+            (Next::SwitchFirst, None) => "switch first",
+            (Next::SwitchFirst, Some(_)) => "switch first, with what was copied so far",
             (Next::Pause, _) => "pause now",
             (Next::Copy, None) => "copy first",
             (Next::Copy, Some(_)) => "go on copying",
@@ -337,6 +338,16 @@ pub struct Measured {
 /// A round of fewer bytes says little of the rate: it is mostly looking.
 const TELLS_RATE: Bytes = Bytes(16 << 20);
 
+/// The rate of a copy; none while too little was copied to tell.
+#[must_use]
+pub fn rate_of(copied: Bytes, took: Duration) -> Option<Rate> {
+    let seconds = took.as_secs_f64().max(1e-3);
+    (copied >= TELLS_RATE).then(|| Rate {
+        bytes: Bytes((copied.0 as f64 / seconds) as u64),
+        from: "measured".into(),
+    })
+}
+
 impl Measured {
     /// Takes note of a round.
     pub fn note(&mut self, ended: UnixMillis, round: Changeset) {
@@ -368,12 +379,8 @@ impl Measured {
     /// How fast the copy is; none while too little was copied to tell.
     #[must_use]
     pub fn copy(&self) -> Option<Rate> {
-        let most = self.most.filter(|most| most.bytes >= TELLS_RATE)?;
-        let seconds = most.took.as_secs_f64().max(1e-3);
-        Some(Rate {
-            bytes: Bytes((most.bytes.0 as f64 / seconds) as u64),
-            from: "measured".into(),
-        })
+        let most = self.most?;
+        rate_of(most.bytes, most.took)
     }
 
     /// How fast the workload changes the data.

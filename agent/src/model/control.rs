@@ -89,6 +89,9 @@ pub struct Arrival {
     pub bytes: Bytes,
     /// Bytes that are not here yet.
     pub absent: Bytes,
+    /// Bytes that were copied before the switch and found to be the same; of this life of the target's agent.
+    #[serde(default)]
+    pub held: Bytes,
     /// Root of each tree over what arrived; empty while something is absent.
     pub roots: BTreeMap<VolumeId, Signature>,
     /// Whether the source is not needed any more.
@@ -104,14 +107,22 @@ impl Arrival {
     /// How much has arrived, for people.
     #[must_use]
     pub fn share(&self) -> String {
-        let Self { bytes, absent, .. } = self;
+        let Self {
+            bytes,
+            absent,
+            held,
+            ..
+        } = self;
         let arrived = bytes.0.saturating_sub(absent.0);
         let percent = (arrived * 100).checked_div(bytes.0).unwrap_or(100);
         let alone = self.unmirrored.iter();
         let alone = alone.map(|why| format!(", writes NOT mirrored: {why}"));
+        let held = Some(held).filter(|held| held.0 > 0);
+        let held = held.map(|held| format!(", {held} copied before"));
         format!(
-            "{percent} % ({} of {bytes}){}",
+            "{percent} % ({} of {bytes}{}){}",
             Bytes(arrived),
+            held.unwrap_or_default(),
             alone.collect::<String>()
         )
     }

@@ -4,6 +4,7 @@
 //! Invariant: the index is written last, so where it is the tree is whole.
 
 use super::presence::{PAGE, WHOLE};
+use super::reuse::{Copies, clear};
 use crate::transfer::fetch::{BLOCK, FetchError};
 use crate::volume::apply::{Access, ApplyError, Destination, Parent};
 use crate::volume::codec::{Reader, put_short};
@@ -70,7 +71,7 @@ pub(super) fn mask(from: u64, to: u64) -> u16 {
     below(to) & !below(from)
 }
 
-/// Makes the tree with sparse files; what an attempt before left is removed.
+/// Makes the tree, its files sparse or taken from copies that lie by; what an attempt before left is removed.
 pub(super) fn make(
     directory: &Path,
     volume: &str,
@@ -85,15 +86,11 @@ pub(super) fn make(
             error,
         }
     };
-    match std::fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(failed("remove what an earlier attempt left")(error));
-        }
-        _ => {}
-    }
+    clear(directory).map_err(failed("remove what an earlier attempt left"))?;
     let names = directory.join("origins");
     std::fs::create_dir_all(&names).map_err(failed("make directories"))?;
     let data = Destination::open(volume, &directory.join("data"), false)?.taking_devices(devices);
+    let mut copies = Copies::open(directory).map_err(failed("open earlier copies"))?;
     let mut parent = Parent::default();
     let mut origins: Vec<Origin> = Vec::new();
     for entry in entries {
@@ -101,7 +98,16 @@ pub(super) fn make(
             Kind::Directory => data.directory(&mut parent, &entry.path)?,
             Kind::HardLink(primary) => data.link(&mut parent, &entry.path, primary)?,
             Kind::File { size, .. } => {
-                let file = data.file(&mut parent, &entry.path, Access::private())?;
+                let taken = *size > 0
+                    && copies
+                        .take(&entry.path, data.root())
+                        .map_err(failed("take a file of an earlier copy"))?;
+                let access = if taken {
+                    Access::InPlace
+                } else {
+                    Access::private()
+                };
+                let file = data.file(&mut parent, &entry.path, access)?;
                 data.finish_file(&file, entry, false)?;
                 if *size == 0 {
                     continue;
@@ -127,6 +133,7 @@ pub(super) fn make(
             data.finish_directory(entry)?;
         }
     }
+    copies.end().map_err(failed("remove an earlier copy"))?;
     write_list(directory, entries).map_err(failed("write the list"))?;
     write_index(directory, &origins).map_err(failed("write the index"))?;
     Ok(origins)

@@ -16,6 +16,7 @@ use super::mirror::{Mirror, Mirrored};
 use super::origins::{Origin, StoreError, make, mask, numbers, read_index, read_list};
 use super::presence::{PAGE, Presence};
 use super::proof::{ASKED_CAP, Proof};
+use super::reuse::reuses;
 use crate::model::ids::Signature;
 use crate::transfer::Options;
 use crate::transfer::fetch::{
@@ -62,6 +63,9 @@ pub struct Figures {
     pub on_demand: u64,
     /// Blocks fetched before anybody asked.
     pub ahead: u64,
+    /// Bytes that an earlier copy had brought here already, as far as was asked since this store was opened.
+    #[serde(default)]
+    pub held: u64,
     /// Blocks that the source did not give: gone there, or unreadable.
     pub refused: u64,
     /// Whether it has let go of the source: all that is wanted is here.
@@ -97,7 +101,10 @@ pub struct Store {
     pub(super) window: Window,
     on_demand: AtomicU64,
     ahead: AtomicU64,
+    held_before: AtomicU64,
     refused: AtomicU64,
+    /// Its files may hold what an earlier copy left.
+    reuses: bool,
 }
 
 /// An origin that is open for as long as this lives.
@@ -203,7 +210,9 @@ impl Store {
             window: Window::default(),
             on_demand: AtomicU64::new(0),
             ahead: AtomicU64::new(0),
+            held_before: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            reuses: reuses(directory),
         });
         if store.presence.absent() > 0 || proves {
             let inlet: Arc<dyn Arrivals> = Arc::new(Inlet(Arc::downgrade(&store)));
@@ -237,6 +246,7 @@ impl Store {
             absent: self.presence.absent() * PAGE,
             on_demand: self.on_demand.load(Ordering::Relaxed),
             ahead: self.ahead.load(Ordering::Relaxed),
+            held: self.held_before.load(Ordering::Relaxed),
             refused: self.refused.load(Ordering::Relaxed),
             detached: locked(&self.fetcher).is_none(),
         }

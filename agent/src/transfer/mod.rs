@@ -98,6 +98,7 @@ pub struct Progress {
     /// How fast it may read.
     pub pace: Pace,
     cancelled: AtomicBool,
+    interrupted: AtomicBool,
 }
 
 /// How soon a reader that waits for its turn hears that the limit is lifted.
@@ -107,6 +108,11 @@ impl Progress {
     /// Asks the epoch to stop; it ends with an error soon.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Asks the epoch that is under way to stop, or lets later ones go on.
+    pub fn interrupt(&self, interrupt: bool) {
+        self.interrupted.store(interrupt, Ordering::Relaxed);
     }
 
     /// Counts bytes that were read, and waits as long as the pace asks for.
@@ -126,7 +132,7 @@ impl Progress {
     /// Whether someone asked to stop.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
+        self.cancelled.load(Ordering::Relaxed) || self.interrupted.load(Ordering::Relaxed)
     }
 }
 

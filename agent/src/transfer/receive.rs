@@ -88,6 +88,26 @@ pub(super) struct Volume {
     pub(super) records: AtomicU64,
 }
 
+impl Volume {
+    /// Ends a session for good.
+    fn replace(&self, old: &Session) {
+        {
+            let replaced = &mut lock(&self.state).replaced;
+            replaced.push_back((old.id, old.salt));
+            if replaced.len() > REPLACED_CAP {
+                replaced.pop_front();
+            }
+        }
+        old.take_over(None);
+        // Its last records are applied, or not, before anything new is.
+        drop(lock(&old.running));
+        let written = old.rebuild.bytes_written.load(Ordering::Relaxed);
+        self.bytes_written.fetch_add(written, Ordering::Relaxed);
+        let again = old.rebuild.bytes_again.load(Ordering::Relaxed);
+        self.bytes_again.fetch_add(again, Ordering::Relaxed);
+    }
+}
+
 #[derive(Default)]
 pub(super) struct VolumeState {
     pub(super) complete: Option<Complete>,
@@ -190,6 +210,19 @@ impl Reception {
                 session.take_over(None);
             }
         }
+    }
+
+    /// Ends what is being received of a volume, and forgets what was.
+    pub(super) fn forget(&self, id: VolumeId) {
+        let Some(volume) = self.volumes.get(&id) else {
+            return;
+        };
+        let _beginning = lock(&volume.beginning);
+        let old = lock(&volume.state).session.take();
+        if let Some(old) = old {
+            volume.replace(&old);
+        }
+        lock(&volume.state).complete = None;
     }
 
     /// Serves one agreed connection until it ends.
@@ -336,20 +369,7 @@ impl Reception {
             (state.session.take(), state.complete.take())
         };
         if let Some(old) = old {
-            {
-                let replaced = &mut lock(&volume.state).replaced;
-                replaced.push_back((old.id, old.salt));
-                if replaced.len() > REPLACED_CAP {
-                    replaced.pop_front();
-                }
-            }
-            old.take_over(None);
-            // Its last records are applied, or not, before anything new is.
-            drop(lock(&old.running));
-            let written = old.rebuild.bytes_written.load(Ordering::Relaxed);
-            volume.bytes_written.fetch_add(written, Ordering::Relaxed);
-            let again = old.rebuild.bytes_again.load(Ordering::Relaxed);
-            volume.bytes_again.fetch_add(again, Ordering::Relaxed);
+            volume.replace(&old);
         }
         let spec = &volume.spec;
         let destination = Destination::open(&spec.name, &spec.destination, spec.one)?

@@ -13,7 +13,7 @@ use super::queue::lock;
 use super::receive::{ReceivePlan, ReceiveProgress, Reception};
 use super::relay::{Relay, RelayPlan};
 use super::seal::LinkKey;
-use crate::model::ids::PlanId;
+use crate::model::ids::{PlanId, VolumeId};
 use crate::model::places::Places;
 use crate::volume::BlockMap;
 use std::collections::HashMap;
@@ -169,6 +169,16 @@ impl DataServer {
             Some(Admission::Receive(reception)) => Some(reception.progress()),
             _ => None,
         }
+    }
+
+    /// Knows nothing any more of what was received of a volume, whose place is used otherwise from here on; waits
+    /// until nothing more is written there. A later epoch looks at what it finds.
+    pub fn forget(&self, plan: &PlanId, volume: VolumeId) {
+        let reception = match lock(&self.shared.plans).get(plan) {
+            Some(Admission::Receive(reception)) => Arc::clone(reception),
+            _ => return,
+        };
+        reception.forget(volume);
     }
 
     /// Ends a plan's connections and admits no more. What was received stays where it is.

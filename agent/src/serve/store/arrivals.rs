@@ -4,9 +4,12 @@
 //! signatures' root (`proof`).
 
 use super::{Asked, Store, Wanted, locked, signed};
+use crate::model::ids::Signature;
 use crate::serve::origins::{Origin, mask};
 use crate::serve::presence::{PAGE, PAGES};
-use crate::transfer::fetch::{Arrivals, BLOCK, Block, Class, Place, Refusal};
+use crate::transfer::fetch::{Arrivals, BLOCK, Block, Class, Content, Place, Refusal};
+use crate::volume::scan::read_full;
+use crate::volume::sign::{ZERO, signature};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::{fstat, futimens};
 use nix::sys::time::TimeSpec;
@@ -145,11 +148,37 @@ impl Store {
         }
         let fetcher = locked(&self.fetcher).clone();
         match fetcher {
-            Some(fetcher) => fetcher.ask(class, place, &origin.path),
+            Some(fetcher) => {
+                let held = self.held_before(origin, place);
+                fetcher.ask(class, place, &origin.path, held);
+            }
             // Detached: nothing will come any more.
             None => self.take(class, place, Err(Refusal::Gone)),
         }
         true
+    }
+
+    fn length_of(&self, place: Place) -> u64 {
+        let size = self
+            .origins
+            .get(place.file as usize)
+            .map_or(0, |origin| origin.size);
+        size.saturating_sub(place.block * BLOCK).min(BLOCK)
+    }
+
+    /// Signature of what an earlier copy left of a block of which nothing is here for good; none for zeros.
+    fn held_before(&self, origin: &Origin, place: Place) -> Option<Signature> {
+        let real = origin.real(place.block);
+        if !self.reuses || self.missing(origin, place.block) != real {
+            return None;
+        }
+        let mut bytes = vec![0; self.length_of(place) as usize];
+        let read = self
+            .origin_file(place.file)
+            .and_then(|file| read_full(&file, &mut bytes, place.block * BLOCK))
+            .ok()?;
+        let held = signature(&self.plan.fleet_key, &bytes[..read]);
+        (held != ZERO).then_some(held)
     }
 
     fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
@@ -164,7 +193,11 @@ impl Store {
             tracing::error!(directory = %self.directory.display(), "cannot keep a signature: {error}");
         }
         let bytes = match block {
-            Ok(block) => block.bytes.map(Ok),
+            Ok(block) => match block.content {
+                Content::Bytes(bytes) => Some(Ok(Some(bytes))),
+                Content::Held => Some(Ok(None)),
+                Content::Unasked => None,
+            },
             Err(why) => {
                 let signed = locked(&self.signing).contains(&place);
                 (!signed).then_some(Err(why))
@@ -178,19 +211,21 @@ impl Store {
         }
     }
 
-    /// Takes what arrived.
-    fn take(&self, class: Class, place: Place, block: Result<&[u8], Refusal>) {
+    /// Takes what arrived; none: it is what an earlier copy left.
+    fn take(&self, class: Class, place: Place, block: Result<Option<&[u8]>, Refusal>) {
+        let is_held = matches!(block, Ok(None));
         let taken = block.map(|bytes| self.keep(place, bytes));
         let shard = self.shard(place);
         {
             let mut asked = locked(&shard.asked);
             match taken {
                 Ok(Ok(())) => {
-                    let counter = match class {
-                        Class::Demand => &self.on_demand,
-                        Class::Background => &self.ahead,
+                    let (counter, more) = match class {
+                        _ if is_held => (&self.held_before, self.length_of(place)),
+                        Class::Demand => (&self.on_demand, 1),
+                        Class::Background => (&self.ahead, 1),
                     };
-                    counter.fetch_add(1, Ordering::Relaxed);
+                    counter.fetch_add(more, Ordering::Relaxed);
                     asked.remove(&place);
                 }
                 Ok(Err(error)) => {
@@ -211,8 +246,8 @@ impl Store {
         }
     }
 
-    /// Writes the pages of an arrived block that are absent.
-    fn keep(&self, place: Place, bytes: &[u8]) -> io::Result<()> {
+    /// Writes the pages of an arrived block that are absent; without bytes they are as an earlier copy left them.
+    fn keep(&self, place: Place, bytes: Option<&[u8]>) -> io::Result<()> {
         let Some(origin) = self.origins.get(place.file as usize) else {
             return Ok(());
         };
@@ -226,6 +261,9 @@ impl Store {
         if missing == 0 {
             return Ok(());
         }
+        let Some(bytes) = bytes else {
+            return self.presence.mark(origin.first + place.block, missing);
+        };
         let looks = Looks::of(&file)?;
         let start = place.block * BLOCK;
         let mut page = 0;
@@ -249,8 +287,13 @@ impl Store {
                 let flags =
                     FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                 match fallocate(&file, flags, signed(start + zeros), signed(to - zeros)) {
+                    Ok(()) => {}
+                    Err(nix::errno::Errno::EOPNOTSUPP) if self.reuses => {
+                        let zeros = vec![0; (to - zeros) as usize];
+                        file.write_all_at(&zeros, start + to - zeros.len() as u64)?;
+                    }
                     // Absent pages are holes that were never written: zeros already.
-                    Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => {}
+                    Err(nix::errno::Errno::EOPNOTSUPP) => {}
                     Err(error) => return Err(error.into()),
                 }
             }

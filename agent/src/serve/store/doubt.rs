@@ -9,7 +9,7 @@ use super::{Mirror, Store, locked};
 use crate::model::ids::Signature;
 use crate::serve::origins::{StoreError, read_list};
 use crate::serve::proof::Proof;
-use crate::transfer::fetch::{BLOCK, Block, Class, Fetcher, Place, Refusal};
+use crate::transfer::fetch::{BLOCK, Block, Class, Content, Fetcher, Place, Refusal};
 use crate::volume::Entry;
 use crate::volume::scan::read_full;
 use crate::volume::sign::signature;
@@ -154,7 +154,7 @@ impl Store {
         for (place, came) in differing {
             if locked(&self.doubt).open.insert(place, came).is_none() {
                 let path = &self.origins[place.file as usize].path;
-                fetcher.ask(Class::Background, place, path);
+                fetcher.ask(Class::Background, place, path, None);
             }
         }
         Ok(false)
@@ -169,7 +169,7 @@ impl Store {
         };
         let (bytes, said) = match block {
             Ok(Block {
-                bytes: Some(bytes),
+                content: Content::Bytes(bytes),
                 signature,
             }) => (bytes, *signature),
             Ok(_) => return false,

@@ -14,5 +14,5 @@ pub mod wire;
 pub use mirror::{BATCH as MIRROR_BATCH, MirrorReceiver, MirrorSender, mirror_to};
 pub(super) use source::Provision;
 pub use source::{ProvidePlan, ProvideVolume, list_root, root_of_list};
-pub use target::{Arrivals, Block, FetchError, FetchPlan, Fetcher, Grant, Place};
+pub use target::{Arrivals, Block, Content, FetchError, FetchPlan, Fetcher, Grant, Place};
 pub use wire::{BLOCK, Class, Refusal};

@@ -317,7 +317,7 @@ impl Desk<'_> {
                 Answer::Block {
                     number,
                     signature,
-                    bytes: if signature == ZERO || !with_bytes {
+                    bytes: if signature == ZERO || !with_bytes || want.held == Some(signature) {
                         &[]
                     } else {
                         bytes

@@ -51,9 +51,19 @@ pub struct Place {
 pub struct Block<'a> {
     /// Its signature, which the bytes bear.
     pub signature: Signature,
-    /// Its bytes (fewer than a block at the end of the file, none for zeros); none where only the signature was
-    /// asked for.
-    pub bytes: Option<&'a [u8]>,
+    /// What came with it.
+    pub content: Content<'a>,
+}
+
+/// What came with a block's signature.
+#[derive(Clone, Copy, Debug)]
+pub enum Content<'a> {
+    /// Its bytes: fewer than a block at the end of the file, none for zeros.
+    Bytes(&'a [u8]),
+    /// Nothing: it is what was said to be here.
+    Held,
+    /// Nothing: only the signature was asked for.
+    Unasked,
 }
 
 /// Who takes what arrives. Called from the connections' threads; must not ask for more from there.
@@ -111,6 +121,7 @@ struct Question {
     place: Place,
     path: Arc<[u8]>,
     with_bytes: bool,
+    held: Option<Signature>,
 }
 
 impl Question {
@@ -119,6 +130,7 @@ impl Question {
             number,
             path: (*self.path).into(),
             block: self.place.block,
+            held: self.held,
         }
     }
 }
@@ -176,24 +188,33 @@ impl Fetcher {
         Ok(fetcher)
     }
 
-    /// Asks for a block of the file at `path`; the answer goes to the arrivals.
-    pub fn ask(&self, class: Class, place: Place, path: &Arc<[u8]>) {
-        self.put(class, place, path, true);
+    /// Asks for a block of the file at `path`, its bytes only where it does not bear the signature of what is `held`
+    /// here; the answer goes to the arrivals.
+    pub fn ask(&self, class: Class, place: Place, path: &Arc<[u8]>, held: Option<Signature>) {
+        let question = Question {
+            place,
+            path: Arc::clone(path),
+            with_bytes: true,
+            held,
+        };
+        self.put(class, question);
     }
 
     /// Asks for the signature alone, behind everything else.
     pub fn ask_signature(&self, place: Place, path: &Arc<[u8]>) {
-        self.put(Class::Background, place, path, false);
-    }
-
-    fn put(&self, class: Class, place: Place, path: &Arc<[u8]>, with_bytes: bool) {
-        let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        let lane = &self.shared.lanes[usize::from(class == Class::Background)];
         let question = Question {
             place,
             path: Arc::clone(path),
-            with_bytes,
+            with_bytes: false,
+            held: None,
         };
+        self.put(Class::Background, question);
+    }
+
+    fn put(&self, class: Class, question: Question) {
+        let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let lane = &self.shared.lanes[usize::from(class == Class::Background)];
+        let with_bytes = question.with_bytes;
         let wants = vec![question.want(number)];
         let line = {
             let mut state = lock(&lane.state);
@@ -452,13 +473,17 @@ impl Shared {
             *answered = true;
             let known = lock(&lane.state).pending.get(&number).cloned();
             let Some(Question {
-                place, with_bytes, ..
+                place,
+                with_bytes,
+                held,
+                ..
             }) = known
             else {
                 continue;
             };
+            let is_held = |said| with_bytes && held == Some(said);
             if let Ok((said, bytes)) = answer {
-                let bare = bytes.is_empty() && (said == ZERO || !with_bytes);
+                let bare = bytes.is_empty() && (said == ZERO || !with_bytes || is_held(said));
                 if !bare && signature(&self.plan.fleet_key, bytes) != said {
                     return "a block does not bear its signature".to_owned();
                 }
@@ -466,7 +491,11 @@ impl Shared {
             lock(&lane.state).pending.remove(&number);
             let block = answer.map(|(signature, bytes)| Block {
                 signature,
-                bytes: with_bytes.then_some(bytes),
+                content: match with_bytes {
+                    false => Content::Unasked,
+                    true if bytes.is_empty() && is_held(signature) => Content::Held,
+                    true => Content::Bytes(bytes),
+                },
             });
             arrivals.arrived(lane.class, place, block);
         }

@@ -9,6 +9,7 @@ use crate::transfer::seal::Salt;
 use crate::volume::Entry;
 use crate::volume::codec::{Malformed, Reader, put_short};
 use crate::volume::mirror::LogId;
+use crate::volume::sign::ZERO;
 use crate::volume::tree::checked_path;
 
 /// Bytes that one question asks for: small enough for random reads, large enough for bulk.
@@ -35,6 +36,8 @@ pub struct Want {
     pub path: Box<[u8]>,
     /// Number of the block in the file.
     pub block: u64,
+    /// Signature of what the target has there already; a block that bears it comes without its bytes.
+    pub held: Option<Signature>,
 }
 
 /// A message of a fetching connection.
@@ -86,13 +89,22 @@ impl Fetch {
             }
             Self::List => out.push(3),
             Self::Want(wants) | Self::Sign(wants) => {
-                out.push(if matches!(self, Self::Want(_)) { 4 } else { 5 });
+                let any_held = wants.iter().any(|want| want.held.is_some());
+                out.push(match self {
+                    Self::Sign(_) => 5,
+                    _ if any_held => 10,
+                    _ => 4,
+                });
                 let count = u16::try_from(wants.len()).unwrap_or(u16::MAX);
                 out.extend_from_slice(&count.to_le_bytes());
                 for want in wants {
                     out.extend_from_slice(&want.number.to_le_bytes());
                     out.extend_from_slice(&want.block.to_le_bytes());
                     put_short(out, &want.path);
+                    if any_held {
+                        // Zeros come without their bytes anyway.
+                        out.extend_from_slice(&want.held.unwrap_or(ZERO).0);
+                    }
                 }
             }
             Self::Mirror { log, salt } => {
@@ -125,7 +137,7 @@ impl Fetch {
             }),
             2 => Self::Opened(reader.array()?),
             3 => Self::List,
-            kind @ 4..=5 => {
+            kind @ (4 | 5 | 10) => {
                 let count = usize::from(reader.u16()?);
                 if count > WANTS_CAP {
                     return Err(Malformed("more blocks are wanted at once than the cap"));
@@ -136,15 +148,21 @@ impl Fetch {
                     if block > i64::MAX as u64 / BLOCK {
                         return Err(Malformed("a block lies where no file can reach"));
                     }
+                    let path = checked_path(reader.short()?)?;
+                    let held = match kind {
+                        10 => Some(Signature(reader.array()?)),
+                        _ => None,
+                    };
                     wants.push(Want {
                         number,
-                        path: checked_path(reader.short()?)?,
+                        path,
                         block,
+                        held: held.filter(|held| *held != ZERO),
                     });
                 }
                 match kind {
-                    4 => Self::Want(wants),
-                    _ => Self::Sign(wants),
+                    5 => Self::Sign(wants),
+                    _ => Self::Want(wants),
                 }
             }
             6 => Self::Mirror {
@@ -182,7 +200,8 @@ pub enum Answer<'a> {
         /// The entries; files without block signatures.
         entries: Vec<Entry>,
     },
-    /// A block: its bytes, none for zeros or where only its signature was asked for.
+    /// A block: its bytes, none for zeros, for what the target has already, and where only its signature was asked
+    /// for.
     Block {
         /// Number of the question.
         number: u64,
@@ -285,8 +304,14 @@ mod tests {
                 number: n,
                 path: b"a/b".as_slice().into(),
                 block: n << 20,
+                held: None,
             })
             .collect();
+        let held = |want: &Want| Want {
+            held: (want.number > 0).then_some(Signature([8; 32])),
+            ..want.clone()
+        };
+        let some_held = wants.iter().map(held).collect();
         for message in [
             Fetch::Open(Class::Demand),
             Fetch::Open(Class::Background),
@@ -294,6 +319,7 @@ mod tests {
             Fetch::List,
             Fetch::Want(Vec::clone(&wants)),
             Fetch::Sign(wants),
+            Fetch::Want(some_held),
             Fetch::Mirror {
                 log: [4; 16],
                 salt: [5; 32],
@@ -318,6 +344,7 @@ mod tests {
                 number: 1,
                 path: path.into(),
                 block: 0,
+                held: None,
             }])
             .encode(&mut bytes);
             assert!(Fetch::decode(&mut Reader::new(&bytes)).is_err());
