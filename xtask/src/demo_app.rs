@@ -74,8 +74,28 @@ pub fn wait_until_healthy(host: &Host, patience: Duration) -> Result<()> {
             .ok())
     })
     .map(drop)
-    .with_context(|| {
-        host.podman(["ps", "--all", "--format", "{{.Names}}: {{.Status}}"])
-            .unwrap_or_else(|error| format!("{error:#}"))
-    })
+    .with_context(|| state(host))
+}
+
+/// What an operator would look at when the application does not answer: its containers, what it answers, how long the
+/// name server takes to find a database, and the last lines of each container's log.
+#[must_use]
+pub fn state(host: &Host) -> String {
+    let mut questions = vec![
+        "podman ps --all --format '{{.Names}}: {{.Status}}'".to_owned(),
+        format!("curl --silent --show-error --max-time 9 http://127.0.0.1:{PORT}/health"),
+        "time nsenter --net --target $(podman inspect --format '{{.State.Pid}}' app) \
+         busybox nslookup db.dns.podman $(podman network inspect --format '{{(index .Subnets 0).Gateway}}' demo)"
+            .to_owned(),
+    ];
+    questions.extend(CONTAINERS.map(|name| format!("podman logs --tail 5 {name}")));
+    let answers = questions.iter().map(|question| {
+        let script = format!("({question}) 2>&1 || true");
+        let answer = host.run(["bash", "-c", &script]);
+        format!(
+            "$ {question}\n{}",
+            answer.unwrap_or_else(|error| format!("{error:#}"))
+        )
+    });
+    answers.collect::<Vec<_>>().join("\n")
 }
