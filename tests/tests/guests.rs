@@ -95,17 +95,40 @@ fn a_failed_leg_of_a_raid_volume_of_lvm_is_missing() {
     drop(leg);
 }
 
-/// The disk of scsi_debug.
-fn scsi_debug() -> String {
+/// The disk of a model.
+fn disk_of(model: &str) -> String {
     let disks = fs::read_dir("/sys/block").expect("sysfs");
     disks
         .flatten()
         .find(|disk| {
             fs::read_to_string(disk.path().join("device/model"))
-                .is_ok_and(|model| model.trim() == "scsi_debug")
+                .is_ok_and(|its| its.trim() == model)
         })
         .map(|disk| disk.file_name().into_string().expect("plain"))
-        .expect("a disk of scsi_debug")
+        .unwrap_or_else(|| panic!("no disk of the model {model}"))
+}
+
+#[test]
+fn an_ata_and_an_nvme_drive_tell_their_health_by_their_own_commands() {
+    if !is_guest() {
+        return;
+    }
+    const HOUR: f64 = 3.6e12;
+    let (ata, nvme) = (disk_of("QEMU HARDDISK"), disk_of("QEMU NVMe Ctrl"));
+    let agent = agent();
+    let seen = agent.until("what both drives tell", |seen| {
+        seen.values("disk.smart_failed", &ata) == [0.0]
+            && seen.values("disk.smart_failed", &nvme) == [0.0]
+    });
+    // The attributes that QEMU gives every ATA drive (hw/ide/core.c, `smart_attributes`).
+    assert_eq!(seen.values("disk.power_on", &ata), [HOUR]);
+    assert_eq!(seen.values("disk.reallocated_sectors", &ata), [0.0]);
+    assert_eq!(seen.values("disk.attributes_failing", &ata), [0.0]);
+    assert_eq!(seen.values("disk.temperature", &ata), [31.0]);
+    // Its health log (hw/nvme/ctrl.c): 323 K.
+    assert_eq!(seen.values("disk.temperature", &nvme), [50.0]);
+    assert_eq!(seen.values("disk.media_errors", &nvme), [0.0]);
+    assert_eq!(seen.values("disk.wear", &nvme), [0.0]);
 }
 
 #[test]
@@ -113,7 +136,7 @@ fn a_medium_error_belongs_to_the_container_that_read_and_the_kernel_logged_it() 
     if !is_guest() {
         return;
     }
-    let disk = scsi_debug();
+    let disk = disk_of("scsi_debug");
     let device = format!("/dev/{disk}");
     let agent = agent();
     // Sector 4660 and the nine behind it cannot be read (drivers/scsi/scsi_debug.c, SDEBUG_OPT_MEDIUM_ERR).
