@@ -18,10 +18,10 @@ use crate::process::{output, run};
 use crate::workspace;
 
 /// Test programs that run in the guest.
-pub const TESTS: [&str; 4] = ["senses", "scheduler", "stacked", "guests"];
+pub const TESTS: [&str; 5] = ["senses", "scheduler", "stacked", "guests", "ublk"];
 
 /// Programs that the tests call.
-const PROGRAMS: [&str; 9] = [
+const PROGRAMS: [&str; 10] = [
     "/usr/bin/busybox",
     "/usr/bin/nice",
     "/usr/sbin/blkdiscard",
@@ -31,10 +31,11 @@ const PROGRAMS: [&str; 9] = [
     "/usr/sbin/dmsetup",
     "/usr/sbin/mdadm",
     "/usr/sbin/mkfs.ext4",
+    "/usr/sbin/e2fsck",
 ];
 
 /// Modules of the guest's disks and links.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 14] = [
     "ata_piix",
     "virtio_pci",
     "virtio_blk",
@@ -48,6 +49,7 @@ const MODULES: [&str; 13] = [
     "dm-raid",
     "sd_mod",
     "scsi_debug",
+    "ublk_drv",
 ];
 
 /// A guest that says nothing for so long hangs. On an idle machine it boots in some 5 s, and no test is
