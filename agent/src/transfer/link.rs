@@ -229,12 +229,12 @@ impl Link {
                 .keys()
                 .next()
                 .is_none_or(|&first| number < first);
-            if oldest || state.bytes + record.len() <= cap {
+            if oldest || state.bytes + record.held() <= cap {
                 break;
             }
             state = self.shared.wait(state, TICK);
         }
-        state.bytes += record.len();
+        state.bytes += record.held();
         state.window.insert(number, Arc::new(record));
         state.unsent.push_back(number);
         self.shared.changed.notify_all();
@@ -366,10 +366,10 @@ impl Shared {
         let gone: Vec<u64> = state.window.range(numbers).map(|(&n, _)| n).collect();
         for number in gone {
             if let Some(record) = state.window.remove(&number) {
-                state.bytes -= record.len();
+                state.bytes -= record.held();
                 state.moved = true;
-                if let Ok(record) = Arc::try_unwrap(record) {
-                    state.keep(record.into_memory());
+                if let Some(memory) = Arc::into_inner(record).and_then(Record::into_memory) {
+                    state.keep(memory);
                 }
             }
         }

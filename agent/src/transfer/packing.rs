@@ -72,7 +72,7 @@ impl Packing {
         }
         self.before.fetch_add(before as u64, Ordering::Relaxed);
         self.after.fetch_add(after as u64, Ordering::Relaxed);
-        (packed.into(), Some(record.into_memory()))
+        (packed.into(), record.into_memory())
     }
 
     fn is_due(&self, rate: f64) -> bool {

@@ -99,7 +99,6 @@ impl Reading<'_, '_> {
             if bad.contains(&piece.first) {
                 let count = piece.blocks.len() as u64;
                 let blocks = piece.first..piece.first + count;
-                self.source.outlet.give_back(piece.record.into_memory());
                 self.defer(Unit::Pieces(Arc::clone(large), blocks));
             } else {
                 waiting.extend(self.finish_piece(piece)?);
@@ -158,7 +157,7 @@ impl Reading<'_, '_> {
             offset,
             length,
             hollow,
-            record: Record::with_room(self.source.outlet.buffer(), &head, room),
+            record: Record::with_room(&self.source.outlet.slots, &head, room),
             descriptors,
             data: head.len(),
             // Filled in when the bytes are there.
@@ -324,8 +323,6 @@ impl Reading<'_, '_> {
         record.truncate(to);
         if differs {
             self.source.outlet.emit(record, false, first)?;
-        } else {
-            self.source.outlet.give_back(record.into_memory());
         }
         let start = usize::try_from(first).unwrap_or(0);
         let signatures = blocks.iter().map(|(signature, _)| *signature);

@@ -1,39 +1,96 @@
 //! The memory of a record that is to be sent: place for the header, then the payload, at an address from which a
 //! disk can be read straight to where the bytes travel.
 
-use super::frame::HEADER_LEN;
-use super::seal::TAG_LEN;
+use super::frame::{DATA_CAP, HEADER_LEN};
+use super::queue::lock;
+use super::seal::{SEAL_LEN, TAG_LEN};
+use super::uring::prefer_huge_pages;
 use crate::volume::aligned::ALIGNMENT;
+use bytes::BytesMut;
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex};
+
+/// Memory of a record that carries as much data as one may, with the entries of some hundred small files.
+const SLOT: usize = DATA_CAP + (64 << 10);
+/// Slots that are taken from the kernel together: whole huge pages.
+const TOGETHER: usize = 32;
+/// A huge page of every architecture with pages of 4 KiB.
+const HUGE: usize = 2 << 20;
+/// A record that fills less of a slot than one part of this many leaves it.
+const SPARSE: usize = 4;
+
+/// Slots for the records of one epoch: used again by whoever comes next, and in huge pages where the kernel has
+/// them, for a fault for each 4 KiB and the pinning of as many pages for each direct read cost more than copying.
+#[derive(Debug, Default)]
+pub struct Slots {
+    free: Mutex<Vec<BytesMut>>,
+}
+
+impl Slots {
+    fn take(self: &Arc<Self>) -> Slot {
+        let mut free = lock(&self.free);
+        if free.is_empty() {
+            let mut memory = BytesMut::zeroed(TOGETHER * SLOT + HUGE);
+            let address = memory.as_ptr().addr();
+            let _ = memory.split_to(address.next_multiple_of(HUGE) - address);
+            prefer_huge_pages(&mut memory[..TOGETHER * SLOT]);
+            free.extend((0..TOGETHER).map(|_| memory.split_to(SLOT)));
+        }
+        Slot {
+            bytes: free.pop().unwrap_or_default(),
+            slots: Arc::clone(self),
+        }
+    }
+}
+
+/// One slot, which goes back when it is dropped.
+#[derive(Debug)]
+struct Slot {
+    bytes: BytesMut,
+    slots: Arc<Slots>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        lock(&self.slots.free).push(std::mem::take(&mut self.bytes));
+    }
+}
+
+#[derive(Debug)]
+enum Memory {
+    Own(Vec<u8>),
+    Slot(Slot),
+}
 
 /// A record. What is at a multiple of [`ALIGNMENT`] in the payload of one made by [`Record::with_room`] is so in
-/// memory, until bytes beyond a seal or a tag are added.
-#[derive(Debug, Default)]
+/// memory, until bytes beyond its room, a seal and a tag are added.
+#[derive(Debug)]
 pub struct Record {
-    /// May go on behind the record, so that memory which is used again need not be cleared.
-    memory: Vec<u8>,
+    /// May go on behind the record.
+    memory: Memory,
     start: usize,
     end: usize,
 }
 
 impl Record {
-    /// A record that begins with `head`, then `room` bytes of any content, in the memory of a used one.
+    /// A record that begins with `head`, then `room` bytes of any content.
     #[must_use]
-    pub fn with_room(mut memory: Vec<u8>, head: &[u8], room: usize) -> Self {
+    pub fn with_room(slots: &Arc<Slots>, head: &[u8], room: usize) -> Self {
         let length = head.len() + room;
-        let wanted = ALIGNMENT + length + TAG_LEN;
-        if memory.capacity() < wanted {
-            // The kernel's own zeros: nothing is written.
-            memory = vec![0; wanted];
-        }
+        let wanted = ALIGNMENT + length + SEAL_LEN + TAG_LEN;
+        let mut memory = if (SLOT / SPARSE..=SLOT).contains(&wanted) {
+            Memory::Slot(slots.take())
+        } else {
+            Memory::Own(vec![0; wanted])
+        };
         let payload = memory.as_ptr().addr() + HEADER_LEN;
         let start = payload.next_multiple_of(ALIGNMENT) - payload;
-        let end = start + length;
-        if memory.len() < end {
-            memory.resize(end, 0);
-        }
         memory[start..start + head.len()].copy_from_slice(head);
-        Self { memory, start, end }
+        Self {
+            memory,
+            start,
+            end: start + length,
+        }
     }
 
     /// Cuts it to `length` bytes.
@@ -41,10 +98,65 @@ impl Record {
         self.end = self.end.min(self.start + length);
     }
 
-    /// Its memory, for another record; what is in it has no meaning.
+    /// Adds bytes at its end.
+    pub fn append(&mut self, bytes: &[u8]) {
+        let end = self.end + bytes.len();
+        if end > self.memory.len() {
+            let mut memory = self.memory.to_vec();
+            memory.resize(end + SEAL_LEN + TAG_LEN, 0);
+            // It may be aligned differently; nothing is read to there any more.
+            self.memory = Memory::Own(memory);
+        }
+        self.memory[self.end..end].copy_from_slice(bytes);
+        self.end = end;
+    }
+
+    /// Bytes of memory that it holds.
     #[must_use]
-    pub fn into_memory(self) -> Vec<u8> {
-        self.memory
+    pub fn held(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// The same record; what is short leaves its slot to another.
+    #[must_use]
+    pub fn dense(self) -> Self {
+        match self.memory {
+            Memory::Slot(_) if self.len() < SLOT / SPARSE => {
+                let mut memory = Vec::with_capacity(self.len() + SEAL_LEN + TAG_LEN);
+                memory.extend_from_slice(&self);
+                memory.into()
+            }
+            _ => self,
+        }
+    }
+
+    /// Its memory, for another record, unless it is a slot's; what is in it has no meaning.
+    #[must_use]
+    pub fn into_memory(self) -> Option<Vec<u8>> {
+        match self.memory {
+            Memory::Own(memory) => Some(memory),
+            Memory::Slot(_) => None,
+        }
+    }
+}
+
+impl Deref for Memory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Own(memory) => memory,
+            Self::Slot(slot) => &slot.bytes,
+        }
+    }
+}
+
+impl DerefMut for Memory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Own(memory) => memory,
+            Self::Slot(slot) => &mut slot.bytes,
+        }
     }
 }
 
@@ -52,7 +164,7 @@ impl From<Vec<u8>> for Record {
     fn from(memory: Vec<u8>) -> Self {
         let end = memory.len();
         Self {
-            memory,
+            memory: Memory::Own(memory),
             start: 0,
             end,
         }
@@ -75,9 +187,9 @@ impl DerefMut for Record {
 
 impl<'a> Extend<&'a u8> for Record {
     fn extend<I: IntoIterator<Item = &'a u8>>(&mut self, bytes: I) {
-        self.memory.truncate(self.end);
-        self.memory.extend(bytes);
-        self.end = self.memory.len();
+        for byte in bytes {
+            self.append(std::slice::from_ref(byte));
+        }
     }
 }
 
@@ -87,17 +199,35 @@ mod tests {
 
     #[test]
     fn the_payload_is_aligned_in_new_and_in_used_memory() {
-        let mut memory = Vec::new();
-        for room in [8192, 100, 50_000, 4096] {
+        let slots = Arc::default();
+        for room in [8192, 100, 300_000, DATA_CAP, 4096, DATA_CAP, 2 * DATA_CAP] {
             let head = vec![7; HEADER_LEN + ALIGNMENT];
-            let mut record = Record::with_room(memory, &head, room);
+            let mut record = Record::with_room(&slots, &head, room);
             assert_eq!(record[..head.len()], head);
             assert_eq!(record.len(), head.len() + room);
             record.extend(&[9; TAG_LEN]);
             assert_eq!(record[HEADER_LEN..].as_ptr().addr() % ALIGNMENT, 0);
+            assert!(record.ends_with(&[9; TAG_LEN]));
             record.truncate(head.len());
             assert_eq!(record[..], head);
-            memory = record.into_memory();
         }
+        let free = lock(&slots.free).len();
+        assert_eq!(free, TOGETHER, "all came back, and no more were needed");
+    }
+
+    #[test]
+    fn a_record_goes_on_beyond_its_slot_and_a_short_one_leaves_it() {
+        let slots = Arc::default();
+        let mut record = Record::with_room(&slots, &[1; HEADER_LEN], DATA_CAP);
+        let more = vec![2; SLOT];
+        record.append(&more);
+        assert_eq!(record.len(), HEADER_LEN + DATA_CAP + SLOT);
+        assert!(record.ends_with(&more) && record.starts_with(&[1; HEADER_LEN]));
+        let mut record = Record::with_room(&slots, &[3; HEADER_LEN], DATA_CAP);
+        record.truncate(HEADER_LEN);
+        let record = record.dense();
+        assert_eq!(record[..], [3; HEADER_LEN]);
+        assert!(record.held() < ALIGNMENT);
+        assert_eq!(lock(&slots.free).len(), TOGETHER);
     }
 }

@@ -10,7 +10,7 @@ use super::offers::Offers;
 use super::packing::Packing;
 use super::payload::{self, PayloadKind};
 use super::reading::held_by_readers;
-use super::record::Record;
+use super::record::{Record, Slots};
 use super::seal::{DataKey, NoRandom, Salt, Sealer, Tagger, random};
 use super::source::{Held, Source};
 use super::{Options, Progress};
@@ -197,6 +197,8 @@ pub(super) struct Outlet {
     answering: Arc<Link>,
     pub(super) offers: Offers,
     packing: Packing,
+    /// What large records are made in.
+    pub(super) slots: Arc<Slots>,
 }
 
 enum Protection {
@@ -209,11 +211,6 @@ impl Outlet {
     /// A buffer for a record.
     pub(super) fn buffer(&self) -> Vec<u8> {
         self.link.buffer()
-    }
-
-    /// Takes a buffer back that no record needed.
-    pub(super) fn give_back(&self, buffer: Vec<u8>) {
-        self.link.give_back(buffer);
     }
 
     /// Numbers, protects and sends a record; waits while too much is in flight.
@@ -259,6 +256,7 @@ impl Outlet {
         if let Some(unused) = unused {
             self.link.give_back(unused);
         }
+        record = record.dense();
         let mut header = Header {
             kind: FrameKind::Sealed,
             barrier,
@@ -496,6 +494,7 @@ impl Sender {
             answering: Arc::clone(last),
             offers: Offers::new(opened.holdings),
             packing: Packing::default(),
+            slots: Arc::default(),
         };
         let route = || match &self.path {
             DataPath::Direct { target, data_key } => {

@@ -10,10 +10,12 @@ use crate::volume::confined::confining;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::mman::{MmapAdvise, madvise};
 use nix::sys::stat::Mode;
 use nix::unistd::{SysconfVar, sysconf};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 use std::time::Duration;
 
 /// Entries of a ring: a batch of small files in one submission.
@@ -177,6 +179,14 @@ pub(super) fn is_cached(file: BorrowedFd<'_>, offset: u64, length: u64) -> bool 
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
     let page = page.and_then(|bytes| u64::try_from(bytes).ok());
     code == 0 && cached * 2 * page.unwrap_or(4096) >= length
+}
+
+/// Asks for huge pages beneath memory that nothing was written to yet. Where the kernel has none to give, small
+/// ones are as good.
+pub(super) fn prefer_huge_pages(memory: &mut [u8]) {
+    let start = NonNull::from(&mut *memory).cast();
+    // SAFETY: the advice is about memory that is borrowed here, and changes nothing that is in it.
+    let _ = unsafe { madvise(start, memory.len(), MmapAdvise::MADV_HUGEPAGE) };
 }
 
 fn retry_or_abort(error: &io::Error) {
