@@ -4,7 +4,7 @@
 //! the target and stand in the state of the epoch; their file is read again in the next one.
 
 use super::link::LinkError;
-use super::payload::{self, PayloadKind};
+use super::payload::SmallFiles;
 use super::queue::lock;
 use super::reading::{Reading, Unit, size_of};
 use super::source::{SourceError, add};
@@ -100,9 +100,9 @@ impl<'s> Reading<'_, 's> {
         let entry = self.small_entry(&found.path, &file, &stat, &bytes)?;
         if self.source.differs(&entry) {
             add(&self.tally.changed_entries, 1);
-            let mut record = payload::start(self.source.outlet.buffer(), PayloadKind::Files);
-            self.put_small(&mut record, &entry, &self.fates(&entry), &bytes)?;
-            self.source.outlet.emit(record, false, 0)?;
+            let mut files = SmallFiles::default();
+            self.put_small(&mut files, &entry, &self.fates(&entry), &bytes)?;
+            self.emit_small(&mut files)?;
         }
         lock(&self.outcomes).insert(step, Some(entry));
         Ok(())

@@ -30,6 +30,7 @@ pub mod relay;
 pub mod seal;
 pub mod sender;
 pub mod server;
+mod small;
 mod source;
 mod spool;
 pub mod uring;

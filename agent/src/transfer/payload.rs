@@ -218,17 +218,80 @@ pub fn put_start(record: &mut Vec<u8>, path: &[u8], size: u64, dense: bool) {
     record.push(u8::from(dense));
 }
 
-/// Appends a small file whose blocks are `blocks`.
-pub fn put_file(record: &mut Vec<u8>, entry: &Entry, blocks: &[Block<'_>]) {
-    entry.encode(record);
-    for block in blocks {
-        record.extend_from_slice(&descriptor(*block));
-    }
-    for block in blocks {
-        if let Block::Data(_, bytes) = block {
-            record.extend_from_slice(bytes);
+/// Small files for one record: the bytes of their blocks, and the entries that say where these go.
+#[derive(Debug, Default)]
+pub struct SmallFiles {
+    data: Vec<u8>,
+    entries: Vec<u8>,
+}
+
+impl SmallFiles {
+    /// Adds a file whose blocks are `blocks`.
+    pub fn put(&mut self, entry: &Entry, blocks: &[Block<'_>]) {
+        put_file(&mut self.entries, entry, blocks);
+        for block in blocks {
+            if let Block::Data(_, bytes) = block {
+                self.data.extend_from_slice(bytes);
+            }
         }
     }
+
+    /// Bytes of a record of them.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.data.len() + self.entries.len()
+    }
+
+    /// Whether there is no file.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Their record, in the memory of `buffer`.
+    #[must_use]
+    pub fn record(&self, buffer: Vec<u8>) -> Vec<u8> {
+        files(buffer, &self.data, &self.entries)
+    }
+}
+
+/// Where the data of small files begins in a payload for which it was read in its place.
+pub const FILES_DATA: usize = ALIGNMENT;
+/// Bytes of that payload before the data, without what fills them up.
+const FILES_HEAD: usize = 7;
+
+/// Appends to the entries of small files one whose blocks are `blocks`, without their bytes.
+pub fn put_file(entries: &mut Vec<u8>, entry: &Entry, blocks: &[Block<'_>]) {
+    entry.encode(entries);
+    for block in blocks {
+        entries.extend_from_slice(&descriptor(*block));
+    }
+}
+
+/// A record of small files from the bytes of their blocks, in order, and their entries.
+#[must_use]
+pub fn files(buffer: Vec<u8>, data: &[u8], entries: &[u8]) -> Vec<u8> {
+    let mut record = start(buffer, PayloadKind::Files);
+    put_short(&mut record, &[]);
+    // Below BODY_CAP.
+    let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
+    record.extend_from_slice(&length.to_le_bytes());
+    record.extend_from_slice(data);
+    record.extend_from_slice(entries);
+    record
+}
+
+/// The first [`FILES_DATA`] bytes of the payload of small files with so many bytes of data.
+#[must_use]
+pub fn files_head(data: usize) -> [u8; FILES_DATA] {
+    let mut head = [0; FILES_DATA];
+    head[0] = PayloadKind::Files as u8;
+    // Both below their types' limits.
+    let padding = u16::try_from(FILES_DATA - FILES_HEAD).unwrap_or(0);
+    let length = u32::try_from(data).unwrap_or(u32::MAX);
+    head[1..3].copy_from_slice(&padding.to_le_bytes());
+    head[FILES_DATA - 4..].copy_from_slice(&length.to_le_bytes());
+    head
 }
 
 /// Appends the head of a segment and room for `count` descriptors and returns where these begin; the
@@ -328,6 +391,9 @@ impl<'a> Payload<'a> {
                 Self::Entries(items)
             }
             PayloadKind::Files => {
+                reader.short()?;
+                let length = reader.u32()? as usize;
+                let mut data = Reader::new(reader.bytes(length)?);
                 let mut files = Vec::new();
                 while !reader.is_empty() {
                     let entry = Entry::decode(&mut reader)?;
@@ -335,8 +401,11 @@ impl<'a> Payload<'a> {
                         return Err(Malformed("a small file is not a file"));
                     };
                     let count = block_size.blocks_of(size);
-                    let blocks = blocks(&mut reader, block_size, size, 0, count)?;
-                    files.push((entry, blocks));
+                    let named = descriptors(&mut reader, block_size, size, 0, count)?;
+                    files.push((entry, blocks(named, &mut data, block_size, size, 0)?));
+                }
+                if !data.is_empty() {
+                    return Err(Malformed("bytes of small files belong to none"));
                 }
                 Self::Files(files)
             }
@@ -345,7 +414,8 @@ impl<'a> Payload<'a> {
                 let (size, first) = (reader.u64()?, reader.u64()?);
                 let count = u64::from(reader.u32()?);
                 reader.short()?;
-                let blocks = blocks(&mut reader, block_size, size, first, count)?;
+                let named = descriptors(&mut reader, block_size, size, first, count)?;
+                let blocks = blocks(named, &mut reader, block_size, size, first)?;
                 Self::Segment(Segment {
                     path,
                     size,
@@ -398,13 +468,13 @@ fn entry_item(reader: &mut Reader<'_>) -> Result<EntryItem, Malformed> {
     }
 }
 
-fn blocks<'a>(
+fn descriptors<'a>(
     reader: &mut Reader<'a>,
     block_size: BlockSize,
     size: u64,
     first: u64,
     count: u64,
-) -> Result<Vec<Block<'a>>, Malformed> {
+) -> Result<&'a [[u8; DESCRIPTOR_LEN]], Malformed> {
     let past = first.checked_add(count);
     if past.is_none_or(|past| past > block_size.blocks_of(size)) {
         return Err(Malformed("a block lies past the end of its file"));
@@ -412,7 +482,17 @@ fn blocks<'a>(
     let bytes = usize::try_from(count)
         .unwrap_or(usize::MAX)
         .saturating_mul(DESCRIPTOR_LEN);
-    let descriptors = reader.bytes(bytes)?.as_chunks::<DESCRIPTOR_LEN>().0;
+    Ok(reader.bytes(bytes)?.as_chunks().0)
+}
+
+/// The blocks that follow each other in a file from `first` on, with their bytes, which come next in `data`.
+fn blocks<'a>(
+    descriptors: &[[u8; DESCRIPTOR_LEN]],
+    data: &mut Reader<'a>,
+    block_size: BlockSize,
+    size: u64,
+    first: u64,
+) -> Result<Vec<Block<'a>>, Malformed> {
     let mut blocks = Vec::with_capacity(descriptors.len());
     for (descriptor, index) in descriptors.iter().zip(first..) {
         let (flag, signature) = (descriptor[0], &descriptor[1..]);
@@ -425,8 +505,8 @@ fn blocks<'a>(
             FLAG_ZERO => Block::Zero,
             FLAG_SAME => Block::Same,
             FLAG_DATA => {
-                let data = reader.bytes(block_size.length_of(size, index))?;
-                Block::Data(named(), data)
+                let bytes = data.bytes(block_size.length_of(size, index))?;
+                Block::Data(named(), bytes)
             }
             FLAG_OFFERED => Block::Offered(named()),
             _ => return Err(Malformed("a block is of an unknown kind")),
@@ -471,6 +551,58 @@ mod tests {
                 prop_assert_eq!(unpacked[0] & PACKED, 0);
             }
         }
+    }
+
+    #[test]
+    fn small_files_come_back_as_they_were_put_with_their_data_in_place_or_not() {
+        let size = BlockSize::default();
+        let file = |path: &[u8], length: u64| Entry {
+            path: path.into(),
+            mode: 0o640,
+            uid: 1,
+            gid: 2,
+            mtime: crate::volume::Timestamp::default(),
+            xattrs: Vec::new(),
+            kind: Kind::File {
+                size: length,
+                blocks: Vec::new(),
+            },
+            seen: crate::volume::tree::Seen::default(),
+        };
+        let signature = Signature([9; 32]);
+        let long = vec![7; 65_536];
+        let files = [
+            (file(b"a", 3), vec![Block::Data(signature, b"abc")]),
+            (file(b"b", 0), vec![]),
+            (
+                file(b"c", 65_540),
+                vec![Block::Data(signature, &long), Block::Same],
+            ),
+        ];
+        let mut small = SmallFiles::default();
+        for (entry, blocks) in &files {
+            small.put(entry, blocks);
+        }
+        let apart = small.record(vec![1; 10]);
+        let mut placed = vec![0; HEADER_LEN];
+        placed.extend(files_head(small.data.len()));
+        placed.extend(small.data.iter().chain(&small.entries));
+        for record in [&apart, &placed] {
+            let payload = &record[HEADER_LEN..];
+            let Payload::Files(found) = Payload::decode(payload, size).unwrap() else {
+                panic!("not small files");
+            };
+            for ((entry, blocks), (put, expected)) in found.iter().zip(&files) {
+                assert_eq!((&entry.path, entry.size()), (&put.path, put.size()));
+                assert_eq!(blocks, expected);
+            }
+            assert_eq!(found.len(), files.len());
+            for cut in [1, 40, payload.len() - 5] {
+                assert!(Payload::decode(&payload[..payload.len() - cut], size).is_err());
+            }
+        }
+        let stray = super::files(Vec::new(), b"stray", &small.entries[..0]);
+        assert!(Payload::decode(&stray[HEADER_LEN..], size).is_err());
     }
 
     #[test]
