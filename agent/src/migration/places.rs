@@ -16,7 +16,6 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 impl Target {
     pub(super) async fn check_names(plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
@@ -34,16 +33,7 @@ impl Target {
             }
             for port in planned.container.published.iter().filter(|port| !port.udp) {
                 let address = SocketAddr::from((port.host_ip, port.host_port));
-                let until = Instant::now() + PORT_PATIENCE;
-                let tried = loop {
-                    match std::net::TcpListener::bind(address) {
-                        Err(_) if Instant::now() < until => {
-                            tokio::time::sleep(Duration::from_millis(100)).await;
-                        }
-                        tried => break tried,
-                    }
-                };
-                if let Err(error) = tried {
+                if let Err(error) = std::net::TcpListener::bind(address) {
                     return Err(TargetError::InTheWay {
                         what: name.to_owned(),
                         why: format!(
@@ -142,9 +132,6 @@ impl Target {
         })
     }
 }
-
-/// A runtime lets go of the ports of a container a moment after it was removed.
-const PORT_PATIENCE: Duration = Duration::from_secs(3);
 
 fn kind_of<'a>(plan: &'a Plan, place: &Place) -> Option<&'a VolumeKind> {
     let mut volumes = plan.volumes.iter();
