@@ -104,8 +104,10 @@ fn disk_of(model: &str) -> String {
             fs::read_to_string(disk.path().join("device/model"))
                 .is_ok_and(|its| its.trim() == model)
         })
-        .map(|disk| disk.file_name().into_string().expect("plain"))
-        .unwrap_or_else(|| panic!("no disk of the model {model}"))
+        .map_or_else(
+            || panic!("no disk of the model {model}"),
+            |disk| disk.file_name().into_string().expect("plain"),
+        )
 }
 
 #[test]
