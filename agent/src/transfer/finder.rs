@@ -49,7 +49,7 @@ impl Finder {
 }
 
 /// Signature and length of each block that is offered, in order.
-fn offered(block_size: BlockSize, payload: &Payload<'_>) -> Vec<(Signature, usize)> {
+pub(super) fn offered(block_size: BlockSize, payload: &Payload<'_>) -> Vec<(Signature, usize)> {
     let of_file = |size: u64, first: u64, blocks: &[Block<'_>]| -> Vec<(Signature, usize)> {
         let pairs = blocks.iter().zip(first..);
         pairs

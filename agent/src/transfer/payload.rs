@@ -6,7 +6,8 @@
 //! every count is checked against the bytes that are there before anything is
 //! allocated; decoding never panics.
 
-use super::frame::{BODY_CAP, HEADER_LEN};
+use super::finder;
+use super::frame::{BODY_CAP, DATA_CAP, HEADER_LEN};
 use crate::model::ids::Signature;
 use crate::volume::BlockSize;
 use crate::volume::aligned::ALIGNMENT;
@@ -442,6 +443,11 @@ impl<'a> Payload<'a> {
         if !reader.is_empty() {
             return Err(Malformed("bytes are left over after a record"));
         }
+        // Whoever holds what is offered makes room for all of it.
+        let offered = finder::offered(block_size, &decoded);
+        if offered.iter().map(|(_, length)| length).sum::<usize>() > DATA_CAP {
+            return Err(Malformed("more is offered than a record may carry"));
+        }
         Ok(decoded)
     }
 }
@@ -532,6 +538,25 @@ mod tests {
 
     proptest! {
         #[test]
+        fn decoding_changed_small_files_never_panics(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..4),
+        ) {
+            let entry = file(b"a", 70_000);
+            let offered = Block::Offered(Signature([9; 32]));
+            let mut small = SmallFiles::default();
+            small.put(&entry, &[offered, Block::Data(Signature([8; 32]), &[7; 70_000 - 65_536])]);
+            let mut payload = small.record(Vec::new())[HEADER_LEN..].to_vec();
+            prop_assert!(Payload::decode(&payload, BlockSize::default()).is_ok());
+            for (place, byte) in changes {
+                let place = place.index(payload.len());
+                payload[place] = byte;
+            }
+            let _ = Payload::decode(&payload, BlockSize::default());
+        }
+    }
+
+    proptest! {
+        #[test]
         fn unpacking_any_bytes_never_panics_nor_takes_more_than_a_record(
             kind in 0x80..0x88_u8,
             length in prop_oneof![0..2000_u32, any::<u32>()],
@@ -553,10 +578,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn small_files_come_back_as_they_were_put_with_their_data_in_place_or_not() {
-        let size = BlockSize::default();
-        let file = |path: &[u8], length: u64| Entry {
+    fn file(path: &[u8], length: u64) -> Entry {
+        Entry {
             path: path.into(),
             mode: 0o640,
             uid: 1,
@@ -568,7 +591,25 @@ mod tests {
                 blocks: Vec::new(),
             },
             seen: crate::volume::tree::Seen::default(),
-        };
+        }
+    }
+
+    #[test]
+    fn offers_of_more_than_a_record_may_carry_are_refused() {
+        let size = BlockSize::default();
+        let blocks = DATA_CAP as u64 / size.bytes();
+        for (count, holds) in [(blocks, true), (blocks + 1, false)] {
+            let offered = vec![Block::Offered(Signature([9; 32])); count as usize];
+            let mut small = SmallFiles::default();
+            small.put(&file(b"a", count * size.bytes()), &offered);
+            let record = small.record(Vec::new());
+            assert_eq!(Payload::decode(&record[HEADER_LEN..], size).is_ok(), holds);
+        }
+    }
+
+    #[test]
+    fn small_files_come_back_as_they_were_put_with_their_data_in_place_or_not() {
+        let size = BlockSize::default();
         let signature = Signature([9; 32]);
         let long = vec![7; 65_536];
         let files = [

@@ -11,6 +11,7 @@ use super::link::LinkError;
 use super::payload::Block;
 use super::pieces::{self, Large, Piece};
 use super::queue::{Queue, lock};
+use super::record::SLOT;
 use super::small::OfferedFiles;
 use super::source::{Source, SourceError, Tally, add};
 use crate::model::ids::Signature;
@@ -34,15 +35,16 @@ use std::sync::{Arc, Mutex};
 const SMALL_CAP: u64 = DATA_CAP as u64;
 /// Small files read in one batch.
 const BATCH_FILES: usize = 256;
-/// Records, at most a megabyte each, that a thread keeps while their offers are not answered: with four
+/// Records, at most [`SLOT`] each, that a thread keeps while their offers are not answered: with four
 /// threads enough to fill 1 GB/s over a round trip of 30 ms.
 const UNANSWERED_CAP: usize = 8;
 /// Threads that read, for each worker: while one waits for the disk, another signs and seals.
 const READERS: usize = 2;
+
 /// Bytes of records that the threads of an epoch hold at most before a link has them.
 pub(super) fn held_by_readers(workers: usize) -> usize {
     let records = pieces::TOGETHER as usize + UNANSWERED_CAP;
-    workers.max(1) * READERS * records * DATA_CAP
+    workers.max(1) * READERS * records * SLOT
 }
 
 /// What became of each file, by its step: none when it vanished.

@@ -4,42 +4,54 @@
 use super::frame::{DATA_CAP, HEADER_LEN};
 use super::queue::lock;
 use super::seal::{SEAL_LEN, TAG_LEN};
-use super::uring::prefer_huge_pages;
+use super::uring::{prefer_huge_pages, release_pages};
 use crate::volume::aligned::ALIGNMENT;
 use bytes::BytesMut;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex};
 
-/// Memory of a record that carries as much data as one may, with the entries of some hundred small files.
-const SLOT: usize = DATA_CAP + (64 << 10);
+/// Memory of a record that carries as much data as one may, with the entries of some hundred small files; whole
+/// pages of every architecture.
+pub(super) const SLOT: usize = DATA_CAP + (64 << 10);
 /// Slots that are taken from the kernel together: whole huge pages.
 const TOGETHER: usize = 32;
 /// A huge page of every architecture with pages of 4 KiB.
 const HUGE: usize = 2 << 20;
-/// A record that fills less of a slot than one part of this many leaves it.
+/// A record that fills less of its memory than one part of this many leaves it.
 const SPARSE: usize = 4;
+/// Free slots that keep their memory. Of more, which a link that became slow leaves behind, it goes back to the kernel.
+const WARM: usize = 16;
 
 /// Slots for the records of one epoch: used again by whoever comes next, and in huge pages where the kernel has
 /// them, for a fault for each 4 KiB and the pinning of as many pages for each direct read cost more than copying.
 #[derive(Debug, Default)]
 pub struct Slots {
-    free: Mutex<Vec<BytesMut>>,
+    free: Mutex<Free>,
+}
+
+#[derive(Debug, Default)]
+struct Free {
+    /// With memory, up to [`WARM`].
+    warm: Vec<BytesMut>,
+    /// Without.
+    cold: Vec<BytesMut>,
 }
 
 impl Slots {
     fn take(self: &Arc<Self>) -> Slot {
         let mut free = lock(&self.free);
-        if free.is_empty() {
+        let taken = free.warm.pop().or_else(|| free.cold.pop());
+        let bytes = taken.unwrap_or_else(|| {
             let mut memory = BytesMut::zeroed(TOGETHER * SLOT + HUGE);
             let address = memory.as_ptr().addr();
             let _ = memory.split_to(address.next_multiple_of(HUGE) - address);
             prefer_huge_pages(&mut memory[..TOGETHER * SLOT]);
-            free.extend((0..TOGETHER).map(|_| memory.split_to(SLOT)));
-        }
-        Slot {
-            bytes: free.pop().unwrap_or_default(),
-            slots: Arc::clone(self),
-        }
+            let others = (1..TOGETHER).map(|_| memory.split_to(SLOT));
+            free.cold.extend(others);
+            memory.split_to(SLOT)
+        });
+        let slots = Arc::clone(self);
+        Slot { bytes, slots }
     }
 }
 
@@ -52,7 +64,14 @@ struct Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        lock(&self.slots.free).push(std::mem::take(&mut self.bytes));
+        let mut bytes = std::mem::take(&mut self.bytes);
+        let mut free = lock(&self.slots.free);
+        if free.warm.len() < WARM {
+            free.warm.push(bytes);
+        } else {
+            release_pages(&mut bytes);
+            free.cold.push(bytes);
+        }
     }
 }
 
@@ -102,10 +121,20 @@ impl Record {
     pub fn append(&mut self, bytes: &[u8]) {
         let end = self.end + bytes.len();
         if end > self.memory.len() {
-            let mut memory = self.memory.to_vec();
-            memory.resize(end + SEAL_LEN + TAG_LEN, 0);
             // It may be aligned differently; nothing is read to there any more.
-            self.memory = Memory::Own(memory);
+            let wanted = end + SEAL_LEN + TAG_LEN;
+            match &mut self.memory {
+                Memory::Own(memory) => {
+                    memory.reserve_exact(wanted - memory.len());
+                    memory.resize(end, 0);
+                }
+                Memory::Slot(slot) => {
+                    let mut memory = Vec::with_capacity(wanted);
+                    memory.extend_from_slice(&slot.bytes[..self.end]);
+                    memory.resize(end, 0);
+                    self.memory = Memory::Own(memory);
+                }
+            }
         }
         self.memory[self.end..end].copy_from_slice(bytes);
         self.end = end;
@@ -114,20 +143,21 @@ impl Record {
     /// Bytes of memory that it holds.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.memory.len()
+        match &self.memory {
+            Memory::Own(memory) => memory.capacity(),
+            Memory::Slot(slot) => slot.bytes.len(),
+        }
     }
 
-    /// The same record; what is short leaves its slot to another.
+    /// The same record; what is short leaves its memory to another.
     #[must_use]
     pub fn dense(self) -> Self {
-        match self.memory {
-            Memory::Slot(_) if self.len() < SLOT / SPARSE => {
-                let mut memory = Vec::with_capacity(self.len() + SEAL_LEN + TAG_LEN);
-                memory.extend_from_slice(&self);
-                memory.into()
-            }
-            _ => self,
+        if self.held() < SPARSE * self.len().max(ALIGNMENT) {
+            return self;
         }
+        let mut memory = Vec::with_capacity(self.len() + SEAL_LEN + TAG_LEN);
+        memory.extend_from_slice(&self);
+        memory.into()
     }
 
     /// Its memory, for another record, unless it is a slot's; what is in it has no meaning.
@@ -197,6 +227,11 @@ impl<'a> Extend<&'a u8> for Record {
 mod tests {
     use super::*;
 
+    fn free(slots: &Slots) -> usize {
+        let free = lock(&slots.free);
+        free.warm.len() + free.cold.len()
+    }
+
     #[test]
     fn the_payload_is_aligned_in_new_and_in_used_memory() {
         let slots = Arc::default();
@@ -211,8 +246,11 @@ mod tests {
             record.truncate(head.len());
             assert_eq!(record[..], head);
         }
-        let free = lock(&slots.free).len();
-        assert_eq!(free, TOGETHER, "all came back, and no more were needed");
+        assert_eq!(
+            free(&slots),
+            TOGETHER,
+            "all came back, and no more were needed"
+        );
     }
 
     #[test]
@@ -228,6 +266,32 @@ mod tests {
         let record = record.dense();
         assert_eq!(record[..], [3; HEADER_LEN]);
         assert!(record.held() < ALIGNMENT);
-        assert_eq!(lock(&slots.free).len(), TOGETHER);
+        assert_eq!(free(&slots), TOGETHER);
+    }
+
+    #[test]
+    fn packed_records_hold_no_more_than_they_need_and_idle_slots_little() {
+        let mut packed = Vec::with_capacity(SLOT);
+        packed.extend([4; 50_000]);
+        let record = Record::from(packed).dense();
+        assert!(record.held() < 51_000 && record[..] == [4; 50_000]);
+        // Room for what seals it is used, and not more taken.
+        let mut record = record;
+        record.append(&[5; SEAL_LEN + TAG_LEN]);
+        assert!(record.held() < 51_000 && record.ends_with(&[5; SEAL_LEN + TAG_LEN]));
+
+        let slots = Arc::default();
+        let full: Vec<Record> = (0..2 * TOGETHER)
+            .map(|_| {
+                let mut record = Record::with_room(&slots, &[6; HEADER_LEN], DATA_CAP);
+                record.fill(6);
+                record
+            })
+            .collect();
+        drop(full);
+        assert_eq!(lock(&slots.free).warm.len(), WARM);
+        assert_eq!(free(&slots), 2 * TOGETHER);
+        let cold = &lock(&slots.free).cold;
+        assert!(cold.iter().all(|slot| slot.iter().all(|byte| *byte == 0)));
     }
 }

@@ -197,7 +197,7 @@ pub(super) struct Outlet {
     answering: Arc<Link>,
     pub(super) offers: Offers,
     packing: Packing,
-    /// What large records are made in.
+    /// What records with much data are made in.
     pub(super) slots: Arc<Slots>,
 }
 

@@ -295,7 +295,8 @@ impl<'s> Reading<'_, 's> {
     /// Whether a small file is worth a question.
     fn is_offerable(&self, entry: &Entry, fates: &[Fate]) -> bool {
         let lengths = (0..).map(|index| self.source.block_size.length_of(entry.size(), index));
-        let attributes: usize = entry.xattrs.iter().map(|one| one.value.len()).sum();
+        let attributes = entry.xattrs.iter();
+        let attributes: usize = attributes.map(|one| one.name.len() + one.value.len()).sum();
         attributes <= OFFERED_ATTRIBUTES
             && fates
                 .iter()

@@ -7,6 +7,7 @@
 
 use super::engine::{Engine, Read, Write, write_whole};
 use crate::volume::confined::confining;
+use bytes::BytesMut;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -176,17 +177,33 @@ pub(super) fn is_cached(file: BorrowedFd<'_>, offset: u64, length: u64) -> bool 
         )
     };
     let [cached, ..] = counts;
-    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
-    let page = page.and_then(|bytes| u64::try_from(bytes).ok());
-    code == 0 && cached * 2 * page.unwrap_or(4096) >= length
+    code == 0 && cached * 2 * page_size() as u64 >= length
 }
 
-/// Asks for huge pages beneath memory that nothing was written to yet. Where the kernel has none to give, small
-/// ones are as good.
+fn page_size() -> usize {
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    page.and_then(|bytes| usize::try_from(bytes).ok())
+        .unwrap_or(4096)
+}
+
+/// Asks for huge pages beneath memory that nothing was written to yet; the kernel gives small ones where it has none.
 pub(super) fn prefer_huge_pages(memory: &mut [u8]) {
     let start = NonNull::from(&mut *memory).cast();
     // SAFETY: the advice is about memory that is borrowed here, and changes nothing that is in it.
     let _ = unsafe { madvise(start, memory.len(), MmapAdvise::MADV_HUGEPAGE) };
+}
+
+/// Gives the whole pages of memory of the heap back to the kernel: they hold zeros when they are used again.
+pub(super) fn release_pages(memory: &mut BytesMut) {
+    let (page, address) = (page_size(), memory.as_ptr().addr());
+    let start = address.next_multiple_of(page) - address;
+    let end = ((address + memory.len()) / page * page).saturating_sub(address);
+    let Some(pages) = memory.get_mut(start..end).filter(|pages| !pages.is_empty()) else {
+        return;
+    };
+    let start = NonNull::from(&mut *pages).cast();
+    // SAFETY: the pages are private, exclusively borrowed and whole, and zeros are bytes like others.
+    let _ = unsafe { madvise(start, pages.len(), MmapAdvise::MADV_DONTNEED) };
 }
 
 fn retry_or_abort(error: &io::Error) {
