@@ -91,6 +91,12 @@ pub enum CallFailure {
 }
 
 impl CallError {
+    /// Whether the device itself said no: it did not do what it was asked.
+    #[must_use]
+    pub fn is_refusal(&self) -> bool {
+        matches!(self.failure, CallFailure::Answered { .. }) && !self.can_retry()
+    }
+
     /// Whether the same call may succeed later, without anybody changing anything.
     #[must_use]
     pub fn can_retry(&self) -> bool {

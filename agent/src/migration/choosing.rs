@@ -1,6 +1,7 @@
 //! Asks whether a plan copies or switches first, with what is known of it now.
 //!
-//! Invariant: it is asked before the whole copy and after every round, and each answer is in the journal.
+//! Invariant: it is asked before the whole copy and after every round, and each answer is in the journal. Forecasts are
+//! looked at during the whole copy, too, and before a prepared plan evacuates: there only switching first is noted.
 
 use super::active::Active;
 use super::delegator::Delegator;
@@ -118,6 +119,7 @@ impl Move {
             .or_else(|| written(&view, &self.plan.containers));
         Outlook {
             size: estimate.bytes,
+            copied: Bytes(0),
             rounds,
             last: measured.last,
             before,
@@ -138,7 +140,7 @@ pub(super) struct Watch {
     delegator: Arc<Delegator>,
     active: Arc<Active>,
     plan: Plan,
-    /// When the copy began.
+    /// What was known when the copy began.
     outlook: Outlook,
     cannot_serve: Option<String>,
     /// When the copy began, and what was read before.
@@ -147,19 +149,28 @@ pub(super) struct Watch {
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
+/// Looks in a row that must agree: there is no way back.
+const LOOKS: u32 = 5;
 
 impl Watch {
     /// The choice to switch first, once a forecast makes it the better one for what is left.
     pub(super) async fn late(&self) -> Choice {
+        let mut agree = 0;
         loop {
             tokio::time::sleep(LOOK).await;
             let view = self.delegator.parts().view.borrow().clone();
-            let Some(deadline) = deadline(&view, self.delegator.now()) else {
-                continue;
-            };
-            let choice = self.rest(&view, deadline).choose();
-            if choice.next == Next::SwitchFirst {
-                return choice;
+            let rest = deadline(&view, self.delegator.now())
+                .map(|deadline| self.rest(&view, deadline))
+                .filter(Outlook::is_late);
+            let choice = rest.map(Outlook::choose);
+            match choice.filter(|choice| choice.next == Next::SwitchFirst) {
+                None => agree = 0,
+                Some(choice) => {
+                    agree += 1;
+                    if agree == LOOKS {
+                        return choice;
+                    }
+                }
             }
         }
     }
@@ -171,8 +182,7 @@ impl Watch {
         if let Some(rate) = rate_of(read, since.elapsed()) {
             outlook.copy = rate;
         }
-        outlook.size = Bytes(outlook.size.0.saturating_sub(read.0));
-        outlook.dirty = written(view, &self.plan.containers).or(outlook.dirty);
+        outlook.copied = read;
         outlook.deadline = Some(deadline);
         outlook.obstacle = obstacle_of(&self.plan, view).or_else(|| self.cannot_serve.clone());
         outlook

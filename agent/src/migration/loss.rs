@@ -49,6 +49,14 @@ impl Move {
         .collect()
     }
 
+    /// Takes note of a volume that cannot be read whole.
+    pub(super) fn note_unreadable(&mut self, replica: &Replica, volumes: &[VolumeSpec]) {
+        let mut volumes = volumes.iter();
+        let found = volumes.find(|volume| !replica.lost(volume).is_empty());
+        self.moved.unreadable =
+            found.map(|volume| format!("volume {} has bytes that cannot be read", volume.name));
+    }
+
     /// Waits until an operator has accepted what is lost of `volumes`; whether that took a while.
     pub(super) async fn await_acceptance(
         &mut self,

@@ -189,6 +189,8 @@ pub(super) struct Moved {
     pub(super) prepared: bool,
     /// Why the target cannot start twins before their data, as it said last.
     pub(super) cannot_serve: Option<String>,
+    /// A volume with bytes that cannot be read, so that it never would be whole.
+    pub(super) unreadable: Option<String>,
     /// Rounds that are on the target.
     pub(super) rounds: u32,
     /// The last epoch of each volume there.
@@ -210,6 +212,8 @@ impl Moved {
                 self.lives += 1;
                 self.measured.restart();
             }
+            // It was copied in advance, and slowly.
+            SourceEvent::GoesOn { .. } => self.measured.hurry(),
             SourceEvent::Round {
                 round,
                 volumes,

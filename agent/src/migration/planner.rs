@@ -399,6 +399,7 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
     let capped = request.guards.limit.filter(|limit| *limit < rate);
     let outlook = Outlook {
         size: bytes,
+        copied: Bytes(0),
         rounds: 0,
         last: None,
         before: None,

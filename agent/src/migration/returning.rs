@@ -217,12 +217,14 @@ impl Move {
         super::faults::die_at("asked back");
         let answer = loop {
             match self.ask_back(target).await {
-                Err(MoveError::Peer(error)) if error.can_retry() => {
+                Ok(word) => break Ok(word),
+                Err(MoveError::Peer(error)) if error.is_refusal() => break Err(error),
+                // It may have given everything back all the same.
+                Err(error) => {
                     self.active
                         .trouble(&format!("asking for everything back: {error}"));
                     tokio::time::sleep(RETRY * 4).await;
                 }
-                answer => break answer,
             }
         };
         match answer {

@@ -380,7 +380,7 @@ impl<'a> Prepared<'a> {
             rehearse(core, &target).await?;
         }
         let (mut before, mut rounds) = (None, 0);
-        // What changed since it was prepared is sent once more before anything else.
+        core.note_unreadable(&replica, &volumes);
         let first = core.look(rounds, before);
         if first.next == Next::SwitchFirst || !in_advance {
             core.note_choice(&first)?;
@@ -419,6 +419,7 @@ impl<'a> Prepared<'a> {
                 drop_exports(core).await;
                 rehearse(core, &target).await?;
             }
+            core.note_unreadable(&replica, &volumes);
             match core.choose(rounds, before)?.next {
                 Next::Copy => before = Some(changeset),
                 Next::SwitchFirst => break Way::SwitchFirst,

@@ -109,7 +109,9 @@ impl Move {
     /// Why this plan cannot switch first now; none when it can.
     pub(super) fn obstacle(&self) -> Option<String> {
         let view = self.delegator.parts().view.borrow().clone();
-        obstacle_of(&self.plan, &view).or_else(|| self.moved.cannot_serve.clone())
+        obstacle_of(&self.plan, &view)
+            .or_else(|| self.moved.cannot_serve.clone())
+            .or_else(|| self.moved.unreadable.clone())
     }
 
     /// Lets the target take the list of every tree, and compares it with what is here; the workload is frozen

@@ -51,6 +51,9 @@ pub struct Changeset {
 pub struct Outlook {
     /// All that moves.
     pub size: Bytes,
+    /// What of it the whole copy has taken over so far, while it is not over.
+    #[serde(default)]
+    pub copied: Bytes,
     /// Rounds since the evacuation began.
     pub rounds: u32,
     /// The last of them that sent a changeset; none before the second, as the first sends everything.
@@ -210,7 +213,7 @@ impl Outlook {
         let (mut copying, mut took) = (Duration::ZERO, self.whole);
         while !self.rests(last, before, rounds) {
             let (bytes, is_whole) = match (last, took) {
-                (None, None) => (self.size, true),
+                (None, None) => (Bytes(self.size.0.saturating_sub(self.copied.0)), true),
                 (None, Some(took)) => (self.changed_in(took), false),
                 (Some(last), _) => (self.changed_in(last.took), false),
             };
@@ -232,13 +235,16 @@ impl Outlook {
         }
     }
 
-    /// What is sent when the workload is frozen now.
-    fn left(&self) -> Bytes {
-        match (self.last, self.whole) {
-            (Some(last), _) => self.changed_in(last.took),
-            (None, Some(took)) => self.changed_in(took),
-            (None, None) => self.size,
-        }
+    /// Whether a forecast alone makes switching first better.
+    #[must_use]
+    pub fn is_late(&self) -> bool {
+        self.late(&self.course()).is_some()
+    }
+
+    /// Whether all data would be whole on the target in time if it switched first now. What was copied counts only
+    /// once the source has read it again and named each block.
+    fn whole_in(&self, left: Duration) -> bool {
+        self.time_for(self.size) <= left
     }
 
     /// Why switching first would be better; none when it would not.
@@ -249,11 +255,14 @@ impl Outlook {
                 human_duration(self.bounds.pause)
             ));
         }
+        self.late(course)
+    }
+
+    fn late(&self, course: &Course) -> Option<String> {
         let deadline = self.deadline.as_ref()?;
         let copied = course.copying.saturating_add(course.pause);
         // What cannot be had in time either way stays whole in one place.
-        let in_time = self.time_for(self.left()) <= deadline.left;
-        (copied > deadline.left && in_time).then(|| {
+        (copied > deadline.left && self.whole_in(deadline.left)).then(|| {
             format!(
                 "copying would not be over in the {} that `{}` forecasts, and switched first each byte goes once",
                 human_duration(deadline.left),
@@ -267,7 +276,7 @@ impl Outlook {
         let too_late = self
             .deadline
             .as_ref()
-            .filter(|deadline| self.time_for(self.left()) > deadline.left);
+            .filter(|deadline| !self.whole_in(deadline.left));
         match (&self.dirty, too_late) {
             (_, Some(deadline)) => format!(
                 "neither way is over in the {} that `{}` forecasts, and until the switch everything is in one place",
@@ -280,12 +289,12 @@ impl Outlook {
     }
 
     fn head(&self, next: Next) -> &'static str {
-        match (next, self.whole) {
-            (Next::SwitchFirst, None) => "switch first",
-            (Next::SwitchFirst, Some(_)) => "switch first, with what was copied so far",
+        match (next, self.whole.is_some() || self.copied.0 > 0) {
+            (Next::SwitchFirst, false) => "switch first",
+            (Next::SwitchFirst, true) => "switch first, with what was copied so far",
             (Next::Pause, _) => "pause now",
-            (Next::Copy, None) => "copy first",
-            (Next::Copy, Some(_)) => "go on copying",
+            (Next::Copy, false) => "copy first",
+            (Next::Copy, true) => "go on copying",
         }
     }
 
@@ -374,6 +383,11 @@ impl Measured {
     /// The next round is a whole one again; what was learnt of the rate stays.
     pub fn restart(&mut self) {
         (self.whole, self.last, self.dirty, self.began) = (None, None, None, None);
+    }
+
+    /// Rounds from here on may be faster: what those before took says nothing of them.
+    pub fn hurry(&mut self) {
+        (self.last, self.most) = (None, None);
     }
 
     /// How fast the copy is; none while too little was copied to tell.

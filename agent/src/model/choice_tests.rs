@@ -17,6 +17,7 @@ fn rate(bytes: u64) -> Rate {
 
 fn outlook(size: u64, copy: u64, dirty: Option<u64>) -> Outlook {
     Outlook {
+        copied: Bytes(0),
         size: Bytes(size),
         rounds: 0,
         last: None,
@@ -99,6 +100,41 @@ fn a_forecast_in_which_copying_would_not_end_but_each_byte_goes_once_switches_fi
     assert!(choice.why.contains("neither way"), "{}", choice.why);
     outlook.deadline = within(3600);
     assert_eq!(outlook.choose().next, Next::Copy);
+}
+
+#[test]
+fn what_was_copied_counts_for_copying_and_not_as_whole_after_a_switch() {
+    // 9 of 10 GiB are there: 10 s of copying are left, and 6 rounds for what changes; the source reads 102 s for all.
+    let mut late = outlook(10 * GIB, 100 * MIB, Some(60 * MIB));
+    late.copied = Bytes(9 * GIB);
+    late.deadline = within(15);
+    assert!(!late.is_late());
+    assert_eq!(late.choose().next, Next::Copy);
+    let mut late = outlook(10 * GIB, 100 * MIB, Some(95 * MIB));
+    late.copied = Bytes(GIB);
+    late.deadline = within(110);
+    assert!(late.is_late());
+    let choice = late.choose();
+    assert_eq!(choice.next, Next::SwitchFirst);
+    let how = "switch first, with what was copied so far: ";
+    assert!(choice.why.starts_with(how), "{}", choice.why);
+}
+
+#[test]
+fn rounds_in_advance_say_nothing_of_the_rate_of_those_that_follow() {
+    let mut measured = Measured::default();
+    let slow = |bytes, seconds| Changeset {
+        bytes: Bytes(bytes),
+        took: Duration::from_secs(seconds),
+    };
+    measured.note(UnixMillis(1_000_000), slow(16 * GIB, 1000));
+    measured.note(UnixMillis(1_120_000), slow(GIB, 60));
+    assert_eq!(measured.copy(), Some(rate(16 * GIB / 1000)));
+    measured.hurry();
+    assert_eq!((measured.copy(), measured.last), (None, None));
+    let assumed = rate(GIB);
+    assert_eq!(measured.overhead(&assumed), Duration::ZERO);
+    assert!(measured.whole.is_some() && measured.dirty().is_some());
 }
 
 #[test]
