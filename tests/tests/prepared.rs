@@ -189,7 +189,7 @@ fn a_paired_device_that_dies_while_prepared_is_found_again_or_done_without() -> 
 /// Waits for rounds of the same plan beyond the first `before`, after a death, which send little again.
 fn goes_on(stage: &Stage, plan: &str, before: usize) -> Result<()> {
     let source = stage.source()?;
-    let copied = wait_for("a round after the death", PATIENCE, || {
+    let copied = wait_for("a round after the death", PATIENCE * 3, || {
         let copied = moved(source, plan)?.0;
         Ok((copied.len() > before + 1).then_some(copied))
     })

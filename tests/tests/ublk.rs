@@ -323,9 +323,17 @@ fn without_the_source_reads_of_a_device_wait_side_by_side_then_fail_and_go_on_wh
         "one after another: {took:?}"
     );
     assert!(read(&file, 0, 4096).expect("it is here") == plain[..4096]);
+    let bytes = random(9, 4096);
     // The link is no disk of this host: nothing of it may make a policy find the host degraded.
     let name = device.path().replace("/dev/", "");
+    let used = bench.directory.join("used");
     let seen = agent.until("the real disk", |seen| {
+        // Somebody has to use it: what was written before may all have been before the agent looked.
+        let written = File::create(&used).and_then(|file| {
+            file.write_all_at(&bytes, 0)?;
+            file.sync_all()
+        });
+        written.expect("written");
         !seen.values("block.iops", "vda").is_empty()
     });
     for metric in [
@@ -336,7 +344,6 @@ fn without_the_source_reads_of_a_device_wait_side_by_side_then_fail_and_go_on_wh
     ] {
         assert_eq!(seen.values(metric, &name), [0.0; 0], "{metric}");
     }
-    let bytes = random(9, 4096);
     file.write_all_at(&bytes, 7 << 20).expect("written");
     bench.link(true);
     wait("the source", || read(&file, place(1), 4096).is_ok());
