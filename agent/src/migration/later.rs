@@ -16,10 +16,10 @@ use crate::model::ids::{DeviceId, PlanId, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, SignedRelease, VolumeRelease};
 use crate::model::units::Bytes;
 use crate::model::volume::VolumeKind;
-use crate::serve::{Filler, Mount, Store, StoreError, bring_back, lay_by};
+use crate::serve::{Filler, Mount, Store, StoreError, bring_back, exchange, lay_by};
 use crate::transfer::fetch::FetchPlan;
 use crate::volume::FleetKey;
-use nix::fcntl::{AT_FDCWD, OFlag, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
+use nix::fcntl::{OFlag, PosixFadviseAdvice, posix_fadvise};
 use nix::sys::stat::Mode;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -189,12 +189,6 @@ pub(super) fn cannot_serve(plan: &Plan, places: &[Place]) -> Option<String> {
             place.path.display()
         ))
     })
-}
-
-fn exchange(one: &Path, other: &Path) -> io::Result<()> {
-    let flags = RenameFlags::RENAME_EXCHANGE;
-    renameat2(AT_FDCWD, one, AT_FDCWD, other, flags)?;
-    Ok(())
 }
 
 impl Target {

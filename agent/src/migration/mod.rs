@@ -19,6 +19,7 @@ mod fenced;
 mod foreground;
 mod freezing;
 mod guard;
+mod images;
 pub mod journal;
 mod keys;
 mod later;

@@ -2,8 +2,8 @@
 
 use super::devices::detach_all;
 use super::events::TargetEvent;
+use super::images::IMAGE_FILE;
 use super::places::image_id;
-use super::source::IMAGE_FILE;
 use super::target::{Target, TargetError};
 use super::twins::{Devices, twin_spec};
 use crate::containers::{Runtime, TwinError};

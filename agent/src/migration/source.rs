@@ -11,6 +11,7 @@ use super::delegator::{FleetContext, target_peer};
 use super::events::{ContainerFence, SourceEvent};
 use super::foreground;
 use super::freezing::FROZEN_MAX;
+use super::images::{drop_exports, export_images, held_layers, layers};
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
 use super::switch::{RETRY, Released};
@@ -23,7 +24,6 @@ use crate::model::control::{
     Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
 };
 use crate::model::fleet::PeerAddress;
-use crate::model::ids::VolumeId;
 use crate::model::plan::{
     Chosen, Content, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease,
 };
@@ -32,7 +32,6 @@ use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::{DataKey, DataPath, Hop, Limit, LinkKey, Sender};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Runs a plan to its end or back to its beginning; one that was begun in an earlier life of the agent goes on
@@ -280,77 +279,6 @@ fn hop(addr: SocketAddr, key: &Secret) -> Hop {
     }
 }
 
-/// The layers of each image of the plan.
-async fn layers(core: &Move) -> Result<BTreeMap<VolumeId, Vec<String>>, MoveError> {
-    let mut layers = BTreeMap::new();
-    for volume in &core.plan.volumes {
-        let owner = volume.containers.first();
-        if matches!(volume.kind, VolumeKind::Image(_))
-            && let Some(planned) = owner.and_then(|name| core.plan.container(name))
-        {
-            let runtime = core.delegator.runtime_of(planned)?;
-            let of_image = runtime.image_layers(&planned.container.image_id).await?;
-            layers.insert(volume.id, of_image);
-        }
-    }
-    Ok(layers)
-}
-
-/// The lowest layers of each image, as many as the target holds.
-fn held_layers(
-    layers: &BTreeMap<VolumeId, Vec<String>>,
-    held: &BTreeMap<VolumeId, usize>,
-) -> BTreeMap<VolumeId, Vec<String>> {
-    let lowest = |(volume, layers): (&VolumeId, &Vec<String>)| {
-        let count = held.get(volume).copied().unwrap_or(0);
-        (*volume, layers.iter().take(count).cloned().collect())
-    };
-    layers.iter().map(lowest).collect()
-}
-
-/// Exports each image once, without the layers that the target holds; they travel as one archive each.
-async fn export_images(
-    core: &Move,
-    volumes: &[VolumeSpec],
-    held: &BTreeMap<VolumeId, Vec<String>>,
-) -> Result<(), MoveError> {
-    let images = volumes.iter().filter_map(|volume| match &volume.kind {
-        VolumeKind::Image(reference) => Some((volume, reference)),
-        _ => None,
-    });
-    let total: Bytes = images.clone().map(|(volume, _)| volume.size).sum();
-    if total.0 == 0 {
-        return Ok(());
-    }
-    core.enter("export images")?;
-    slow_down(core);
-    let (exported, progress) = (core.active.exporting(total), core.active.progress());
-    for (volume, reference) in images {
-        let directory = &volume.source_path;
-        tokio::fs::create_dir_all(directory)
-            .await
-            .map_err(|error| MoveError::File {
-                doing: format!("create {}", directory.display()),
-                error,
-            })?;
-        let owner = volume.containers.first();
-        if let Some(planned) = owner.and_then(|name| core.plan.container(name)) {
-            let runtime = core.delegator.runtime_of(planned)?;
-            let archive = directory.join(IMAGE_FILE);
-            let without = held.get(&volume.id).map_or(&[][..], Vec::as_slice);
-            let export = runtime.export_image(reference, &archive, without, |bytes| {
-                exported.fetch_add(bytes, Ordering::Relaxed);
-                progress.pace.take(bytes, Instant::now())
-            });
-            core.active.unless_cancelled(export).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Name of the archive inside an image volume's directory.
-pub(super) const IMAGE_FILE: &str = "image.tar";
-
 /// Target and paired device wait for data.
 struct Prepared<'a> {
     core: &'a mut Move,
@@ -472,7 +400,7 @@ async fn prepare_in_advance(
 }
 
 /// Keeps a copy in advance to its rate.
-fn slow_down(core: &Move) {
+pub(super) fn slow_down(core: &Move) {
     let pace = &core.active.progress().pace;
     let rate = core.delegator.settings().prepare_rate_bytes;
     pace.set(Limit::Advance, core.active.held().then_some(rate));
@@ -558,12 +486,6 @@ async fn revise(core: &Move, target: &PeerAddress) -> Result<(), MoveError> {
         layers: BTreeMap::new(),
     };
     core.call(core.client()?, target, "revise", &offer).await
-}
-
-/// Removes the exports of images, which were only made for the journey; a sick disk wants its space back.
-async fn drop_exports(core: &Move) {
-    let images = core.delegator.image_directory(&core.plan.id);
-    let _ = tokio::fs::remove_dir_all(images).await;
 }
 
 /// Lets the target load the images and make every twin once, without starting it, so that what it cannot

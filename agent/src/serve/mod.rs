@@ -32,6 +32,6 @@ pub use fuse::{Mount, MountError};
 pub use mirror::Mirrored;
 pub use nbd::{NbdAddress, NbdError, NbdServer};
 pub use origins::StoreError;
-pub use reuse::{bring_back, lay_by};
+pub use reuse::{bring_back, exchange, lay_by};
 pub use store::{Figures, Store};
 pub use ublk::{UblkDevice, UblkError};

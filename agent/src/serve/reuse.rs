@@ -37,9 +37,18 @@ pub fn lay_by(directory: &Path, place: &Path) -> io::Result<()> {
     if std::fs::read_dir(place)?.next().is_some() {
         let copy = copies.join(next(&copies)?);
         std::fs::create_dir(&copy)?;
-        let flags = RenameFlags::RENAME_EXCHANGE;
-        renameat2(AT_FDCWD, &copy, AT_FDCWD, place, flags)?;
+        exchange(&copy, place)?;
     }
+    Ok(())
+}
+
+/// Puts each of two directories of one file system in the other's place, at once.
+///
+/// # Errors
+/// The system's.
+pub fn exchange(one: &Path, other: &Path) -> io::Result<()> {
+    let flags = RenameFlags::RENAME_EXCHANGE;
+    renameat2(AT_FDCWD, one, AT_FDCWD, other, flags)?;
     Ok(())
 }
 
@@ -54,8 +63,7 @@ pub fn bring_back(directory: &Path, place: &Path) -> io::Result<()> {
     let newest = newest.filter(|_| !directory.join("index").exists());
     let from = newest.map_or(data, |number| copies.join(number.to_string()));
     if from.exists() && std::fs::read_dir(place)?.next().is_none() {
-        let flags = RenameFlags::RENAME_EXCHANGE;
-        renameat2(AT_FDCWD, &from, AT_FDCWD, place, flags)?;
+        exchange(&from, place)?;
     }
     match std::fs::remove_dir_all(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
