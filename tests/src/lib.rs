@@ -3,6 +3,7 @@
 pub mod boxes;
 pub mod decoders;
 pub mod disk;
+pub mod dockers;
 pub mod guest;
 pub mod scope;
 pub mod shop;

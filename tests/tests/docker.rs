@@ -3,68 +3,12 @@
 use anyhow::{Context as _, Result, ensure};
 use lifeboat::containers::{How, Means, ReadyRules, Runtime, Runtimes, Scope};
 use lifeboat::model::container::State;
-use lifeboat_tests::boxes::{ROOT, SECOND, by_name};
+use lifeboat_tests::boxes::{SECOND, by_name};
+use lifeboat_tests::dockers::{self, docker, socket};
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::process::Command;
 use std::time::Duration;
-use xtask::lab::{Host, HostSpec, Lab, LabSpec};
-use xtask::process::{is_root, log_tail, wait_for};
-
-const SOCKET: &str = "/run/docker.sock";
-
-/// Storage on the real disk, and limits a machine without CAP_SYS_RESOURCE can set.
-const CONFIG: &str = r#"{"data-root": "/srv/docker", "exec-root": "/run/docker",
-"pidfile": "/run/docker.pid", "hosts": ["unix:///run/docker.sock"], "default-ulimits": {
-"nofile": {"Name": "nofile", "Hard": 16384, "Soft": 16384},
-"nproc": {"Name": "nproc", "Hard": 16384, "Soft": 16384}}}"#;
-
-/// Two lab hosts with Docker and the image `box:1` in the first; `None` where that cannot be.
-fn lab(name: &str) -> Result<Option<Lab>> {
-    if !is_root() {
-        eprintln!("skipped: lab hosts need root");
-        return Ok(None);
-    }
-    if Command::new("dockerd").arg("--version").output().is_err() {
-        eprintln!("skipped: there is no dockerd (Debian: docker.io)");
-        return Ok(None);
-    }
-    let mut spec = LabSpec::of(name, &[]);
-    for name in ["a", "b"] {
-        let mut host = HostSpec::from(name);
-        host.containers = false;
-        spec.hosts.push(host);
-    }
-    let lab = Lab::up(&spec)?;
-    for host in lab.hosts() {
-        host.write("/etc/docker/lab.json", CONFIG)?;
-        host.spawn_logged(
-            "docker",
-            ["dockerd", "--config-file", "/etc/docker/lab.json"],
-        )?;
-    }
-    for host in lab.hosts() {
-        wait_for("dockerd", 30 * SECOND, || {
-            Ok(docker(host, &["version"]).ok())
-        })
-        .with_context(|| log_tail(&host.log("docker"), 3000))?;
-    }
-    let import = "tar -c -C /tmp/image . | docker --host unix:///run/docker.sock import - box:1";
-    lab.host("a")?
-        .run(["sh", "-c", &format!("{ROOT}{import}")])?;
-    Ok(Some(lab))
-}
-
-fn docker(host: &Host, args: &[&str]) -> Result<String> {
-    let mut all = vec!["docker", "--host", "unix:///run/docker.sock"];
-    all.extend(args);
-    Ok(host.run(all)?.trim().to_owned())
-}
-
-fn socket(host: &Host) -> String {
-    host.path(SOCKET).display().to_string()
-}
 
 fn rules(ports: &[u16]) -> ReadyRules {
     ReadyRules {
@@ -76,7 +20,7 @@ fn rules(ports: &[u16]) -> ReadyRules {
 
 #[tokio::test]
 async fn a_docker_container_is_discovered_fenced_killed_and_let_back() -> Result<()> {
-    let Some(lab) = lab("docker")? else {
+    let Some(lab) = dockers::lab("docker", &["a", "b"], &[])? else {
         return Ok(());
     };
     let host = lab.host("a")?;
@@ -155,7 +99,7 @@ async fn took_pause(all: &Runtimes) -> Result<()> {
 
 #[tokio::test]
 async fn a_docker_twin_is_its_source_field_by_field_and_runs() -> Result<()> {
-    let Some(lab) = lab("dtwin")? else {
+    let Some(lab) = dockers::lab("dtwin", &["a", "b"], &[])? else {
         return Ok(());
     };
     let (a, b) = (lab.host("a")?, lab.host("b")?);
