@@ -74,6 +74,19 @@ impl<'a> Reader<'a> {
         Ok(i64::from_le_bytes(self.array()?))
     }
 
+    /// A number as [`put_number`] wrote it.
+    pub fn number(&mut self) -> Result<u64, Malformed> {
+        let mut number = 0;
+        for shift in (0..u64::BITS).step_by(7) {
+            let byte = self.u8()?;
+            number |= u64::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Ok(number);
+            }
+        }
+        Err(Malformed("a number has no end"))
+    }
+
     /// Bytes after their 16-bit length.
     pub fn short(&mut self) -> Result<&'a [u8], Malformed> {
         let len = self.u16()?;
@@ -87,4 +100,13 @@ pub fn put_short(out: &mut Vec<u8>, bytes: &[u8]) {
     let len = u16::try_from(bytes.len()).unwrap_or(u16::MAX);
     out.extend_from_slice(&len.to_le_bytes());
     out.extend_from_slice(&bytes[..usize::from(len)]);
+}
+
+/// Appends a number in groups of seven bits, the lowest first; small ones take one byte.
+pub fn put_number(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
 }

@@ -1,15 +1,18 @@
-//! Trees in little memory: about a hundred bytes for an entry with a block, so that a million files fit.
+//! Trees in little memory: about sixty bytes for an entry with a block, half of them its signature, so that a
+//! million files fit.
 //!
 //! Invariants: a [`TreeState`] never changes; one that follows another shares the memory of all that was
 //! kept; what was put in comes out. Non-goal: bytes from outside (see [`super::tree`]).
 
-use super::codec::{Malformed, Reader, put_short};
+use super::codec::{Malformed, Reader, put_number, put_short};
 use super::salvage::Unreadable;
 use super::sign::{BlockSize, FleetKey};
-use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp};
+use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp, Xattr};
 use super::unused::Map;
 use crate::model::ids::Signature;
-use std::collections::BTreeMap;
+use std::borrow::Borrow;
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
 use std::ops::{Bound, Range};
 use std::sync::Arc;
 
@@ -134,14 +137,15 @@ impl TreeState {
 impl Chunk {
     fn iter(&self) -> impl Iterator<Item = Entry> + use<'_> {
         let mut reader = Reader::new(&self.bytes);
-        let mut path = Vec::new();
+        let (mut path, mut near) = (Vec::new(), Near::default());
         (0..self.count).map(move |_| {
-            let next = |reader: &mut Reader<'_>, path: &mut Vec<u8>| {
-                path.truncate(usize::from(reader.u16()?));
-                path.extend_from_slice(reader.short()?);
-                unpack(path.as_slice().into(), reader)
+            let mut next = || {
+                path.truncate(reader.number()? as usize);
+                let length = reader.number()?;
+                path.extend_from_slice(reader.bytes(length as usize)?);
+                unpack(path.as_slice().into(), &mut reader, &mut near)
             };
-            next(&mut reader, &mut path).expect("the bytes are those that `Builder::append` wrote")
+            next().expect("the bytes are those that `Builder::append` wrote")
         })
     }
 }
@@ -154,8 +158,9 @@ pub struct Builder<'a> {
     chunks: Vec<Arc<Chunk>>,
     entries: u64,
     open: Chunk,
-    /// Path of the last entry in `open`.
+    /// Path of the last entry in `open`, and what the next one is written by.
     last: Vec<u8>,
+    near: Near,
     /// Kept entries of one chunk of the state before, from its first on.
     kept: Vec<Placed>,
 }
@@ -172,6 +177,7 @@ impl<'a> Builder<'a> {
             entries: 0,
             open: Chunk::default(),
             last: Vec::new(),
+            near: Near::default(),
             kept: Vec::new(),
         }
     }
@@ -239,17 +245,16 @@ impl<'a> Builder<'a> {
         if self.open.count == 0 {
             self.open.first = entry.path.clone();
             self.last.clear();
+            self.near = Near::default();
         }
-        let shared = self
-            .last
-            .iter()
-            .zip(&entry.path)
-            .take_while(|(a, b)| a == b);
-        // A path is at most 4095 bytes long.
-        let shared = shared.count() as u16;
-        self.open.bytes.extend_from_slice(&shared.to_le_bytes());
-        put_short(&mut self.open.bytes, &entry.path[usize::from(shared)..]);
-        pack(&mut self.open.bytes, entry);
+        let pairs = self.last.iter().zip(&entry.path);
+        let shared = pairs.take_while(|(a, b)| a == b).count();
+        let rest = &entry.path[shared..];
+        let bytes = &mut self.open.bytes;
+        put_number(bytes, shared as u64);
+        put_number(bytes, rest.len() as u64);
+        bytes.extend_from_slice(rest);
+        pack(bytes, entry, &mut self.near);
         self.last.clear();
         self.last.extend_from_slice(&entry.path);
         self.open.count += 1;
@@ -267,14 +272,69 @@ impl<'a> Builder<'a> {
 
 /// Entries by path, to be changed one by one. What makes an entry recognisable on its host is not kept.
 #[derive(Debug, Default)]
-pub struct EntryMap(BTreeMap<Box<[u8]>, Box<[u8]>>);
+pub struct EntryMap(BTreeSet<Packed>);
+
+/// An entry in one piece of memory: the length of its path, the path, the rest. Ordered by path.
+#[derive(Debug)]
+struct Packed(Box<[u8]>);
+
+impl Packed {
+    fn new(entry: &Entry) -> Self {
+        let mut bytes = Vec::new();
+        put_short(&mut bytes, &entry.path);
+        let seen = Seen::default();
+        let entry = Entry {
+            seen,
+            ..entry.clone()
+        };
+        pack(&mut bytes, &entry, &mut Near::default());
+        Self(bytes.into())
+    }
+
+    fn split(&self) -> (&[u8], &[u8]) {
+        let (length, rest) = self.0.split_at(2);
+        rest.split_at(usize::from(u16::from_le_bytes([length[0], length[1]])))
+    }
+
+    fn path(&self) -> &[u8] {
+        self.split().0
+    }
+
+    fn entry(&self) -> Entry {
+        let (path, rest) = self.split();
+        unpack(path.into(), &mut Reader::new(rest), &mut Near::default())
+            .expect("the bytes are those that `Packed::new` wrote")
+    }
+}
+
+impl Borrow<[u8]> for Packed {
+    fn borrow(&self) -> &[u8] {
+        self.path()
+    }
+}
+
+impl Ord for Packed {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.path().cmp(other.path())
+    }
+}
+impl PartialOrd for Packed {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl PartialEq for Packed {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Packed {}
 
 impl EntryMap {
     /// The entry at `path`.
     #[must_use]
     pub fn get(&self, path: &[u8]) -> Option<Entry> {
-        let (path, bytes) = self.0.get_key_value(path)?;
-        Some(Self::entry(path, bytes))
+        self.0.get(path).map(Packed::entry)
     }
 
     /// How many there are.
@@ -285,15 +345,7 @@ impl EntryMap {
 
     /// Puts an entry at its path.
     pub fn insert(&mut self, entry: &Entry) {
-        let mut bytes = Vec::new();
-        pack(
-            &mut bytes,
-            &Entry {
-                seen: Seen::default(),
-                ..entry.clone()
-            },
-        );
-        self.0.insert(entry.path.clone(), bytes.into());
+        self.0.replace(Packed::new(entry));
     }
 
     /// Takes away what is at `path`.
@@ -303,112 +355,251 @@ impl EntryMap {
 
     /// All paths, in order.
     pub fn paths(&self) -> impl Iterator<Item = &[u8]> {
-        self.0.keys().map(|path| &**path)
+        self.0.iter().map(Packed::path)
     }
 
     /// All paths from `first` on, in order.
     pub fn paths_from(&self, first: &[u8]) -> impl Iterator<Item = &[u8]> {
         let range = (Bound::Included(first), Bound::Unbounded);
-        self.0.range::<[u8], _>(range).map(|(path, _)| &**path)
+        self.0.range::<[u8], _>(range).map(Packed::path)
     }
 
     /// All entries, in order.
     pub fn iter(&self) -> impl Iterator<Item = Entry> + use<'_> {
-        self.0.iter().map(|(path, bytes)| Self::entry(path, bytes))
-    }
-
-    fn entry(path: &[u8], bytes: &[u8]) -> Entry {
-        unpack(path.into(), &mut Reader::new(bytes))
-            .expect("the bytes are those that `insert` wrote")
+        self.0.iter().map(Packed::entry)
     }
 }
 
 impl FromIterator<Entry> for EntryMap {
     fn from_iter<I: IntoIterator<Item = Entry>>(entries: I) -> Self {
-        let mut map = Self::default();
-        for entry in entries {
-            map.insert(&entry);
-        }
-        map
+        Self(
+            entries
+                .into_iter()
+                .map(|entry| Packed::new(&entry))
+                .collect(),
+        )
     }
 }
 
-/// Everything but the path.
-fn pack(out: &mut Vec<u8>, entry: &Entry) {
-    entry.encode_rest(out);
-    let Seen {
-        device,
-        inode,
-        changed,
-        racy,
-    } = entry.seen;
-    out.push(u8::from(racy) | u8::from(entry.seen != Seen::default()) << 1);
-    if entry.seen != Seen::default() {
-        out.extend_from_slice(&device.to_le_bytes());
-        out.extend_from_slice(&inode.to_le_bytes());
-        out.extend_from_slice(&changed.seconds.to_le_bytes());
-        out.extend_from_slice(&changed.nanoseconds.to_le_bytes());
-    }
-    if let Kind::File { blocks, .. } = &entry.kind {
-        out.extend_from_slice(&(blocks.len() as u64).to_le_bytes());
-        for block in blocks {
-            out.extend_from_slice(&block.0);
+/// What an entry mostly has in common with the one before it, or differs in by little.
+#[derive(Clone, Copy)]
+struct Near {
+    /// Mode, owner and group.
+    access: [u32; 3],
+    seconds: i64,
+    device: u64,
+    inode: u64,
+    changed: i64,
+}
+
+impl Default for Near {
+    /// What is most frequent.
+    fn default() -> Self {
+        Self {
+            access: [0o644, 0, 0],
+            seconds: 0,
+            device: 0,
+            inode: 0,
+            changed: 0,
         }
     }
 }
 
-fn unpack(path: Box<[u8]>, reader: &mut Reader<'_>) -> Result<Entry, Malformed> {
-    let mut entry = Entry::decode_rest(path, reader)?;
+impl Near {
+    fn to(entry: &Entry) -> Self {
+        Self {
+            access: [entry.mode, entry.uid, entry.gid],
+            seconds: entry.mtime.seconds,
+            device: entry.seen.device,
+            inode: entry.seen.inode,
+            changed: entry.seen.changed.seconds,
+        }
+    }
+}
+
+/// Beside the number of the kind in the first byte of what [`pack`] writes.
+const RACY: u8 = 1 << 3;
+const SEEN: u8 = 1 << 4;
+const OTHER_ACCESS: u8 = 1 << 5;
+const XATTRS: u8 = 1 << 6;
+
+/// Appends everything but the path, as it differs from what came before.
+fn pack(out: &mut Vec<u8>, entry: &Entry, near: &mut Near) {
+    let before = std::mem::replace(near, Near::to(entry));
+    let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+    let seen = &entry.seen;
+    let is_seen = *seen != Seen::default();
+    let other_access = before.access != near.access;
+    out.push(
+        entry.kind.number()
+            | flag(seen.racy, RACY)
+            | flag(is_seen, SEEN)
+            | flag(other_access, OTHER_ACCESS)
+            | flag(!entry.xattrs.is_empty(), XATTRS),
+    );
+    if other_access {
+        for number in near.access {
+            put_number(out, number.into());
+        }
+    }
+    put_difference(out, near.seconds.wrapping_sub(before.seconds));
+    out.extend_from_slice(&entry.mtime.nanoseconds.to_le_bytes());
+    if is_seen {
+        put_difference(out, seen.device.wrapping_sub(before.device).cast_signed());
+        put_difference(out, seen.inode.wrapping_sub(before.inode).cast_signed());
+        put_difference(out, near.changed.wrapping_sub(before.changed));
+        out.extend_from_slice(&seen.changed.nanoseconds.to_le_bytes());
+    }
+    if !entry.xattrs.is_empty() {
+        put_number(out, entry.xattrs.len() as u64);
+        for xattr in &entry.xattrs {
+            for bytes in [&xattr.name, &xattr.value] {
+                put_number(out, bytes.len() as u64);
+                out.extend_from_slice(bytes);
+            }
+        }
+    }
+    match &entry.kind {
+        Kind::Directory | Kind::Fifo => {}
+        Kind::File { size, blocks } => {
+            put_number(out, *size);
+            put_number(out, blocks.len() as u64);
+            for block in blocks {
+                out.extend_from_slice(&block.0);
+            }
+        }
+        Kind::CharDevice(number) | Kind::BlockDevice(number) => put_number(out, *number),
+        Kind::Symlink(path) | Kind::HardLink(path) => put_short(out, path),
+    }
+}
+
+fn unpack(path: Box<[u8]>, reader: &mut Reader<'_>, near: &mut Near) -> Result<Entry, Malformed> {
     let flags = reader.u8()?;
-    if flags & 2 != 0 {
-        entry.seen = Seen {
-            device: reader.u64()?,
-            inode: reader.u64()?,
+    if flags & OTHER_ACCESS != 0 {
+        for number in &mut near.access {
+            // They were written from numbers of this size.
+            *number = reader.number()? as u32;
+        }
+    }
+    near.seconds = near.seconds.wrapping_add(difference(reader)?);
+    let [mode, uid, gid] = near.access;
+    let mtime = Timestamp {
+        seconds: near.seconds,
+        nanoseconds: reader.u32()?,
+    };
+    let mut seen = Seen::default();
+    if flags & SEEN != 0 {
+        seen = Seen {
+            device: near.device.wrapping_add_signed(difference(reader)?),
+            inode: near.inode.wrapping_add_signed(difference(reader)?),
             changed: Timestamp {
-                seconds: reader.i64()?,
+                seconds: near.changed.wrapping_add(difference(reader)?),
                 nanoseconds: reader.u32()?,
             },
-            racy: flags & 1 != 0,
+            racy: flags & RACY != 0,
         };
     }
-    if let Kind::File { blocks, .. } = &mut entry.kind {
-        let count = reader.u64()?;
-        *blocks = (0..count)
-            .map(|_| reader.array().map(Signature))
-            .collect::<Result<_, _>>()?;
+    let mut xattrs = Vec::new();
+    if flags & XATTRS != 0 {
+        for _ in 0..reader.number()? {
+            let mut bytes = || {
+                let length = reader.number()?;
+                Ok(reader.bytes(length as usize)?.into())
+            };
+            xattrs.push(Xattr {
+                name: bytes()?,
+                value: bytes()?,
+            });
+        }
     }
+    let kind = match flags & (RACY - 1) {
+        0 => Kind::Directory,
+        1 => Kind::File {
+            size: reader.number()?,
+            blocks: (0..reader.number()?)
+                .map(|_| reader.array().map(Signature))
+                .collect::<Result<_, _>>()?,
+        },
+        2 => Kind::Symlink(reader.short()?.into()),
+        3 => Kind::HardLink(reader.short()?.into()),
+        4 => Kind::Fifo,
+        5 => Kind::CharDevice(reader.number()?),
+        _ => Kind::BlockDevice(reader.number()?),
+    };
+    let entry = Entry {
+        path,
+        mode,
+        uid,
+        gid,
+        mtime,
+        xattrs,
+        kind,
+        seen,
+    };
+    *near = Near::to(&entry);
     Ok(entry)
+}
+
+fn put_difference(out: &mut Vec<u8>, difference: i64) {
+    // Small ones of either sign become small numbers.
+    put_number(
+        out,
+        ((difference << 1) ^ (difference >> 63)).cast_unsigned(),
+    );
+}
+
+fn difference(reader: &mut Reader<'_>) -> Result<i64, Malformed> {
+    let number = reader.number()?;
+    Ok((number >> 1).cast_signed() ^ -((number & 1).cast_signed()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeSet;
 
+    /// An entry that differs from others in everything, and a file with everything as usual for most numbers.
     fn entry(path: &str, number: u64) -> Entry {
-        let blocks = (0..number % 3)
+        let odd = number.is_multiple_of(5);
+        let pieces = (0..number % 3)
             .map(|at| Signature([at as u8; 32]))
             .collect();
+        let kinds = [
+            Kind::Directory,
+            Kind::Symlink(b"over/there".as_slice().into()),
+            Kind::HardLink(b"first".as_slice().into()),
+            Kind::Fifo,
+            Kind::CharDevice(number),
+            Kind::BlockDevice(u64::MAX),
+        ];
+        let which = usize::try_from(number / 5).unwrap();
         Entry {
             path: path.as_bytes().into(),
-            mode: 0o644,
-            uid: 1,
-            gid: 2,
+            mode: if odd { 0o4755 } else { 0o644 },
+            uid: if odd { u32::MAX } else { 0 },
+            gid: number as u32 % 2,
             mtime: Timestamp {
-                seconds: -5,
-                nanoseconds: 6,
+                seconds: if odd { i64::MIN + number as i64 } else { -5 },
+                nanoseconds: 999_999_999,
             },
-            xattrs: Vec::new(),
-            kind: Kind::File {
-                size: number,
-                blocks,
+            xattrs: (0..number % 4)
+                .map(|at| Xattr {
+                    name: format!("user.{at}").into_bytes().into(),
+                    value: vec![7; 100 * at as usize].into(),
+                })
+                .collect(),
+            kind: match kinds.get(which).filter(|_| odd) {
+                Some(kind) => kind.clone(),
+                None => Kind::File {
+                    size: number << 20,
+                    blocks: pieces,
+                },
             },
             seen: Seen {
                 device: 7,
-                inode: number,
+                inode: if odd { u64::MAX } else { number },
                 changed: Timestamp {
-                    seconds: 9,
+                    seconds: if odd { i64::MAX } else { 9 },
                     nanoseconds: 1,
                 },
                 racy: number % 2 == 1,

@@ -60,6 +60,21 @@ pub enum Kind {
     BlockDevice(u64),
 }
 
+impl Kind {
+    /// Its number in a layout.
+    pub(super) fn number(&self) -> u8 {
+        match self {
+            Self::Directory => 0,
+            Self::File { .. } => 1,
+            Self::Symlink(_) => 2,
+            Self::HardLink(_) => 3,
+            Self::Fifo => 4,
+            Self::CharDevice(_) => 5,
+            Self::BlockDevice(_) => 6,
+        }
+    }
+}
+
 /// How the source recognises an entry again; never leaves the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
@@ -170,21 +185,7 @@ impl Entry {
     /// numbers are little-endian; every variable part is preceded by its length.
     pub fn encode(&self, out: &mut Vec<u8>) {
         put_short(out, &self.path);
-        self.encode_rest(out);
-    }
-
-    /// Appends the layout of all but the path.
-    pub(super) fn encode_rest(&self, out: &mut Vec<u8>) {
-        let kind: u8 = match self.kind {
-            Kind::Directory => 0,
-            Kind::File { .. } => 1,
-            Kind::Symlink(_) => 2,
-            Kind::HardLink(_) => 3,
-            Kind::Fifo => 4,
-            Kind::CharDevice(_) => 5,
-            Kind::BlockDevice(_) => 6,
-        };
-        out.push(kind);
+        out.push(self.kind.number());
         out.extend_from_slice(&self.mode.to_le_bytes());
         out.extend_from_slice(&self.uid.to_le_bytes());
         out.extend_from_slice(&self.gid.to_le_bytes());
@@ -214,11 +215,6 @@ impl Entry {
     /// above its cap.
     pub fn decode(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         let path = checked_path(reader.short()?)?;
-        Self::decode_rest(path, reader)
-    }
-
-    /// Reads what [`Entry::encode_rest`] wrote.
-    pub(super) fn decode_rest(path: Box<[u8]>, reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         let kind = reader.u8()?;
         let mode = reader.u32()?;
         if mode & !0o7777 != 0 {
