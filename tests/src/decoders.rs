@@ -23,6 +23,7 @@ use lifeboat::model::control::{
 use lifeboat::model::fleet::Device;
 use lifeboat::model::plan::{Release, SignedRelease};
 use lifeboat::model::trace::Trace;
+use lifeboat::serve::nbd::wire as nbd;
 use lifeboat::telemetry::btf::KernelTypes;
 use lifeboat::transfer::LinkKey;
 use lifeboat::transfer::engine::{Engine, Read, Write};
@@ -46,7 +47,7 @@ use serde_json::Value;
 pub type Decoder = fn(&[u8]);
 
 /// Name and function of each decoder.
-pub const DECODERS: [(&str, Decoder); 19] = [
+pub const DECODERS: [(&str, Decoder); 21] = [
     ("frame", frame),
     ("hello", greeting),
     ("message", message),
@@ -55,6 +56,8 @@ pub const DECODERS: [(&str, Decoder); 19] = [
     ("fetched", fetched),
     ("mirrored", mirrored),
     ("mirror-log", mirror_log),
+    ("nbd-option", nbd_option),
+    ("nbd-request", nbd_request),
     ("trace", trace),
     ("ext4", unused),
     ("xfs", unused),
@@ -181,6 +184,26 @@ fn mirror_log(bytes: &[u8]) {
     assert_eq!(number, last + 1);
     let opened = Log::open(file.path(), || Ok([1; 16])).expect("it is a log");
     assert_eq!(opened.last(), number);
+}
+
+/// What an NBD client says before it has chosen an export.
+fn nbd_option(bytes: &[u8]) {
+    if let Some(name) = nbd::named(bytes) {
+        assert!(name.len() + 6 <= bytes.len());
+    }
+    if let Some((name, queries)) = nbd::queries(bytes) {
+        let lengths = queries.iter().map(|query| 4 + query.len());
+        assert_eq!(8 + name.len() + lengths.sum::<usize>(), bytes.len());
+    }
+}
+
+/// What an NBD client says then.
+fn nbd_request(bytes: &[u8]) {
+    for head in bytes.as_chunks::<{ nbd::Request::LEN }>().0 {
+        if let Ok(request) = nbd::Request::decode(head) {
+            assert!(!request.carries() || request.length <= nbd::REQUEST_CAP);
+        }
+    }
 }
 
 fn trace(bytes: &[u8]) {

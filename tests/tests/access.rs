@@ -3,8 +3,11 @@
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::stage::{PREPARE_AT_ONCE, SOURCE, Service, Stage, TARGET, device};
 use serde_json::Value;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
+use std::process::Command;
 use xtask::crew::Device;
 use xtask::lab::Host;
 
@@ -15,6 +18,9 @@ const CACHE: Service = Service {
 
 const SOCKET: &str = "/run/served.sock";
 const IMAGE: u64 = 16 << 20;
+/// Bytes of a sparse file, and where it has some data.
+const SPARSE: u64 = 1 << 30;
+const DATA: [u64; 3] = [0, 100 << 20, 900 << 20];
 
 #[test]
 fn a_volume_is_read_and_written_on_the_target_before_its_data_is_there() -> Result<()> {
@@ -33,6 +39,13 @@ fn a_volume_is_read_and_written_on_the_target_before_its_data_is_there() -> Resu
         "-c",
         &format!("head -c {IMAGE} /dev/urandom >{image}"),
     ])?;
+    let sparse = File::create(source.path(&format!("{}/sparse", CACHE.notes())))?;
+    sparse.set_len(SPARSE)?;
+    for at in DATA {
+        let mut data = vec![0; 1 << 20];
+        File::open("/dev/urandom")?.read_exact(&mut data)?;
+        sparse.write_all_at(&data, at)?;
+    }
     let plan = stage.prepared_plan()?;
     let volume = stage.volume_at(&plan, &CACHE.notes())?;
 
@@ -78,6 +91,7 @@ fn nbd(stage: &Stage, target: &Host, plan: &str, volume: &str) -> Result<()> {
         "something was fetched unasked"
     );
 
+    holes_are_not_fetched(stage, target)?;
     let uri = format!("nbd+unix:///image?socket={SOCKET}");
     let listed = target.run([
         "nbdinfo",
@@ -147,6 +161,51 @@ fn nbd(stage: &Stage, target: &Host, plan: &str, volume: &str) -> Result<()> {
     ensure!(!target.path(SOCKET).exists(), "the socket is still there");
     let listed = stage.crew.tell(TARGET, &["serve"])?;
     ensure!(listed.contains("nothing is served"), "{listed}");
+    Ok(())
+}
+
+/// What is a hole on the source is one for the tools, which copy the file for the price of its data.
+fn holes_are_not_fetched(stage: &Stage, target: &Host) -> Result<()> {
+    let fetched = || -> Result<u64> { Ok(figures(stage)?["on_demand"].as_u64().unwrap_or(0)) };
+    let uri = format!("nbd+unix:///sparse?socket={SOCKET}");
+    let before = fetched()?;
+    let map: Value = serde_json::from_str(&target.run(["nbdinfo", "--json", "--map", &uri])?)?;
+    let of = |map: &Value, begin: &str, is_data: fn(&Value) -> bool| -> Vec<(u64, u64)> {
+        let parts = map.as_array().into_iter().flatten();
+        let number = |part: &Value, name: &str| part[name].as_u64().unwrap_or(u64::MAX);
+        parts
+            .filter(|part| is_data(part))
+            .map(|part| (number(part, begin), number(part, "length")))
+            .collect()
+    };
+    let data: Vec<_> = DATA.iter().map(|at| (*at, 1 << 20)).collect();
+    let found = of(&map, "offset", |part| part["type"] == 0);
+    ensure!(found == data, "{map}");
+    let map = target.run(["qemu-img", "map", "--output=json", "-f", "raw", &uri])?;
+    let map: Value = serde_json::from_str(&map)?;
+    let found = of(&map, "start", |part| part["data"] == true);
+    ensure!(found == data, "{map}");
+    ensure!(fetched()? == before, "a map was paid with blocks");
+
+    let plain = stage.source()?.path(&format!("{}/sparse", CACHE.notes()));
+    let copies: [&[&str]; 2] = [
+        &["nbdcopy", &uri, "/tmp/sparse"],
+        &["qemu-img", "convert", "-O", "raw", &uri, "/tmp/sparse"],
+    ];
+    for copy in copies {
+        target.run(copy)?;
+        let copied = target.path("/tmp/sparse");
+        xtask::process::output(Command::new("cmp").args([&plain, &copied]))?;
+        let space = fs::metadata(&copied)?.blocks() * 512;
+        ensure!(space < 8 << 20, "the copy takes {space} bytes");
+        fs::remove_file(copied)?;
+    }
+    let blocks = fetched()? - before;
+    let needed = 3 * ((1 << 20) >> 16);
+    ensure!(
+        (needed..needed + 16).contains(&blocks),
+        "{blocks} blocks were fetched for {needed}"
+    );
     Ok(())
 }
 

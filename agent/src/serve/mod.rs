@@ -8,7 +8,7 @@ mod fill;
 mod forward;
 mod fuse;
 mod mirror;
-mod nbd;
+pub mod nbd;
 mod origins;
 mod piece;
 mod pool;

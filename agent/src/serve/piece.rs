@@ -2,7 +2,9 @@
 //!
 //! Non-goal: growing; whoever speaks of bytes beyond its end is refused by the front-end.
 
-use super::store::Store;
+use super::store::{Extent, Store};
+use crate::transfer::fetch::BLOCK;
+use crate::volume::scan::read_full;
 use crate::volume::walk;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, SFlag, fstat};
@@ -12,6 +14,8 @@ use std::sync::Arc;
 
 /// Longest name of an export that NBD allows; no path of a file is longer (`PATH_MAX`).
 pub(super) const NAME_CAP: usize = 4096;
+/// Parts of one read; what is in more is sent as it is.
+const PARTS_CAP: usize = 64;
 /// Files in a list.
 const LIST_CAP: usize = 4096;
 
@@ -84,6 +88,53 @@ impl Piece {
         // A file that was cut short by somebody else reads as zeros beyond its end.
         buffer[read..].fill(0);
         Ok(())
+    }
+
+    /// Fills the buffer, which holds zeros, with what is no hole, and says which parts are.
+    ///
+    /// # Errors
+    /// As [`Store::read`].
+    pub(super) fn read_parts(&self, buffer: &mut [u8], offset: u64) -> io::Result<Vec<Extent>> {
+        let length = buffer.len() as u64;
+        let all = Extent {
+            length,
+            is_hole: false,
+        };
+        // To find where the data around it ends costs more than a few zeros.
+        if length < BLOCK {
+            self.read(buffer, offset)?;
+            return Ok(vec![all]);
+        }
+        if let Some(wanted) = self.store.want(self.number, offset, length) {
+            self.store.wait(&wanted)?;
+        }
+        let mut parts = self.extents(offset, length, PARTS_CAP)?;
+        if parts.iter().map(|part| part.length).sum::<u64>() < length {
+            parts = vec![all];
+        }
+        let mut at = 0;
+        for part in &parts {
+            let end = at + part.length as usize;
+            if !part.is_hole {
+                read_full(&self.file, &mut buffer[at..end], offset + at as u64)?;
+            }
+            at = end;
+        }
+        Ok(parts)
+    }
+
+    /// What a range consists of, in `cap` parts at most, after the source was asked about what is absent.
+    ///
+    /// # Errors
+    /// The disk's error.
+    pub(super) fn map(&self, offset: u64, length: u64, cap: usize) -> io::Result<Vec<Extent>> {
+        self.store.learn_holes(self.number, offset, length);
+        self.extents(offset, length, cap)
+    }
+
+    fn extents(&self, offset: u64, length: u64, cap: usize) -> io::Result<Vec<Extent>> {
+        let range = offset..offset + length;
+        self.store.extents(&self.file, self.number, range, cap)
     }
 
     /// Writes all of it.

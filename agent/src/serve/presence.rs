@@ -7,6 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -101,34 +102,68 @@ impl Presence {
     /// The mark cannot be kept.
     pub fn mark(&self, block: u64, pages: u16) -> io::Result<()> {
         let (at, shift) = place(block);
-        let Some(word) = self.words.get(at) else {
+        if at < self.words.len() {
+            self.add(at, u64::from(pages) << shift);
+            self.write_live(at..at + 1)?;
+        }
+        Ok(())
+    }
+
+    /// Marks every page of blocks that have all of them and of which none was here, with one write.
+    ///
+    /// # Errors
+    /// As [`Self::mark`].
+    pub fn mark_whole(&self, blocks: Range<u64>) -> io::Result<()> {
+        if blocks.is_empty() {
             return Ok(());
+        }
+        let (first, last) = (place(blocks.start).0, place(blocks.end - 1).0);
+        let words = first..(last + 1).min(self.words.len());
+        for word in words.clone() {
+            let mut bits = u64::MAX;
+            for group in 0..4 {
+                if !blocks.contains(&(word as u64 * 4 + group)) {
+                    bits &= !(u64::from(WHOLE) << (group * 16));
+                }
+            }
+            self.add(word, bits);
+        }
+        self.write_live(words)
+    }
+
+    fn add(&self, word: usize, bits: u64) {
+        let before = self.words[word].fetch_or(bits, Ordering::AcqRel);
+        self.soft[word / CHUNK].store(true, Ordering::Release);
+        let fresh = u64::from((bits & !before).count_ones());
+        self.absent.fetch_sub(fresh, Ordering::AcqRel);
+    }
+
+    /// Writes words to `live` as they are now.
+    fn write_live(&self, words: Range<usize>) -> io::Result<()> {
+        let now = || {
+            let words = self.words[words.clone()].iter();
+            words
+                .flat_map(|word| word.load(Ordering::Acquire).to_le_bytes())
+                .collect::<Vec<u8>>()
         };
-        let added = u64::from(pages) << shift;
-        let before = word.fetch_or(added, Ordering::AcqRel);
-        let new = (before | added).to_le_bytes();
-        self.soft[at / CHUNK].store(true, Ordering::Release);
-        // Two marks of one word may be written in the wrong order; the later bits are then in `durable` or
-        // are written again by the next mark, and a lost one only costs a fetch. A local write holds its
-        // block's lock, but not its neighbours': so the word is written until it is what it is in memory.
-        let mut written = u64::from_le_bytes(new);
+        let mut bytes = now();
         loop {
             self.live
-                .write_all_at(&written.to_le_bytes(), START + at as u64 * 8)?;
-            let now = word.load(Ordering::Acquire);
-            if now == written {
-                break;
+                .write_all_at(&bytes, START + words.start as u64 * 8)?;
+            // Two marks of one word may be written in the wrong order; the later bits are then in `durable` or
+            // are written again by the next mark, and a lost one only costs a fetch. A local write holds its
+            // block's lock, but not its neighbours': so the words are written until they are what they are in memory.
+            let again = now();
+            if again == bytes {
+                return Ok(());
             }
-            written = now;
+            bytes = again;
         }
-        let fresh = u64::from((added & !before).count_ones());
-        self.absent.fetch_sub(fresh, Ordering::AcqRel);
-        Ok(())
     }
 
     /// Which bits of these blocks only `live` has; to be taken before their bytes are made durable.
     #[must_use]
-    pub fn soft(&self, blocks: std::ops::Range<u64>) -> Soft {
+    pub fn soft(&self, blocks: Range<u64>) -> Soft {
         let mut soft = Vec::new();
         if blocks.is_empty() {
             return Soft(soft);
@@ -292,6 +327,22 @@ mod tests {
             [0b1001, 0, 0],
             "only what was hardened counts, and only of the block that was"
         );
+    }
+
+    #[test]
+    fn blocks_that_are_marked_together_are_marked_and_counted_as_one_by_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let presence = open(directory.path());
+        let all = presence.absent();
+        presence.mark(2, WHOLE).unwrap();
+        presence.mark_whole(3..2503).unwrap();
+        presence.mark_whole(7..7).unwrap();
+        assert_eq!(presence.absent(), all - 2501 * u64::from(PAGES));
+        drop(presence);
+        let presence = open(directory.path());
+        let marked = (0..3000).filter(|block| presence.of(*block) == WHOLE);
+        assert!(marked.eq(2..2503));
+        assert_eq!((presence.of(1), presence.of(2503)), (0, 0));
     }
 
     #[test]

@@ -8,9 +8,12 @@
 
 mod arrivals;
 mod doubt;
+mod holes;
 
 use self::arrivals::Inlet;
 use self::doubt::Doubt;
+pub use self::holes::Extent;
+use self::holes::Maps;
 use super::ahead::Streams;
 use super::mirror::{Mirror, Mirrored};
 use super::origins::{Origin, StoreError, make, mask, numbers, read_index, read_list};
@@ -87,6 +90,7 @@ pub struct Store {
     /// Blocks whose signatures were asked for.
     signing: Mutex<HashSet<Place>>,
     doubt: Mutex<Doubt>,
+    maps: Maps,
     shards: [Shard; SHARDS],
     /// Held for reading by who writes pages of a file, for writing by who cuts it.
     cuts: [RwLock<()>; SHARDS],
@@ -197,6 +201,7 @@ impl Store {
             proof,
             signing: Mutex::default(),
             doubt: Mutex::default(),
+            maps: Maps::default(),
             shards: std::array::from_fn(|_| Shard::default()),
             cuts: std::array::from_fn(|_| RwLock::new(())),
             open: Mutex::default(),

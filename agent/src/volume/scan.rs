@@ -175,6 +175,37 @@ pub struct Holes {
     data: Option<Vec<(u64, u64)>>,
 }
 
+/// Where data begins at or after `offset` of a file; none where there is only hole up to its end. All of a file is
+/// data where the file system cannot tell.
+///
+/// # Errors
+/// The error of `lseek`.
+pub fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, Whence::SeekData)
+}
+
+/// Where the data at `offset` of a file ends: at a hole, or at the file's end.
+///
+/// # Errors
+/// The error of `lseek`.
+pub fn next_hole(file: &File, offset: u64) -> io::Result<u64> {
+    // It may have been cut short meanwhile.
+    Ok(seek(file, offset, Whence::SeekHole)?.unwrap_or(offset))
+}
+
+fn seek(file: &File, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
+    let from = i64::try_from(offset).unwrap_or(i64::MAX);
+    match lseek(file, from, whence) {
+        Ok(at) => Ok(Some(at.unsigned_abs())),
+        Err(nix::errno::Errno::ENXIO) => Ok(None),
+        Err(nix::errno::Errno::EINVAL) => Ok(Some(match whence {
+            Whence::SeekHole => i64::MAX as u64,
+            _ => offset,
+        })),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Most extents that are remembered; a file with more is read in full (zeros are still found).
 const EXTENTS_CAP: usize = 100_000;
 
@@ -189,27 +220,12 @@ impl Holes {
         }
         let mut data = Vec::new();
         let mut offset = 0;
-        loop {
-            let start = match lseek(file, offset, Whence::SeekData) {
-                Ok(start) => start,
-                Err(nix::errno::Errno::ENXIO) => break,
-                // A file system without the call reports everything as data.
-                Err(nix::errno::Errno::EINVAL) => return Ok(Self::default()),
-                Err(error) => return Err(error.into()),
-            };
-            let end = match lseek(file, start, Whence::SeekHole) {
-                Ok(end) => end,
-                Err(nix::errno::Errno::ENXIO) => break,
-                Err(error) => return Err(error.into()),
-            };
-            data.push((
-                u64::try_from(start).unwrap_or(0),
-                u64::try_from(end).unwrap_or(0),
-            ));
+        while let Some(start) = next_data(file, offset)? {
+            offset = next_hole(file, start)?;
+            data.push((start, offset));
             if data.len() > EXTENTS_CAP {
                 return Ok(Self::default());
             }
-            offset = end;
         }
         Ok(Self { data: Some(data) })
     }

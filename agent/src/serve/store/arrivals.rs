@@ -15,6 +15,7 @@ use nix::sys::stat::{fstat, futimens};
 use nix::sys::time::TimeSpec;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering;
 use std::sync::{PoisonError, Weak};
@@ -33,6 +34,12 @@ impl Arrivals for Inlet {
     fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
         if let Some(store) = self.0.upgrade() {
             store.arrived(class, place, block);
+        }
+    }
+
+    fn mapped(&self, first: Place, holes: &[Range<u32>]) {
+        if let Some(store) = self.0.upgrade() {
+            store.mapped(first, holes);
         }
     }
 }
@@ -247,7 +254,7 @@ impl Store {
     }
 
     /// Writes the pages of an arrived block that are absent; without bytes they are as an earlier copy left them.
-    fn keep(&self, place: Place, bytes: Option<&[u8]>) -> io::Result<()> {
+    pub(super) fn keep(&self, place: Place, bytes: Option<&[u8]>) -> io::Result<()> {
         let Some(origin) = self.origins.get(place.file as usize) else {
             return Ok(());
         };

@@ -5,7 +5,7 @@
 //! is what it was when it was read.
 
 use super::mirror;
-use super::wire::{Answer, BLOCK, Class, Fetch, Refusal, Want};
+use super::wire::{Answer, BLOCK, Class, Fetch, RUNS_CAP, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::transfer::Options;
 use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
@@ -15,7 +15,7 @@ use crate::transfer::queue::{Queue, lock};
 use crate::transfer::seal::{DataKey, LinkKey, Salt, Sealer, random};
 use crate::volume::aligned::Aligned;
 use crate::volume::mirror::{Log, LogId};
-use crate::volume::scan::{open_file, read_full};
+use crate::volume::scan::{next_data, next_hole, open_file, read_full};
 use crate::volume::sign::{ZERO, signature};
 use crate::volume::tree::RootHasher;
 use crate::volume::walk::{self, WalkError, bare_entry, hard_link, kind_of};
@@ -24,6 +24,7 @@ use nix::sys::stat::{SFlag, fstat};
 use std::collections::HashMap;
 use std::fs::File;
 use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -77,6 +78,7 @@ enum Job {
     List,
     Block(Want),
     Signature(Want),
+    Map { first: Want, count: u32 },
 }
 
 impl Provision {
@@ -245,6 +247,9 @@ impl Desk<'_> {
                         self.put(Job::Signature(want))?;
                     }
                 }
+                Incoming::Message(_, _, Message::Fetch(Fetch::Map { first, count })) => {
+                    self.put(Job::Map { first, count })?;
+                }
                 _ => return Err("a message came out of order".to_owned()),
             }
         }
@@ -279,6 +284,7 @@ impl Desk<'_> {
                     Job::List => self.list(&mut record),
                     Job::Block(want) => self.block(&want, true, buffer, &mut record),
                     Job::Signature(want) => self.block(&want, false, buffer, &mut record),
+                    Job::Map { first, count } => self.map(&first, count, &mut record),
                 };
                 if let Err(error) = done {
                     tracing::debug!("fetching connection: {error}");
@@ -324,15 +330,16 @@ impl Desk<'_> {
                     },
                 }
             }
-            Err(error) => Answer::Refused {
-                number,
-                why: if error.vanished() {
-                    Refusal::Gone
-                } else {
-                    tracing::warn!("wanted by the target: {error}");
-                    Refusal::Unreadable
-                },
-            },
+            Err(error) => refused(number, &error),
+        };
+        self.send(&answer, record)
+    }
+
+    fn map(&self, first: &Want, count: u32, record: &mut Vec<u8>) -> Result<(), std::io::Error> {
+        let number = first.number;
+        let answer = match self.shelf.holes(&first.path, first.block, count) {
+            Ok(holes) => Answer::Map { number, holes },
+            Err(error) => refused(number, &error),
         };
         self.send(&answer, record)
     }
@@ -385,6 +392,16 @@ impl Desk<'_> {
     }
 }
 
+fn refused<'a>(number: u64, error: &WalkError) -> Answer<'a> {
+    let why = if error.vanished() {
+        Refusal::Gone
+    } else {
+        tracing::warn!("wanted by the target: {error}");
+        Refusal::Unreadable
+    };
+    Answer::Refused { number, why }
+}
+
 /// A volume's files, opened as they are asked for.
 struct Shelf {
     root: Confined,
@@ -399,25 +416,52 @@ impl Shelf {
         })
     }
 
-    /// Reads a block and returns its length.
-    fn read(&self, path: &[u8], offset: u64, buffer: &mut [u8]) -> Result<usize, WalkError> {
-        let root = &self.root;
+    fn file(&self, path: &[u8]) -> Result<Arc<File>, WalkError> {
         let known = lock(&self.open).get(path).cloned();
         // A file that was replaced or removed since is looked up anew.
         let known = known.filter(|file| fstat(file).is_ok_and(|stat| stat.st_nlink > 0));
-        let file = match known {
-            Some(file) => file,
-            None => {
-                let file = Arc::new(open_file(root, path)?.0);
-                let mut open = lock(&self.open);
-                if open.len() >= OPEN_CAP {
-                    open.clear();
-                }
-                open.insert(path.into(), Arc::clone(&file));
-                file
+        if let Some(file) = known {
+            return Ok(file);
+        }
+        let file = Arc::new(open_file(&self.root, path)?.0);
+        let mut open = lock(&self.open);
+        if open.len() >= OPEN_CAP {
+            open.clear();
+        }
+        open.insert(path.into(), Arc::clone(&file));
+        Ok(file)
+    }
+
+    /// Reads a block and returns its length.
+    fn read(&self, path: &[u8], offset: u64, buffer: &mut [u8]) -> Result<usize, WalkError> {
+        let file = self.file(path)?;
+        read_full(&file, buffer, offset)
+            .map_err(|error| WalkError::new(&self.root, "read", path, error))
+    }
+
+    /// Which of `count` blocks from `first` on are nothing but hole, in runs counted from there; what is beyond the
+    /// file's end is.
+    fn holes(&self, path: &[u8], first: u64, count: u32) -> Result<Vec<Range<u32>>, WalkError> {
+        let file = self.file(path)?;
+        let failed = |error| WalkError::new(&self.root, "find holes of", path, error);
+        let (mut runs, mut at) = (Vec::new(), 0);
+        while at < count && runs.len() < RUNS_CAP {
+            let from = (first + u64::from(at)) * BLOCK;
+            let data = next_data(&file, from).map_err(failed)?;
+            // The block in which data begins, as it is counted.
+            let until = data.map_or(u64::MAX, |data| data / BLOCK) - first;
+            let until = u32::try_from(until).unwrap_or(u32::MAX).min(count);
+            if at < until {
+                runs.push(at..until);
             }
-        };
-        read_full(&file, buffer, offset).map_err(|e| WalkError::new(root, "read", path, e))
+            let Some(data) = data.filter(|_| until < count) else {
+                break;
+            };
+            let hole = next_hole(&file, data).map_err(failed)?.div_ceil(BLOCK) - first;
+            // A file system without holes names its end, and one that is written meanwhile anything.
+            at = u32::try_from(hole).unwrap_or(u32::MAX).max(until + 1);
+        }
+        Ok(runs)
     }
 
     fn list(&self) -> Result<Vec<Entry>, WalkError> {

@@ -19,6 +19,7 @@ use crate::volume::sign::{ZERO, signature};
 use crate::volume::{Entry, FleetKey};
 use std::collections::HashMap;
 use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -70,6 +71,10 @@ pub enum Content<'a> {
 pub trait Arrivals: Send + Sync {
     /// A block, or why it does not come.
     fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>);
+
+    /// Which of the blocks from `first` on that were asked about are holes, in runs counted from there; none are where
+    /// the source cannot tell.
+    fn mapped(&self, first: Place, holes: &[Range<u32>]);
 }
 
 /// What is fetched from.
@@ -120,8 +125,18 @@ struct LaneState {
 struct Question {
     place: Place,
     path: Arc<[u8]>,
-    with_bytes: bool,
-    held: Option<Signature>,
+    what: What,
+}
+
+/// What of a place is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// The block, its bytes only where it does not bear this signature.
+    Bytes(Option<Signature>),
+    /// The block's signature alone.
+    Signature,
+    /// Which of so many blocks from there on are holes.
+    Holes(u32),
 }
 
 impl Question {
@@ -130,7 +145,19 @@ impl Question {
             number,
             path: (*self.path).into(),
             block: self.place.block,
-            held: self.held,
+            held: match self.what {
+                What::Bytes(held) => held,
+                _ => None,
+            },
+        }
+    }
+
+    fn asks(&self, number: u64) -> Fetch {
+        let want = self.want(number);
+        match self.what {
+            What::Bytes(_) => Fetch::Want(vec![want]),
+            What::Signature => Fetch::Sign(vec![want]),
+            What::Holes(count) => Fetch::Map { first: want, count },
         }
     }
 }
@@ -191,31 +218,28 @@ impl Fetcher {
     /// Asks for a block of the file at `path`, its bytes only where it does not bear the signature of what is `held`
     /// here; the answer goes to the arrivals.
     pub fn ask(&self, class: Class, place: Place, path: &Arc<[u8]>, held: Option<Signature>) {
-        let question = Question {
-            place,
-            path: Arc::clone(path),
-            with_bytes: true,
-            held,
-        };
-        self.put(class, question);
+        self.put(class, place, path, What::Bytes(held));
     }
 
     /// Asks for the signature alone, behind everything else.
     pub fn ask_signature(&self, place: Place, path: &Arc<[u8]>) {
+        self.put(Class::Background, place, path, What::Signature);
+    }
+
+    /// Asks which of `count` blocks from `first` on are holes, before anything that nobody waits for.
+    pub fn ask_holes(&self, first: Place, count: u32, path: &Arc<[u8]>) {
+        self.put(Class::Demand, first, path, What::Holes(count));
+    }
+
+    fn put(&self, class: Class, place: Place, path: &Arc<[u8]>, what: What) {
         let question = Question {
             place,
             path: Arc::clone(path),
-            with_bytes: false,
-            held: None,
+            what,
         };
-        self.put(Class::Background, question);
-    }
-
-    fn put(&self, class: Class, question: Question) {
         let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let lane = &self.shared.lanes[usize::from(class == Class::Background)];
-        let with_bytes = question.with_bytes;
-        let wants = vec![question.want(number)];
+        let asks = question.asks(number);
         let line = {
             let mut state = lock(&lane.state);
             state.pending.insert(number, question);
@@ -224,7 +248,7 @@ impl Fetcher {
             line.map(|line| Arc::clone(&line.transmitter))
         };
         if let Some(transmitter) = line {
-            self.shared.say(&transmitter, asking(wants, with_bytes));
+            self.shared.say(&transmitter, asks);
         }
     }
 
@@ -395,19 +419,13 @@ impl Shared {
                 }
             };
         let transmitter = Arc::new(Mutex::new(transmitter));
-        let open: [Vec<Want>; 2] = {
+        let open = {
             let mut state = lock(&lane.state);
             state.line = Some(Line {
                 transmitter: Arc::clone(&transmitter),
                 socket,
             });
-            [true, false].map(|with_bytes| {
-                let pending = state.pending.iter();
-                pending
-                    .filter(|(_, question)| question.with_bytes == with_bytes)
-                    .map(|(number, question)| question.want(*number))
-                    .collect()
-            })
+            together(&state.pending)
         };
         if self.is_over() {
             return String::new();
@@ -415,10 +433,8 @@ impl Shared {
         // Said from another thread: the source answers while the questions are still being asked.
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                for (open, with_bytes) in open.iter().zip([true, false]) {
-                    for wants in open.chunks(ASKED_AT_ONCE) {
-                        self.say(&transmitter, asking(wants.to_vec(), with_bytes));
-                    }
+                for asks in open {
+                    self.say(&transmitter, asks);
                 }
             });
             let ended = self.receive(lane, arrivals, &mut receiver, &opener, answered);
@@ -460,54 +476,93 @@ impl Shared {
                 Ok(plain) => plain,
                 Err(error) => return error.to_string(),
             };
-            let (number, answer) = match Answer::decode(plain) {
-                Ok(Answer::Block {
-                    number,
-                    signature,
-                    bytes,
-                }) => (number, Ok((signature, bytes))),
-                Ok(Answer::Refused { number, why }) => (number, Err(why)),
-                Ok(Answer::Entries { .. }) => return "a list came unasked".to_owned(),
+            let answer = match Answer::decode(plain) {
+                Ok(answer) => answer,
                 Err(error) => return error.to_string(),
+            };
+            let number = match &answer {
+                Answer::Block { number, .. }
+                | Answer::Refused { number, .. }
+                | Answer::Map { number, .. } => *number,
+                Answer::Entries { .. } => return "a list came unasked".to_owned(),
             };
             *answered = true;
             let known = lock(&lane.state).pending.get(&number).cloned();
-            let Some(Question {
-                place,
-                with_bytes,
-                held,
-                ..
-            }) = known
-            else {
+            let Some(Question { place, what, .. }) = known else {
                 continue;
             };
-            let is_held = |said| with_bytes && held == Some(said);
-            if let Ok((said, bytes)) = answer {
-                let bare = bytes.is_empty() && (said == ZERO || !with_bytes || is_held(said));
-                if !bare && signature(&self.plan.fleet_key, bytes) != said {
-                    return "a block does not bear its signature".to_owned();
-                }
-            }
+            let taken = match self.checked(what, &answer) {
+                Ok(taken) => taken,
+                Err(why) => return why.to_owned(),
+            };
             lock(&lane.state).pending.remove(&number);
-            let block = answer.map(|(signature, bytes)| Block {
-                signature,
-                content: match with_bytes {
-                    false => Content::Unasked,
-                    true if bytes.is_empty() && is_held(signature) => Content::Held,
-                    true => Content::Bytes(bytes),
-                },
-            });
-            arrivals.arrived(lane.class, place, block);
+            match taken {
+                Taken::Block(block) => arrivals.arrived(lane.class, place, block),
+                Taken::Holes(holes) => arrivals.mapped(place, holes),
+            }
         }
+    }
+
+    /// An answer that is one to what was asked.
+    fn checked<'a>(&self, what: What, answer: &'a Answer<'_>) -> Result<Taken<'a>, &'static str> {
+        let (said, bytes) = match (answer, what) {
+            (Answer::Map { holes, .. }, What::Holes(count)) => {
+                return match holes.last() {
+                    Some(last) if last.end > count => Err("holes lie beyond what was asked"),
+                    _ => Ok(Taken::Holes(holes)),
+                };
+            }
+            (Answer::Refused { .. }, What::Holes(_)) => return Ok(Taken::Holes(&[])),
+            (Answer::Refused { why, .. }, _) => return Ok(Taken::Block(Err(*why))),
+            (
+                Answer::Block {
+                    signature, bytes, ..
+                },
+                What::Bytes(_) | What::Signature,
+            ) => (*signature, *bytes),
+            _ => return Err("an answer is not one to its question"),
+        };
+        let content = match what {
+            What::Bytes(held) if bytes.is_empty() && held == Some(said) => Content::Held,
+            What::Bytes(_) => Content::Bytes(bytes),
+            _ => Content::Unasked,
+        };
+        let bare = bytes.is_empty() && (said == ZERO || !matches!(content, Content::Bytes(_)));
+        if !bare && signature(&self.plan.fleet_key, bytes) != said {
+            return Err("a block does not bear its signature");
+        }
+        Ok(Taken::Block(Ok(Block {
+            signature: said,
+            content,
+        })))
     }
 }
 
-fn asking(wants: Vec<Want>, with_bytes: bool) -> Fetch {
-    if with_bytes {
-        Fetch::Want(wants)
-    } else {
-        Fetch::Sign(wants)
-    }
+/// What an answer brings.
+enum Taken<'a> {
+    Block(Result<Block<'a>, Refusal>),
+    Holes(&'a [Range<u32>]),
+}
+
+/// Everything that is asked, in as few messages as may be.
+fn together(pending: &HashMap<u64, Question>) -> Vec<Fetch> {
+    let wants = |of: fn(What) -> bool| -> Vec<Want> {
+        let some = pending.iter().filter(|(_, question)| of(question.what));
+        some.map(|(number, question)| question.want(*number))
+            .collect()
+    };
+    let bytes = wants(|what| matches!(what, What::Bytes(_)));
+    let signatures = wants(|what| what == What::Signature);
+    let holes = pending
+        .iter()
+        .filter(|(_, question)| matches!(question.what, What::Holes(_)));
+    let bytes = bytes.chunks(ASKED_AT_ONCE).map(<[Want]>::to_vec);
+    let signatures = signatures.chunks(ASKED_AT_ONCE).map(<[Want]>::to_vec);
+    bytes
+        .map(Fetch::Want)
+        .chain(signatures.map(Fetch::Sign))
+        .chain(holes.map(|(number, question)| question.asks(*number)))
+        .collect()
 }
 
 /// Questions in one message.

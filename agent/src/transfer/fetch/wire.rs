@@ -11,12 +11,20 @@ use crate::volume::codec::{Malformed, Reader, put_short};
 use crate::volume::mirror::LogId;
 use crate::volume::sign::ZERO;
 use crate::volume::tree::checked_path;
+use std::ops::Range;
 
 /// Bytes that one question asks for: small enough for random reads, large enough for bulk.
 pub const BLOCK: u64 = 64 << 10;
 
 /// Questions in one message.
 const WANTS_CAP: usize = 64;
+
+/// Blocks of which the holes are asked for at a time: the 4 GiB that one NBD request can name, and one more for its
+/// edges.
+pub const MAP_CAP: u32 = (1 << 16) + 1;
+
+/// Runs of holes in one answer: with fewer, the rest counts as data.
+pub const RUNS_CAP: usize = 4096;
 
 /// How urgent the questions of a connection are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,6 +61,13 @@ pub enum Fetch {
     Want(Vec<Want>),
     /// Target: send the signatures of these, without their bytes.
     Sign(Vec<Want>),
+    /// Target: say which of so many blocks from this one on are holes.
+    Map {
+        /// The first.
+        first: Want,
+        /// How many.
+        count: u32,
+    },
     /// Target: this connection carries changes of the volume; the name of their log, the salt of their records.
     Mirror {
         /// Log.
@@ -121,6 +136,13 @@ impl Fetch {
                 out.push(9);
                 put_short(out, &why.as_bytes()[..why.len().min(REASON_CAP)]);
             }
+            Self::Map { first, count } => {
+                out.push(11);
+                out.extend_from_slice(&first.number.to_le_bytes());
+                out.extend_from_slice(&first.block.to_le_bytes());
+                put_short(out, &first.path);
+                out.extend_from_slice(&count.to_le_bytes());
+            }
         }
     }
 
@@ -144,21 +166,13 @@ impl Fetch {
                 }
                 let mut wants = Vec::with_capacity(count);
                 for _ in 0..count {
-                    let (number, block) = (reader.u64()?, reader.u64()?);
-                    if block > i64::MAX as u64 / BLOCK {
-                        return Err(Malformed("a block lies where no file can reach"));
-                    }
-                    let path = checked_path(reader.short()?)?;
+                    let want = want(reader)?;
                     let held = match kind {
                         10 => Some(Signature(reader.array()?)),
                         _ => None,
                     };
-                    wants.push(Want {
-                        number,
-                        path,
-                        block,
-                        held: held.filter(|held| *held != ZERO),
-                    });
+                    let held = held.filter(|held| *held != ZERO);
+                    wants.push(Want { held, ..want });
                 }
                 match kind {
                     5 => Self::Sign(wants),
@@ -176,9 +190,33 @@ impl Fetch {
                 let why = &why[..why.len().min(REASON_CAP)];
                 Self::Refused(String::from_utf8_lossy(why).into_owned())
             }
+            11 => {
+                let (first, count) = (want(reader)?, reader.u32()?);
+                if count > MAP_CAP {
+                    return Err(Malformed(
+                        "more blocks are asked about at once than the cap",
+                    ));
+                }
+                Self::Map { first, count }
+            }
             _ => return Err(Malformed("a fetching message is of an unknown kind")),
         })
     }
+}
+
+/// A wanted block that is not here in any other form.
+fn want(reader: &mut Reader<'_>) -> Result<Want, Malformed> {
+    let (number, block) = (reader.u64()?, reader.u64()?);
+    if block > i64::MAX as u64 / BLOCK {
+        return Err(Malformed("a block lies where no file can reach"));
+    }
+    let path = checked_path(reader.short()?)?;
+    Ok(Want {
+        number,
+        path,
+        block,
+        held: None,
+    })
 }
 
 /// Why a block does not come.
@@ -217,6 +255,13 @@ pub enum Answer<'a> {
         /// Why.
         why: Refusal,
     },
+    /// Which of the blocks that were asked about are holes.
+    Map {
+        /// Number of the question.
+        number: u64,
+        /// Runs of them in order, apart, each counted from the first block of the question.
+        holes: Vec<Range<u32>>,
+    },
 }
 
 impl<'a> Answer<'a> {
@@ -243,6 +288,14 @@ impl<'a> Answer<'a> {
                 out.push(3);
                 out.extend_from_slice(&number.to_le_bytes());
                 out.push(u8::from(*why == Refusal::Unreadable));
+            }
+            Self::Map { number, holes } => {
+                out.push(4);
+                out.extend_from_slice(&number.to_le_bytes());
+                for run in holes {
+                    out.extend_from_slice(&run.start.to_le_bytes());
+                    out.extend_from_slice(&run.end.to_le_bytes());
+                }
             }
         }
     }
@@ -283,6 +336,22 @@ impl<'a> Answer<'a> {
                     _ => Refusal::Unreadable,
                 },
             },
+            4 => {
+                let number = reader.u64()?;
+                let (mut holes, mut last) = (Vec::new(), 0);
+                while !reader.is_empty() {
+                    let run = reader.u32()?..reader.u32()?;
+                    if run.start < last || run.is_empty() || run.end > MAP_CAP {
+                        return Err(Malformed("holes are out of order or beyond what was asked"));
+                    }
+                    if holes.len() == RUNS_CAP {
+                        return Err(Malformed("an answer has more holes than the cap"));
+                    }
+                    last = run.end;
+                    holes.push(run);
+                }
+                Self::Map { number, holes }
+            }
             _ => return Err(Malformed("an answer is of an unknown kind")),
         };
         if !reader.is_empty() {
@@ -318,6 +387,10 @@ mod tests {
             Fetch::Opened([3; 32]),
             Fetch::List,
             Fetch::Want(Vec::clone(&wants)),
+            Fetch::Map {
+                first: wants[1].clone(),
+                count: MAP_CAP,
+            },
             Fetch::Sign(wants),
             Fetch::Want(some_held),
             Fetch::Mirror {
@@ -349,6 +422,28 @@ mod tests {
             .encode(&mut bytes);
             assert!(Fetch::decode(&mut Reader::new(&bytes)).is_err());
         }
+    }
+
+    #[test]
+    fn holes_that_overlap_or_lie_beyond_the_question_are_malformed() {
+        let told = |holes: Vec<Range<u32>>| {
+            let mut bytes = Vec::new();
+            let told = Answer::Map {
+                number: 1,
+                holes: holes.clone(),
+            };
+            told.encode(&mut bytes);
+            let decoded = Answer::decode(&bytes);
+            decoded.is_ok_and(|answer| {
+                matches!(answer, Answer::Map { number: 1, holes: found } if found == holes)
+            })
+        };
+        assert!(told(vec![]) && told(vec![0..1, 1..9, 100..MAP_CAP]));
+        let (empty, beyond) = (7..7, 5..MAP_CAP + 1);
+        for holes in [vec![0..5, 4..9], vec![empty], vec![beyond]] {
+            assert!(!told(holes));
+        }
+        assert!(!told((0..=RUNS_CAP as u32).map(|n| n..n + 1).collect()));
     }
 
     proptest! {
