@@ -133,7 +133,6 @@ pub(super) fn make(
             data.finish_directory(entry)?;
         }
     }
-    copies.end().map_err(failed("remove an earlier copy"))?;
     write_list(directory, entries).map_err(failed("write the list"))?;
     write_index(directory, &origins).map_err(failed("write the index"))?;
     Ok(origins)

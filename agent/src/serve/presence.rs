@@ -231,6 +231,14 @@ impl Presence {
 /// Bits to make durable.
 pub struct Soft(Vec<(usize, u64)>);
 
+impl Soft {
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 fn place(block: u64) -> (usize, u64) {
     let word = usize::try_from(block / 4).unwrap_or(usize::MAX);
     (word, block % 4 * 16)

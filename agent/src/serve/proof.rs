@@ -1,12 +1,12 @@
 //! The proof that a volume which was filled is the source's: the signature of each block as the source named it when
 //! the block came, one root over them and the source's list.
 //!
-//! Invariant: what is in the file was written in this boot of the host; after another boot every signature is asked
-//! for anew. Blocks that were written over before they came are asked for without their bytes. Non-goal: what was
-//! written here.
+//! Invariant: a signature is durable before its block counts as durable. After another boot of the host only those of
+//! such blocks are believed: asking for one anew would compare the source with itself. Blocks that were written over
+//! before they came are asked for without their bytes. Non-goal: what was written here.
 
 use super::origins::{Origin, read_list};
-use super::presence::boot_id;
+use super::presence::{Presence, boot_id};
 use crate::model::ids::Signature;
 use crate::transfer::fetch::Place;
 use crate::volume::sign::ZERO;
@@ -34,8 +34,13 @@ pub(super) struct Proof {
 }
 
 impl Proof {
-    /// Opens what is known in `directory`.
-    pub(super) fn open(directory: &Path, key: FleetKey) -> io::Result<Self> {
+    /// Opens what is known in `directory` of blocks of which `presence` says what is here.
+    pub(super) fn open(
+        directory: &Path,
+        key: FleetKey,
+        origins: &[Origin],
+        presence: &Presence,
+    ) -> io::Result<Self> {
         let boot = boot_id()?;
         let file = OpenOptions::new()
             .create(true)
@@ -50,14 +55,29 @@ impl Proof {
             key,
         };
         if proof.file.read_at(&mut of, 0)? < of.len() || of != boot {
-            proof.begin(&boot)?;
-        }
-        if let Ok(doubted) = File::open(&proof.doubted)
-            && (doubted.read_at(&mut of, 0)? < of.len() || of != boot)
-        {
-            proof.believe()?;
+            proof.after_boot(&boot, origins, presence)?;
         }
         Ok(proof)
+    }
+
+    /// Forgets what the host's death may have spoilt.
+    fn after_boot(&self, boot: &[u8], origins: &[Origin], presence: &Presence) -> io::Result<()> {
+        if self.doubted.exists() || self.file.metadata()?.len() == 0 {
+            return self.begin(boot);
+        }
+        for origin in origins {
+            for block in origin.first..origin.first + origin.blocks() {
+                if origin.real(block - origin.first) & !presence.of(block) != 0 {
+                    self.file.write_all_at(&ZERO.0, START + block * 32)?;
+                }
+            }
+        }
+        self.file.write_all_at(boot, 0)
+    }
+
+    /// Makes durable what is known.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
     }
 
     fn begin(&self, boot: &[u8]) -> io::Result<()> {
@@ -70,11 +90,16 @@ impl Proof {
         if self.doubted.exists() {
             return Ok(());
         }
-        let new = self.doubted.with_extension("new");
+        let name = self.doubted.with_extension("new");
+        let mut new = File::create(&name)?;
         let mut from = &self.file;
         from.seek(SeekFrom::Start(0))?;
-        io::copy(&mut from, &mut File::create(&new)?)?;
-        std::fs::rename(new, &self.doubted)?;
+        io::copy(&mut from, &mut new)?;
+        new.sync_all()?;
+        std::fs::rename(name, &self.doubted)?;
+        if let Some(directory) = self.doubted.parent() {
+            File::open(directory)?.sync_all()?;
+        }
         self.begin(&boot_id()?)
     }
 
@@ -187,4 +212,63 @@ fn of(file: &File, origin: &Origin) -> io::Result<Vec<Option<Signature>>> {
             signature => Some(signature),
         })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::presence::WHOLE;
+
+    #[test]
+    fn after_another_boot_only_signatures_of_blocks_that_are_durable_are_believed() {
+        let directory = tempfile::tempdir().unwrap();
+        let origins = [Origin {
+            path: b"file".as_slice().into(),
+            size: 4 * 65536,
+            first: 0,
+        }];
+        let open = || {
+            let real = (0..4).map(|_| WHOLE);
+            let presence = Presence::open(directory.path(), 4, real).unwrap();
+            let key = FleetKey([1; 32]);
+            let proof = Proof::open(directory.path(), key, &origins, &presence).unwrap();
+            (presence, proof)
+        };
+        let known = |proof: &Proof| proof.of(&origins[0]).unwrap();
+        let some = |number: u8| Some(Signature([number; 32]));
+        let (presence, proof) = open();
+        for block in 0..3 {
+            proof.note(block, Signature([block as u8 + 1; 32])).unwrap();
+            presence.mark(block, WHOLE).unwrap();
+        }
+        presence.harden(&presence.soft(0..2)).unwrap();
+        drop((presence, proof));
+        assert_eq!(known(&open().1), [some(1), some(2), some(3), None]);
+
+        let boot_anew = || {
+            for (name, at) in [("signatures", 0), ("live", 8)] {
+                let file = OpenOptions::new()
+                    .write(true)
+                    .open(directory.path().join(name));
+                file.unwrap().write_all_at(&[b'x'; 36], at).unwrap();
+            }
+        };
+        boot_anew();
+        let (_, proof) = open();
+        assert_eq!(known(&proof), [some(1), some(2), None, None]);
+        proof.note(2, Signature([3; 32])).unwrap();
+
+        // While it is doubted all are asked for anew, and compared with those of before.
+        proof.doubt().unwrap();
+        proof.note(0, Signature([9; 32])).unwrap();
+        boot_anew();
+        let (_, proof) = open();
+        assert_eq!(known(&proof), [None; 4]);
+        for (block, now) in [(0, 9), (1, 2), (2, 3)] {
+            proof.note(block, Signature([now; 32])).unwrap();
+        }
+        let first = Place { file: 0, block: 0 };
+        let differing = proof.differing(&origins, 8).unwrap();
+        assert_eq!(differing, [(first, Signature([1; 32]))]);
+    }
 }

@@ -5,11 +5,13 @@
 //! the source (`store`).
 
 use crate::volume::Confined;
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat, renameat2};
 use nix::sys::stat::{SFlag, fstatat};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 /// Where they lie in the store's directory, by number.
@@ -52,16 +54,28 @@ pub fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Brings what was laid by, or taken up from there, back to an empty `place`, and removes the store in `directory`.
+/// Brings what was laid by, or taken up from there, back to an empty `place`, and removes the store in `directory`. Of a
+/// store that was not made whole, what it took lies with the rest again.
 ///
 /// # Errors
 /// The file system's error; it may be tried again.
 pub fn bring_back(directory: &Path, place: &Path) -> io::Result<()> {
     let (copies, data) = (directory.join(COPIES), directory.join("data"));
-    let newest = numbered(&copies)?.into_iter().max();
-    // Without its index the store was not made whole, and took only some of it.
-    let newest = newest.filter(|_| !directory.join("index").exists());
-    let from = newest.map_or(data, |number| copies.join(number.to_string()));
+    let mut numbers = numbered(&copies)?;
+    numbers.sort_unstable();
+    let mut laid_by = numbers
+        .into_iter()
+        .map(|number| copies.join(number.to_string()));
+    let from = match laid_by.next() {
+        // Without its index the store was not made whole, and took only some of it.
+        Some(first) if !directory.join("index").exists() => {
+            for later in laid_by.chain([data]).filter(|later| later.exists()) {
+                join(&later, &first)?;
+            }
+            first
+        }
+        _ => data,
+    };
     if from.exists() && std::fs::read_dir(place)?.next().is_none() {
         exchange(&from, place)?;
     }
@@ -69,6 +83,32 @@ pub fn bring_back(directory: &Path, place: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Moves every file of one tree to where the other, which has the same directory, has none.
+fn join(from: &Path, to: &Path) -> io::Result<()> {
+    let (source, target) = (Confined::open(from)?, Confined::open(to)?);
+    let mut directories = vec![PathBuf::new()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(from.join(&directory))? {
+            let entry = entry?;
+            let path = directory.join(entry.file_name());
+            if entry.file_type()?.is_dir() {
+                directories.push(path);
+                continue;
+            }
+            let path = path.as_os_str().as_bytes();
+            let (here, name) = source.parent(path)?;
+            let Ok((there, _)) = target.parent(path) else {
+                continue;
+            };
+            match renameat2(&here, name, &there, name, RenameFlags::RENAME_NOREPLACE) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
 }
 
 fn numbered(copies: &Path) -> io::Result<Vec<u32>> {
@@ -114,9 +154,16 @@ pub(super) fn reuses(directory: &Path) -> bool {
     directory.join(REUSES).exists()
 }
 
+/// Removes what was not taken of the copies for a store in `directory`, which is whole.
+pub(super) fn end_copies(directory: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(directory.join(COPIES)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// The copies that lie by, the newest first.
 pub(super) struct Copies {
-    directory: PathBuf,
     open: Vec<Confined>,
     /// Taken files with further names.
     shared: HashSet<u64>,
@@ -135,7 +182,6 @@ impl Copies {
             File::create(directory.join(REUSES))?;
         }
         Ok(Self {
-            directory: copies,
             open,
             shared: HashSet::new(),
         })
@@ -162,12 +208,37 @@ impl Copies {
         }
         Ok(false)
     }
+}
 
-    /// Removes what was not taken.
-    pub(super) fn end(self) -> io::Result<()> {
-        match std::fs::remove_dir_all(&self.directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stores_took_that_were_not_made_whole_lies_with_the_rest_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, place) = (
+            directory.path().join("store"),
+            directory.path().join("place"),
+        );
+        std::fs::create_dir_all(place.join("deep")).unwrap();
+        for name in ["one", "deep/two", "three"] {
+            std::fs::write(place.join(name), name).unwrap();
         }
+        // Two deaths in the middle, each after another file.
+        for taken in ["one", "deep/two"] {
+            lay_by(&store, &place).unwrap();
+            clear(&store).unwrap();
+            std::fs::create_dir_all(store.join("data/deep")).unwrap();
+            let data = Confined::open(&store.join("data")).unwrap();
+            let mut copies = Copies::open(&store).unwrap();
+            assert!(copies.take(taken.as_bytes(), &data).unwrap());
+            std::fs::write(store.join("data/three"), "sparse").unwrap();
+        }
+        bring_back(&store, &place).unwrap();
+        for name in ["one", "deep/two", "three"] {
+            assert_eq!(std::fs::read(place.join(name)).unwrap(), name.as_bytes());
+        }
+        assert!(!store.exists());
     }
 }

@@ -19,7 +19,7 @@ use super::mirror::{Mirror, Mirrored};
 use super::origins::{Origin, StoreError, make, mask, numbers, read_index, read_list};
 use super::presence::{PAGE, Presence};
 use super::proof::{ASKED_CAP, Proof};
-use super::reuse::reuses;
+use super::reuse::{end_copies, reuses};
 use crate::model::ids::Signature;
 use crate::transfer::Options;
 use crate::transfer::fetch::{
@@ -177,6 +177,7 @@ impl Store {
                 make(directory, volume, &entries, devices)?
             }
         };
+        end_copies(directory).map_err(failed("remove an earlier copy"))?;
         let blocks = origins.last().map_or(0, |last| last.first + last.blocks());
         let real = origins
             .iter()
@@ -187,7 +188,7 @@ impl Store {
         let data = Confined::open(&directory.join("data"))
             .map_err(|error| failed("open the data")(error.into()))?;
         let proof = proves
-            .then(|| Proof::open(directory, plan.fleet_key.clone()))
+            .then(|| Proof::open(directory, plan.fleet_key.clone(), &origins, &presence))
             .transpose()
             .map_err(failed("keep the signatures"))?;
         let store = Arc::new(Self {
@@ -582,7 +583,13 @@ impl Store {
             self.presence.soft(blocks)
         });
         file.sync_all()?;
-        soft.map_or(Ok(()), |soft| self.presence.harden(&soft))
+        let Some(soft) = soft.filter(|soft| !soft.is_empty()) else {
+            return Ok(());
+        };
+        if let Some(proof) = &self.proof {
+            proof.sync()?;
+        }
+        self.presence.harden(&soft)
     }
 
     fn cut(&self, number: u32) -> &RwLock<()> {

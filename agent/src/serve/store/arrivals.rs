@@ -262,7 +262,11 @@ impl Store {
             .cut(place.file)
             .read()
             .unwrap_or_else(PoisonError::into_inner);
-        let file = self.origin_file(place.file)?;
+        let file = match self.origin_file(place.file) {
+            // It was let go of meanwhile: whole, or removed with nobody to read it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            opened => opened?,
+        };
         let _turn = locked(&self.shard(place).asked);
         let missing = self.missing(origin, place.block);
         if missing == 0 {
