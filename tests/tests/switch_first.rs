@@ -229,6 +229,92 @@ fn a_plan_switches_first_by_itself_once_changesets_will_not_get_small_and_keeps_
 }
 
 #[test]
+fn a_copy_that_a_paired_device_carries_is_ended_when_a_forecast_says_that_it_comes_too_late()
+-> Result<()> {
+    let source = Device {
+        policy: Some(FILLS.into()),
+        migration: vec![
+            "automatic: false".into(),
+            // So that what is written all the time is worth rounds.
+            format!("changeset_threshold_bytes: {}", 1 << 20),
+        ],
+        ..Device::new(SOURCE)
+    };
+    let devices = [source, device(TARGET, None), device(PAIRED, None)];
+    let Some(stage) = Stage::up("switched-forecast", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let source = stage.source()?.clone();
+    // It has no inode left in about five minutes: of those, unlike bytes, the machine's own disk has enough.
+    let fills = "mkdir -p /srv/fills && mount -t tmpfs -o nr_inodes=1000 /dev/fills /srv/fills && \
+                 cd /srv/fills && while i=$((i+1)) && : >$i; do sleep 0.33; done";
+    source.spawn_logged("fills", ["sh", "-c", fills])?;
+    let (big, place) = (
+        format!("{}/big", CACHE.notes()),
+        format!("{}/busy", CACHE.notes()),
+    );
+    source.run(["sh", "-c", &format!("head -c {LONG} /dev/urandom >{big}")])?;
+    for device in [TARGET, PAIRED] {
+        images::load_some(stage.lab.host(device)?, &["redis"])?;
+    }
+    let write = format!("head -c 64K /dev/urandom >{place}; sync {place}; sleep 0.15");
+    let busy = Load::start(&source, &CACHE, &write)?;
+    let mut arguments = vec!["evacuate", CACHE.name, "--yes"];
+    arguments.extend(["--limit", "1MiB", "--delegate", "transfer"]);
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    let plan = stage.plan()?;
+    // The duplicator says which of the two others is the target.
+    let target = wait_for("a target", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        Ok(status["plans"][0]["target"].as_str().map(str::to_owned))
+    })?;
+    let target = stage.lab.host(&target)?.clone();
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)
+        .with_context(|| stage.crew.log(SOURCE))?;
+    drop(busy);
+    ensure!(report["state"] == "completed", "{report:#}");
+    let choices = lines(&report, "copied (");
+    says(&choices[0], &["copy first:"])?;
+    says(
+        choices.last().context("no choice")?,
+        &[
+            "switch first, with what was copied so far:",
+            "copying would not be over in the",
+            "that `fills` forecasts",
+        ],
+    )?;
+    ensure!(
+        lines(&report, "goes straight from here").len() == 1,
+        "{report:#}"
+    );
+    ensure!(lines(&report, "roots agree").len() == 1, "{report:#}");
+    let held = held(&stage, &plan)?;
+    println!("{held} of {LONG} bytes were there before the switch");
+    ensure!(held > 1 << 20, "what was copied was sent again: {held}");
+    stage.crew.tell(SOURCE, &["verify", &plan])?;
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data_on(&target, &CACHE)?;
+    stage.lab.down()
+}
+
+/// Lent to the source.
+const PAIRED: &str = "paired";
+/// Bytes whose copy takes four minutes at its limit, and with what changes meanwhile about seven.
+const LONG: u64 = 240 << 20;
+/// A policy that foretells when a file system is full, and moves nothing by itself.
+const FILLS: &str = "version: 1
+name: fills
+thresholds:
+  fills:
+    metric: disk.inodes_used
+    per: mount
+    forecast: { reaches: 90%, within: 10m, over: 1m }
+    optional: true
+degraded:
+  - any: [fills]
+";
+
+#[test]
 fn a_death_before_the_release_lists_anew_and_one_after_the_proof_moves_the_data_to_its_place()
 -> Result<()> {
     let devices = [

@@ -53,6 +53,11 @@ fn no_acknowledged_write_of_an_application_is_lost_when_its_twins_start_before_t
         "{told}"
     );
     grows(50)?;
+    let log = crew.log(TARGET);
+    let kept = !log
+        .lines()
+        .any(|line| line.contains("cannot keep a fetched block"));
+    ensure!(kept, "{log}");
     let proof = load.stop()?.check(target)?;
     ensure!(proof.holds(), "{proof:?}");
     lab.down()

@@ -33,6 +33,7 @@ pub fn router(roles: Roles) -> Router {
         .route("/v1/plans/{plan}/offer", post(offer))
         .route("/v1/plans/{plan}/revise", post(revise))
         .route("/v1/plans/{plan}/rehearse", post(rehearse))
+        .route("/v1/plans/{plan}/end-copy", post(end_copy))
         .route("/v1/plans/{plan}/open", post(open))
         .route("/v1/plans/{plan}/release", post(release))
         .route("/v1/plans/{plan}/whole", post(arrived))
@@ -110,6 +111,14 @@ async fn rehearse(
     Path(plan): Path<PlanId>,
 ) -> Answer<()> {
     whole(async move { target.rehearse(&peer.device, &plan).await }).await
+}
+
+async fn end_copy(
+    State(Roles { target, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Path(plan): Path<PlanId>,
+) -> Answer<()> {
+    whole(async move { target.end_copy(&peer.device, &plan).await }).await
 }
 
 async fn open(

@@ -147,6 +147,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         data: None,
         fleet: None,
         view: view.clone(),
+        beat: Arc::default(),
         troubles: std::sync::Mutex::default(),
     };
     let (delegator, access) = match &config.fleet {
@@ -305,6 +306,7 @@ async fn serve_fleet(
     delegator.resume();
     let (client, duplicator) = (fleet.client.clone(), fleet.identity.duplicator().clone());
     let (started, beating) = (Instant::now(), delegator.clone());
+    let beat = parts.beat.clone();
     let (policy, telling, hearing) = (senses.policy(), senses.comparison(), senses.comparison());
     let sample = move || {
         let policy = policy();
@@ -320,6 +322,7 @@ async fn serve_fleet(
         duplicator,
         sample,
         move |answer| hearing.hear(answer),
+        beat,
         stop.clone(),
     ));
     Ok((delegator, Some(access)))

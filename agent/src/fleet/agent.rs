@@ -26,6 +26,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 /// A token must be used within this time: the source returns it at once.
@@ -411,12 +412,13 @@ async fn stored<T: Send + 'static>(
 }
 
 /// Reports this device to the duplicator until `stop`: `sample` is asked each time, and `heard` told of
-/// each answer. The duplicator says how often. Failures are logged once, and again when they are over.
+/// each answer. The duplicator says how often; `sooner` is told when that is too late. Failures are logged once, and again when they are over.
 pub async fn heartbeat_loop<F: Future<Output = Heartbeat>>(
     client: ControlClient,
     duplicator: PeerAddress,
     mut sample: impl FnMut() -> F,
     heard: impl Fn(&HeartbeatAnswer),
+    sooner: Arc<Notify>,
     stop: CancellationToken,
 ) {
     let mut interval = FIRST_HEARTBEAT_INTERVAL;
@@ -452,6 +454,7 @@ pub async fn heartbeat_loop<F: Future<Output = Heartbeat>>(
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(interval) => {}
+            () = sooner.notified() => {}
         }
     }
 }

@@ -112,12 +112,12 @@ impl Delegator {
         }
     }
 
-    /// Gives back a paired device that went away in the middle.
-    pub(super) async fn give_back_paired(&self, plan: &Plan) {
+    /// Gives back a paired device before its plan is over.
+    pub(super) async fn give_back_paired(&self, plan: &Plan, outcome: DutyOutcome) {
         let Some(fleet) = self.fleet() else { return };
         fleet.end_relay(plan).await;
         if let Some(paired) = &plan.paired {
-            fleet.give_back(paired, DutyOutcome::Failed, &[]).await;
+            fleet.give_back(paired, outcome, &[]).await;
         }
     }
 }

@@ -140,7 +140,7 @@ pub(super) struct Watch {
     delegator: Arc<Delegator>,
     active: Arc<Active>,
     plan: Plan,
-    /// What was known when the copy began.
+    /// What was known when the copy began; what changes with time is looked at anew.
     outlook: Outlook,
     cannot_serve: Option<String>,
     /// When the copy began, and what was read before.
@@ -183,6 +183,7 @@ impl Watch {
             outlook.copy = rate;
         }
         outlook.copied = read;
+        outlook.dirty = written(view, &self.plan.containers).or(outlook.dirty);
         outlook.deadline = Some(deadline);
         outlook.obstacle = obstacle_of(&self.plan, view).or_else(|| self.cannot_serve.clone());
         outlook

@@ -35,7 +35,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// The device's place in the fleet.
 pub struct FleetContext {
@@ -69,6 +69,8 @@ pub struct Parts {
     pub fleet: Option<FleetContext>,
     /// Latest view of the host.
     pub view: watch::Receiver<Arc<HostView>>,
+    /// Sends the next heartbeat at once.
+    pub beat: Arc<Notify>,
     /// What an operator must see to: journals that cannot be read.
     pub troubles: Mutex<Vec<String>>,
 }

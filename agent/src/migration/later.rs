@@ -222,6 +222,43 @@ impl Target {
         Ok(())
     }
 
+    /// Ends what is received of the trees of a plan, and makes it durable, before their workload is frozen: the pause
+    /// is not to wait for either.
+    ///
+    /// # Errors
+    /// The plan is unknown or owned, or the disk's error.
+    pub async fn end_copy(&self, peer: &DeviceId, id: &PlanId) -> Result<(), TargetError> {
+        let _turn = self.turn(peer).await;
+        let (plan, places) = self.not_owned(peer, id)?;
+        self.end_reception(&plan, &places, true).await
+    }
+
+    async fn end_reception(
+        &self,
+        plan: &Plan,
+        places: &[Place],
+        durably: bool,
+    ) -> Result<(), TargetError> {
+        let (id, data) = (plan.id.clone(), self.parts.data.clone());
+        let trees: Vec<Place> = trees(plan, places).cloned().collect();
+        let ending = tokio::task::spawn_blocking(move || {
+            for place in trees {
+                if let Some(data) = &data {
+                    data.forget(&id, place.volume);
+                }
+                if durably {
+                    nix::unistd::syncfs(File::open(&place.path)?)?;
+                }
+            }
+            Ok::<_, io::Error>(())
+        });
+        let ended = ending.await.map_err(io::Error::other).flatten();
+        ended.map_err(|error| TargetError::File {
+            doing: "end what is received".into(),
+            error,
+        })
+    }
+
     /// Takes the list of every tree of a plan whose workload is frozen, durably; nothing of their data.
     ///
     /// # Errors
@@ -244,21 +281,7 @@ impl Target {
             })?;
         // An earlier attempt's list is not that of now: the workload ran in between.
         self.close_later(id).await;
-        if let Some(data) = self.parts.data.clone() {
-            let (id, volumes): (_, Vec<_>) = (
-                id.clone(),
-                trees(&plan, &places).map(|place| place.volume).collect(),
-            );
-            let forgetting = tokio::task::spawn_blocking(move || {
-                volumes
-                    .into_iter()
-                    .for_each(|volume| data.forget(&id, volume));
-            });
-            forgetting.await.map_err(|error| TargetError::File {
-                doing: "end what is received".into(),
-                error: error.into(),
-            })?;
-        }
+        self.end_reception(&plan, &places, false).await?;
         let stores = trees(&plan, &places)
             .map(|place| {
                 let name = format!(".lifeboat-{id}-{}", place.volume);

@@ -411,18 +411,16 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         dirty: gathered.dirty,
         overhead: Duration::ZERO,
         deadline: gathered.deadline,
-        obstacle: super::switch_first::obstacle(
-            &containers,
-            &volumes,
-            &delegated,
-            gathered.failing.as_deref(),
-        ),
+        obstacle: super::switch_first::obstacle(&containers, &volumes, gathered.failing.as_deref()),
         word: request.guards.way,
         bounds: gathered.bounds,
     };
     let choice = outlook.choose();
     if choice.next == Next::SwitchFirst {
         notes.push(super::switch_first::RISK.to_owned());
+        if delegated.contains(Action::Transfer) {
+            notes.push(format!("delegated until the switch only: {delegated}; what comes behind the twins goes straight to the target"));
+        }
     }
     Plan {
         id,

@@ -307,13 +307,16 @@ impl Move {
         delegator
             .end_pairings(&self.plan, DutyOutcome::Abandoned, &[])
             .await;
+        // Before it is said to be over: whoever asks for the same target then finds its ports free.
+        let mut freed = delegator.dismiss(&self.plan, reason).await;
         self.record(SourceEvent::Aborted {
             reason: reason.to_owned(),
         })
         .await;
         self.active.enter("aborted");
-        while !delegator.dismiss(&self.plan, reason).await {
+        while !freed {
             tokio::time::sleep(RETRY * 10).await;
+            freed = delegator.dismiss(&self.plan, reason).await;
         }
         let mirror = mirror_directory(&delegator.parts().state, &self.plan.id);
         let _ = tokio::fs::remove_dir_all(mirror).await;

@@ -23,7 +23,7 @@ use crate::model::container::State;
 use crate::model::control::{
     Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
 };
-use crate::model::fleet::PeerAddress;
+use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::plan::{
     Chosen, Content, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease,
 };
@@ -101,7 +101,7 @@ impl<'a> Planned<'a> {
                 Err(MoveError::Allocation {
                     error: error @ PairError::NobodyFits { .. },
                     ..
-                }) => core.keep_all(&error)?,
+                }) => core.keep_all(&error.to_string())?,
                 Err(error) => return Err(error),
             }
         }
@@ -141,22 +141,20 @@ impl Move {
         tracing::warn!(plan = %self.plan.id, "every action is done here from now on: {why}");
         self.active.enter("resume");
         self.let_run().await;
-        self.delegator.give_back_paired(&self.plan).await;
-        self.plan.paired = None;
-        self.plan.delegated = Actions::default();
-        self.append(SourceEvent::NotPaired {
-            reason: why.to_string(),
-        })?;
+        let failed = DutyOutcome::Failed;
+        self.delegator.give_back_paired(&self.plan, failed).await;
+        self.keep_all(&why.to_string())?;
         self.append(SourceEvent::Resumed)?;
         self.active.set_plan(&self.plan);
         Ok(())
     }
 
-    /// Keeps every action here because nobody can be lent.
-    fn keep_all(&mut self, why: &PairError) -> Result<(), MoveError> {
+    /// Keeps every action here from now on.
+    pub(super) fn keep_all(&mut self, why: &str) -> Result<(), MoveError> {
+        self.plan.paired = None;
         self.plan.delegated = Actions::default();
         self.append(SourceEvent::NotPaired {
-            reason: why.to_string(),
+            reason: why.to_owned(),
         })?;
         Ok(())
     }
@@ -518,6 +516,9 @@ impl<'a> Replicated<'a> {
             replica,
             way,
         } = self;
+        if way == Way::SwitchFirst {
+            core.end_copy(&target).await?;
+        }
         core.enter("fence")?;
         core.append(SourceEvent::Fencing)?;
         for planned in &core.plan.containers.clone() {

@@ -12,9 +12,9 @@ use super::returning::mirror_directory;
 use super::source::PAUSE_MAX;
 use super::switch::{RETRY, target_status};
 use super::view::HostView;
-use crate::model::action::{Action, Actions};
+use crate::model::action::Action;
 use crate::model::control::{Arrival, Open, Whole};
-use crate::model::fleet::PeerAddress;
+use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::ids::{Epoch, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, PlannedContainer, Release, VolumeRelease};
 use crate::model::units::Bytes;
@@ -54,7 +54,6 @@ pub(super) const RISK: &str = "switched first: until all data has arrived, losin
 pub(super) fn obstacle(
     containers: &[PlannedContainer],
     volumes: &[VolumeSpec],
-    delegated: &Actions,
     failing: Option<&str>,
 ) -> Option<String> {
     let mut data = volumes
@@ -79,22 +78,12 @@ pub(super) fn obstacle(
             planned.container.name
         ));
     }
-    if delegated.contains(Action::Transfer) {
-        return Some(
-            "the paired device carries the data, and the twins' reads go to this device".into(),
-        );
-    }
     failing.map(|evidence| format!("what is not fetched yet may be lost with the disk: {evidence}"))
 }
 
 /// The same, of a plan as the host is now.
 pub(super) fn obstacle_of(plan: &Plan, view: &HostView) -> Option<String> {
-    obstacle(
-        &plan.containers,
-        &plan.volumes,
-        &plan.delegated,
-        failing(view).as_deref(),
-    )
+    obstacle(&plan.containers, &plan.volumes, failing(view).as_deref())
 }
 
 /// Evidence that a disk of this host fails.
@@ -112,6 +101,20 @@ impl Move {
         obstacle_of(&self.plan, &view)
             .or_else(|| self.moved.cannot_serve.clone())
             .or_else(|| self.moved.unreadable.clone())
+    }
+
+    /// Ends the copy before the workload is frozen: what was copied is durable on the target, nothing comes after it, and
+    /// a paired device that carried the data is let go, because the rest goes straight to the target.
+    pub(super) async fn end_copy(&mut self, target: &PeerAddress) -> Result<(), MoveError> {
+        if self.plan.paired.is_some() && self.plan.delegated.contains(Action::Transfer) {
+            let done = DutyOutcome::Done;
+            self.delegator.give_back_paired(&self.plan, done).await;
+            self.keep_all(ALONE)?;
+            self.active.set_plan(&self.plan);
+        }
+        self.enter("end the copy")?;
+        let client = self.client()?.clone().with_timeout(END_TIME);
+        self.call(&client, target, "end-copy", &()).await
     }
 
     /// Lets the target take the list of every tree, and compares it with what is here; the workload is frozen
@@ -146,8 +149,8 @@ impl Move {
             .collect();
         let client = self.client()?.clone().with_timeout(PAUSE_MAX);
         let open = Open { epochs };
-        let there: Vec<VolumeRelease> = self.call(&client, target, "open", &open).await?;
         let key = FleetKey(*self.fleet()?.identity.fleet_key());
+        // Beside the target, which asks for the same list.
         let here = tokio::task::spawn_blocking(move || {
             let list = |(volume, epoch): (VolumeSpec, Epoch)| {
                 let root = list_root(&volume.source_path, &key)?;
@@ -163,6 +166,7 @@ impl Move {
                 .map(list)
                 .collect::<Result<Vec<_>, crate::volume::ScanError>>()
         });
+        let there: Vec<VolumeRelease> = self.call(&client, target, "open", &open).await?;
         let here = here
             .await?
             .map_err(|error| MoveError::Unlisted(error.to_string()))?;
@@ -282,6 +286,11 @@ impl Move {
 /// Root of each tree, and the bytes of all their files.
 type Proven = (BTreeMap<VolumeId, Signature>, Bytes);
 
+/// Why nothing is delegated from the switch on.
+const ALONE: &str =
+    "switched first: what comes behind the twins goes straight from here to the target";
+/// The target writes back what it has not yet.
+const END_TIME: Duration = Duration::from_secs(600);
 /// Between two questions how much is there.
 const FILL_LOOK: Duration = Duration::from_millis(500);
 /// The target moves directories and changes its containers' restart policies.

@@ -12,7 +12,7 @@ use super::later::{self, Later};
 use super::places::{check_room, name_of, remove_places};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
-use crate::model::container::State;
+use crate::model::container::{Container, State};
 use crate::model::control::{Offer, OfferAccepted, Owns, TargetStatus};
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
@@ -109,6 +109,9 @@ pub enum TargetError {
         error: std::io::Error,
     },
 }
+
+/// Longest wait for this device's own view to show that containers were removed.
+const VIEW_TIME: Duration = Duration::from_secs(3);
 
 /// One plan on this target.
 pub(super) struct Receiving {
@@ -518,6 +521,7 @@ impl Target {
         self.shut(id);
         if let Some(mut known) = known {
             let runtime = self.runtime_for(&known.plan).await?;
+            let ran = known.later.as_ref().is_some_and(Later::is_given_back);
             self.remove_returned(&known, runtime).await;
             self.remove_later(&mut known).await;
             // A rehearsal that was cut short may have left a twin, which was never started.
@@ -538,8 +542,21 @@ impl Target {
             };
             known.journal.append(crate::fleet::now(), event)?;
             tracing::info!(plan = %id, why, "dismissed");
+            if ran {
+                self.tell_ports(&known.plan).await;
+            }
         }
         Ok(())
+    }
+
+    /// Tells the duplicator at once that the ports of twins that were removed are free.
+    async fn tell_ports(&self, plan: &Plan) {
+        let mut view = self.parts.view.clone();
+        let is_twin = |container: &Container| plan.container(&container.name).is_some();
+        let gone = view.wait_for(|view| !view.containers.iter().any(is_twin));
+        // The next heartbeat but one says so, too.
+        let _ = tokio::time::timeout(VIEW_TIME, gone).await;
+        self.parts.beat.notify_one();
     }
 
     /// Takes up what an earlier life of the agent left: the twins of owned plans are started; the data of

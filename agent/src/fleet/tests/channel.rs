@@ -350,6 +350,7 @@ async fn heartbeats_make_a_device_live_and_stop_when_told() {
         fleet.duplicator.clone(),
         sample,
         |_| {},
+        Default::default(),
         stop.clone(),
     ));
     let live = async {
