@@ -5,7 +5,7 @@
 use super::events::{Place, TargetEvent};
 use super::journal::plan_directory;
 use super::keys;
-use super::later::cannot_serve;
+use super::opening::cannot_serve;
 use super::places::{image_id, is_one, name_of};
 use super::target::{Target, TargetError};
 use crate::containers::{Runtime, RuntimeError};

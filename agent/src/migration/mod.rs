@@ -25,6 +25,7 @@ mod keys;
 mod later;
 mod loss;
 mod moving;
+mod opening;
 pub mod paired;
 pub mod pause;
 mod places;

@@ -8,7 +8,8 @@ use super::delegator::{Parts, plan_ids};
 use super::events::{Place, TargetEvent};
 use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
-use super::later::{self, Later};
+use super::later::Later;
+use super::opening;
 use super::places::{check_room, name_of, remove_places};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
@@ -233,7 +234,7 @@ impl Target {
         };
         journal.append(crate::fleet::now(), event)?;
         let keys = self.admit(&plan, &places)?;
-        let cannot_serve = later::cannot_serve(&plan, &places);
+        let cannot_serve = opening::cannot_serve(&plan, &places);
         tracing::info!(plan = %plan.id, source = %plan.source, volumes = places.len(), "offer accepted");
         self.plans().insert(
             plan.id.clone(),
