@@ -23,8 +23,11 @@ use lifeboat::model::control::{
 use lifeboat::model::fleet::Device;
 use lifeboat::model::plan::{Release, SignedRelease};
 use lifeboat::model::trace::Trace;
+use lifeboat::serve::Intent;
 use lifeboat::serve::nbd::wire as nbd;
+use lifeboat::serve::presence::{PAGES, Presence, WHOLE};
 use lifeboat::telemetry::btf::KernelTypes;
+use lifeboat::telemetry::{Heard, understands};
 use lifeboat::transfer::LinkKey;
 use lifeboat::transfer::engine::{Engine, Read, Write};
 use lifeboat::transfer::fetch::wire::Answer;
@@ -47,7 +50,7 @@ use serde_json::Value;
 pub type Decoder = fn(&[u8]);
 
 /// Name and function of each decoder.
-pub const DECODERS: [(&str, Decoder); 21] = [
+pub const DECODERS: [(&str, Decoder); 25] = [
     ("frame", frame),
     ("hello", greeting),
     ("message", message),
@@ -56,6 +59,8 @@ pub const DECODERS: [(&str, Decoder); 21] = [
     ("fetched", fetched),
     ("mirrored", mirrored),
     ("mirror-log", mirror_log),
+    ("intent", intent),
+    ("presence", presence),
     ("nbd-option", nbd_option),
     ("nbd-request", nbd_request),
     ("trace", trace),
@@ -67,6 +72,8 @@ pub const DECODERS: [(&str, Decoder); 21] = [
     ("journal", journal_lines),
     ("recording", recording),
     ("kernel-types", kernel_types),
+    ("kernel-log", kernel_log),
+    ("drives", drives),
     ("runtime", runtime),
     ("policy", policy),
 ];
@@ -203,6 +210,44 @@ fn nbd_request(bytes: &[u8]) {
         if let Ok(request) = nbd::Request::decode(head) {
             assert!(!request.carries() || request.length <= nbd::REQUEST_CAP);
         }
+    }
+}
+
+/// What was about to be changed, as it is noted.
+fn intent(bytes: &[u8]) {
+    if let Ok(intent) = Intent::decode(bytes) {
+        let mut again = Vec::new();
+        intent.encode(&mut again);
+        assert_eq!(Intent::decode(&again), Ok(intent));
+    }
+}
+
+/// What is left of the files that say which pages are here.
+fn presence(bytes: &[u8]) {
+    const START: usize = 64;
+    let boot = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let mut of_this_boot = bytes.to_vec();
+    for (byte, of) in of_this_boot
+        .iter_mut()
+        .skip(8)
+        .zip(&boot[..36.min(boot.len())])
+    {
+        *byte = *of;
+    }
+    let directory = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
+    for (name, bytes) in [("durable", bytes), ("live", &of_this_boot)] {
+        std::fs::write(directory.path().join(name), bytes).expect("a file in memory");
+    }
+    let blocks = (bytes.len().saturating_sub(START) / 8 * 4) as u64;
+    let open = || {
+        let real = (0..blocks).map(|_| WHOLE);
+        Presence::open(directory.path(), blocks, real).expect("it is made anew where it is torn")
+    };
+    let (first, again) = (open(), open());
+    assert!(first.absent() <= blocks * u64::from(PAGES));
+    assert_eq!(first.absent(), again.absent());
+    for block in 0..blocks {
+        assert_eq!(first.of(block), again.of(block));
     }
 }
 
@@ -356,6 +401,26 @@ fn kernel_types(bytes: &[u8]) {
         let _ = types.offset("sock.__sk_common.skc_dport");
         let _ = types.tracepoint_arguments("sched_switch");
     }
+}
+
+fn kernel_log(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let mut heard = Heard::default();
+    heard.hear(&text);
+    assert!(heard.count() <= text.lines().count() as u64);
+}
+
+fn drives(bytes: &[u8]) {
+    let _ = understands(bytes);
+    // Also with the checksums that SMART pages would have.
+    let mut checked = bytes.to_vec();
+    for page in checked.as_chunks_mut::<512>().0 {
+        let sum = page[..511]
+            .iter()
+            .fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+        page[511] = sum.wrapping_neg();
+    }
+    assert!(understands(&checked) || checked.len() < 1024);
 }
 
 fn runtime(bytes: &[u8]) {

@@ -102,7 +102,7 @@ pub enum TargetError {
     #[error("{0}")]
     Journal(#[from] JournalError),
     /// A file operation failed.
-    #[error("cannot {doing}: {error}")]
+    #[error("cannot {doing}: {error}; look at the file system there, or choose another target")]
     File {
         /// What was done to what.
         doing: String,

@@ -12,7 +12,7 @@ pub mod nbd;
 mod origins;
 mod piece;
 mod pool;
-mod presence;
+pub mod presence;
 mod proof;
 mod reuse;
 mod store;
@@ -29,7 +29,7 @@ pub trait FrontEnd: Send {
 pub use fill::{Filler, Hot};
 pub use forward::{ForwardError, Forwarder, Traffic};
 pub use fuse::{Mount, MountError};
-pub use mirror::Mirrored;
+pub use mirror::{Intent, Mirrored};
 pub use nbd::{NbdAddress, NbdError, NbdServer};
 pub use origins::StoreError;
 pub use reuse::{bring_back, exchange, lay_by};

@@ -220,6 +220,9 @@ impl Store {
             refused: AtomicU64::new(0),
             reuses: reuses(directory),
         });
+        store
+            .mark_cut()
+            .map_err(failed("look at the ends of files"))?;
         if store.presence.absent() > 0 || proves {
             let inlet: Arc<dyn Arrivals> = Arc::new(Inlet(Arc::downgrade(&store)));
             let fetcher = Fetcher::start(Arc::clone(&store.plan), options.clone(), &inlet)
@@ -561,6 +564,13 @@ impl Store {
             .cut(number)
             .write()
             .unwrap_or_else(PoisonError::into_inner);
+        // Dead in between, the next opening marks the rest; marked first, it would read as whatever is there.
+        file.set_len(size)?;
+        self.mark_beyond(origin, size)
+    }
+
+    /// Marks what is beyond the end of a file that was cut: nothing must arrive there.
+    fn mark_beyond(&self, origin: &Origin, size: u64) -> io::Result<()> {
         for block in size / BLOCK..origin.blocks() {
             let start = block * BLOCK;
             let kept = size.saturating_sub(start).div_ceil(PAGE);
@@ -569,7 +579,21 @@ impl Store {
                 self.presence.mark(origin.first + block, new)?;
             }
         }
-        file.set_len(size)
+        Ok(())
+    }
+
+    /// Marks what is beyond the ends of files that were cut just before this host or process died.
+    fn mark_cut(&self) -> io::Result<()> {
+        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
+        for &number in numbers.values().filter(|number| !self.is_whole(**number)) {
+            if let Some(origin) = self.origins.get(number as usize) {
+                let size = std::fs::metadata(self.origin_path(number))?.len();
+                if size < origin.size {
+                    self.mark_beyond(origin, size)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Makes a file durable with the presence of its pages.

@@ -582,6 +582,35 @@ fn what_came_and_what_was_written_is_there_when_the_store_is_opened_again() {
 }
 
 #[test]
+fn what_lay_beyond_the_end_of_a_file_that_was_cut_at_a_death_does_not_come_back() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(8, 500_000);
+    bench.file("image", &bytes);
+    let store = bench.open(LONG);
+    // As after a death between the cut and the marks: the page of the new end was fetched before.
+    served(&store, "image").read(&store, 99_999, 1).unwrap();
+    store.detach();
+    drop(store);
+    let here = bench.dir.path().join("store/data/image");
+    File::options()
+        .write(true)
+        .open(&here)
+        .unwrap()
+        .set_len(100_000)
+        .unwrap();
+    let store = bench.open(LONG);
+    let file = served(&store, "image");
+    assert_eq!(file.read(&store, 0, 4096).unwrap(), bytes[..4096]);
+    store.truncate(&file.file, file.number, 300_000).unwrap();
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("everything to be here", || store.figures().detached);
+    drop(filler);
+    let mut expected = bytes[..100_000].to_vec();
+    expected.resize(300_000, 0);
+    assert!(fs::read(here).unwrap() == expected);
+}
+
+#[test]
 fn a_file_that_is_removed_while_it_is_open_is_read_to_its_end() {
     let bench = Bench::new(Duration::ZERO);
     let bytes = random(11, 3_000_000);

@@ -22,6 +22,9 @@ mod raid;
 mod rare;
 mod sensors;
 
+pub use drives::understands;
+pub use kernel_log::Heard;
+
 use crate::model::container::Container;
 use crate::model::metric::{Per, Subject};
 use crate::model::telemetry::Loss;

@@ -35,6 +35,7 @@ use crate::model::telemetry::{
 };
 use crate::model::units::{Bytes, UnixMillis};
 use cgroups::Cgroups;
+pub use host::{Heard, understands};
 use host::{Host, Value};
 use interval::{Counters, add_waiting, run_queue_values};
 use kernel::Kernel;

@@ -17,37 +17,56 @@ use nix::sys::stat::{FileStat, SFlag, fstat, fstatat};
 use std::ffi::OsStr;
 use std::io;
 
-/// A change of a path, or of two.
+/// A change of a path, or of two, that is about to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::serve) enum Intent {
+pub enum Intent {
+    /// Something is made there.
     Made(Vec<u8>),
+    /// A file gets one more name.
     Linked {
+        /// One that it has.
         from: Vec<u8>,
+        /// The new one.
         to: Vec<u8>,
     },
+    /// A name is removed.
     Removed(Vec<u8>),
+    /// Something is renamed.
     Renamed {
+        /// Its name.
         from: Vec<u8>,
+        /// Its new name.
         to: Vec<u8>,
+        /// Whether what is there takes its place.
         exchange: bool,
         /// Inode of what is at `from`.
         inode: u64,
     },
+    /// Bytes are written.
     Written {
+        /// File.
         path: Vec<u8>,
+        /// First byte.
         offset: u64,
+        /// Bytes.
         length: u64,
     },
+    /// A range becomes zeros.
     Zeroed {
+        /// File.
         path: Vec<u8>,
+        /// First byte.
         offset: u64,
+        /// Bytes.
         length: u64,
     },
+    /// Size, owner, mode, times or attributes are changed.
     State(Vec<u8>),
 }
 
 impl Intent {
-    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+    /// Appends its layout.
+    pub fn encode(&self, out: &mut Vec<u8>) {
         let (kind, paths, numbers): (u8, [&[u8]; 2], [u64; 2]) = match self {
             Self::Made(path) => (1, [path, b""], [0; 2]),
             Self::Linked { from, to } => (2, [from, to], [0; 2]),
@@ -79,7 +98,11 @@ impl Intent {
         }
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+    /// From its layout.
+    ///
+    /// # Errors
+    /// The first rule that the bytes break.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
         let kind = reader.u8()?;
         let (offset, length) = (reader.u64()?, reader.u64()?);

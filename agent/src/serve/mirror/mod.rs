@@ -10,7 +10,8 @@
 mod intent;
 mod line;
 
-pub(super) use intent::{Intent, joined};
+pub use intent::Intent;
+pub(super) use intent::joined;
 
 use super::origins::StoreError;
 use super::store::Store;

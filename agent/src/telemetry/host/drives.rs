@@ -35,6 +35,21 @@ const METRICS: [&str; 10] = [
     "disk.time_between_failures",
 ];
 
+/// Whether these bytes are an answer that is understood: smartctl's, an NVMe health log, or a drive's SMART data and
+/// thresholds.
+#[must_use]
+pub fn understands(answer: &[u8]) -> bool {
+    let is_told = std::str::from_utf8(answer).is_ok_and(|text| smartctl::decode(text).is_ok());
+    let is_log = answer
+        .first_chunk()
+        .is_some_and(|log| nvme::decode(log) != Health::default());
+    let is_smart = answer.split_first_chunk().is_some_and(|(data, rest)| {
+        rest.first_chunk()
+            .is_some_and(|thresholds| ata::decode(data, thresholds).is_ok())
+    });
+    is_told || is_log || is_smart
+}
+
 /// What one drive says of itself; what it does not say is none.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Health {

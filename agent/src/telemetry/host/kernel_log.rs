@@ -22,8 +22,42 @@ const BUFFER: usize = 8 * 1024;
 
 pub struct KernelLog {
     log: Result<File, String>,
+    heard: Heard,
+}
+
+/// What records of the log told.
+#[derive(Default)]
+pub struct Heard {
+    /// How often, by metric and disk.
+    counts: BTreeMap<(&'static str, Option<String>), u64>,
     last_sequence: Option<u64>,
     lost: u64,
+}
+
+impl Heard {
+    /// Hears records as `/dev/kmsg` gives them; lines that are none tell nothing.
+    pub fn hear(&mut self, text: &str) {
+        for record in text.lines().filter_map(Record::parse) {
+            if let Some(last) = self.last_sequence {
+                let missing = record.sequence.saturating_sub(last).saturating_sub(1);
+                self.lost = self.lost.saturating_add(missing);
+            }
+            self.last_sequence = Some(record.sequence);
+            if !record.of_kernel {
+                continue;
+            }
+            if let Some((metric, disk)) = facts::of(record.message) {
+                let disk = disk.map(str::to_owned);
+                *self.counts.entry((metric, disk)).or_default() += 1;
+            }
+        }
+    }
+
+    /// How many facts were heard.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.counts.values().sum()
+    }
 }
 
 impl KernelLog {
@@ -45,8 +79,7 @@ impl KernelLog {
         });
         Self {
             log,
-            last_sequence: None,
-            lost: 0,
+            heard: Heard::default(),
         }
     }
 
@@ -54,7 +87,7 @@ impl KernelLog {
     pub fn loss(&self) -> Option<Loss> {
         self.log.is_ok().then(|| Loss {
             map: "kernel log".to_owned(),
-            lost: self.lost,
+            lost: self.heard.lost,
         })
     }
 
@@ -86,7 +119,6 @@ impl KernelLog {
 
     #[allow(clippy::type_complexity, reason = "counts by metric and disk")]
     fn records(&mut self) -> Result<BTreeMap<(&'static str, Option<String>), u64>, String> {
-        let mut found = BTreeMap::new();
         let log = self.log.as_mut().map_err(|why| why.clone())?;
         let mut buffer = [0; BUFFER];
         for _ in 0..MOST_RECORDS {
@@ -99,22 +131,9 @@ impl KernelLog {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => return Err(format!("the kernel's log cannot be read: {error}")),
             };
-            let text = String::from_utf8_lossy(&buffer[..length]);
-            for record in text.lines().filter_map(Record::parse) {
-                if let Some(last) = self.last_sequence {
-                    self.lost += record.sequence.saturating_sub(last + 1);
-                }
-                self.last_sequence = Some(record.sequence);
-                if !record.of_kernel {
-                    continue;
-                }
-                if let Some((metric, disk)) = facts::of(record.message) {
-                    let disk = disk.map(str::to_owned);
-                    *found.entry((metric, disk)).or_default() += 1;
-                }
-            }
+            self.heard.hear(&String::from_utf8_lossy(&buffer[..length]));
         }
-        Ok(found)
+        Ok(std::mem::take(&mut self.heard.counts))
     }
 }
 

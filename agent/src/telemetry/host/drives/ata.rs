@@ -208,7 +208,7 @@ fn entries(sector: &[u8; SECTOR]) -> impl Iterator<Item = &[u8; 12]> {
 }
 
 /// Takes the attributes and their thresholds apart.
-fn decode(data: &[u8; SECTOR], thresholds: &[u8; SECTOR]) -> Result<Health, String> {
+pub fn decode(data: &[u8; SECTOR], thresholds: &[u8; SECTOR]) -> Result<Health, String> {
     for (what, sector) in [("attributes", data), ("thresholds", thresholds)] {
         if sector
             .iter()

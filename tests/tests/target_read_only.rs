@@ -1,0 +1,100 @@
+//! A target whose file system takes no writes: the operator reads where and what to do, and the source goes on.
+
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lifeboat_tests::disk::{Disk, output};
+use lifeboat_tests::shop::{self, FEW, Goods, SOURCE, TARGET, last_plan, says};
+use xtask::process::wait_for;
+
+#[test]
+fn a_read_only_target_is_named_and_the_same_evacuation_goes_on_once_it_is_writable() -> Result<()> {
+    let Some(lab) = shop::lab("protected", &[])? else {
+        return Ok(());
+    };
+    let (source, target) = (lab.host(SOURCE)?, lab.host(TARGET)?);
+    let crew = shop::fleet(&lab, |_| ())?;
+    shop::open(&crew, FEW)?;
+    let before = shop::digest(source)?;
+    target.run(["mkdir", "-p", "/srv/shop"])?;
+    let mount = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        "ro,size=64m",
+        "tmpfs",
+        "/srv/shop",
+    ];
+    target.run(mount)?;
+    let error = shop::refused(&crew)?;
+    let what = format!("cannot create {}: Read-only file system", shop::DATA);
+    says(
+        &error,
+        &["rolled back", TARGET, &what, "choose another target"],
+    )?;
+    shop::runs_on(source)?;
+    shop::nothing_left_on(target)?;
+
+    target.run(["mount", "-o", "remount,rw", "/srv/shop"])?;
+    shop::moved(&lab, &crew, &before)?;
+    Ok(())
+}
+
+#[test]
+fn a_target_whose_file_system_fails_while_it_receives_rolls_the_plan_back() -> Result<()> {
+    let Some(lab) = shop::lab("protected-during", &[])? else {
+        return Ok(());
+    };
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "read-only", 128) else {
+        return Ok(());
+    };
+    let (source, target) = (lab.host(SOURCE)?, lab.host(TARGET)?);
+    let crew = shop::fleet(&lab, |_| ())?;
+    let goods = Goods {
+        large_mib: 0,
+        files: 64,
+        file_kib: 512,
+    };
+    shop::open(&crew, goods)?;
+    let before = shop::digest(source)?;
+    output("mkfs.ext4", &["-q", disk.device()]);
+    target.run(["mkdir", "-p", "/srv/shop"])?;
+    let mount = ["mount", disk.device(), "/srv/shop"];
+    target.run(mount)?;
+
+    // Slow enough to be overtaken: 32 MiB take about five seconds.
+    lab.shape(target, Some(50))?;
+    let error = thread::scope(|scope| {
+        let evacuation = scope.spawn(|| shop::refused(&crew));
+        let arrives = target.path(&format!("{}/kept", shop::DATA));
+        wait_for("data on the target", Duration::from_secs(30), || {
+            Ok(arrives.exists().then_some(()))
+        })?;
+        // As the kernel does it when the journal cannot be written.
+        target.run(["mount", "-o", "remount,abort", "/srv/shop"])?;
+        evacuation.join().expect("it only returns errors")
+    })?;
+    says(
+        &error,
+        &[
+            "rolled back",
+            "sending to haven",
+            "run on here",
+            shop::DATA,
+            "kept/small/",
+            "the target's file system is read-only",
+            "choose another target",
+        ],
+    )?;
+    ensure!(last_plan(&crew)?["over"] == true, "the plan is not over");
+    shop::runs_on(source)?;
+
+    lab.shape(target, None)?;
+    target.run(["umount", "/srv/shop"])?;
+    target.run(mount)?;
+    shop::moved(&lab, &crew, &before)?;
+    Ok(())
+}
