@@ -3,12 +3,19 @@
 use super::local::{Because, Refusal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Why the agent did not answer with what was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
+    /// The socket is another user's.
+    #[error("the agent's socket {socket} is for its own user: ask as root (`sudo lifeboat …`)")]
+    Denied {
+        /// Socket.
+        socket: PathBuf,
+    },
     /// Nobody answers on the socket.
     #[error(
         "no agent answers on {socket}: {error}; start it with `lifeboat agent --config FILE`, or name its socket with --socket"
@@ -17,7 +24,7 @@ pub enum ClientError {
         /// Socket.
         socket: PathBuf,
         /// Cause.
-        error: reqwest::Error,
+        error: String,
     },
     /// It refused.
     #[error("{0}")]
@@ -86,6 +93,21 @@ impl Client {
         self.answer(self.http.post(url(path)).json(body)).await
     }
 
+    fn unreachable(&self, error: &reqwest::Error) -> ClientError {
+        let socket = self.socket.clone();
+        // What the system said is the last of the causes.
+        let mut cause: &dyn Error = error;
+        while let Some(source) = cause.source() {
+            cause = source;
+        }
+        let io = cause.downcast_ref::<std::io::Error>();
+        if io.is_some_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) {
+            return ClientError::Denied { socket };
+        }
+        let error = cause.to_string();
+        ClientError::Unreachable { socket, error }
+    }
+
     async fn answer<T: DeserializeOwned>(
         &self,
         request: reqwest::RequestBuilder,
@@ -97,10 +119,7 @@ impl Client {
         let response = request
             .send()
             .await
-            .map_err(|error| ClientError::Unreachable {
-                socket: self.socket.clone(),
-                error,
-            })?;
+            .map_err(|error| self.unreachable(&error))?;
         if response.status().is_success() {
             return response.json().await.map_err(garbled);
         }

@@ -13,9 +13,9 @@ impl Failure {
     /// The failure for an answer of the agent.
     pub fn of(error: ClientError) -> Self {
         match error {
-            ClientError::Unreachable { .. } | ClientError::Device(_) => {
-                Self::Unreachable(error.into())
-            }
+            ClientError::Unreachable { .. }
+            | ClientError::Denied { .. }
+            | ClientError::Device(_) => Self::Unreachable(error.into()),
             ClientError::Blocked(_) => Self::Blocked(error.into()),
             ClientError::Refused(_) | ClientError::Garbled { .. } => Self::Failed(error.into()),
         }

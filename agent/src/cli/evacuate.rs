@@ -45,6 +45,13 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
                 .post("/v1/plan", &request)
                 .await
                 .map_err(Failure::of)?;
+            if !plan.blockers.is_empty() {
+                eprint!("{}", super::plan::render(&plan));
+                return Err(Failure::Blocked(anyhow::anyhow!(
+                    "the plan is blocked by {} thing(s) above; nothing was done",
+                    plan.blockers.len()
+                )));
+            }
             if !confirmed(&plan)? {
                 return Err(Failure::Blocked(anyhow::anyhow!(
                     "not confirmed; nothing was done"
@@ -66,8 +73,8 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
 fn confirmed(plan: &Plan) -> Result<bool, Failure> {
     eprint!("{}", super::plan::render(plan));
     if !std::io::stdin().is_terminal() {
-        return Err(Failure::Failed(anyhow::anyhow!(
-            "no terminal to ask on; say --yes to go on without"
+        return Err(Failure::Blocked(anyhow::anyhow!(
+            "not confirmed: no terminal to ask on; say --yes to go on without"
         )));
     }
     eprint!("move them? [y/N] ");

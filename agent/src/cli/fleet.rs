@@ -32,8 +32,8 @@ enum Command {
         /// The duplicator's state directory.
         #[arg(long)]
         dir: PathBuf,
-        /// Address and port at which devices will reach the duplicator.
-        #[arg(long)]
+        /// IPv4 address and port at which devices will reach the duplicator.
+        #[arg(long, value_parser = reachable)]
         advertise: SocketAddr,
     },
     /// Print a join token, good for one device, once. Runs on the duplicator.
@@ -56,8 +56,8 @@ enum Command {
         /// The id this device shall have: a-z, 0-9 and `-`.
         #[arg(long)]
         device: String,
-        /// Address and port at which others will reach this device's agent.
-        #[arg(long)]
+        /// IPv4 address and port at which others will reach this device's agent.
+        #[arg(long, value_parser = reachable)]
         advertise: SocketAddr,
         /// File that holds the join token.
         #[arg(long)]
@@ -69,6 +69,16 @@ enum Command {
         #[arg(long, default_value = "/var/lib/lifeboat")]
         dir: PathBuf,
     },
+}
+
+/// An address that others can be told; agents and duplicators listen on IPv4.
+fn reachable(text: &str) -> Result<SocketAddr, String> {
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.is_ipv4() && !address.ip().is_unspecified() && address.port() != 0 => {
+            Ok(address)
+        }
+        _ => Err("must be this host's IPv4 address and a port, as others reach it, such as 192.0.2.10:7440".into()),
+    }
 }
 
 /// Runs it.

@@ -3,6 +3,16 @@
 //! Exit codes (documented in `lifeboat --help` and docs/cli.md): 0 done, 1 failed, 2 wrong usage,
 //! 3 the daemon or a device cannot be reached, 4 the plan is blocked or was aborted, 5 a proof failed.
 
+/// As the standard library's, for a reader that may have gone away (`| head`).
+macro_rules! print {
+    ($($text:tt)*) => { $crate::cli::output::put(format_args!($($text)*)) };
+}
+
+/// As [`print!`], with an end of line.
+macro_rules! println {
+    ($($text:tt)*) => { $crate::cli::output::put(format_args!("{}\n", format_args!($($text)*))) };
+}
+
 mod agent;
 mod daemon;
 mod dirty;

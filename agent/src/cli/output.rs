@@ -1,17 +1,25 @@
 //! Printing: text to standard output, and plain tables.
 
-use std::io::Write as _;
+use std::fmt::Arguments;
+use std::io::{ErrorKind, Write as _};
 
-/// Prints `text`. A reader that has gone away (`| head`) is no error.
-pub fn say(text: &str) {
+/// Prints `text`, and ends the program when nobody can read it: quietly when the reader has gone away (`| head`).
+pub fn put(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| {
-        if text.ends_with('\n') {
-            Ok(())
-        } else {
-            out.write_all(b"\n")
+    match out.write_fmt(text).and_then(|()| out.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) => {
+            eprintln!("lifeboat: cannot write to standard output: {error}");
+            std::process::exit(1);
         }
-    });
+    }
+}
+
+/// Prints `text` as whole lines.
+pub fn say(text: &str) {
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    put(format_args!("{text}{end}"));
 }
 
 /// Rows under a heading, columns as wide as their widest cell.

@@ -14,7 +14,7 @@ use crate::fleet::client::ControlClient;
 use crate::fleet::compare::Compared;
 use crate::fleet::identity::Identity;
 use crate::fleet::registry::Heartbeat;
-use crate::fleet::server::ControlServer;
+use crate::fleet::server::{ControlServer, ServeError};
 use crate::migration::access::Access;
 use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
@@ -23,12 +23,13 @@ use crate::migration::provide::Provider;
 use crate::migration::target::Target;
 use crate::model::ids::DeviceId;
 use crate::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
-use crate::transfer::{self, DataServer, EngineChoice};
+use crate::transfer::{self, BindError, DataServer, EngineChoice};
 use crate::volume::BlockMap;
+use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -45,8 +46,22 @@ pub enum AgentError {
         error: std::io::Error,
     },
     /// The identity does not fit.
-    #[error("{0}")]
+    #[error(transparent)]
     Identity(#[from] fleet::identity::IdentityError),
+    /// Another agent uses the same state directory.
+    #[error(
+        "another agent uses state directory {0}; stop it, or give this one a `state` and a `socket` of its own"
+    )]
+    Second(PathBuf),
+    /// Another agent answers on the socket.
+    #[error("another agent answers on {0}; stop it, or set `socket`")]
+    Answers(PathBuf),
+    /// The control channel.
+    #[error(transparent)]
+    Control(#[from] ServeError),
+    /// The data plane.
+    #[error(transparent)]
+    Data(#[from] BindError),
     /// The identity is of another device.
     #[error(
         "the identity in {path} is of device {found}, the configuration says {wanted}; set `device: {found}` or enrol again"
@@ -72,7 +87,7 @@ pub enum AgentError {
     },
     /// A network in the configuration.
     #[error("trusted_networks: {0}")]
-    Network(#[from] crate::migration::trusted::NotANetwork),
+    Network(crate::migration::trusted::NotANetwork),
     /// Pairings.
     #[error("cannot read the pairings in the state directory: {0}")]
     Pairings(String),
@@ -120,6 +135,11 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     // Journals hold containers' environments, which hold passwords.
     std::fs::set_permissions(&config.state, std::fs::Permissions::from_mode(0o700))
         .map_err(state_error)?;
+    // Held until the end: two agents would write the same journals.
+    let _alone = alone(&config.state).await?;
+    if std::os::unix::net::UnixStream::connect(&config.socket).is_ok() {
+        return Err(AgentError::Answers(config.socket.clone()));
+    }
     let scope = Scope {
         cgroup_root: cgroup(&config),
     };
@@ -148,7 +168,8 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         fleet: None,
         view: view.clone(),
         beat: Arc::default(),
-        troubles: std::sync::Mutex::default(),
+        troubles: Mutex::default(),
+        unheard: Mutex::default(),
     };
     let (delegator, access) = match &config.fleet {
         None => (Arc::new(Delegator::new(Arc::new(parts))), None),
@@ -162,14 +183,8 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
                     None
                 }
             };
-            parts.data = Some(Arc::new(
-                DataServer::bind(data, parts.transfer.clone(), map).map_err(|error| {
-                    AgentError::Listen {
-                        what: format!("data on {data}"),
-                        error: error.to_string(),
-                    }
-                })?,
-            ));
+            let server = DataServer::bind(data, parts.transfer.clone(), map)?;
+            parts.data = Some(Arc::new(server));
             parts.fleet = Some(fleet);
             serve_fleet(&config, fleet_config, Arc::new(parts), &senses, &stop).await?
         }
@@ -194,7 +209,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     let socket = config.socket.clone();
     let api = tokio::spawn(local::serve(socket.clone(), context));
     tracing::info!(device = config.device, socket = %socket.display(), "agent runs");
-    let ended = wait(&senses, api).await;
+    let ended = wait(&socket, &senses, api).await;
     if let Some(access) = access {
         access.stop().await;
     }
@@ -204,7 +219,31 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     ended
 }
 
+/// The lock of a state directory.
+async fn alone(state: &Path) -> Result<File, AgentError> {
+    let path = state.join("lock");
+    let error = |error| AgentError::State {
+        path: path.clone(),
+        error,
+    };
+    let file = File::create(&path).map_err(error)?;
+    let begun = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(cause)) => return Err(error(cause)),
+            // One that was killed may still be ending.
+            Err(TryLockError::WouldBlock) if begun.elapsed() < ENDING_TIME => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Err(TryLockError::WouldBlock) => return Err(AgentError::Second(state.to_owned())),
+        }
+    }
+}
+
+/// Until a signal ends the agent.
 async fn wait(
+    socket: &Path,
     senses: &Senses,
     mut api: tokio::task::JoinHandle<std::io::Result<()>>,
 ) -> Result<(), AgentError> {
@@ -228,7 +267,7 @@ async fn wait(
                     Ok(Ok(())) => "it ended".into(),
                     Err(error) => error.to_string(),
                 };
-                return Err(AgentError::Listen { what: "the local API".into(), error });
+                return Err(AgentError::Listen { what: format!("commands on {}", socket.display()), error });
             }
         }
     }
@@ -254,7 +293,8 @@ fn join_fleet(
         .trusted_networks
         .iter()
         .map(|text| text.parse())
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<_, _>>()
+        .map_err(AgentError::Network)?;
     let configuration = host::configuration(&config.root, &config.state);
     Ok(FleetContext {
         identity: Arc::new(identity),
@@ -287,12 +327,7 @@ async fn serve_fleet(
     let paired = Arc::new(Paired::new(parts.clone(), pairings.clone(), data));
     paired.resume();
     let listen = SocketAddr::from(([0, 0, 0, 0], advertised.port()));
-    let server = ControlServer::bind(&fleet.identity, listen)
-        .await
-        .map_err(|error| AgentError::Listen {
-            what: format!("control on {listen}"),
-            error: error.to_string(),
-        })?;
+    let server = ControlServer::bind(&fleet.identity, listen).await?;
     let delegator = Arc::new(Delegator::new(parts.clone()));
     let access = Arc::new(Access::new(target.clone(), pairings.clone()));
     let provider = Arc::new(Provider::new(delegator.clone(), data));
@@ -308,6 +343,7 @@ async fn serve_fleet(
     let (started, beating) = (Instant::now(), delegator.clone());
     let beat = parts.beat.clone();
     let (policy, telling, hearing) = (senses.policy(), senses.comparison(), senses.comparison());
+    let hearer = parts.clone();
     let sample = move || {
         let policy = policy();
         let view = parts.view.borrow().clone();
@@ -321,7 +357,13 @@ async fn serve_fleet(
         client,
         duplicator,
         sample,
-        move |answer| hearing.hear(answer),
+        move |answer| {
+            let unheard = answer.map(|answer| hearing.hear(answer)).err();
+            *hearer
+                .unheard
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = unheard;
+        },
         beat,
         stop.clone(),
     ));
@@ -353,6 +395,9 @@ fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbea
         compared: Compared::default(),
     }
 }
+
+/// Longest wait for another agent with the same state to end.
+const ENDING_TIME: Duration = Duration::from_secs(3);
 
 /// Longest wait for plans to roll back before the agent ends; systemd waits 90 s.
 const STOP_TIME: Duration = Duration::from_secs(45);

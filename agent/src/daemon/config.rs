@@ -1,6 +1,7 @@
 //! The agent's configuration file (YAML).
 
 use crate::migration::Settings;
+use crate::model::locate;
 use crate::telemetry::ConnectionLimits;
 use serde::Deserialize;
 use std::net::SocketAddr;
@@ -35,7 +36,7 @@ pub struct AgentConfig {
     #[serde(default)]
     pub relations: RelationsConfig,
     /// Fleet; none: observe only.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "named")]
     pub fleet: Option<FleetConfig>,
     /// Moving data.
     #[serde(default)]
@@ -76,17 +77,31 @@ fn span<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Duration, D::Error>
 
 /// How this device takes part in the fleet; who it is lies in the state directory since it joined.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct FleetConfig {
     /// Port of the data plane.
-    #[serde(default = "default_data_port")]
     pub data_port: u16,
     /// The data address told to peers, where it is not the control address with `data_port` (a tunnel, a proxy).
-    #[serde(default)]
     pub advertise_data: Option<SocketAddr>,
     /// Networks (`10.0.0.0/8`) over which unsealed blocks may travel to a paired device.
-    #[serde(default)]
     pub trusted_networks: Vec<String>,
+}
+
+impl Default for FleetConfig {
+    fn default() -> Self {
+        Self {
+            data_port: 7402,
+            advertise_data: None,
+            trusted_networks: Vec::new(),
+        }
+    }
+}
+
+/// A key without a value means what is behind it by default: whoever writes it takes part.
+fn named<'de, T: Default + Deserialize<'de>, D: serde::Deserializer<'de>>(
+    from: D,
+) -> Result<Option<T>, D::Error> {
+    Ok(Some(Option::deserialize(from)?.unwrap_or_default()))
 }
 
 fn default_state() -> PathBuf {
@@ -97,9 +112,6 @@ fn default_socket() -> PathBuf {
 }
 fn default_root() -> PathBuf {
     "/".into()
-}
-fn default_data_port() -> u16 {
-    7402
 }
 fn default_runtimes() -> Vec<String> {
     [
@@ -118,23 +130,18 @@ pub const DEFAULT_SOCKET: &str = "/run/lifeboat/agent.sock";
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read configuration {path}: {error}")]
+    #[error(
+        "cannot read configuration {path}: {error}; write one (docs/configuration.md), or name another file with --config"
+    )]
     Read {
         /// File.
         path: PathBuf,
         /// Cause.
         error: std::io::Error,
     },
-    /// The file is not a configuration.
-    #[error("{path}: {field}: {message}")]
-    Parse {
-        /// File.
-        path: PathBuf,
-        /// Field that is wrong.
-        field: String,
-        /// What is wrong, with line and column.
-        message: String,
-    },
+    /// The file is not a configuration: file, line, column, field and what is wrong.
+    #[error("{0}")]
+    Parse(String),
 }
 
 /// Reads a YAML configuration file; the error names the field, line and column.
@@ -146,13 +153,8 @@ pub fn load<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigErro
         path: path.to_owned(),
         error,
     })?;
-    serde_path_to_error::deserialize(serde_yaml::Deserializer::from_str(&text)).map_err(|error| {
-        ConfigError::Parse {
-            path: path.to_owned(),
-            field: error.path().to_string(),
-            message: error.inner().to_string(),
-        }
-    })
+    locate::parse(&text)
+        .map_err(|fault| ConfigError::Parse(fault.in_file(&path.display().to_string())))
 }
 
 #[cfg(test)]
@@ -164,9 +166,16 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "device: a\nfleet:\n  data_prot: 1\n").unwrap();
         let error = load::<AgentConfig>(file.path()).unwrap_err().to_string();
-        assert!(
-            error.contains("fleet") && error.contains("data_prot") && error.contains("line 3"),
-            "{error}"
-        );
+        assert!(error.contains(":3:3: fleet.data_prot: "), "{error}");
+    }
+
+    #[test]
+    fn a_fleet_without_settings_is_a_fleet() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "device: a\nfleet:\n").unwrap();
+        let config = load::<AgentConfig>(file.path()).unwrap();
+        assert_eq!(config.fleet.map(|fleet| fleet.data_port), Some(7402));
+        std::fs::write(file.path(), "device: a\n").unwrap();
+        assert!(load::<AgentConfig>(file.path()).unwrap().fleet.is_none());
     }
 }

@@ -412,12 +412,12 @@ async fn stored<T: Send + 'static>(
 }
 
 /// Reports this device to the duplicator until `stop`: `sample` is asked each time, and `heard` told of
-/// each answer. The duplicator says how often; `sooner` is told when that is too late. Failures are logged once, and again when they are over.
+/// each answer, or why there is none. The duplicator says how often; `sooner` is told when that is too late. Failures are logged once, and again when they are over.
 pub async fn heartbeat_loop<F: Future<Output = Heartbeat>>(
     client: ControlClient,
     duplicator: PeerAddress,
     mut sample: impl FnMut() -> F,
-    heard: impl Fn(&HeartbeatAnswer),
+    heard: impl Fn(Result<&HeartbeatAnswer, String>),
     sooner: Arc<Notify>,
     stop: CancellationToken,
 ) {
@@ -442,13 +442,16 @@ pub async fn heartbeat_loop<F: Future<Output = Heartbeat>>(
                 failing = false;
                 // A duplicator cannot make its devices spin, nor silence them.
                 interval = Duration::from_millis(answer.interval_ms.clamp(200, 600_000));
-                heard(&answer);
+                heard(Ok(&answer));
             }
             Err(error) => {
                 if !failing {
                     tracing::warn!(%error, "heartbeat not answered; trying on every {interval:?}");
                 }
                 failing = true;
+                heard(Err(format!(
+                    "the duplicator {duplicator} does not answer: {error}"
+                )));
             }
         }
         tokio::select! {

@@ -110,7 +110,7 @@ impl IntoResponse for ErrorAnswer {
 pub enum ServeError {
     /// The address cannot be listened on.
     #[error(
-        "cannot listen on {address} for the control channel: {error}; change `listen` or stop what uses it"
+        "cannot listen on {address} for the control channel: {error}; stop what uses it, or choose another port: `listen` of a duplicator, a device's by `lifeboat fleet join --advertise`"
     )]
     Listen {
         /// Address.

@@ -10,7 +10,7 @@ use crate::model::nearest::hint;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// Three sweeps of the default interval, and no less than PSI's averaging window of 10 s
+/// Eleven sweeps, and PSI's averaging window of 10 s
 /// (Documentation/accounting/psi.rst).
 const STALE_AFTER: Duration = Duration::from_secs(10);
 

@@ -73,6 +73,8 @@ pub struct Parts {
     pub beat: Arc<Notify>,
     /// What an operator must see to: journals that cannot be read.
     pub troubles: Mutex<Vec<String>>,
+    /// Why the last heartbeat was not answered.
+    pub unheard: Mutex<Option<String>>,
 }
 
 impl Parts {
@@ -440,10 +442,15 @@ impl Delegator {
         Ok(())
     }
 
-    /// What an operator must see to: journals of plans that cannot be read.
+    /// What an operator must see to: journals of plans that cannot be read, and a duplicator that does not answer.
     #[must_use]
     pub fn troubles(&self) -> Vec<String> {
-        locked(&self.parts.troubles).clone()
+        let mut troubles = locked(&self.parts.troubles).clone();
+        let unheard = locked(&self.parts.unheard).clone();
+        troubles.extend(
+            unheard.map(|why| format!("{why}; until it does, no target is found for what is here")),
+        );
+        troubles
     }
 
     /// Plans of this device as source, the newest last.

@@ -43,6 +43,21 @@ pub enum PlanError {
         /// Names that exist.
         known: String,
     },
+    /// A container that stays where it is.
+    #[error(
+        "container `{name}` does not run ({state:?}), and only what runs is moved; start it first"
+    )]
+    NotRunning {
+        /// Name.
+        name: ContainerName,
+        /// State.
+        state: State,
+    },
+    /// A container that was moved.
+    #[error(
+        "container `{0}` was moved from here by an earlier plan, and its twin runs on that plan's target; `lifeboat status` lists plans"
+    )]
+    Moved(ContainerName),
     /// There is nothing to move.
     #[error(
         "this host has no container that a runtime manages; start one, or check `runtimes` in the agent's configuration"
@@ -89,6 +104,18 @@ pub fn select(
     }
     for name in &request.containers {
         let Some((name, _)) = managed.get_key_value(name) else {
+            let it = containers.iter().find(|container| &container.name == name);
+            if let Some(it) = it.filter(|it| it.runtime.is_some()) {
+                let name = name.clone();
+                return Err(if released.contains(&it.id) {
+                    PlanError::Moved(name)
+                } else {
+                    PlanError::NotRunning {
+                        name,
+                        state: it.state,
+                    }
+                });
+            }
             let known: Vec<&str> = managed.keys().map(|name| name.as_str()).collect();
             let known = if known.is_empty() {
                 "none".into()

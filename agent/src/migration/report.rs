@@ -366,18 +366,17 @@ fn tell_plan(plan: &Plan) -> Vec<String> {
     }
     lines.extend(plan.edges.iter().map(|edge| {
         format!(
-            "  {} → {}{} {:?}, {} connection(s){}",
+            "  {} → {}{} {}, {} connection(s){}",
             edge.child,
             edge.parent,
             edge.service(),
-            edge.learnt,
+            format!("{:?}", edge.learnt).to_lowercase(),
             edge.connections,
             match (edge.bytes_to_parent, edge.bytes_to_child) {
                 (Some(up), Some(down)) => format!(", {up} up, {down} down"),
                 _ => String::new(),
             }
         )
-        .to_lowercase()
     }));
     let steps: Vec<String> = plan
         .order

@@ -27,9 +27,7 @@ use std::time::Duration;
 
 /// The data address cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot listen for data on {addr}: {source}; choose a free address of this host in the configuration"
-)]
+#[error("cannot listen for data on {addr}: {source}; stop what uses it, or set `fleet.data_port`")]
 pub struct BindError {
     /// The address.
     pub addr: SocketAddr,
