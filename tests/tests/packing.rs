@@ -10,7 +10,8 @@ const CACHE: Service = Service {
 
 /// More than may be in flight, which is not packed any more when the link is found to be slow.
 const TEXT: &str = "seq 1 40000000 | head -c 280M";
-const MBIT: u32 = 200;
+/// Far below what a loaded host seals and writes.
+const MBIT: u32 = 80;
 
 #[test]
 fn records_are_packed_while_the_link_is_the_limit() -> Result<()> {

@@ -25,6 +25,8 @@ struct Counts {
     failed: u64,
     ignored: u64,
     failures: Vec<String>,
+    /// Test programs that began, less those that told their result.
+    silent: i64,
     /// Within the lists of a program's failures: how many names other programs gave before.
     listed: Option<usize>,
 }
@@ -32,6 +34,9 @@ struct Counts {
 impl Counts {
     /// Adds what one line says.
     fn add(&mut self, line: &str) {
+        if line.starts_with("running ") && (line.ends_with(" tests") || line.ends_with(" test")) {
+            self.silent += 1;
+        }
         if line == "failures:" {
             // The first is of what the tests printed, the second of their names.
             let before = *self.listed.get_or_insert(self.failures.len());
@@ -49,6 +54,7 @@ impl Counts {
             return;
         };
         self.listed = None;
+        self.silent -= 1;
         for part in figures.split([';', '.']) {
             let mut words = part.split_whitespace();
             if let (Some(Ok(number)), Some(what)) =
@@ -161,7 +167,8 @@ fn end_to_end(counts: &mut Counts) -> Result<(bool, Vec<String>)> {
     let mut first = Counts::default();
     let passed = step(&mut end_to_end_tests(&[]), &mut first)?;
     counts.sum(&first);
-    let named = first.failures.len() as u64 == first.failed;
+    // A program that died in its tests names none of them.
+    let named = first.failures.len() as u64 == first.failed && first.silent == 0;
     if passed || !named || first.failures.is_empty() || first.failures.len() > ONCE_MORE {
         return Ok((passed, Vec::new()));
     }
@@ -242,6 +249,8 @@ mod tests {
     #[test]
     fn the_figures_of_several_test_programs_are_summed() {
         let mut counts = Counts::default();
+        counts.add("running 13 tests");
+        counts.add("running 1 test");
         counts.add("test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.02s");
         counts.add("test result: FAILED. 2 passed; 5 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s");
         counts.add("test a_name_is_a_sentence ... ok");
@@ -259,11 +268,11 @@ mod tests {
     #[test]
     fn the_names_of_failed_tests_are_those_of_the_list_and_not_what_tests_print() {
         let mut counts = Counts::default();
-        let output = "test that_it_holds ... Killed\n    indented\nFAILED\n\nfailures:\n\n---- that_it_holds stdout ----\n\n\
+        let output = "running 5 tests\ntest that_it_holds ... Killed\n    indented\nFAILED\n\nfailures:\n\n---- that_it_holds stdout ----\n\n\
              thread 'that_it_holds' panicked at here:\n  left: 1\n    word\n\n\nfailures:\n    that_it_holds\n    module::that_too\n\n\
              test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 7.37s\n    indented";
         output.lines().for_each(|line| counts.add(line));
         assert_eq!(counts.failures, ["that_it_holds", "module::that_too"]);
-        assert_eq!((counts.passed, counts.failed), (3, 2));
+        assert_eq!((counts.passed, counts.failed, counts.silent), (3, 2, 0));
     }
 }

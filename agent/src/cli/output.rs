@@ -3,12 +3,15 @@
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write as _};
 
+/// Exit code of a program that SIGPIPE ends, as a shell tells it.
+const READER_GONE: i32 = 141;
+
 /// Prints `text`, and ends the program when nobody can read it: quietly when the reader has gone away (`| head`).
 pub fn put(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
     match out.write_fmt(text).and_then(|()| out.flush()) {
         Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(READER_GONE),
         Err(error) => {
             eprintln!("lifeboat: cannot write to standard output: {error}");
             std::process::exit(1);

@@ -450,7 +450,7 @@ pub async fn heartbeat_loop<F: Future<Output = Heartbeat>>(
                 }
                 failing = true;
                 heard(Err(format!(
-                    "the duplicator {duplicator} does not answer: {error}"
+                    "the duplicator {duplicator} took no heartbeat: {error}"
                 )));
             }
         }

@@ -442,7 +442,7 @@ impl Delegator {
         Ok(())
     }
 
-    /// What an operator must see to: journals of plans that cannot be read, and a duplicator that does not answer.
+    /// What an operator must see to: journals of plans that cannot be read, and a duplicator that takes no heartbeat.
     #[must_use]
     pub fn troubles(&self) -> Vec<String> {
         let mut troubles = locked(&self.parts.troubles).clone();

@@ -186,7 +186,7 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines
         }
         SourceEvent::NotPaired { reason } => {
-            vec![format!("nothing is delegated: {reason}")]
+            vec![format!("from now on nothing is delegated: {reason}")]
         }
         SourceEvent::Paired { paired, delegated } => {
             let mut lines = vec![format!(

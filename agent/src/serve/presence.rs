@@ -151,8 +151,8 @@ impl Presence {
             self.live
                 .write_all_at(&bytes, START + words.start as u64 * 8)?;
             // Two marks of one word may be written in the wrong order; the later bits are then in `durable` or
-            // are written again by the next mark, and a lost one only costs a fetch. A local write holds its
-            // block's lock, but not its neighbours': so the words are written until they are what they are in memory.
+            // are written again by the next mark. Of what was written here none may be lost, and who writes holds its
+            // block's lock but not its neighbours': so the words are written until they are what they are in memory.
             let again = now();
             if again == bytes {
                 return Ok(());

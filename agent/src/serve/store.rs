@@ -360,6 +360,7 @@ impl Store {
         // Dropped outside of the lock: it waits for threads that may want it.
         let fetcher = locked(&self.fetcher).take();
         drop(fetcher);
+        self.maps.end();
     }
 
     /// Number of the origin that the file with this inode number is, while pages of it may be absent.
@@ -559,6 +560,11 @@ impl Store {
         };
         if let Some(wanted) = self.want_edges(Some(number), size, 0) {
             self.wait(&wanted)?;
+        }
+        // Dead with the host in between, the page of the new end would else arrive again, whole.
+        let edge = origin.first + size / BLOCK;
+        if !size.is_multiple_of(PAGE) && !self.presence.soft(edge..edge + 1).is_empty() {
+            self.sync(file, Some(number))?;
         }
         let _cut = self
             .cut(number)

@@ -611,6 +611,31 @@ fn what_lay_beyond_the_end_of_a_file_that_was_cut_at_a_death_does_not_come_back(
 }
 
 #[test]
+fn the_end_of_a_file_that_was_cut_stays_over_a_death_of_the_host() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(8, 500_000);
+    bench.file("image", &bytes);
+    let store = bench.open(LONG);
+    let file = served(&store, "image");
+    store.truncate(&file.file, file.number, 100_000).unwrap();
+    store.detach();
+    drop((file, store));
+    // What is not durable is of another boot.
+    let live = bench.dir.path().join("store/live");
+    let live = File::options().write(true).open(live).unwrap();
+    live.write_all_at(&[b'x'; 36], 8).unwrap();
+    let store = bench.open(LONG);
+    let file = served(&store, "image");
+    store.truncate(&file.file, file.number, 300_000).unwrap();
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("everything to be here", || store.figures().detached);
+    drop(filler);
+    let mut expected = bytes[..100_000].to_vec();
+    expected.resize(300_000, 0);
+    assert!(fs::read(bench.dir.path().join("store/data/image")).unwrap() == expected);
+}
+
+#[test]
 fn a_file_that_is_removed_while_it_is_open_is_read_to_its_end() {
     let bench = Bench::new(Duration::ZERO);
     let bytes = random(11, 3_000_000);

@@ -11,18 +11,46 @@ use crate::transfer::fetch::wire::MAP_CAP;
 use crate::transfer::fetch::{BLOCK, Place};
 use crate::volume::scan::{next_data, next_hole};
 use nix::fcntl::{FallocateFlags, fallocate};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Questions for holes that are open, each by its first block.
+/// Questions for holes.
 #[derive(Default)]
 pub(super) struct Maps {
+    /// Those that are open, each by its first block.
     open: Mutex<HashSet<Place>>,
     changed: Condvar,
+    /// Blocks of files that were answered for: what of them is absent is data.
+    answered: Mutex<HashMap<u32, Vec<Range<u64>>>>,
+}
+
+impl Maps {
+    /// Nobody will answer any more.
+    pub(super) fn end(&self) {
+        locked(&self.open).clear();
+        self.changed.notify_all();
+    }
+
+    fn is_answered(&self, number: u32, block: u64) -> bool {
+        let answered = locked(&self.answered);
+        let ranges = answered.get(&number);
+        ranges.is_some_and(|ranges| ranges.iter().any(|range| range.contains(&block)))
+    }
+
+    fn note_answered(&self, number: u32, blocks: Range<u64>) {
+        let mut answered = locked(&self.answered);
+        let ranges = answered.entry(number).or_default();
+        let touches =
+            |range: &&mut Range<u64>| range.start <= blocks.end && blocks.start <= range.end;
+        match ranges.iter_mut().find(touches) {
+            Some(range) => *range = range.start.min(blocks.start)..range.end.max(blocks.end),
+            None => ranges.push(blocks),
+        }
+    }
 }
 
 /// A part of a file.
@@ -36,16 +64,14 @@ pub struct Extent {
 
 impl Store {
     /// Asks the source which of a range's absent blocks are holes, and takes these as they are. Waits for the answer
-    /// as long as a read would.
+    /// as long as a read would, and never asks twice. Not for stores that prove: a hole that was told has no signature.
     pub fn learn_holes(&self, number: Option<u32>, offset: u64, length: u64) {
         let Some((number, origin)) = self.origin(number) else {
             return;
         };
-        let absent = self.absent_blocks(origin, offset, length);
+        let mut absent = self.absent_blocks(origin, offset, length);
+        absent.retain(|&block| !self.maps.is_answered(number, block));
         let (Some(&first), Some(&last)) = (absent.first(), absent.last()) else {
-            return;
-        };
-        let Some(fetcher) = locked(&self.fetcher).clone() else {
             return;
         };
         let until = Instant::now() + self.patience;
@@ -60,7 +86,13 @@ impl Store {
             let mut open = locked(&self.maps.open);
             if open.insert(place) {
                 drop(open);
+                // Not kept while this waits, or the store could not let go of its source.
+                let Some(fetcher) = locked(&self.fetcher).clone() else {
+                    self.maps.end();
+                    return;
+                };
                 fetcher.ask_holes(place, count, path);
+                drop(fetcher);
                 open = locked(&self.maps.open);
             }
             while open.contains(&place) {
@@ -71,7 +103,10 @@ impl Store {
                 let waited = self.maps.changed.wait_timeout(open, left);
                 open = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
-            from += u64::from(count);
+            drop(open);
+            let next = from + u64::from(count);
+            self.maps.note_answered(number, from..next);
+            from = next;
         }
     }
 
@@ -81,8 +116,15 @@ impl Store {
             for run in holes {
                 let end = (first.block + u64::from(run.end)).min(origin.blocks());
                 let blocks = first.block + u64::from(run.start)..end;
-                if let Err(error) = self.keep_holes(first.file, origin, blocks) {
-                    // They are still absent, and read as such.
+                let kept = self.keep_holes(first.file, origin, blocks);
+                // Otherwise they are still absent, and read as such: on a file system without holes, or when the file
+                // was let go of meanwhile.
+                if let Err(error) = kept
+                    && !matches!(
+                        error.kind(),
+                        io::ErrorKind::Unsupported | io::ErrorKind::NotFound
+                    )
+                {
                     tracing::error!(directory = %self.directory.display(), "cannot keep holes: {error}");
                 }
             }
@@ -121,11 +163,13 @@ impl Store {
             }
             at = end;
             if at < blocks.end {
-                let place = Place {
-                    file: number,
-                    block: at,
-                };
-                self.keep(place, Some(&[]))?;
+                if self.missing(origin, at) != 0 {
+                    let place = Place {
+                        file: number,
+                        block: at,
+                    };
+                    self.keep(place, Some(&[]))?;
+                }
                 at += 1;
             }
         }
@@ -155,22 +199,28 @@ impl Store {
         };
         let mut at = range.start;
         while at < range.end {
-            let data = next_data(file, at)?.map_or(range.end, |data| data.min(range.end));
-            // What is a hole here may be absent.
-            while at < data {
-                let (until, is_here) = self.run(number, at..data);
-                if !add(until - at, is_here) {
+            // This first: what arrives is written before it is marked, and would else be a hole that is here.
+            let (until, is_here) = self.run(number, at..range.end);
+            if !is_here {
+                if !add(until - at, false) {
                     return Ok(extents);
                 }
                 at = until;
             }
-            if at < range.end {
-                // Written meanwhile, it may be data no more.
-                let hole = next_hole(file, at)?.clamp(at + 1, range.end);
-                if !add(hole - at, false) {
+            while is_here && at < until {
+                let data = next_data(file, at)?.map_or(until, |data| data.min(until));
+                if data > at && !add(data - at, true) {
                     return Ok(extents);
                 }
-                at = hole;
+                at = data;
+                if at < until {
+                    // Written meanwhile, it may be data no more.
+                    let hole = next_hole(file, at)?.clamp(at + 1, until);
+                    if !add(hole - at, false) {
+                        return Ok(extents);
+                    }
+                    at = hole;
+                }
             }
         }
         Ok(extents)

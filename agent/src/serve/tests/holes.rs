@@ -83,3 +83,18 @@ fn holes_are_learnt_from_the_source_without_fetching_them_and_stay_as_they_were_
     let store = bench.open_volume(VolumeId(1), Duration::from_millis(100), false);
     assert_eq!(store.figures().absent, 0);
 }
+
+#[test]
+fn what_arrives_while_the_parts_of_a_file_are_told_is_never_told_as_a_hole() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("dense", &random(3, 48 << 20));
+    let store = bench.open(LONG);
+    let file = served(&store, "dense");
+    store.learn_holes(file.number, 0, 48 << 20);
+    let filler = Filler::start(&store, Vec::new()).unwrap();
+    while store.figures().absent > 0 {
+        let told = store.extents(&file.file, file.number, 0..48 << 20, 4096);
+        assert!(told.unwrap().iter().all(|part| !part.is_hole));
+    }
+    drop(filler);
+}

@@ -8,6 +8,7 @@
 //! would fall on whoever comes next.
 
 mod data;
+mod demand;
 mod sides;
 
 use std::collections::BTreeMap;
@@ -64,6 +65,8 @@ pub enum Part {
     Changes,
     /// A link with a long round trip.
     Far,
+    /// Reads on demand over such a link.
+    Demand,
     /// A million small files; takes some minutes and 9 GB of the disk, and is only measured when it is named.
     Million,
 }
@@ -102,6 +105,9 @@ pub(super) fn measure(short: bool, runs: usize, only: &[Part]) -> Result<String>
     }
     if wants(Part::Far) {
         text.push_str(&bench.far(LARGE / 8 / scale)?);
+    }
+    if wants(Part::Demand) {
+        text.push_str(&demand::measure(LARGE / 4 / scale)?);
     }
     if only.contains(&Part::Million) {
         text.push_str(&bench.million(MILLION / scale as usize)?);

@@ -1,0 +1,88 @@
+//! Random reads at a twin whose data is still on a far source: a real evacuation that switches first.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::super::goal;
+use super::{FAR, ROUND_TRIP, data};
+use crate::crew::{Crew, Device};
+use crate::images;
+use crate::lab::far::FarLink;
+use crate::lab::{HostSpec, Lab, LabSpec};
+use crate::process::wait_for;
+
+/// Reads under way at once, and how many each of these makes.
+const WINDOW: u32 = 64;
+const READS: u32 = 64;
+const NAME: &str = "reader";
+const PLACE: &str = "/srv/notes";
+
+/// Reads of 4 KiB all over `bytes` of which next to nothing has arrived: what fills in behind is slowed.
+pub(super) fn measure(bytes: u64) -> Result<String> {
+    let lab = Lab::up(&LabSpec {
+        name: format!("demand-{}", std::process::id()),
+        hosts: ["source", "target", "duplicator"]
+            .map(HostSpec::from)
+            .into(),
+    })?;
+    let (source, target) = (lab.host("source")?, lab.host("target")?);
+    let link = FarLink::between(source, target, ROUND_TRIP, FAR)?;
+    images::load_some(source, &["redis"])?;
+    source.run(["mkdir", PLACE])?;
+    data::write_large(&source.path(PLACE).join("random"), bytes)?;
+    let (volume, image) = (format!("{PLACE}:/notes"), "localhost/redis:demo");
+    source.podman([
+        "run", "--detach", "--name", NAME, "--volume", &volume, image,
+    ])?;
+    let far = Device {
+        fleet: vec![format!("advertise_data: {}:7402", link.there)],
+        ..Device::new("target")
+    };
+    let crew = Crew::start(&lab, "duplicator", &[Device::new("source"), far])?;
+    wait_for("the source's view", Duration::from_secs(20), || {
+        let (code, _) = crew.ask("source", &["plan", NAME])?;
+        Ok((code == 0).then_some(()))
+    })?;
+    let evacuate = [
+        "evacuate",
+        NAME,
+        "--yes",
+        "--switch-first",
+        "--limit",
+        "1MiB",
+    ];
+    crew.begin("source", "evacuate", &evacuate)?;
+    wait_for("the twin", Duration::from_secs(60), || {
+        let running = target.podman(["ps", "--format", "{{.Names}}"])?;
+        Ok(running.contains(NAME).then_some(()))
+    })
+    .with_context(|| crew.log("source"))?;
+
+    let reads = |window: u32, reads: u32, seed: u32| -> Result<f64> {
+        let script = format!(
+            "fio --name=reads --filename={PLACE}/random --readonly --rw=randread --bs=4k --direct=1 --ioengine=psync --thread \
+             --numjobs={window} --number_ios={reads} --randseed={seed} --group_reporting --output-format=json"
+        );
+        let report: Value = serde_json::from_str(&target.run(["sh", "-c", &script])?)?;
+        let rate = report["jobs"][0]["read"]["iops"].as_f64();
+        rate.context("fio reports no rate")
+    };
+    let (alone, together) = (reads(1, READS, 1)?, reads(WINDOW, READS, 2)?);
+    let (_, status) = crew.ask("target", &["status"])?;
+    eprintln!(
+        "bench: on demand: {alone:.0} reads/s alone, {together:.0} with {WINDOW} at once; {}",
+        status["arriving"]
+    );
+    lab.down()?;
+    let trips = 1.0 / ROUND_TRIP.as_secs_f64();
+    Ok(format!(
+        "Over a link of the same rate and round trip, random reads of 4 KiB on the mount of a twin that was switched first, of {} MiB that have hardly arrived: \
+         {alone:.0} a second one after another, {together:.0} with {WINDOW} at once; one each round trip would be {trips:.0} ({}). \
+         Each fetches the 64 KiB around it: the link has room for {:.0} a second.\n\n",
+        bytes >> 20,
+        goal("at window depth", together >= 8.0 * trips),
+        FAR / 65_536.0,
+    ))
+}
