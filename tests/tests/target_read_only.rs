@@ -84,7 +84,7 @@ fn a_target_whose_file_system_fails_while_it_receives_rolls_the_plan_back() -> R
             "sending to haven",
             "run on here",
             shop::DATA,
-            "kept/small/",
+            "kept/",
             "the target's file system is read-only",
             "choose another target",
         ],

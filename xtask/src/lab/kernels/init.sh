@@ -6,7 +6,7 @@ mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev;
 mkdir -p /sys/fs/cgroup /run/netns; mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ip link set lo up
 for module in @MODULES@; do modprobe $module || echo "init: no module $module"; done
-mount -t ext4 /dev/vda @WORK@ || echo "init: no disk"
+mkdir -p @WORK@ && mount -t ext4 /dev/vda @WORK@ || echo "init: no disk"
 echo "guest: kernel $(uname -r)"
 for test in @TESTS@; do
   $test --test-threads=1 --show-output 2>&1
