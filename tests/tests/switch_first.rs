@@ -194,6 +194,11 @@ fn a_plan_switches_first_by_itself_once_changesets_will_not_get_small_and_keeps_
     let write = format!("head -c {BUSY} /dev/urandom >{place}; sync {place}");
     let fill = format!("head -c {FEW} /dev/urandom >{big}; {write}");
     source.run(["sh", "-c", &fill])?;
+    wait_for("the filling to be long ago", PATIENCE, || {
+        let (_, plan) = stage.crew.ask(SOURCE, &["plan", CACHE.name])?;
+        let dirty = plan["choice"]["outlook"]["dirty"]["bytes"].as_u64();
+        Ok(dirty.is_some_and(|bytes| bytes < BUSY / 16).then_some(()))
+    })?;
     // So that the image need not go at this pace too.
     images::load_some(stage.target()?, &["redis"])?;
     // Copied at this pace, all of it is written anew meanwhile, and a pause would be longer than any may be.
