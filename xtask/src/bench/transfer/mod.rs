@@ -107,7 +107,7 @@ pub(super) fn measure(short: bool, runs: usize, only: &[Part]) -> Result<String>
         text.push_str(&bench.far(LARGE / 8 / scale)?);
     }
     if wants(Part::Demand) {
-        text.push_str(&demand::measure(LARGE / 4 / scale)?);
+        text.push_str(&demand::measure(LARGE / scale)?);
     }
     if only.contains(&Part::Million) {
         text.push_str(&bench.million(MILLION / scale as usize)?);
