@@ -2,6 +2,7 @@
 //! touch.
 
 use std::fs;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -67,6 +68,13 @@ pub struct Goods {
     /// Size of each small file, in KiB.
     pub file_kib: u32,
 }
+
+/// Goods of which every file travels whole, 32 MiB together.
+pub const WHOLE: Goods = Goods {
+    large_mib: 0,
+    files: 64,
+    file_kib: 512,
+};
 
 /// Goods of no weight.
 pub const FEW: Goods = Goods {
@@ -192,6 +200,22 @@ pub fn refused(crew: &Crew) -> Result<String> {
             Ok(text)
         }
     }
+}
+
+/// As [`refused`], and runs `act` on the target as soon as data arrives there.
+///
+/// # Errors
+/// No data arrived, the act failed, or the evacuation succeeded.
+pub fn refused_while(crew: &Crew, target: &Host, act: &[&str]) -> Result<String> {
+    thread::scope(|scope| {
+        let evacuation = scope.spawn(|| refused(crew));
+        let arrives = target.path(&format!("{DATA}/kept"));
+        wait_for("data on the target", Duration::from_secs(30), || {
+            Ok(arrives.exists().then_some(()))
+        })?;
+        target.run(act)?;
+        evacuation.join().expect("it only returns errors")
+    })
 }
 
 /// `lifeboat evacuate --all --yes` and then `verify`, both of which must succeed, with the container on the

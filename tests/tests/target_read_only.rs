@@ -1,13 +1,10 @@
 //! A target whose file system takes no writes: the operator reads where and what to do, and the source goes on.
 
 use std::path::Path;
-use std::thread;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lifeboat_tests::disk::{Disk, output};
-use lifeboat_tests::shop::{self, FEW, Goods, SOURCE, TARGET, last_plan, says};
-use xtask::process::wait_for;
+use lifeboat_tests::shop::{self, FEW, SOURCE, TARGET, WHOLE, last_plan, says};
 
 #[test]
 fn a_read_only_target_is_named_and_the_same_evacuation_goes_on_once_it_is_writable() -> Result<()> {
@@ -53,12 +50,7 @@ fn a_target_whose_file_system_fails_while_it_receives_rolls_the_plan_back() -> R
     };
     let (source, target) = (lab.host(SOURCE)?, lab.host(TARGET)?);
     let crew = shop::fleet(&lab, |_| ())?;
-    let goods = Goods {
-        large_mib: 0,
-        files: 64,
-        file_kib: 512,
-    };
-    shop::open(&crew, goods)?;
+    shop::open(&crew, WHOLE)?;
     let before = shop::digest(source)?;
     output("mkfs.ext4", &["-q", disk.device()]);
     target.run(["mkdir", "-p", "/srv/shop"])?;
@@ -67,16 +59,9 @@ fn a_target_whose_file_system_fails_while_it_receives_rolls_the_plan_back() -> R
 
     // Slow enough to be overtaken: 32 MiB take about five seconds.
     lab.shape(target, Some(50))?;
-    let error = thread::scope(|scope| {
-        let evacuation = scope.spawn(|| shop::refused(&crew));
-        let arrives = target.path(&format!("{}/kept", shop::DATA));
-        wait_for("data on the target", Duration::from_secs(30), || {
-            Ok(arrives.exists().then_some(()))
-        })?;
-        // As the kernel does it when the journal cannot be written.
-        target.run(["mount", "-o", "remount,abort", "/srv/shop"])?;
-        evacuation.join().expect("it only returns errors")
-    })?;
+    // As the kernel does it when the journal cannot be written.
+    let abort = ["mount", "-o", "remount,abort", "/srv/shop"];
+    let error = shop::refused_while(&crew, target, &abort)?;
     says(
         &error,
         &[
