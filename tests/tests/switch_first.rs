@@ -7,11 +7,12 @@ use lifeboat_tests::stage::{
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use std::process::Command;
 use xtask::crew::{Device, wait_for_end};
 use xtask::images;
 use xtask::lab::{Fault, Host};
 
-use xtask::process::wait_for;
+use xtask::process::{output, wait_for};
 
 const CACHE: Service = Service {
     name: "cache",
@@ -408,6 +409,112 @@ fn what_was_prepared_is_not_sent_again_when_its_plan_switches_first_whoever_dies
     stage.check_data(&CACHE)?;
     stage.lab.down()
 }
+
+#[test]
+fn what_changes_between_the_list_that_is_taken_ahead_and_the_last_one_is_as_it_was_at_last()
+-> Result<()> {
+    let devices = [device(SOURCE, None), device(TARGET, Some("listed ahead"))];
+    let Some(mut stage) = Stage::up("switched-changes", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let source = stage.source()?.clone();
+    let here = |script: &str| format!("cd {} && {script}", CACHE.notes());
+    source.run(["sh", "-ec", &here(AHEAD)])?;
+    let arguments = ["evacuate", CACHE.name, "--yes", "--switch-first"];
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    stage.await_death(TARGET)?;
+    stage.writes_go_on(&CACHE)?;
+    source.run(["sh", "-ec", &here(AT_LAST)])?;
+    stage.crew.start_agent(TARGET)?;
+    proves_all(&stage)?;
+    let log = stage.crew.log(TARGET);
+    let brought = log.lines().filter(|line| line.contains("listed ahead"));
+    let brought: Vec<&str> = brought.collect();
+    ensure!(brought.len() == 2, "one for each volume: {brought:#?}");
+    stage.lab.down()
+}
+
+#[test]
+fn a_target_that_dies_while_it_brings_what_it_listed_ahead_to_the_last_list_does_so_again()
+-> Result<()> {
+    let devices = [device(SOURCE, None), device(TARGET, Some("revised"))];
+    let Some(mut stage) = Stage::up("switched-revised", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let source = stage.source()?.clone();
+    let here = |script: &str| format!("cd {} && {script}", CACHE.notes());
+    source.run(["sh", "-ec", &here(AHEAD)])?;
+    let arguments = ["evacuate", CACHE.name, "--yes", "--switch-first"];
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    stage.await_death(TARGET)?;
+    stage.crew.start_agent(TARGET)?;
+    proves_all(&stage)?;
+    stage.lab.down()
+}
+
+/// Waits for the end of the only plan, after which both sides have the same.
+fn proves_all(stage: &Stage) -> Result<()> {
+    let plan = stage.plan()?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)
+        .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    ensure!(lines(&report, "roots agree").len() == 1, "{report:#}");
+    stage.crew.tell(SOURCE, &["verify", &plan])?;
+    // Where the lab keeps /srv: rsync does not go through /proc/PID/root.
+    let notes = CACHE.notes();
+    let side = |host: &Host| {
+        let kept = stage.lab.dir().join(host.name());
+        kept.join(notes.trim_start_matches('/')).join("")
+    };
+    let (one, other) = (side(stage.source()?), side(stage.target()?));
+    for (from, to) in [(&one, &other), (&other, &one)] {
+        let differs = output(
+            Command::new("rsync")
+                .args(["-aHAXn", "--delete", "--checksum", "--itemize-changes"])
+                .args([from, to]),
+        )?;
+        ensure!(differs.is_empty(), "{differs}");
+    }
+    // Two FIFOs are never the same to `diff`.
+    for host in [stage.source()?, stage.target()?] {
+        host.run(["find", &CACHE.notes(), "-type", "p", "-delete"])?;
+    }
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)
+}
+
+/// A tree with one of everything.
+const AHEAD: &str = r"
+    mkdir -p tree/moved/deep tree/directory/deep tree/gone/deep tree/many
+    cd tree
+    head -c 300000 /dev/urandom >moved/deep/file
+    head -c 100000 /dev/urandom >grows
+    head -c 200000 /dev/urandom >shrinks
+    echo one >first; ln first second; ln first third
+    echo file >file
+    echo deep >directory/deep/file
+    echo gone >gone/deep/file
+    ln -s first link
+    mkfifo fifo
+    printf bytes >$(printf 'not-\377-utf8')
+    echo mode >mode; echo emptied >emptied; : >filled
+    for n in $(seq 200); do echo $n >many/$n; done";
+/// What becomes of it.
+const AT_LAST: &str = r"
+    cd tree
+    mv moved other
+    head -c 50000 /dev/urandom >>grows
+    truncate -s 777 shrinks
+    rm first; echo another >new; mv new third
+    rm file; mkdir file; echo inside >file/inside; ln second file/second
+    rm -r directory; echo file >directory
+    rm -r gone
+    ln -sf second link
+    rm fifo; mkfifo directory-no-more; echo file >fifo
+    mv $(printf 'not-\377-utf8') $(printf 'nor-\376-this')
+    chown 1000:1000 mode; chmod 2750 mode
+    : >emptied; echo filled >filled
+    rm many/7; echo more >many/201; touch -d 2001-02-03 many";
 
 /// Bytes of a large file that change after it was copied.
 const CHANGED: u64 = 200 << 10;

@@ -7,6 +7,7 @@
 //! does meanwhile (`switch_first`).
 
 use super::events::{ContainerFence, Place, TargetEvent};
+use super::opening::Lists;
 use super::places::is_one;
 use super::target::{Receiving, Target, TargetError};
 use crate::model::control::{Arrival, Whole};
@@ -200,7 +201,7 @@ impl Target {
         }
         let places = self.plans().get(&plan.id).map(|known| known.places.clone());
         let places = places.unwrap_or_default();
-        self.make_stores(plan, &places, false).await?;
+        self.make_stores(plan, &places, Lists::Kept).await?;
         let mut mounted = false;
         for place in trees(plan, &places) {
             let bare = self.later(&plan.id, |later| {

@@ -1,5 +1,5 @@
-//! The target's side of switching first up to the release: the copy ends, the source's lists are taken, and what was
-//! laid by for them is put back when the release does not come.
+//! The target's side of switching first up to the release: the copy ends, the source's lists are taken ahead and once
+//! more when its workload is frozen, and what was laid by for them is put back when the release does not come.
 //!
 //! Invariant: what is about to be made is in the journal first. Non-goal: what the twins run on (`later`).
 
@@ -12,7 +12,7 @@ use crate::model::control::Open;
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{Content, Plan, VolumeRelease};
-use crate::serve::{Store, bring_back, exchange, lay_by};
+use crate::serve::{Draft, Store, bring_back, exchange, lay_by};
 use crate::transfer::fetch::FetchPlan;
 use crate::volume::FleetKey;
 use std::fs::File;
@@ -24,6 +24,24 @@ use std::time::Duration;
 /// How long a twin waits for what is not here while the source is away, before it gets an I/O error: a server takes
 /// minutes to start.
 const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Of which lists the stores of a plan are made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lists {
+    /// Those of which they were made.
+    Kept,
+    /// Those of now, while the workload runs: they are taken once more.
+    Ahead,
+    /// Those of now, while it is frozen; what was taken ahead is brought to them.
+    Last,
+}
+
+fn in_the_way(why: String) -> TargetError {
+    TargetError::InTheWay {
+        what: "the volumes before their data".into(),
+        why,
+    }
+}
 
 fn beside(place: &Path, name: &str) -> PathBuf {
     place.parent().unwrap_or(place).join(name)
@@ -53,15 +71,47 @@ pub(super) fn cannot_serve(plan: &Plan, places: &[Place]) -> Option<String> {
 }
 
 impl Target {
-    /// Ends what is received of the trees of a plan, and makes it durable, before their workload is frozen: the pause
-    /// is not to wait for either.
+    /// Ends what is received of the trees of a plan, makes it durable and takes their lists ahead, before their workload
+    /// is frozen: the pause is not to wait for any of it.
     ///
     /// # Errors
-    /// The plan is unknown or owned, or the disk's error.
+    /// The plan is unknown or owned, the source cannot be asked, or the trees cannot be made.
     pub async fn end_copy(&self, peer: &DeviceId, id: &PlanId) -> Result<(), TargetError> {
         let _turn = self.turn(peer).await;
         let (plan, places) = self.not_owned(peer, id)?;
-        self.end_reception(&plan, &places, true).await
+        self.begin_stores(peer, &plan, &places).await?;
+        self.end_reception(&plan, &places, true).await?;
+        self.make_stores(&plan, &places, Lists::Ahead)
+            .await
+            .map_err(in_the_way)?;
+        super::faults::die_at("listed ahead");
+        Ok(())
+    }
+
+    /// Notes where the stores of a plan's trees will be, before they are made; none of an earlier attempt stays open.
+    async fn begin_stores(
+        &self,
+        peer: &DeviceId,
+        plan: &Plan,
+        places: &[Place],
+    ) -> Result<(), TargetError> {
+        let id = &plan.id;
+        let lent = self.pairings.authorised(id, peer);
+        let source = lent.filter(|lent| lent.role == Role::Target);
+        let source = source
+            .map(|lent| lent.peer)
+            .ok_or_else(|| TargetError::NotOurs {
+                plan: id.clone(),
+                why: "the duplicator did not lend us to it as target".into(),
+            })?;
+        self.close_later(id).await;
+        let stores = trees(plan, places)
+            .map(|place| {
+                let name = format!(".lifeboat-{id}-{}", place.volume);
+                (place.volume, beside(&place.path, &name))
+            })
+            .collect();
+        self.note_later(id, &TargetEvent::Opening { source, stores })
     }
 
     async fn end_reception(
@@ -102,30 +152,12 @@ impl Target {
     ) -> Result<Vec<VolumeRelease>, TargetError> {
         let _turn = self.turn(peer).await;
         let (plan, places) = self.not_owned(peer, id)?;
-        let lent = self.pairings.authorised(id, peer);
-        let source = lent.filter(|lent| lent.role == Role::Target);
-        let source = source
-            .map(|lent| lent.peer)
-            .ok_or_else(|| TargetError::NotOurs {
-                plan: id.clone(),
-                why: "the duplicator did not lend us to it as target".into(),
-            })?;
         // An earlier attempt's list is not that of now: the workload ran in between.
-        self.close_later(id).await;
+        self.begin_stores(peer, &plan, &places).await?;
         self.end_reception(&plan, &places, false).await?;
-        let stores = trees(&plan, &places)
-            .map(|place| {
-                let name = format!(".lifeboat-{id}-{}", place.volume);
-                (place.volume, beside(&place.path, &name))
-            })
-            .collect();
-        self.note_later(id, &TargetEvent::Opening { source, stores })?;
-        self.make_stores(&plan, &places, true)
+        self.make_stores(&plan, &places, Lists::Last)
             .await
-            .map_err(|why| TargetError::InTheWay {
-                what: "the volumes before their data".into(),
-                why,
-            })?;
+            .map_err(in_the_way)?;
         let stores = self.later(id, |later| later.stores.clone());
         let key = self.fleet_key(id)?;
         let mut volumes = Vec::new();
@@ -156,12 +188,12 @@ impl Target {
         Ok(FleetKey(*fleet.identity.fleet_key()))
     }
 
-    /// Opens the store of each tree that is not open; `anew` makes them of the source's lists of now.
+    /// Makes the store of each tree that is not open, and opens it unless its list is taken ahead.
     pub(super) async fn make_stores(
         &self,
         plan: &Plan,
         places: &[Place],
-        anew: bool,
+        lists: Lists,
     ) -> Result<(), String> {
         let id = &plan.id;
         for place in trees(plan, places) {
@@ -184,13 +216,32 @@ impl Target {
             let (name, parts) = (name_of(plan, place.volume), self.parts.clone());
             let below = place.path.clone();
             let made = tokio::task::spawn_blocking(move || {
-                if anew {
-                    // What was copied, which is not fetched once more where it is still the same.
-                    lay_by(&directory, &below)
-                        .map_err(|error| format!("lay {} by: {error}", below.display()))?;
-                    super::faults::die_at("laid by");
-                }
                 let devices = parts.settings.device_nodes;
+                let draft = Draft {
+                    directory: &directory,
+                    volume: &name,
+                    devices,
+                };
+                match (lists, draft.is_there()) {
+                    (Lists::Kept, _) => {}
+                    // The source asks again when it did not hear the answer.
+                    (Lists::Ahead, true) => return Ok(None),
+                    (Lists::Last, true) => {
+                        let revised = draft.revise(&fetch, &parts.transfer);
+                        revised.map_err(|error| error.to_string())?;
+                        super::faults::die_at("revised");
+                    }
+                    (_, false) => {
+                        // What was copied, which is not fetched once more where it is still the same.
+                        lay_by(&directory, &below)
+                            .map_err(|error| format!("lay {} by: {error}", below.display()))?;
+                        super::faults::die_at("laid by");
+                    }
+                }
+                if lists == Lists::Ahead {
+                    let made = draft.make(&fetch, &parts.transfer);
+                    return made.map(|()| None).map_err(|error| error.to_string());
+                }
                 Store::open(
                     &directory,
                     &name,
@@ -200,15 +251,17 @@ impl Target {
                     devices,
                     true,
                 )
+                .map(Some)
                 .map_err(|error| error.to_string())
             });
-            let store = made.await.map_err(|error| error.to_string())??;
-            let live = Live {
-                mount: None,
-                filler: None,
-                store,
-            };
-            self.later(id, |later| later.live.insert(place.volume, live));
+            if let Some(store) = made.await.map_err(|error| error.to_string())?? {
+                let live = Live {
+                    mount: None,
+                    filler: None,
+                    store,
+                };
+                self.later(id, |later| later.live.insert(place.volume, live));
+            }
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use super::events::{SourceEvent, TargetEvent};
 use super::journal::plan_directory;
 use super::later::{Live, MIRROR_PATIENCE};
 use super::moving::{Move, MoveError};
+use super::opening::Lists;
 use super::switch::RETRY;
 use super::switch_first::trees;
 use super::target::{Receiving, Target, TargetError};
@@ -117,7 +118,7 @@ impl Target {
         }
         // An agent that was started just now has not opened them.
         let places = self.plans().get(&plan.id).map(|known| known.places.clone());
-        self.make_stores(plan, &places.unwrap_or_default(), false)
+        self.make_stores(plan, &places.unwrap_or_default(), Lists::Kept)
             .await?;
         let parts = self.later(&plan.id, |later| {
             let live = later.live.iter_mut();

@@ -104,7 +104,8 @@ impl Move {
     }
 
     /// Ends the copy before the workload is frozen: what was copied is durable on the target, nothing comes after it, and
-    /// a paired device that carried the data is let go, because the rest goes straight to the target.
+    /// a paired device that carried the data is let go, because the rest goes straight to the target. The target then
+    /// takes the lists ahead, so that those of the frozen workload are to be compared only.
     pub(super) async fn end_copy(&mut self, target: &PeerAddress) -> Result<(), MoveError> {
         if self.plan.paired.is_some() && self.plan.delegated.contains(Action::Transfer) {
             let done = DutyOutcome::Done;
@@ -289,8 +290,8 @@ type Proven = (BTreeMap<VolumeId, Signature>, Bytes);
 /// Why nothing is delegated from the switch on.
 const ALONE: &str =
     "switched first: what comes behind the twins goes straight from here to the target";
-/// The target writes back what it has not yet.
-const END_TIME: Duration = Duration::from_secs(600);
+/// The target writes back what it has not yet, and makes trees of millions of files.
+const END_TIME: Duration = Duration::from_secs(3600);
 /// Between two questions how much is there.
 const FILL_LOOK: Duration = Duration::from_millis(500);
 /// The target moves directories and changes its containers' restart policies.

@@ -4,6 +4,7 @@
 //! Non-goals of this version: HTTP ranges, and UDP (callers report UDP ports as not forwarded).
 
 mod ahead;
+mod draft;
 mod fill;
 mod forward;
 mod fuse;
@@ -26,6 +27,7 @@ pub trait FrontEnd: Send {
     fn at(&self) -> String;
 }
 
+pub use draft::Draft;
 pub use fill::{Filler, Hot};
 pub use forward::{ForwardError, Forwarder, Traffic};
 pub use fuse::{Mount, MountError};

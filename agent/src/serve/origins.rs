@@ -42,7 +42,7 @@ pub enum StoreError {
 
 /// A file as the source has it.
 pub(super) struct Origin {
-    /// Its path there.
+    /// Its path there; empty, with no bytes, when it was gone before anything of it had come.
     pub(super) path: Arc<[u8]>,
     /// Its size there, bytes.
     pub(super) size: u64,
@@ -71,6 +71,116 @@ pub(super) fn mask(from: u64, to: u64) -> u16 {
     below(to) & !below(from)
 }
 
+/// The tree of a store while it is made or brought to another list.
+pub(super) struct Tree {
+    directory: PathBuf,
+    names: PathBuf,
+    pub(super) data: Destination,
+    pub(super) parent: Parent,
+    pub(super) origins: Vec<Origin>,
+}
+
+impl Tree {
+    /// Opens the tree in `directory`, of which these files have an origin.
+    pub(super) fn open(
+        directory: &Path,
+        volume: &str,
+        devices: bool,
+        origins: Vec<Origin>,
+    ) -> Result<Self, StoreError> {
+        let names = directory.join("origins");
+        std::fs::create_dir_all(&names).map_err(failed("make directories", directory))?;
+        let data =
+            Destination::open(volume, &directory.join("data"), false)?.taking_devices(devices);
+        Ok(Self {
+            directory: directory.to_owned(),
+            names,
+            data,
+            parent: Parent::default(),
+            origins,
+        })
+    }
+
+    /// Makes what is not there; a directory gets its metadata when it is full.
+    pub(super) fn add(&mut self, entry: &Entry, copies: &mut Copies) -> Result<(), StoreError> {
+        let (data, parent) = (&self.data, &mut self.parent);
+        match &entry.kind {
+            Kind::Directory => data.directory(parent, &entry.path)?,
+            Kind::HardLink(primary) => data.link(parent, &entry.path, primary)?,
+            Kind::File { size, .. } => {
+                let taken = *size > 0
+                    && copies
+                        .take(&entry.path, data.root())
+                        .map_err(failed("take a file of an earlier copy", &self.directory))?;
+                let access = if taken {
+                    Access::InPlace
+                } else {
+                    Access::private()
+                };
+                self.finish_file(entry, access)?;
+                if *size > 0 {
+                    self.name_origin(entry)?;
+                }
+            }
+            Kind::Symlink(_) | Kind::Fifo | Kind::CharDevice(_) | Kind::BlockDevice(_) => {
+                data.special(parent, entry)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a file its size and metadata.
+    pub(super) fn finish_file(&mut self, entry: &Entry, access: Access) -> Result<(), StoreError> {
+        let file = self.data.file(&mut self.parent, &entry.path, access)?;
+        Ok(self.data.finish_file(&file, entry, false)?)
+    }
+
+    /// Lets a file be found wherever it is renamed to.
+    pub(super) fn name_origin(&mut self, entry: &Entry) -> Result<(), StoreError> {
+        let name = self.names.join(self.origins.len().to_string());
+        let here = proc_path(self.data.root().fd(), OsStr::new(""));
+        let path = here.join(bytes_path(&entry.path));
+        std::fs::hard_link(path, name).map_err(failed("name an origin", &self.directory))?;
+        self.origins.push(Origin {
+            path: (*entry.path).into(),
+            size: entry.size(),
+            // When all are known.
+            first: 0,
+        });
+        Ok(())
+    }
+
+    /// Leaves an origin of no file, so that no other has its number.
+    pub(super) fn forget_origin(&mut self, number: usize) -> Result<(), StoreError> {
+        let name = self.names.join(number.to_string());
+        std::fs::remove_file(name).map_err(failed("forget an origin", &self.directory))?;
+        if let Some(origin) = self.origins.get_mut(number) {
+            origin.path = Arc::default();
+            origin.size = 0;
+        }
+        Ok(())
+    }
+
+    /// Makes the tree durable, as it is by this list.
+    pub(super) fn write(mut self, entries: &[Entry]) -> Result<Vec<Origin>, StoreError> {
+        number_blocks(&mut self.origins);
+        let directory = &self.directory;
+        write_list(directory, entries).map_err(failed("write the list", directory))?;
+        write_index(directory, &self.origins).map_err(failed("write the index", directory))?;
+        Ok(self.origins)
+    }
+}
+
+/// What was being done in a store's directory when it failed.
+pub(super) fn failed(doing: &'static str, directory: &Path) -> impl Fn(io::Error) -> StoreError {
+    let directory = directory.to_owned();
+    move |error| StoreError::File {
+        doing,
+        directory: directory.clone(),
+        error,
+    }
+}
+
 /// Makes the tree, its files sparse or taken from copies that lie by; what an attempt before left is removed.
 pub(super) fn make(
     directory: &Path,
@@ -78,64 +188,27 @@ pub(super) fn make(
     entries: &[Entry],
     devices: bool,
 ) -> Result<Vec<Origin>, StoreError> {
-    let failed = |doing| {
-        let directory = directory.to_owned();
-        move |error| StoreError::File {
-            doing,
-            directory,
-            error,
-        }
-    };
-    clear(directory).map_err(failed("remove what an earlier attempt left"))?;
-    let names = directory.join("origins");
-    std::fs::create_dir_all(&names).map_err(failed("make directories"))?;
-    let data = Destination::open(volume, &directory.join("data"), false)?.taking_devices(devices);
-    let mut copies = Copies::open(directory).map_err(failed("open earlier copies"))?;
-    let mut parent = Parent::default();
-    let mut origins: Vec<Origin> = Vec::new();
+    clear(directory).map_err(failed("remove what an earlier attempt left", directory))?;
+    let mut tree = Tree::open(directory, volume, devices, Vec::new())?;
+    let mut copies = Copies::open(directory).map_err(failed("open earlier copies", directory))?;
     for entry in entries {
-        match &entry.kind {
-            Kind::Directory => data.directory(&mut parent, &entry.path)?,
-            Kind::HardLink(primary) => data.link(&mut parent, &entry.path, primary)?,
-            Kind::File { size, .. } => {
-                let taken = *size > 0
-                    && copies
-                        .take(&entry.path, data.root())
-                        .map_err(failed("take a file of an earlier copy"))?;
-                let access = if taken {
-                    Access::InPlace
-                } else {
-                    Access::private()
-                };
-                let file = data.file(&mut parent, &entry.path, access)?;
-                data.finish_file(&file, entry, false)?;
-                if *size == 0 {
-                    continue;
-                }
-                let first = origins.last().map_or(0, |last| last.first + last.blocks());
-                let name = names.join(origins.len().to_string());
-                let here = proc_path(data.root().fd(), OsStr::new(""));
-                let path = here.join(bytes_path(&entry.path));
-                std::fs::hard_link(path, name).map_err(failed("name an origin"))?;
-                origins.push(Origin {
-                    path: (*entry.path).into(),
-                    size: *size,
-                    first,
-                });
-            }
-            Kind::Symlink(_) | Kind::Fifo | Kind::CharDevice(_) | Kind::BlockDevice(_) => {
-                data.special(&mut parent, entry)?;
-            }
-        }
+        tree.add(entry, &mut copies)?;
     }
     for entry in entries.iter().rev() {
         if entry.kind == Kind::Directory {
-            data.finish_directory(entry)?;
+            tree.data.finish_directory(entry)?;
         }
     }
-    write_list(directory, entries).map_err(failed("write the list"))?;
-    write_index(directory, &origins).map_err(failed("write the index"))?;
-    Ok(origins)
+    tree.write(entries)
+}
+
+/// Numbers the blocks of all origins, one after the other.
+fn number_blocks(origins: &mut [Origin]) {
+    let mut first = 0;
+    for origin in origins {
+        origin.first = first;
+        first += origin.blocks();
+    }
 }
 
 /// Keeps the list as it came; made durable with the index.
@@ -197,19 +270,17 @@ pub(super) fn read_index(directory: &Path) -> io::Result<Option<Vec<Origin>>> {
     }
     let mut reader = Reader::new(bytes);
     let mut origins: Vec<Origin> = Vec::new();
-    let mut first = 0;
     while !reader.is_empty() {
         let (Ok(size), Ok(path)) = (reader.u64(), reader.short()) else {
             return Ok(None);
         };
-        let origin = Origin {
+        origins.push(Origin {
             path: path.into(),
             size,
-            first,
-        };
-        first += origin.blocks();
-        origins.push(origin);
+            first: 0,
+        });
     }
+    number_blocks(&mut origins);
     Ok(Some(origins))
 }
 

@@ -163,6 +163,7 @@ pub(super) fn end_copies(directory: &Path) -> io::Result<()> {
 }
 
 /// The copies that lie by, the newest first.
+#[derive(Default)]
 pub(super) struct Copies {
     open: Vec<Confined>,
     /// Taken files with further names.

@@ -15,8 +15,9 @@ use self::doubt::Doubt;
 pub use self::holes::Extent;
 use self::holes::Maps;
 use super::ahead::Streams;
+use super::draft::listed;
 use super::mirror::{Mirror, Mirrored};
-use super::origins::{Origin, StoreError, make, mask, numbers, read_index, read_list};
+use super::origins::{Origin, StoreError, failed, make, mask, numbers, read_index, read_list};
 use super::presence::{PAGE, Presence};
 use super::proof::{ASKED_CAP, Proof};
 use super::reuse::{end_copies, reuses};
@@ -162,28 +163,24 @@ impl Store {
         proves: bool,
     ) -> Result<Arc<Self>, StoreError> {
         let plan = Arc::new(plan);
-        let failed = |doing| {
-            let directory = directory.to_owned();
-            move |error| StoreError::File {
-                doing,
-                directory,
-                error,
-            }
-        };
+        let failed = |doing| failed(doing, directory);
         let origins = match read_index(directory).map_err(failed("read the index"))? {
             Some(origins) => origins,
-            None => {
-                let entries = Fetcher::list(&plan, options)?;
-                make(directory, volume, &entries, devices)?
-            }
+            None => make(directory, volume, &listed(&plan, options, &[])?, devices)?,
         };
         end_copies(directory).map_err(failed("remove an earlier copy"))?;
         let blocks = origins.last().map_or(0, |last| last.first + last.blocks());
         let real = origins
             .iter()
             .flat_map(|origin| (0..origin.blocks()).map(|block| origin.real(block)));
+        // Nobody can have cut a file of one that was never open, and looking at each takes time.
+        let is_new = !directory.join("durable").exists();
         let presence =
             Presence::open(directory, blocks, real).map_err(failed("keep the presence"))?;
+        if is_new {
+            let kept = File::open(directory).and_then(|directory| directory.sync_all());
+            kept.map_err(failed("keep the presence"))?;
+        }
         let numbers = numbers(directory).map_err(failed("list the origins"))?;
         let data = Confined::open(&directory.join("data"))
             .map_err(|error| failed("open the data")(error.into()))?;
@@ -220,9 +217,10 @@ impl Store {
             refused: AtomicU64::new(0),
             reuses: reuses(directory),
         });
-        store
-            .mark_cut()
-            .map_err(failed("look at the ends of files"))?;
+        if !is_new {
+            let marked = store.mark_cut();
+            marked.map_err(failed("look at the ends of files"))?;
+        }
         if store.presence.absent() > 0 || proves {
             let inlet: Arc<dyn Arrivals> = Arc::new(Inlet(Arc::downgrade(&store)));
             let fetcher = Fetcher::start(Arc::clone(&store.plan), options.clone(), &inlet)

@@ -135,9 +135,9 @@ impl Bench {
         self.open_volume(VolumeId(1), patience, false)
     }
 
-    fn open_volume(&self, volume: VolumeId, patience: Duration, proves: bool) -> Arc<Store> {
+    fn plan(&self, volume: VolumeId) -> FetchPlan {
         let addr = self.wire.addr;
-        let plan = FetchPlan {
+        FetchPlan {
             plan: PlanId::from("plan"),
             volume,
             fleet_key: FleetKey([3; 32]),
@@ -150,12 +150,14 @@ impl Bench {
                     data_key: DataKey([2; 32]),
                 })
             }),
-        };
-        let directory = self.dir.path().join("store");
+        }
+    }
+
+    fn open_volume(&self, volume: VolumeId, patience: Duration, proves: bool) -> Arc<Store> {
         Store::open(
-            &directory,
+            &self.dir.path().join("store"),
             "data",
-            plan,
+            self.plan(volume),
             &options(),
             patience,
             false,
@@ -492,6 +494,53 @@ fn what_an_earlier_copy_left_is_taken_where_the_source_says_that_it_is_the_same(
         .status();
     assert!(same.unwrap().success());
     assert!(!store.join("copies").exists());
+}
+
+#[test]
+fn a_store_that_was_made_ahead_is_filled_and_proven_as_the_source_is_at_last() {
+    let bench = Bench::new(Duration::ZERO);
+    for (name, seed) in [("first", 1), ("kept", 2), ("grown", 3), ("gone", 4)] {
+        bench.file(name, &random(seed, 100_000 * seed as usize));
+    }
+    let (place, store) = (
+        bench.dir.path().join("place"),
+        bench.dir.path().join("store"),
+    );
+    fs::create_dir(&place).unwrap();
+    fs::copy(bench.source.join("kept"), place.join("kept")).unwrap();
+    lay_by(&store, &place).unwrap();
+    let draft = Draft {
+        directory: &store,
+        volume: "data",
+        devices: false,
+    };
+    let plan = bench.plan(VolumeId(1));
+    draft.make(&plan, &options()).unwrap();
+    bench.file("grown", &random(5, 400_000));
+    bench.file("between", &random(6, 70_000));
+    bench.file("first", b"");
+    fs::rename(bench.source.join("gone"), bench.source.join("renamed")).unwrap();
+    draft.revise(&plan, &options()).unwrap();
+    // As when its answer was lost, and the workload ran on.
+    drop(bench.open_volume(VolumeId(1), LONG, true));
+    bench.file("grown", &random(7, 500_000));
+    bench.file("another", &random(8, 70_000));
+    draft.revise(&plan, &options()).unwrap();
+    let opened = bench.open_volume(VolumeId(1), LONG, true);
+    let filler = Filler::start(&opened, Vec::new()).unwrap();
+    let mut root = None;
+    wait("the proof", || {
+        root = opened.root().unwrap();
+        root.is_some()
+    });
+    drop(filler);
+    assert_eq!(root, Some(scanned(&bench.source)));
+    assert_eq!(scanned(&store.join("data")), scanned(&bench.source));
+    assert_eq!(
+        opened.figures().held,
+        200_000,
+        "what was copied before is kept"
+    );
 }
 
 #[test]

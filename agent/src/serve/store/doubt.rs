@@ -90,10 +90,11 @@ impl Store {
             error,
         };
         // What somebody changed there since it was released is not what should be here.
-        let now = Fetcher::list(&self.plan, &self.options)?;
+        let listed = read_list(&self.directory).map_err(failed)?;
+        let now = Fetcher::list(&self.plan, &self.options, &listed)?;
         let now: HashMap<&[u8], &Entry> = now.iter().map(|entry| (&*entry.path, entry)).collect();
         let mut changed = Named::default();
-        for entry in read_list(&self.directory).map_err(failed)? {
+        for entry in listed {
             if !now.get(&*entry.path).is_some_and(|now| now.same(&entry)) {
                 changed.add(format!("`{}`", shown(&entry.path)));
             }

@@ -7,6 +7,7 @@
 //! blocks are kept, and when a reader gives up (the store's).
 
 mod mirror;
+mod piece;
 mod source;
 mod target;
 pub mod wire;

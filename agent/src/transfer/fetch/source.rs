@@ -5,6 +5,7 @@
 //! is what it was when it was read.
 
 use super::mirror;
+use super::piece::{Cut, PIECES_CAP};
 use super::wire::{Answer, BLOCK, Class, Fetch, RUNS_CAP, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::transfer::Options;
@@ -18,10 +19,10 @@ use crate::volume::mirror::{Log, LogId};
 use crate::volume::scan::{next_data, next_hole, open_file, read_full};
 use crate::volume::sign::{ZERO, signature};
 use crate::volume::tree::RootHasher;
-use crate::volume::walk::{self, WalkError, bare_entry, hard_link, kind_of};
+use crate::volume::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
 use crate::volume::{BlockSize, Confined, Entry, FleetKey, Kind};
 use nix::sys::stat::{SFlag, fstat};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
@@ -75,7 +76,7 @@ pub(in crate::transfer) struct Provision {
 }
 
 enum Job {
-    List,
+    List(u8, HashSet<Signature>),
     Block(Want),
     Signature(Want),
     Map { first: Want, count: u32 },
@@ -236,7 +237,9 @@ impl Desk<'_> {
                         lock(&self.transmitter).message(self.volume, Epoch(0), &Message::Ping);
                     said.map_err(|e| e.to_string())?;
                 }
-                Incoming::Message(_, _, Message::Fetch(Fetch::List)) => self.put(Job::List)?,
+                Incoming::Message(_, _, Message::Fetch(Fetch::List { bits, pieces })) => {
+                    self.put(Job::List(bits, pieces.into_iter().collect()))?;
+                }
                 Incoming::Message(_, _, Message::Fetch(Fetch::Want(wants))) => {
                     for want in wants {
                         self.put(Job::Block(want))?;
@@ -281,7 +284,7 @@ impl Desk<'_> {
             if !broken {
                 self.give_way();
                 let done = match job {
-                    Job::List => self.list(&mut record),
+                    Job::List(bits, known) => self.list(bits, &known, &mut record),
                     Job::Block(want) => self.block(&want, true, buffer, &mut record),
                     Job::Signature(want) => self.block(&want, false, buffer, &mut record),
                     Job::Map { first, count } => self.map(&first, count, &mut record),
@@ -344,34 +347,37 @@ impl Desk<'_> {
         self.send(&answer, record)
     }
 
-    fn list(&self, record: &mut Vec<u8>) -> Result<(), std::io::Error> {
-        let listed = self.shelf.list().map_err(|error| {
-            tracing::warn!("listing a volume for the target: {error}");
-            std::io::Error::other(error.to_string())
-        })?;
-        let mut entries = listed.into_iter().peekable();
-        loop {
-            let (mut batch, mut size, mut layout) = (Vec::new(), 0, Vec::new());
-            while let Some(entry) = entries.peek() {
-                layout.clear();
-                entry.encode(&mut layout);
-                // One entry with all its attributes fits a record by itself.
-                if !batch.is_empty() && size + layout.len() > DATA_CAP / 2 {
-                    break;
-                }
-                size += layout.len();
-                batch.extend(entries.next());
-            }
-            let last = entries.peek().is_none();
-            let answer = Answer::Entries {
-                last,
-                entries: batch,
+    fn list(
+        &self,
+        bits: u8,
+        known: &HashSet<Signature>,
+        record: &mut Vec<u8>,
+    ) -> Result<(), std::io::Error> {
+        let mut cut = Cut::new(&self.provision.plan.fleet_key, bits);
+        let mut telling = Telling::new(self, record);
+        let mut piece = Vec::new();
+        for entry in self.shelf.entries() {
+            let entry = entry.map_err(|error| {
+                tracing::warn!("listing a volume for the target: {error}");
+                std::io::Error::other(error.to_string())
+            })?;
+            let ended = if known.is_empty() {
+                None
+            } else {
+                cut.add(&entry)
             };
-            self.send(&answer, record)?;
-            if last {
-                return Ok(());
+            piece.push(entry);
+            match ended {
+                Some(ended) if known.contains(&ended) => {
+                    piece.clear();
+                    telling.same(ended)?;
+                }
+                None if !known.is_empty() => {}
+                _ => telling.entries(&mut piece)?,
             }
         }
+        telling.entries(&mut piece)?;
+        telling.end()
     }
 
     fn send(&self, answer: &Answer<'_>, record: &mut Vec<u8>) -> Result<(), std::io::Error> {
@@ -389,6 +395,76 @@ impl Desk<'_> {
         };
         self.sealer.seal(&header, record);
         lock(&self.transmitter).record(record)
+    }
+}
+
+/// A list on its way to the target, in records of some size.
+struct Telling<'a, 'd> {
+    desk: &'a Desk<'d>,
+    record: &'a mut Vec<u8>,
+    entries: Vec<Entry>,
+    /// Bytes of their layouts.
+    size: usize,
+    layout: Vec<u8>,
+    same: Vec<Signature>,
+}
+
+impl<'a, 'd> Telling<'a, 'd> {
+    fn new(desk: &'a Desk<'d>, record: &'a mut Vec<u8>) -> Self {
+        Self {
+            desk,
+            record,
+            entries: Vec::new(),
+            size: 0,
+            layout: Vec::new(),
+            same: Vec::new(),
+        }
+    }
+
+    fn same(&mut self, piece: Signature) -> Result<(), std::io::Error> {
+        if !self.entries.is_empty() {
+            self.send_entries(false)?;
+        }
+        self.same.push(piece);
+        if self.same.len() == PIECES_CAP {
+            self.send_same()?;
+        }
+        Ok(())
+    }
+
+    fn entries(&mut self, entries: &mut Vec<Entry>) -> Result<(), std::io::Error> {
+        for entry in entries.drain(..) {
+            self.send_same()?;
+            self.layout.clear();
+            entry.encode(&mut self.layout);
+            // One entry with all its attributes fits a record by itself.
+            if !self.entries.is_empty() && self.size + self.layout.len() > DATA_CAP / 2 {
+                self.send_entries(false)?;
+            }
+            self.size += self.layout.len();
+            self.entries.push(entry);
+        }
+        Ok(())
+    }
+
+    fn end(mut self) -> Result<(), std::io::Error> {
+        self.send_same()?;
+        self.send_entries(true)
+    }
+
+    fn send_same(&mut self) -> Result<(), std::io::Error> {
+        if self.same.is_empty() {
+            return Ok(());
+        }
+        let pieces = std::mem::take(&mut self.same);
+        self.desk.send(&Answer::Same(pieces), self.record)
+    }
+
+    fn send_entries(&mut self, last: bool) -> Result<(), std::io::Error> {
+        self.size = 0;
+        let entries = std::mem::take(&mut self.entries);
+        self.desk
+            .send(&Answer::Entries { last, entries }, self.record)
     }
 }
 
@@ -464,33 +540,39 @@ impl Shelf {
         Ok(runs)
     }
 
-    fn list(&self) -> Result<Vec<Entry>, WalkError> {
-        let root = &self.root;
-        let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
-        let mut entries = Vec::new();
-        for found in walk::walk(root) {
-            let found = found?;
-            let entry = if kind_of(&found.stat) == SFlag::S_IFREG {
-                let identity = (found.stat.st_dev, found.stat.st_ino);
-                if let Some(primary) = primaries.get(&identity) {
-                    Ok(hard_link(&found.path, &found.stat, primary, false))
-                } else {
-                    if found.stat.st_nlink > 1 {
-                        primaries.insert(identity, found.path.clone());
-                    }
-                    file_entry(root, &found.path)
-                }
-            } else {
-                walk::special_entry(root, &found, false)
+    /// Every entry of the volume in path order, files without their blocks.
+    fn entries(&self) -> impl Iterator<Item = Result<Entry, WalkError>> {
+        let mut primaries = HashMap::new();
+        walk::walk(&self.root).filter_map(move |found| {
+            let found = match found {
+                Ok(found) => found,
+                Err(error) => return Some(Err(error)),
             };
-            match entry {
-                Ok(entry) => entries.push(entry),
-                Err(error) if error.vanished() => {}
-                Err(error) => return Err(error),
+            match entry_of(&self.root, &found, &mut primaries) {
+                Err(error) if error.vanished() => None,
+                entry => Some(entry),
             }
-        }
-        Ok(entries)
+        })
     }
+}
+
+fn entry_of(
+    root: &Confined,
+    found: &Found,
+    primaries: &mut HashMap<(u64, u64), Box<[u8]>>,
+) -> Result<Entry, WalkError> {
+    if kind_of(&found.stat) != SFlag::S_IFREG {
+        return walk::special_entry(root, found, false);
+    }
+    let identity = (found.stat.st_dev, found.stat.st_ino);
+    if let Some(primary) = primaries.get(&identity) {
+        return Ok(hard_link(&found.path, &found.stat, primary, false));
+    }
+    let entry = file_entry(root, &found.path)?;
+    if found.stat.st_nlink > 1 {
+        primaries.insert(identity, found.path.clone());
+    }
+    Ok(entry)
 }
 
 /// Root of the list that [`super::Fetcher::list`] gives of the tree at `path`.
@@ -502,7 +584,11 @@ pub fn list_root(path: &Path, key: &FleetKey) -> Result<Signature, WalkError> {
         root: walk::open_root(path)?,
         open: Mutex::default(),
     };
-    Ok(root_of_list(&shelf.list()?, key))
+    let mut root = RootHasher::new(key, BlockSize::for_volume(0));
+    for entry in shelf.entries() {
+        root.add(&entry?);
+    }
+    Ok(root.finish())
 }
 
 /// Root over a volume's entries, files without their blocks.

@@ -5,6 +5,7 @@
 //! tried again with back-off for as long as questions are open; nothing is handed on that does not open
 //! or does not bear its signature.
 
+use super::piece::Pieces;
 use super::wire::{Answer, Class, Fetch, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
@@ -253,30 +254,41 @@ impl Fetcher {
     }
 
     /// Every entry of the volume in path order, files without block signatures, over a connection of its
-    /// own.
+    /// own; what of that is in the list that is `known` here already is not sent.
     ///
     /// # Errors
     /// The source cannot be asked.
-    pub fn list(plan: &FetchPlan, options: &Options) -> Result<Vec<Entry>, FetchError> {
+    pub fn list(
+        plan: &FetchPlan,
+        options: &Options,
+        known: &[Entry],
+    ) -> Result<Vec<Entry>, FetchError> {
         let link = |error: &dyn std::fmt::Display| FetchError::Link(error.to_string());
         let grant = (plan.admit)().map_err(FetchError::NotAdmitted)?;
         let (_socket, mut receiver, mut transmitter, opener) =
             fetching(plan, &grant, options, Class::Demand).map_err(|e| link(&e))?;
-        let question = Message::Fetch(Fetch::List);
+        let pieces = Pieces::of(known, &plan.fleet_key);
+        let question = Fetch::List {
+            bits: pieces.bits,
+            pieces: pieces.signatures.clone(),
+        };
         transmitter
-            .message(plan.volume, Epoch(0), &question)
+            .message(plan.volume, Epoch(0), &Message::Fetch(question))
             .map_err(|e| link(&e))?;
         let mut listed = Vec::new();
         let mut record = Vec::new();
         // Walking a large tree takes longer than a peer may be silent.
         let until = Instant::now() + LIST_TIME;
+        let mut ping = || {
+            let said = transmitter.message(plan.volume, Epoch(0), &Message::Ping);
+            said.map_err(|e| link(&e))
+        };
+        ping()?;
         loop {
-            transmitter
-                .message(plan.volume, Epoch(0), &Message::Ping)
-                .map_err(|e| link(&e))?;
             match receiver.next(std::mem::take(&mut record)) {
                 Ok(Incoming::Message(_, _, Message::Ping)) => {
                     std::thread::sleep(Duration::from_millis(10));
+                    ping()?;
                 }
                 Ok(Incoming::Record(header, bytes)) => {
                     record = bytes;
@@ -288,6 +300,14 @@ impl Fetcher {
                             listed.extend(entries);
                             if last {
                                 return Ok(listed);
+                            }
+                        }
+                        Answer::Same(same) => {
+                            for piece in same {
+                                let range = pieces.range(&piece).ok_or_else(|| {
+                                    FetchError::Link("a piece is named that is not here".to_owned())
+                                })?;
+                                listed.extend_from_slice(&known[range]);
                             }
                         }
                         _ => return Err(FetchError::Link("an answer came unasked".to_owned())),
@@ -484,7 +504,9 @@ impl Shared {
                 Answer::Block { number, .. }
                 | Answer::Refused { number, .. }
                 | Answer::Map { number, .. } => *number,
-                Answer::Entries { .. } => return "a list came unasked".to_owned(),
+                Answer::Entries { .. } | Answer::Same(_) => {
+                    return "a list came unasked".to_owned();
+                }
             };
             *answered = true;
             let known = lock(&lane.state).pending.get(&number).cloned();

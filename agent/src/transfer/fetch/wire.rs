@@ -4,6 +4,7 @@
 //! Invariants: decoding never panics; a question is small, an answer at most one block or one batch of
 //! entries.
 
+use super::piece::{BITS_MAX, PIECES_CAP};
 use crate::model::ids::Signature;
 use crate::transfer::seal::Salt;
 use crate::volume::Entry;
@@ -55,8 +56,13 @@ pub enum Fetch {
     Open(Class),
     /// Source: ready; the salt of its records.
     Opened(Salt),
-    /// Target: list the volume.
-    List,
+    /// Target: list the volume; pieces of its list, as it is cut there at `1 << bits` entries on average, may be named.
+    List {
+        /// How it is cut.
+        bits: u8,
+        /// Pieces that are here.
+        pieces: Vec<Signature>,
+    },
     /// Target: send these.
     Want(Vec<Want>),
     /// Target: send the signatures of these, without their bytes.
@@ -102,7 +108,10 @@ impl Fetch {
                 out.push(2);
                 out.extend_from_slice(salt);
             }
-            Self::List => out.push(3),
+            Self::List { bits, pieces } => {
+                out.extend_from_slice(&[3, *bits]);
+                put_signatures(out, pieces);
+            }
             Self::Want(wants) | Self::Sign(wants) => {
                 let any_held = wants.iter().any(|want| want.held.is_some());
                 out.push(match self {
@@ -158,7 +167,14 @@ impl Fetch {
                 _ => return Err(Malformed("a class of fetching is unknown")),
             }),
             2 => Self::Opened(reader.array()?),
-            3 => Self::List,
+            3 => {
+                let bits = reader.u8()?;
+                if bits > BITS_MAX {
+                    return Err(Malformed("a list is cut into pieces larger than any list"));
+                }
+                let pieces = signatures(reader)?;
+                Self::List { bits, pieces }
+            }
             kind @ (4 | 5 | 10) => {
                 let count = usize::from(reader.u16()?);
                 if count > WANTS_CAP {
@@ -204,6 +220,23 @@ impl Fetch {
     }
 }
 
+fn put_signatures(out: &mut Vec<u8>, signatures: &[Signature]) {
+    let count = u16::try_from(signatures.len()).unwrap_or(u16::MAX);
+    out.extend_from_slice(&count.to_le_bytes());
+    for signature in signatures.iter().take(usize::from(count)) {
+        out.extend_from_slice(&signature.0);
+    }
+}
+
+fn signatures(reader: &mut Reader<'_>) -> Result<Vec<Signature>, Malformed> {
+    let count = usize::from(reader.u16()?);
+    if count > PIECES_CAP {
+        return Err(Malformed("a list has more pieces than the cap"));
+    }
+    let signatures = (0..count).map(|_| Ok(Signature(reader.array()?)));
+    signatures.collect()
+}
+
 /// A wanted block that is not here in any other form.
 fn want(reader: &mut Reader<'_>) -> Result<Want, Malformed> {
     let (number, block) = (reader.u64()?, reader.u64()?);
@@ -238,6 +271,8 @@ pub enum Answer<'a> {
         /// The entries; files without block signatures.
         entries: Vec<Entry>,
     },
+    /// Pieces of the list, in order, that the target has.
+    Same(Vec<Signature>),
     /// A block: its bytes, none for zeros, for what the target has already, and where only its signature was asked
     /// for.
     Block {
@@ -273,6 +308,10 @@ impl<'a> Answer<'a> {
                 for entry in entries {
                     entry.encode(out);
                 }
+            }
+            Self::Same(pieces) => {
+                out.push(5);
+                put_signatures(out, pieces);
             }
             Self::Block {
                 number,
@@ -352,6 +391,7 @@ impl<'a> Answer<'a> {
                 }
                 Self::Map { number, holes }
             }
+            5 => Self::Same(signatures(&mut reader)?),
             _ => return Err(Malformed("an answer is of an unknown kind")),
         };
         if !reader.is_empty() {
@@ -385,7 +425,10 @@ mod tests {
             Fetch::Open(Class::Demand),
             Fetch::Open(Class::Background),
             Fetch::Opened([3; 32]),
-            Fetch::List,
+            Fetch::List {
+                bits: BITS_MAX,
+                pieces: vec![Signature([9; 32]); PIECES_CAP],
+            },
             Fetch::Want(Vec::clone(&wants)),
             Fetch::Map {
                 first: wants[1].clone(),
