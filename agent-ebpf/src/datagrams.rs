@@ -1,11 +1,12 @@
 //! UDP: who sends to whom. A connected socket costs nothing per datagram; one that is not costs a
 //! lookup, because the kernel keeps nothing about its peers. Bytes are not counted.
 //!
-//! Of a socket and a peer, whoever sent first is the client: the other end has received before it sends.
+//! Of a socket and a peer, whoever sent first is the client: the other end has received before it sends. Servers may
+//! answer from another socket than the one that was asked (TFTP, DTLS, QUIC), so who asked whom is noted as well.
 
 use crate::kernel::{Object, layout, lost, now_ns, probe};
 use crate::kinds::{alive, count};
-use crate::ports::{MAPPED, address, mapped, note, udp_closed};
+use crate::ports::{EPHEMERAL, MAPPED, address, mapped, note, udp_closed};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_get_socket_cookie};
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, map};
@@ -13,7 +14,8 @@ use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{SockAddrContext, SockContext};
 use lifeboat_ebpf::{Address, End, Flow, FlowKey, Open, PortKey, loss, protocol, role};
 
-/// Flows of sockets that are not connected.
+/// Flows of sockets that are not connected; also whom a socket asked (port 0), and who asked a container
+/// ([`asked_from`]).
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(8_192, 0);
 
@@ -141,6 +143,23 @@ fn key(sock: Object, peer: Address, port: u16, role: u8) -> Option<PortKey> {
     })
 }
 
+/// Where is noted that a container was asked from this place.
+#[inline(always)]
+fn asked_from(cgroup: u64, peer: Address, port: u16) -> FlowKey {
+    FlowKey {
+        // No socket's cookie: those are counted from 1.
+        socket: !cgroup,
+        peer,
+        port: port.into(),
+    }
+}
+
+/// Whether what a container sends there is an answer. Low ports are services also when they have asked.
+#[inline(always)]
+fn is_answer(cgroup: u64, peer: Address, port: u16) -> bool {
+    port >= EPHEMERAL && FLOWS.get_ptr(&asked_from(cgroup, peer, port)).is_some()
+}
+
 #[inline(always)]
 fn connected(ctx: &SockAddrContext, peer: Address) {
     let Some(sock) = socket(ctx) else {
@@ -155,6 +174,9 @@ fn connected(ctx: &SockAddrContext, peer: Address) {
     let Some(key) = key(sock, peer, port, role::CLIENT) else {
         return;
     };
+    if is_answer(key.cgroup, peer, port) {
+        return;
+    }
     let open = Open {
         client: End {
             socket: sock as u64,
@@ -216,5 +238,15 @@ fn flow(ctx: &SockAddrContext, peer: Address, first: u8) {
     };
     // The oldest flow makes room.
     let _ = FLOWS.insert(&flow, &new, 0);
-    count(&key, now);
+    let asked = FlowKey { port: 0, ..flow };
+    let from = asked_from(key.cgroup, peer, flow.port as u16);
+    let (answer, note) = if role == role::CLIENT {
+        (is_answer(key.cgroup, peer, flow.port as u16), asked)
+    } else {
+        (FLOWS.get_ptr(&asked).is_some(), from)
+    };
+    if !answer {
+        let _ = FLOWS.insert(&note, &new, 0);
+        count(&key, now);
+    }
 }

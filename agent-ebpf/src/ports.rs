@@ -31,7 +31,7 @@ const AF_INET6: u16 = 10;
 const YOUNG_NS: u64 = 50_000_000;
 
 /// Ports from here on are mostly those that the kernel gives to clients.
-const EPHEMERAL: u16 = 32_768;
+pub const EPHEMERAL: u16 = 32_768;
 
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn inet_sock_set_state(ctx: BtfTracePointContext) -> i32 {

@@ -148,6 +148,30 @@ fn kinds_that_do_not_fit_are_lost_and_counted_exactly() {
 }
 
 #[test]
+fn an_answer_by_udp_from_another_socket_does_not_make_a_client_of_the_server() {
+    let Some(scope) = Scope::new("elsewhere") else {
+        return;
+    };
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses();
+    let server = Talker::server(&db, &["udp-elsewhere=127.0.0.1:4531"]);
+    let containers = |pid| [container("web", pid), container("db", server.pid())];
+    senses.sweep(&containers(0), now());
+    let client = Talker::ready(&web, &["call", "udp=127.0.0.1:4531"]);
+    let containers = containers(client.pid());
+    let told = sweep_until_seen(&mut senses, &containers, 1);
+    // The next one looks up what nobody knew in this one.
+    let then = senses.sweep(&containers, now());
+    for snapshot in [told, then] {
+        let edges = snapshot.edges.iter();
+        let edges: Vec<_> = edges
+            .map(|edge| (edge.child.as_str(), edge.parent.as_str(), edge.port))
+            .collect();
+        assert_eq!(edges, [("web", "db", 4531)]);
+    }
+}
+
+#[test]
 fn open_connections_beyond_the_limit_are_seen_without_their_bytes() {
     let Some(scope) = Scope::new("open") else {
         return;

@@ -220,5 +220,13 @@ fn a_pause_is_told_and_survives_kill_9_and_a_recording_is_judged_as_the_agent_di
     );
     let again = run(&["policy", "replay", file, "--policy", POLICY, "--json"])?;
     ensure!(again == replayed, "not deterministic");
+
+    // A device of no fleet moves nothing, and says so also while it is well.
+    reload(&lab, &crew, &policy("second", false, "0s"))?;
+    wait_for_verdict(&crew, "healthy", "")?;
+    says(
+        &run(&["explain"])?,
+        &["Nothing moves by itself", "in no fleet"],
+    )?;
     Ok(())
 }

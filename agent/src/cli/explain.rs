@@ -33,9 +33,15 @@ pub fn run(_: &Arguments, context: &Context) -> Outcome {
 
 fn explain(status: &Status) -> String {
     let now = status.view.snapshot.at;
-    let (Some(verdict), Some(judgement)) = (&status.view.verdict, &status.judgement) else {
+    let Some(judgement) = &status.judgement else {
         return format!(
             "{}: no policy is loaded, so there is no verdict.\nSet `policy` in the agent's configuration and restart it.",
+            status.device
+        );
+    };
+    let Some(verdict) = &status.view.verdict else {
+        return format!(
+            "{}: there is no verdict yet: the agent has just started, and judges from its second sweep on, in a second.",
             status.device
         );
     };
@@ -140,28 +146,39 @@ fn next(status: &Status) -> Vec<String> {
         }
         lines.extend(plan.trouble.iter().map(|text| format!("  {text}.")));
     }
+    if !judgement.automatic {
+        lines.push(
+            "Nothing moves by itself, as `migration.automatic` is false or the device is in no fleet; `lifeboat evacuate --all` moves the containers.".to_owned(),
+        );
+    }
     match (verdict.kind, verdict.stage) {
         (VerdictKind::Degraded, Some(Stage::Watch)) => {
             lines.push("Stage `watch`: it is shown, and nothing moves.".to_owned());
-            lines.extend(ladder(judgement, Stage::Prepare, "It would act when"));
+            if judgement.automatic {
+                lines.extend(ladder(judgement, Stage::Prepare, "It would act when"));
+            }
         }
-        (VerdictKind::Degraded, _) if !judgement.automatic => lines.push(
-            "Nothing moves by itself, as `migration.automatic` is false or the device is in no fleet; `lifeboat evacuate --all` moves the containers.".to_owned(),
-        ),
+        (VerdictKind::Degraded, _) if !judgement.automatic => {}
         (VerdictKind::Degraded, Some(Stage::Prepare)) => {
             lines.push("Stage `prepare`: the data of running containers is copied to a target in advance, again and again; they run on here.".to_owned());
             lines.extend(ladder(judgement, Stage::Evacuate, "It would evacuate when"));
         }
-        (VerdictKind::Degraded, _) if judgement.paused.is_none() && status.plans.iter().all(|plan| plan.over) => {
+        (VerdictKind::Degraded, _)
+            if judgement.paused.is_none() && status.plans.iter().all(|plan| plan.over) =>
+        {
             let delegated = if verdict.delegate.is_empty() {
                 "doing all of the work itself".to_owned()
             } else {
                 format!("a paired device is asked to do: {}", verdict.delegate)
             };
-            lines.push(format!("Running containers are evacuated by themselves; {delegated}."));
+            lines.push(format!(
+                "Running containers are evacuated by themselves; {delegated}."
+            ));
         }
         (VerdictKind::Degraded, _) => {}
-        (VerdictKind::Unknown, _) => lines.push("Nothing moves while the verdict is unknown.".to_owned()),
+        (VerdictKind::Unknown, _) => {
+            lines.push("Nothing moves while the verdict is unknown.".to_owned())
+        }
         (VerdictKind::Suspect | VerdictKind::Healthy, _) => {
             lines.push("Nothing moves.".to_owned());
             lines.extend(ladder(judgement, Stage::Watch, "It would be degraded when"));

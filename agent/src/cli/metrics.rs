@@ -6,6 +6,7 @@ use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
 use crate::health::in_unit;
 use crate::model::metric::{METRICS, Metric, Per, Sample};
+use crate::model::nearest::hint;
 use crate::model::telemetry::Snapshot;
 use crate::model::units::{UnixMillis, utc};
 use serde::Serialize;
@@ -47,6 +48,13 @@ struct Value {
 
 /// Prints the list.
 pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
+    if let Some(name) = unknown(&arguments.names) {
+        let known = METRICS.iter().map(|metric| metric.name);
+        return Err(Failure::Failed(anyhow::anyhow!(
+            "no metric's name begins with `{name}`{}; `lifeboat metrics` lists all",
+            hint(name, known)
+        )));
+    }
     ask(&context.socket, async |agent| {
         let status: Status = agent.get("/v1/status").await.map_err(Failure::of)?;
         let rows = rows(&status.view.snapshot, &arguments.names);
@@ -57,6 +65,16 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
         }
         Ok(())
     })
+}
+
+/// The first name that no metric's begins with.
+fn unknown(names: &[String]) -> Option<&String> {
+    let begins = |name: &&String| {
+        METRICS
+            .iter()
+            .any(|metric| metric.name.starts_with(name.as_str()))
+    };
+    names.iter().find(|name| !begins(name))
 }
 
 fn rows(snapshot: &Snapshot, names: &[String]) -> Vec<Row> {
@@ -165,6 +183,22 @@ mod tests {
     use super::*;
     use crate::model::metric::Subject;
     use crate::model::telemetry::Disabled;
+
+    #[test]
+    fn a_name_that_no_metric_begins_with_is_found() {
+        let names = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| (*name).to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(unknown(&names(&["cpu", "disk.used"])), None);
+        assert_eq!(
+            unknown(&names(&["cpu", "dsk"])).map(String::as_str),
+            Some("dsk")
+        );
+        assert_eq!(unknown(&[]), None);
+    }
 
     #[test]
     fn each_metric_has_its_values_or_the_reason_for_having_none() {

@@ -100,9 +100,8 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
             ublk: Some(file), ..
         } => How::Ublk(file.clone()),
         _ => {
-            return Err(Failure::Failed(anyhow::anyhow!(
-                "say how: --mount DIRECTORY, --nbd ADDRESS, --ublk[=FILE], or --end"
-            )));
+            eprintln!("error: say how: --mount DIRECTORY, --nbd ADDRESS, --ublk[=FILE], or --end");
+            return Err(Failure::Told(2));
         }
     };
     let request = ServeRequest {

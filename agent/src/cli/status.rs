@@ -49,8 +49,13 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
     let mut lines = Vec::new();
     match &status.view.verdict {
         None => lines.push(format!(
-            "{}: no policy is loaded, so no verdict",
-            status.device
+            "{}: {}",
+            status.device,
+            if status.judgement.is_some() {
+                "no verdict yet"
+            } else {
+                "no policy is loaded, so no verdict"
+            }
         )),
         Some(verdict) => {
             let age = human_duration(snapshot.at.since(verdict.since));
@@ -63,9 +68,12 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
                 "{}: {}{watched} for {age}",
                 status.device, verdict.kind
             ));
-            lines.extend(verdict.evidence.iter().map(|evidence| {
-                format!("  {}; clears when {}", evidence.text, evidence.clears_when)
-            }));
+            lines.extend(
+                verdict
+                    .evidence
+                    .iter()
+                    .map(|evidence| format!("  {}", evidence.text)),
+            );
             lines.extend(
                 verdict
                     .missing

@@ -1,6 +1,7 @@
 //! The agent's configuration file (YAML).
 
 use crate::migration::Settings;
+use crate::migration::settings::some;
 use crate::model::locate;
 use crate::telemetry::ConnectionLimits;
 use serde::Deserialize;
@@ -53,8 +54,10 @@ pub struct RelationsConfig {
     /// Environment variable of containers that holds a registration id.
     pub registration_env: Option<String>,
     /// Connections open at once that the kernel programs can follow.
+    #[serde(deserialize_with = "some")]
     pub max_connections: u32,
     /// Kinds of connections that they can count between two sweeps.
+    #[serde(deserialize_with = "some")]
     pub max_kinds: u32,
 }
 
@@ -72,7 +75,13 @@ impl Default for RelationsConfig {
 
 fn span<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(from)?;
-    crate::health::span(&text).map_err(serde::de::Error::custom)
+    let span = crate::health::span(&text).map_err(serde::de::Error::custom)?;
+    if span.is_zero() {
+        return Err(serde::de::Error::custom(
+            "0 would forget every edge at once: write for instance 7d",
+        ));
+    }
+    Ok(span)
 }
 
 /// How this device takes part in the fleet; who it is lies in the state directory since it joined.
@@ -80,6 +89,7 @@ fn span<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Duration, D::Error>
 #[serde(deny_unknown_fields, default)]
 pub struct FleetConfig {
     /// Port of the data plane.
+    #[serde(deserialize_with = "some")]
     pub data_port: u16,
     /// The data address told to peers, where it is not the control address with `data_port` (a tunnel, a proxy).
     pub advertise_data: Option<SocketAddr>,
@@ -167,6 +177,38 @@ mod tests {
         std::fs::write(file.path(), "device: a\nfleet:\n  data_prot: 1\n").unwrap();
         let error = load::<AgentConfig>(file.path()).unwrap_err().to_string();
         assert!(error.contains(":3:3: fleet.data_prot: "), "{error}");
+    }
+
+    #[test]
+    fn a_setting_out_of_range_is_refused_at_its_place() {
+        for (text, place) in [
+            ("migration: {\n  rounds_max: 0 }", ":3:"),
+            ("migration: {\n  rate_min_bytes: 0 }", ":3:"),
+            ("migration: {\n  prepare_rate_bytes: 0 }", ":3:"),
+            ("migration: {\n  ready_timeout_seconds: 0 }", ":3:"),
+            ("migration: {\n  workload_loss_max_percent: 101 }", ":3:"),
+            ("migration: {\n  workload_loss_max_percent: -1 }", ":3:"),
+            ("migration: {\n  workload_loss_max_percent: .nan }", ":3:"),
+            ("relations: {\n  age: 0s }", ":3:"),
+            ("relations: {\n  max_connections: 0 }", ":3:"),
+            ("relations: {\n  max_kinds: 0 }", ":3:"),
+            ("fleet: {\n  data_port: 0 }", ":3:"),
+        ] {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), format!("device: a\n{text}\n")).unwrap();
+            let error = load::<AgentConfig>(file.path()).unwrap_err().to_string();
+            assert!(error.contains(place) && error.contains("write "), "{error}");
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = "device: a\nmigration: { workload_loss_max_percent: 0, rounds_max: 1, settle_seconds: 0 }\n";
+        std::fs::write(file.path(), text).unwrap();
+        assert_eq!(
+            load::<AgentConfig>(file.path())
+                .unwrap()
+                .migration
+                .rounds_max,
+            1
+        );
     }
 
     #[test]

@@ -16,6 +16,8 @@ const STALE_AFTER: Duration = Duration::from_secs(10);
 
 /// Reads and checks a policy.
 pub(super) fn read(text: &str) -> Result<Policy, Vec<Fault>> {
+    // Editors of other systems put a byte order mark in front, which the parser takes for a part of the first key.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let file = form::read(text).map_err(|fault| vec![fault])?;
     let mut check = Check {
         text,

@@ -34,7 +34,10 @@ fn explained(mut fault: Fault) -> Fault {
 
 /// A degradation policy of Lifeboat.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(
+    deny_unknown_fields,
+    expecting = "a policy: `version`, `name`, `thresholds` and `degraded`"
+)]
 #[schemars(rename = "Policy")]
 pub(super) struct FilePolicy {
     /// Version of this format: 1.

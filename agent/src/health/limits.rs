@@ -279,6 +279,18 @@ impl Check<'_> {
             return None;
         }
         let at = self.limit(&field.at(side), enter, entry, metric, unit);
+        // The one share of something that may be used up and go on.
+        let may_pass = metric.name == "disk.wear" || entry.is_relative();
+        if unit == Unit::Percent
+            && side == "above"
+            && !may_pass
+            && at.is_some_and(|at| at.number >= 100.0)
+        {
+            self.value(
+                &field.at(side),
+                format!("{} is never above 100%: write a smaller limit", metric.name),
+            );
+        }
         let clear_field = field.at("clear");
         let clear = match &entry.clear {
             Some(clear) => self.limit(&clear_field, clear, entry, metric, unit)?,

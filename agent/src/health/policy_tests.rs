@@ -180,6 +180,42 @@ fn a_mistake_of_form_is_told_in_the_same_way() {
 }
 
 #[test]
+fn a_byte_order_mark_in_front_of_a_policy_is_no_part_of_it() {
+    let marked = format!("\u{feff}{GOOD}");
+    assert_eq!(
+        Policy::parse(&marked, "f").unwrap(),
+        Policy::parse(GOOD, "f").unwrap()
+    );
+    let wrong = Policy::parse(&marked.replace("version: 1", "version: 9"), "f");
+    assert!(
+        wrong
+            .unwrap_err()
+            .to_string()
+            .starts_with("f:1:10: version: ")
+    );
+}
+
+#[test]
+fn what_is_no_policy_is_told_in_words_of_the_file() {
+    let error = Policy::parse("- a\n", "f").unwrap_err().to_string();
+    assert!(error.contains("expected a policy: `version`"), "{error}");
+}
+
+#[test]
+fn a_share_that_is_never_passed_is_refused() {
+    wrong(
+        "block.latency_p99\n    per: disk\n    above: 40ms\n    clear: 15ms",
+        "memory.used\n    above: 100%",
+        "f:6:12: thresholds.disk-slow.above: memory.used is never above 100%",
+    );
+    let worn = GOOD.replace(
+        "block.latency_p99\n    per: disk\n    above: 40ms\n    clear: 15ms",
+        "disk.wear\n    above: 100%",
+    );
+    assert!(Policy::parse(&worn, "f").is_ok());
+}
+
+#[test]
 fn a_unit_that_is_not_the_metrics_is_refused_with_the_right_one() {
     wrong(
         "block.latency_p99\n    per: disk\n    above: 40ms\n    clear: 15ms",

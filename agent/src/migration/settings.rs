@@ -1,6 +1,8 @@
 //! What an operator may set about moving data.
 
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,18 +13,23 @@ pub struct Settings {
     /// The workload is paused when a changeset is at most this many bytes.
     pub changeset_threshold_bytes: u64,
     /// Rounds of replication at most before the pause.
+    #[serde(deserialize_with = "some")]
     pub rounds_max: u32,
     /// At stage `prepare`: at most so many bytes a second are read for the copy in advance.
+    #[serde(deserialize_with = "some")]
     pub prepare_rate_bytes: u64,
     /// At stage `prepare`: least time between two rounds of the copy; nine times the last round's at least.
     pub prepare_pause_seconds: u64,
     /// What the source's own workload may lose to the copy, in percent; 100: it is not spared.
+    #[serde(deserialize_with = "percent")]
     pub workload_loss_max_percent: f64,
     /// Bytes a second that the copy may read however much the workload loses.
+    #[serde(deserialize_with = "some")]
     pub rate_min_bytes: u64,
     /// A container without health check and service ports is ready after this many seconds.
     pub settle_seconds: u64,
     /// A twin that is not ready after this many seconds is reported as failed.
+    #[serde(deserialize_with = "some")]
     pub ready_timeout_seconds: u64,
     /// Use the thread engine even where io_uring works.
     pub disable_io_uring: bool,
@@ -37,6 +44,32 @@ pub struct Settings {
     pub block_roots: Vec<PathBuf>,
     /// As target: directory for the images of block devices that have no counterpart in `block_roots`.
     pub image_root: PathBuf,
+}
+
+/// A number of which none would be no work at all, or no end of it.
+///
+/// # Errors
+/// It is 0.
+pub fn some<'de, T: Deserialize<'de> + Default + PartialEq + Display, D: Deserializer<'de>>(
+    from: D,
+) -> Result<T, D::Error> {
+    let number = T::deserialize(from)?;
+    if number == T::default() {
+        return Err(D::Error::custom(format!(
+            "{number} is too small: write 1 or more"
+        )));
+    }
+    Ok(number)
+}
+
+fn percent<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    let percent = f64::deserialize(from)?;
+    if !(0.0..=100.0).contains(&percent) {
+        return Err(D::Error::custom(format!(
+            "{percent} is no percentage: write 0 to 100"
+        )));
+    }
+    Ok(percent)
 }
 
 impl Default for Settings {

@@ -63,6 +63,67 @@ impl Totals {
 struct Entry {
     totals: Totals,
     meaning: Option<(Meaning, How)>,
+    /// Of a kind whose other end is told by its address alone: what came since its meaning was looked up, because
+    /// addresses get other owners.
+    newer: Option<Totals>,
+}
+
+impl Entry {
+    fn new(totals: Totals) -> Self {
+        Self {
+            totals,
+            meaning: None,
+            newer: None,
+        }
+    }
+
+    /// Takes in what came since the meaning was looked up. Returns the edge of what came before, when the address is
+    /// another container's by now.
+    fn look_again(&mut self, kind: &Kind, map: &Map<'_>) -> Option<Edge> {
+        let newer = self.newer.take()?;
+        let now = map.meaning(kind);
+        let edge = |meaning: &Option<(Meaning, How)>| match meaning {
+            Some((edge @ Meaning::Edge { .. }, _)) => Some(edge.clone()),
+            _ => None,
+        };
+        match (edge(&self.meaning), edge(&now)) {
+            (Some(before), Some(after)) if before != after => {
+                let before = self.edge(kind);
+                self.totals = Totals {
+                    // A socket that went on as if nothing had happened is one more pair.
+                    connections: newer.connections.max(1),
+                    first_seen: newer.last_seen,
+                    ..newer
+                };
+                self.meaning = now;
+                return before;
+            }
+            (None, Some(_)) => self.meaning = now,
+            // Whoever is not found any more was there all the same.
+            _ => {}
+        }
+        self.totals.merge(&newer);
+        None
+    }
+
+    /// The edge that this kind alone makes.
+    fn edge(&self, kind: &Kind) -> Option<Edge> {
+        let (
+            Meaning::Edge {
+                child,
+                parent,
+                protocol,
+                port,
+            },
+            how,
+        ) = self.meaning.as_ref()?
+        else {
+            return None;
+        };
+        let mut edge = new_edge((child, parent, *protocol, *port), &self.totals);
+        view(&mut edge, kind.learnt, *how, kind.role, &self.totals);
+        Some(edge)
+    }
 }
 
 /// Everything seen, and what it turned out to be.
@@ -85,13 +146,21 @@ impl EdgeBook {
 
     /// Adds what connections of a kind did since they were last added.
     pub fn add(&mut self, kind: Kind, more: Totals) {
-        self.kinds
-            .entry(kind)
-            .and_modify(|entry| entry.totals.merge(&more))
-            .or_insert(Entry {
-                totals: more,
-                meaning: None,
-            });
+        // TCP's other end is known but for losses; of UDP there is no more than the address.
+        let by_address = kind.protocol == Protocol::Udp && kind.other.is_none();
+        match self.kinds.entry(kind) {
+            btree_map::Entry::Vacant(place) => {
+                place.insert(Entry::new(more));
+            }
+            btree_map::Entry::Occupied(mut known) => {
+                let entry = known.get_mut();
+                match &mut entry.newer {
+                    Some(newer) => newer.merge(&more),
+                    None if by_address && entry.meaning.is_some() => entry.newer = Some(more),
+                    None => entry.totals.merge(&more),
+                }
+            }
+        }
     }
 
     /// Notes that so many connections of a kind were found open. Nothing, when they were seen being made.
@@ -130,12 +199,11 @@ impl EdgeBook {
         {
             return;
         }
-        let entry = self.kinds.entry(kind).or_insert(Entry {
-            totals: Totals {
+        let entry = self.kinds.entry(kind).or_insert_with(|| {
+            Entry::new(Totals {
                 first_seen: now,
                 ..Totals::default()
-            },
-            meaning: None,
+            })
         });
         entry.totals.connections = entry.totals.connections.max(connections);
         entry.totals.last_seen = now;
@@ -198,17 +266,26 @@ impl EdgeBook {
         }
     }
 
-    /// Resolves what is not resolved yet.
-    pub fn resolve(&mut self, world: &World<'_>) {
-        let mut unresolved = self
+    /// Resolves what is not resolved yet, and what an address means that was used again. What could not be told while
+    /// it was there is not told by who listens there later.
+    pub fn resolve(&mut self, world: &World<'_>, now: UnixMillis) {
+        let mut open = self
             .kinds
             .iter_mut()
-            .filter(|(_, entry)| entry.meaning.is_none())
+            .filter(|(_, entry)| match entry.meaning {
+                None => !is_stale(entry.totals.last_seen, now),
+                Some(_) => entry.newer.is_some(),
+            })
             .peekable();
-        if unresolved.peek().is_some() {
-            let map = Map::of(world);
-            for (kind, entry) in unresolved {
+        if open.peek().is_none() {
+            return;
+        }
+        let map = Map::of(world);
+        for (kind, entry) in open {
+            if entry.meaning.is_none() {
                 entry.meaning = map.meaning(kind);
+            } else if let Some(edge) = entry.look_again(kind, &map) {
+                remember(&mut self.remembered, edge);
             }
         }
     }
@@ -274,8 +351,7 @@ impl EdgeBook {
         }
         let mut edges: Vec<Edge> = edges.into_values().collect();
         for edge in &mut edges {
-            edge.stale =
-                u128::from(now.0.saturating_sub(edge.last_seen.0)) > STALE_AFTER.as_millis();
+            edge.stale = is_stale(edge.last_seen, now);
         }
         edges
     }
@@ -307,6 +383,10 @@ impl EdgeBook {
             })
             .collect()
     }
+}
+
+fn is_stale(last_seen: UnixMillis, now: UnixMillis) -> bool {
+    u128::from(now.0.saturating_sub(last_seen.0)) > STALE_AFTER.as_millis()
 }
 
 type EdgeKey<'a> = (&'a ContainerName, &'a ContainerName, Protocol, u16);
@@ -353,6 +433,22 @@ fn view(edge: &mut Edge, learnt: Learnt, how: How, role: Role, totals: &Totals) 
     edge.last_seen = edge.last_seen.max(totals.last_seen);
 }
 
+/// Keeps an edge of which nothing more will come; one a pair, however often it changes.
+fn remember(remembered: &mut Vec<Edge>, edge: Edge) {
+    let key = |edge: &Edge| {
+        (
+            edge.child.clone(),
+            edge.parent.clone(),
+            edge.protocol,
+            edge.port,
+        )
+    };
+    match remembered.iter_mut().find(|known| key(known) == key(&edge)) {
+        Some(known) => go_on(known, &edge),
+        None => remembered.push(edge),
+    }
+}
+
 /// Adds what was known of an edge before the agent's start.
 fn go_on(edge: &mut Edge, before: &Edge) {
     let sum = |one: Option<Bytes>, other: Option<Bytes>| match (one, other) {
@@ -379,6 +475,7 @@ fn go_on(edge: &mut Edge, before: &Edge) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::edges::Listener;
     use super::*;
     use crate::model::container::{Container, PublishedPort, State};
     use proptest::prelude::*;
@@ -418,6 +515,13 @@ mod tests {
     const POD: u64 = 2;
     const HOUR: u64 = 3_600_000;
 
+    fn listener(name: &str, at: Option<&str>) -> Listener {
+        Listener {
+            name: name.into(),
+            at: at.map(ip),
+        }
+    }
+
     fn world(containers: &[Container]) -> World<'_> {
         let tcp = Protocol::Tcp;
         let listeners = [
@@ -434,7 +538,7 @@ mod tests {
             host_netns: HOST,
             host_addresses: [ip("192.0.2.1"), ip("10.88.0.1")].into(),
             listeners: listeners
-                .map(|(at, name)| (at, ContainerName::from(name)))
+                .map(|(at, name)| (at, vec![listener(name, None)]))
                 .into(),
         }
     }
@@ -459,6 +563,13 @@ mod tests {
             peer: Some(ip(peer)),
             other: None,
             learnt: Learnt::Observed,
+        }
+    }
+
+    fn udp(owner: &str, netns: u64, peer: &str, port: u16) -> Kind {
+        Kind {
+            protocol: Protocol::Udp,
+            ..client(owner, netns, peer, port)
         }
     }
 
@@ -496,7 +607,7 @@ mod tests {
         for (kind, totals) in kinds {
             book.add(kind.clone(), *totals);
         }
-        book.resolve(&world(&containers));
+        book.resolve(&world(&containers), UnixMillis(20));
         book
     }
 
@@ -591,6 +702,104 @@ mod tests {
     }
 
     #[test]
+    fn of_several_at_one_port_the_one_at_that_address_is_meant() {
+        let containers = containers();
+        let mut world = world(&containers);
+        let at = (Protocol::Udp, HOST, 53);
+        let resolver = listener("/resolver", Some("127.0.0.53"));
+        let names = listener("/names", Some("10.88.0.1"));
+        let asked = |peer, world: &World<'_>| {
+            let mut book = EdgeBook::default();
+            book.add(udp("metrics", HOST, peer, 53), totals(1, 0, 0));
+            book.resolve(world, UnixMillis(20));
+            edges(&book).pop().map(|edge| edge.parent.to_string())
+        };
+        world
+            .listeners
+            .insert(at, vec![resolver.clone(), names.clone()]);
+        assert_eq!(asked("127.0.0.53", &world).as_deref(), Some("/resolver"));
+        assert_eq!(asked("10.88.0.1", &world).as_deref(), Some("/names"));
+        assert_eq!(asked("127.0.0.1", &world), None);
+        world
+            .listeners
+            .insert(at, vec![resolver, listener("/any", None), names]);
+        assert_eq!(asked("127.0.0.53", &world).as_deref(), Some("/resolver"));
+        assert_eq!(asked("127.0.0.1", &world).as_deref(), Some("/any"));
+    }
+
+    #[test]
+    fn what_nobody_served_is_not_laid_to_who_listens_there_much_later() {
+        let containers = containers();
+        let mut world = world(&containers);
+        let mut book = EdgeBook::default();
+        book.add(client("app", POD, "127.0.0.1", 7113), totals(1, 5, 6));
+        let later = UnixMillis(20 + STALE_AFTER.as_millis() as u64);
+        book.resolve(&world, UnixMillis(20));
+        let at = (Protocol::Tcp, POD, 7113);
+        world.listeners.insert(at, vec![listener("redis", None)]);
+        book.resolve(&world, UnixMillis(later.0 + 1));
+        assert_eq!(book.edges(later), []);
+        book.resolve(&world, later);
+        assert_eq!(book.edges(later).len(), 1);
+    }
+
+    #[test]
+    fn a_client_by_udp_that_was_there_before_its_server_depends_on_it() {
+        let containers = containers();
+        let mut book = EdgeBook::default();
+        let asks = || udp("web", 4, "10.88.0.3", 53);
+        book.add(asks(), totals(1, 0, 0));
+        let without_db: Vec<Container> = containers[..3].to_vec();
+        book.resolve(&world(&without_db), UnixMillis(20));
+        assert_eq!(
+            (book.edges(UnixMillis(20)), book.external().len()),
+            (vec![], 1)
+        );
+        book.add(asks(), totals(0, 0, 0));
+        book.resolve(&world(&containers), UnixMillis(20));
+        let edges = edges(&book);
+        assert_eq!(
+            (edges.len(), edges[0].parent.as_str(), edges[0].connections),
+            (1, "db", 1)
+        );
+        assert_eq!(book.external(), []);
+    }
+
+    #[test]
+    fn an_address_that_another_container_got_makes_an_edge_to_each() {
+        let mut all = containers();
+        let mut book = EdgeBook::default();
+        let asks = || udp("web", 4, "10.88.0.3", 53);
+        let parents = |book: &EdgeBook| -> Vec<(String, u64)> {
+            let edges = edges(book).into_iter();
+            edges
+                .map(|edge| (edge.parent.to_string(), edge.connections))
+                .collect()
+        };
+        let one = |name: &str, connections| (name.to_owned(), connections);
+        book.add(asks(), totals(3, 0, 0));
+        book.resolve(&world(&all), UnixMillis(20));
+        all[3] = container("newer", &["10.88.0.3"], &[]);
+        book.resolve(&world(&all), UnixMillis(20));
+        assert_eq!(parents(&book), [one("db", 3)], "nothing new came");
+        book.add(asks(), totals(0, 0, 0));
+        book.resolve(&world(&all), UnixMillis(20));
+        assert_eq!(parents(&book), [one("db", 3), one("newer", 1)]);
+        // Whoever is gone was there all the same, and changing to and fro adds up.
+        book.add(asks(), totals(1, 0, 0));
+        book.resolve(&world(&all[..3]), UnixMillis(20));
+        assert_eq!(parents(&book), [one("db", 3), one("newer", 2)]);
+        for _ in 0..2 {
+            book.add(asks(), totals(1, 0, 0));
+            book.resolve(&world(&containers()), UnixMillis(20));
+            book.add(asks(), totals(1, 0, 0));
+            book.resolve(&world(&all), UnixMillis(20));
+        }
+        assert_eq!(parents(&book), [one("db", 5), one("newer", 4)]);
+        assert_eq!(book.remembered.len(), 2);
+    }
+
+    #[test]
     fn a_container_on_the_hosts_network_is_found_by_its_listening_port() {
         assert_eq!(
             one_edge(client("app", POD, "10.88.0.1", 9090)),
@@ -623,7 +832,7 @@ mod tests {
     #[test]
     fn an_edge_stays_after_its_containers_are_gone_until_its_age_is_over() {
         let mut book = book(&[(client("app", POD, "10.88.0.3", 5432), totals(1, 5, 6))]);
-        book.resolve(&World::default());
+        book.resolve(&World::default(), UnixMillis(20));
         assert!(!edges(&book)[0].stale);
         let later = UnixMillis(HOUR);
         book.forget(Duration::from_millis(HOUR), later);
@@ -641,7 +850,7 @@ mod tests {
         let mut next = EdgeBook::remembering(before.clone());
         assert_eq!(edges(&next), before);
         next.add(client("app", POD, "10.88.0.3", 5432), totals(3, 1, 1));
-        next.resolve(&world(&containers()));
+        next.resolve(&world(&containers()), UnixMillis(20));
         let after = edges(&next);
         assert_eq!(after.len(), 1);
         assert_eq!(
@@ -659,7 +868,7 @@ mod tests {
         };
         let mut book = EdgeBook::default();
         book.found(inferred.clone(), 1, UnixMillis(10));
-        book.resolve(&world(&containers()));
+        book.resolve(&world(&containers()), UnixMillis(20));
         let only = edges(&book);
         assert_eq!(
             (only[0].learnt, only[0].how, only[0].bytes_to_child),
@@ -667,7 +876,7 @@ mod tests {
         );
         book.add(observed, totals(2, 3, 4));
         book.found(inferred, 1, UnixMillis(15));
-        book.resolve(&world(&containers()));
+        book.resolve(&world(&containers()), UnixMillis(20));
         let both = edges(&book);
         assert_eq!(
             (both.len(), both[0].learnt, both[0].connections),
@@ -716,7 +925,7 @@ mod tests {
             seen.last_seen = UnixMillis(u64::from(number) + 100);
             book.add(server("web", 4, 80, &peer), seen);
         }
-        book.resolve(&world(&containers()));
+        book.resolve(&world(&containers()), UnixMillis(20));
         book.forget(Duration::from_millis(HOUR), UnixMillis(30_000));
         assert!(book.kinds.len() <= MOST_KINDS, "{}", book.kinds.len());
         assert_eq!(edges(&book).len(), 1);

@@ -73,7 +73,16 @@ pub struct World<'a> {
     /// Addresses of the host.
     pub host_addresses: BTreeSet<IpAddr>,
     /// Who listens where: (transport, network namespace, port).
-    pub listeners: BTreeMap<(Protocol, u64, u16), ContainerName>,
+    pub listeners: BTreeMap<(Protocol, u64, u16), Vec<Listener>>,
+}
+
+/// Who listens at a port, and at which address.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listener {
+    /// Who.
+    pub name: ContainerName,
+    /// The only address at which it listens; none for all of them, and where that is not known.
+    pub at: Option<IpAddr>,
 }
 
 /// A [`World`] in which addresses can be looked up.
@@ -151,14 +160,14 @@ impl<'a> Map<'a> {
         if peer.is_loopback() {
             return self
                 .published(kind, peer)
-                .or_else(|| self.listener(kind.protocol, kind.netns, port));
+                .or_else(|| self.listener(kind.protocol, kind.netns, port, peer));
         }
         if let Some(inside) = self.inside.get(&peer) {
             // Containers that share a network namespace share its addresses.
             let at = inside
                 .iter()
                 .filter_map(|container| self.world.netns.get(&container.name))
-                .find_map(|&netns| self.listener(kind.protocol, netns, port));
+                .find_map(|&netns| self.listener(kind.protocol, netns, port, peer));
             return at.or_else(|| {
                 let only = self.only_at(peer)?;
                 Some(Service::Container(only.clone(), port))
@@ -167,14 +176,23 @@ impl<'a> Map<'a> {
         if self.is_host(peer) {
             return self
                 .published(kind, peer)
-                .or_else(|| self.listener(kind.protocol, self.world.host_netns, port));
+                .or_else(|| self.listener(kind.protocol, self.world.host_netns, port, peer));
         }
         Some(Service::Outside)
     }
 
-    fn listener(&self, protocol: Protocol, netns: u64, port: u16) -> Option<Service> {
-        let container = self.world.listeners.get(&(protocol, netns, port))?;
-        Some(Service::Container(container.clone(), port))
+    fn listener(
+        &self,
+        protocol: Protocol,
+        netns: u64,
+        port: u16,
+        address: IpAddr,
+    ) -> Option<Service> {
+        let listeners = self.world.listeners.get(&(protocol, netns, port))?;
+        let at = |wanted| listeners.iter().rfind(move |one| one.at == wanted);
+        // Several may share a port, each at an address of its own, as name servers do.
+        let found = at(Some(address)).or_else(|| at(None))?;
+        Some(Service::Container(found.name.clone(), port))
     }
 
     fn published(&self, kind: &Kind, peer: IpAddr) -> Option<Service> {
@@ -241,7 +259,8 @@ impl<'a> Map<'a> {
     fn holds(&self, name: &ContainerName, protocol: Protocol, host_port: u16) -> bool {
         let at = (protocol, self.world.host_netns, host_port);
         // A cgroup that no runtime owns goes by its path.
-        name.as_str().starts_with('/') && self.world.listeners.get(&at) == Some(name)
+        let mut there = self.world.listeners.get(&at).into_iter().flatten();
+        name.as_str().starts_with('/') && there.any(|one| one.name == *name)
     }
 
     fn only_at(&self, address: IpAddr) -> Option<&ContainerName> {

@@ -2,7 +2,7 @@
 
 use super::book::EdgeBook;
 use super::cgroups;
-use super::edges::{Kind, Role};
+use super::edges::{Kind, Listener, Role};
 use super::sockets;
 use crate::model::container::{Container, State};
 use crate::model::edge::{Learnt, Protocol};
@@ -28,7 +28,7 @@ pub struct Listeners {
 struct Namespace {
     read: Instant,
     addresses: BTreeSet<IpAddr>,
-    listening: BTreeSet<(Protocol, u16, ContainerName)>,
+    listening: BTreeSet<(Protocol, u16, Listener)>,
 }
 
 impl Listeners {
@@ -80,12 +80,12 @@ impl Listeners {
     }
 
     /// Every listening port found: (transport, network namespace, port) and who listens.
-    pub fn iter(&self) -> impl Iterator<Item = ((Protocol, u64, u16), &ContainerName)> {
+    pub fn iter(&self) -> impl Iterator<Item = ((Protocol, u64, u16), &Listener)> {
         self.namespaces.iter().flat_map(|(namespace, known)| {
             known
                 .listening
                 .iter()
-                .map(|(protocol, port, name)| ((*protocol, *namespace, *port), name))
+                .map(|(protocol, port, listener)| ((*protocol, *namespace, *port), listener))
         })
     }
 
@@ -167,8 +167,12 @@ fn read_namespace(
     }
     let ports = sockets.listening.iter();
     let listening = ports
-        .filter_map(|(protocol, port, inode)| {
-            Some((*protocol, *port, (*holders.get(inode)?).clone()))
+        .filter_map(|(protocol, local, inode)| {
+            let listener = Listener {
+                name: (*holders.get(inode)?).clone(),
+                at: (!local.ip().is_unspecified()).then_some(local.ip()),
+            };
+            Some((*protocol, local.port(), listener))
         })
         .collect();
     Some(Namespace {

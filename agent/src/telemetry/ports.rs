@@ -2,7 +2,7 @@
 
 use super::book::{EdgeBook, Moved, Totals};
 use super::cgroups::container_id;
-use super::edges::{Kind, Role, World};
+use super::edges::{Kind, Listener, Role, World};
 use super::kernel::Kernel;
 use super::listeners::Listeners;
 use super::unix::UnixSockets;
@@ -90,7 +90,7 @@ pub struct Ports {
     counted: HashMap<PortKey, PortStats>,
     listeners: Listeners,
     unix: UnixSockets,
-    listening: BTreeMap<(Protocol, u64, u16), ContainerName>,
+    listening: BTreeMap<(Protocol, u64, u16), Vec<Listener>>,
     host_addresses: BTreeSet<IpAddr>,
 }
 
@@ -121,15 +121,14 @@ impl Ports {
             .read(root, scope, containers, &netns, now, &mut self.book);
         self.unix
             .read(root, scope, containers, &netns, now, &mut self.book);
-        self.listening = self
-            .listeners
-            .iter()
-            .map(|(at, name)| (at, name.clone()))
-            .collect();
+        self.listening.clear();
+        for (at, listener) in self.listeners.iter() {
+            self.listening.entry(at).or_default().push(listener.clone());
+        }
         for (key, _) in seen.listening {
             if let Some(owner) = seen.owner(key.cgroup) {
                 let at = (Protocol::Tcp, u64::from(key.netns), key.port);
-                self.listening.insert(at, owner.clone());
+                self.listens(at, owner);
             }
         }
         for (key, _) in seen.connections {
@@ -138,20 +137,35 @@ impl Ports {
                 && let Some(owner) = seen.owner(key.cgroup)
             {
                 let at = (Protocol::Udp, u64::from(key.netns), key.port);
-                self.listening.insert(at, owner.clone());
+                self.listens(at, owner);
             }
         }
         self.host_addresses = host_addresses();
         let host_netns = sockets::netns(root, "self").unwrap_or_default();
-        self.book.resolve(&World {
-            containers: seen.containers,
-            netns,
-            addresses: self.listeners.addresses(host_netns),
-            host_netns,
-            host_addresses: self.host_addresses.clone(),
-            listeners: self.listening.clone(),
-        });
+        self.book.resolve(
+            &World {
+                containers: seen.containers,
+                netns,
+                addresses: self.listeners.addresses(host_netns),
+                host_netns,
+                host_addresses: self.host_addresses.clone(),
+                listeners: self.listening.clone(),
+            },
+            now,
+        );
         self.book.forget(age, now);
+    }
+
+    /// Takes in that somebody listens, as the kernel programs saw it: they do not tell at which address.
+    fn listens(&mut self, at: (Protocol, u64, u16), owner: &ContainerName) {
+        let known = self.listening.entry(at).or_default();
+        if !known
+            .iter()
+            .any(|one| one.name == *owner && one.at.is_some())
+        {
+            let name = owner.clone();
+            known.push(Listener { name, at: None });
+        }
     }
 
     fn count(&mut self, seen: &Seen<'_>) {
@@ -228,9 +242,12 @@ impl Ports {
     #[must_use]
     pub fn listening(&self) -> Listening {
         let mut ports = Listening::new();
-        for ((protocol, _, port), name) in &self.listening {
+        for ((protocol, _, port), listeners) in &self.listening {
             if *protocol == Protocol::Tcp {
-                ports.entry(name.clone()).or_default().insert(*port);
+                for listener in listeners {
+                    let name = listener.name.clone();
+                    ports.entry(name).or_default().insert(*port);
+                }
             }
         }
         ports

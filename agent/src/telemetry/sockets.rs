@@ -31,8 +31,8 @@ pub struct Established {
 /// The sockets of one network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sockets {
-    /// Listening (UDP: bound and without a peer): transport, port and inode.
-    pub listening: Vec<(Protocol, u16, u64)>,
+    /// Listening (UDP: bound and without a peer): transport, address and port, and inode.
+    pub listening: Vec<(Protocol, SocketAddr, u64)>,
     /// With a peer.
     pub established: Vec<Established>,
 }
@@ -66,14 +66,14 @@ pub fn read(root: &Path, pid: i32) -> Sockets {
 }
 
 fn sort_out(lines: &[Line]) -> Sockets {
-    let listening: Vec<(Protocol, u16, u64)> = lines
+    let listening: Vec<(Protocol, SocketAddr, u64)> = lines
         .iter()
         .filter(|(.., listens, _)| *listens)
-        .map(|&(protocol, local, _, inode, ..)| (protocol, local.port(), inode))
+        .map(|&(protocol, local, _, inode, ..)| (protocol, canonical(local), inode))
         .collect();
     let ports: BTreeSet<(Protocol, u16)> = listening
         .iter()
-        .map(|&(protocol, port, _)| (protocol, port))
+        .map(|&(protocol, local, _)| (protocol, local.port()))
         .collect();
     let established = lines
         .iter()
@@ -174,8 +174,8 @@ mod tests {
         let sockets = read(Path::new("/"), own);
         let groups = [("me", vec![own])];
         let held = holders(Path::new("/"), &groups);
-        assert!(sockets.listening.iter().any(|&(of, port, inode)| {
-            of == protocol && port == service.port() && held.get(&inode) == Some(&&"me")
+        assert!(sockets.listening.iter().any(|&(of, at, inode)| {
+            of == protocol && at == service && held.get(&inode) == Some(&&"me")
         }));
         let mut ours = sockets.established.iter().filter(|socket| {
             socket.protocol == protocol && (socket.local == client || socket.peer == client)

@@ -16,7 +16,7 @@ use nix::sys::socket::{
     sendto, setsockopt, socket, sockopt,
 };
 
-const USAGE: &str = "talker serve (tcp|udp|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-connected|unix)=WHERE… | (storm|visit|ask) TIMES=WHERE";
+const USAGE: &str = "talker serve (tcp|udp|udp-elsewhere|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-connected|unix)=WHERE… | (storm|visit|ask) TIMES=WHERE";
 const REQUEST: [u8; 1_000] = [1; 1_000];
 const RESPONSE: [u8; 5_000] = [2; 5_000];
 const FILE: u64 = 1 << 20;
@@ -79,12 +79,18 @@ fn serve(how: &str, place: &str) -> Result<()> {
                 thread::spawn(move || answer(connection));
             }
         }
-        "udp" => {
+        "udp" | "udp-elsewhere" => {
             let socket = UdpSocket::bind(place)?;
             let mut request = [0; 2_000];
             loop {
                 let (_, from) = socket.recv_from(&mut request)?;
-                socket.send_to(&RESPONSE[..500], from)?;
+                if how == "udp" {
+                    socket.send_to(&RESPONSE[..500], from)?;
+                    continue;
+                }
+                // As TFTP does: each client is answered from a socket of its own, and goes on with that.
+                let own = UdpSocket::bind((socket.local_addr()?.ip(), 0))?;
+                own.send_to(&RESPONSE[..500], from)?;
             }
         }
         _ => bail!(USAGE),
