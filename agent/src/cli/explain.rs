@@ -177,7 +177,7 @@ fn next(status: &Status) -> Vec<String> {
         }
         (VerdictKind::Degraded, _) => {}
         (VerdictKind::Unknown, _) => {
-            lines.push("Nothing moves while the verdict is unknown.".to_owned())
+            lines.push("Nothing moves while the verdict is unknown.".to_owned());
         }
         (VerdictKind::Suspect | VerdictKind::Healthy, _) => {
             lines.push("Nothing moves.".to_owned());
