@@ -140,7 +140,7 @@ pub(super) fn listed(
 }
 
 /// A list without what contradicts the rest of it, because the tree changed meanwhile: what comes twice, what lies in no
-/// directory of the list, and further names of no file.
+/// directory of the list, and further names of nothing.
 fn consistent(listed: Vec<Entry>) -> Vec<Entry> {
     let mut directories: HashSet<Box<[u8]>> = HashSet::new();
     let links = listed.iter().filter_map(|entry| match &entry.kind {
@@ -160,12 +160,12 @@ fn consistent(listed: Vec<Entry>) -> Vec<Entry> {
             Kind::Directory => {
                 directories.insert(entry.path.clone());
             }
-            Kind::File { .. } => {
+            Kind::HardLink(_) => {}
+            _ => {
                 if let Some(there) = primaries.get_mut(&entry.path) {
                     *there = true;
                 }
             }
-            _ => {}
         }
         kept.push(entry);
     }
@@ -227,17 +227,19 @@ impl<'a> Difference<'a> {
 fn stays(old: &Entry, new: &Entry, before: &[Entry], now: &[Entry]) -> bool {
     match (&old.kind, &new.kind) {
         (Kind::File { .. }, Kind::File { .. }) => true,
-        // A name of a file that is made anew is none of that file.
+        // A further name of what is made anew is none of that.
         (Kind::HardLink(one), Kind::HardLink(other)) => {
-            one == other && is_file(before, one) && is_file(now, one)
+            one == other
+                && matches!((find(before, one), find(now, one)), (Some(old), Some(new))
+                    if !matches!(old.kind, Kind::HardLink(_)) && stays(old, new, before, now))
         }
         (one, other) => one == other,
     }
 }
 
-fn is_file(list: &[Entry], path: &[u8]) -> bool {
+fn find<'a>(list: &'a [Entry], path: &[u8]) -> Option<&'a Entry> {
     let found = list.binary_search_by(|entry| (*entry.path).cmp(path));
-    found.is_ok_and(|at| matches!(list[at].kind, Kind::File { .. }))
+    found.ok().map(|at| &list[at])
 }
 
 #[cfg(test)]
@@ -465,11 +467,13 @@ mod tests {
             entry("c", link("b/one")),
             entry("d", file()),
             entry("d/one", file()),
+            entry("e", Kind::Fifo),
+            entry("f", link("e")),
         ];
         let kept: Vec<String> = consistent(listed)
             .iter()
             .map(|entry| String::from_utf8_lossy(&entry.path).into_owned())
             .collect();
-        assert_eq!(kept, ["", "a", "a/one", "a/two", "d"]);
+        assert_eq!(kept, ["", "a", "a/one", "a/two", "d", "e", "f"]);
     }
 }

@@ -563,7 +563,7 @@ impl Rebuild {
                         state.forget(path);
                     }
                     let known = state.tree.get(primary).map(|first| first.kind);
-                    if !matches!(known, Some(Kind::File { .. })) {
+                    if matches!(known, None | Some(Kind::Directory | Kind::HardLink(_))) {
                         return Err(self.disagree("there is no first name for the link", path));
                     }
                     self.destination.link(parent, path, primary)?;

@@ -205,7 +205,7 @@ impl Source<'_> {
         state: &mut Builder<'_>,
         tally: &Tally,
     ) -> Result<(), SourceError> {
-        let mut gone = HashSet::new();
+        let mut moved = Moved::default();
         while let Some(Window { steps, removed }) = changes.window(BEGINNING, WINDOW)? {
             add(&tally.removed, removed.len() as u64);
             self.send_removals(&removed)?;
@@ -215,7 +215,7 @@ impl Source<'_> {
             }
             let vanished = self.vanished(&steps, &done);
             self.send_removals(&vanished)?;
-            self.finish(steps, baseline, done, tally, state, &mut gone)?;
+            self.finish(steps, baseline, done, tally, state, &mut moved)?;
         }
         Ok(())
     }
@@ -283,8 +283,7 @@ impl Source<'_> {
         paths
     }
 
-    /// Finishes large files and hard links of a window and adds it to the new state. `gone` is what
-    /// vanished in this epoch.
+    /// Finishes large files and hard links of a window and adds it to the new state.
     fn finish(
         &self,
         steps: Vec<Step>,
@@ -292,7 +291,7 @@ impl Source<'_> {
         mut done: Outcomes,
         tally: &Tally,
         state: &mut Builder<'_>,
-        gone: &mut HashSet<Box<[u8]>>,
+        moved: &mut Moved,
     ) -> Result<(), SourceError> {
         let mut orphans = Vec::new();
         let mut batch = Batch::new(self.outlet, PayloadKind::Finish);
@@ -300,12 +299,19 @@ impl Source<'_> {
             let is_file = matches!(step, Step::File(_));
             match step {
                 Step::Keep(placed) => match &placed.entry.kind {
-                    Kind::HardLink(primary) if gone.contains(primary) => {
+                    Kind::HardLink(primary) if moved.gone.contains(primary) => {
                         orphans.push(placed.entry.path);
+                    }
+                    Kind::HardLink(primary) if moved.anew.contains(primary) => {
+                        add(&tally.changed_entries, 1);
+                        batch.put(|record| payload::put_finish(record, &placed.entry))?;
+                        state.keep(placed);
                     }
                     _ => state.keep(placed),
                 },
-                Step::Link(found, primary) if gone.contains(&primary) => orphans.push(found.path),
+                Step::Link(found, primary) if moved.gone.contains(&primary) => {
+                    orphans.push(found.path);
+                }
                 Step::Link(found, primary) => {
                     let racy = baseline.is_racy(&found.stat);
                     let entry = hard_link(&found.path, &found.stat, &primary, racy);
@@ -319,9 +325,12 @@ impl Source<'_> {
                             batch.put(|record| payload::put_finish(record, &entry))?;
                         }
                         state.push(&entry);
+                        if found.stat.st_nlink > 1 && self.is_made_anew(&entry) {
+                            moved.anew.insert(found.path);
+                        }
                     }
                     None => {
-                        gone.insert(found.path);
+                        moved.gone.insert(found.path);
                     }
                 },
             }
@@ -343,12 +352,36 @@ impl Source<'_> {
             .is_some_and(|old| old.same(entry))
     }
 
+    /// Whether the target replaces what it had at this path: only a file is written into.
+    fn is_made_anew(&self, entry: &Entry) -> bool {
+        match &entry.kind {
+            Kind::Directory => false,
+            Kind::File { .. } => {
+                let before = self
+                    .held
+                    .previous()
+                    .and_then(|state| state.get(&entry.path));
+                !before.is_some_and(|old| matches!(old.kind, Kind::File { .. }))
+            }
+            _ => self.differs(entry),
+        }
+    }
+
     pub(super) fn frozen_change(&self, path: &[u8]) -> Result<(), SourceError> {
         if self.frozen {
             return Err(SourceError::Changed(path.into()));
         }
         Ok(())
     }
+}
+
+/// What happened in an epoch to paths of which others may be further names.
+#[derive(Default)]
+struct Moved {
+    /// They vanished.
+    gone: HashSet<Box<[u8]>>,
+    /// The target made them anew, so that names that did not change lead to what was there before.
+    anew: HashSet<Box<[u8]>>,
 }
 
 /// What the walk hands over.

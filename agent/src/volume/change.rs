@@ -82,7 +82,7 @@ pub enum Step {
     Keep(Placed),
     /// A regular file to read.
     File(Found),
-    /// Another name of the file at this path.
+    /// Another name of what is at this path.
     Link(Found, Box<[u8]>),
     /// Anything else to look at.
     Special(Found),
@@ -183,7 +183,7 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
         {
             self.gone.insert(found.path.clone());
         }
-        if found.stat.st_nlink > 1 && kind == SFlag::S_IFREG {
+        if found.stat.st_nlink > 1 && kind != SFlag::S_IFDIR {
             let identity = (found.stat.st_dev, found.stat.st_ino);
             if let Some(primary) = self.primaries.get(&identity) {
                 let is_same = |old: &Placed| old.entry.kind == Kind::HardLink(primary.clone());

@@ -63,19 +63,20 @@ fn scan_all(
     for found in &mut walk {
         let found = found?;
         let racy = baseline.is_racy(&found.stat);
-        if kind_of(&found.stat) != SFlag::S_IFREG {
-            state.push(&walk::special_entry(&root, &found, racy)?);
-            continue;
-        }
-        let identity = (found.stat.st_dev, found.stat.st_ino);
-        if found.stat.st_nlink > 1 {
+        let kind = kind_of(&found.stat);
+        if found.stat.st_nlink > 1 && kind != SFlag::S_IFDIR {
+            let identity = (found.stat.st_dev, found.stat.st_ino);
             if let Some(primary) = primaries.get(&identity) {
                 state.push(&hard_link(&found.path, &found.stat, primary, racy));
                 continue;
             }
             primaries.insert(identity, found.path.clone());
         }
-        let entry = scan_file(&root, &found, key, block_size, buffer, racy, as_sent)?;
+        let entry = if kind == SFlag::S_IFREG {
+            scan_file(&root, &found, key, block_size, buffer, racy, as_sent)?
+        } else {
+            walk::special_entry(&root, &found, racy)?
+        };
         state.push(&entry);
     }
     Ok((state.finish(), walk.skipped()))

@@ -50,7 +50,7 @@ pub enum Kind {
     },
     /// A symbolic link and its target.
     Symlink(Box<[u8]>),
-    /// Another name of the file at this path, which comes earlier in the order.
+    /// Another name of what is at this path, a file, symbolic link, FIFO or device that comes earlier in the order.
     HardLink(Box<[u8]>),
     /// A FIFO.
     Fifo,

@@ -561,15 +561,17 @@ fn entry_of(
     found: &Found,
     primaries: &mut HashMap<(u64, u64), Box<[u8]>>,
 ) -> Result<Entry, WalkError> {
-    if kind_of(&found.stat) != SFlag::S_IFREG {
-        return walk::special_entry(root, found, false);
-    }
+    let kind = kind_of(&found.stat);
     let identity = (found.stat.st_dev, found.stat.st_ino);
     if let Some(primary) = primaries.get(&identity) {
         return Ok(hard_link(&found.path, &found.stat, primary, false));
     }
-    let entry = file_entry(root, &found.path)?;
-    if found.stat.st_nlink > 1 {
+    let entry = if kind == SFlag::S_IFREG {
+        file_entry(root, &found.path)?
+    } else {
+        walk::special_entry(root, found, false)?
+    };
+    if found.stat.st_nlink > 1 && kind != SFlag::S_IFDIR {
         primaries.insert(identity, found.path.clone());
     }
     Ok(entry)

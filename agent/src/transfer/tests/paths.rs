@@ -111,6 +111,86 @@ fn a_second_epoch_carries_only_what_changed() {
 }
 
 #[test]
+fn further_names_of_what_is_no_file_follow_their_first_name_through_every_epoch() {
+    let bench = Bench::new(EngineChoice::Threads);
+    let at = |name: &str| bench.source.join(name);
+    let fifo = |name: &str, mode| {
+        nix::unistd::mkfifo(&at(name), nix::sys::stat::Mode::from_bits_truncate(mode)).unwrap();
+    };
+    let link = |from: &str, to: &str| fs::hard_link(at(from), at(to)).unwrap();
+    let symlink = |to: &str, name: &str| std::os::unix::fs::symlink(to, at(name)).unwrap();
+    let remove = |names: &[&str]| {
+        names
+            .iter()
+            .for_each(|name| fs::remove_file(at(name)).unwrap());
+    };
+    // Each beginning is the first of three names.
+    for (n, name) in ["mode", "kind", "file", "gone", "apart", "same"]
+        .into_iter()
+        .enumerate()
+    {
+        match n % 2 {
+            0 => fifo(name, 0o600),
+            _ => symlink("nowhere", name),
+        }
+        link(name, &format!("{name}-2"));
+        link(name, &format!("{name}-3"));
+    }
+    fs::write(at("was-file"), b"one").unwrap();
+    link("was-file", "was-file-2");
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let (first, _) = bench.send(&mut sender, 1, None).unwrap();
+    bench.assert_equal();
+    assert_eq!(
+        first.get(b"kind-3").unwrap().kind,
+        Kind::HardLink((*b"kind").into())
+    );
+
+    // The same names of something that the target has to make anew, their own entries unchanged.
+    settle();
+    fs::set_permissions(at("mode"), fs::Permissions::from_mode(0o640)).unwrap();
+    remove(&[
+        "kind",
+        "kind-2",
+        "kind-3",
+        "file",
+        "file-2",
+        "file-3",
+        "was-file",
+        "was-file-2",
+    ]);
+    fifo("kind", 0o600);
+    fs::write(at("file"), b"a file by now").unwrap();
+    symlink("a link by now", "was-file");
+    for name in ["kind", "file", "was-file"] {
+        link(name, &format!("{name}-2"));
+    }
+    link("kind", "kind-3");
+    link("file", "file-3");
+    // The first name goes, becomes one of its own, or becomes one of its own that looks the same.
+    remove(&["gone", "apart", "same"]);
+    fs::write(at("apart"), b"alone").unwrap();
+    symlink("nowhere", "same");
+    let (second, report) = bench.send(&mut sender, 2, Some(&first)).unwrap();
+    bench.assert_equal();
+    assert_eq!(report.root, report.target_root);
+    assert_eq!(
+        second.get(b"gone-3").unwrap().kind,
+        Kind::HardLink((*b"gone-2").into())
+    );
+
+    // One more name changes the others' change time alone: nothing of them travels.
+    settle();
+    link("mode", "mode-4");
+    let (third, report) = bench.send(&mut sender, 3, Some(&second)).unwrap();
+    bench.assert_equal();
+    // The new name and the directory it is in.
+    assert_eq!(report.changed_entries, 2, "{report:?}");
+    let (_, report) = bench.send(&mut sender, 4, Some(&third)).unwrap();
+    assert_eq!(report.changed_entries, 0, "{report:?}");
+}
+
+#[test]
 fn a_store_through_a_mapping_is_seen_in_the_next_epoch() {
     let bench = Bench::new(EngineChoice::Threads);
     let path = bench.source.join("mapped");
