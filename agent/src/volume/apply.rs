@@ -89,6 +89,11 @@ impl ApplyError {
             Some(Errno::EROFS) => {
                 "the target's file system is read-only; look for disk errors there or choose another target".to_owned()
             }
+            Some(Errno::EPERM) if geteuid().is_root() => format!(
+                "{}; where `lsattr` shows it or its directory as immutable (i) or append-only (a) there, \
+                 `chattr -i -a` allows it; else choose a target whose file system does",
+                self.source
+            ),
             Some(Errno::EACCES | Errno::EPERM) => format!(
                 "{}; the target's agent must run as root on a file system that allows it",
                 self.source
