@@ -107,6 +107,10 @@ unsafe fn last_packet_ns(tcp: Object) -> u64 {
     unsafe { load::<u64>(tcp, layout!(tcp_mstamp)) * 1_000 }
 }
 
+/// Puts an established end on the list, in the place of the other end if that is there.
+///
+/// # Safety
+/// `sock` must be the tracepoint's socket.
 #[inline(always)]
 unsafe fn opened(sock: Object, role: u8) {
     // SAFETY: `sock` is the tracepoint's socket; map values live for the whole program run.
@@ -163,6 +167,9 @@ unsafe fn opened(sock: Object, role: u8) {
 }
 
 /// Fills in an end of a connection that others may be looking at.
+///
+/// # Safety
+/// `place` must be a field of a map value.
 #[inline(always)]
 unsafe fn join(place: *mut End, end: &End) {
     // SAFETY: the caller passes a map value, which lives for the whole program run; the fields are aligned.
@@ -492,6 +499,10 @@ fn advance(counted: *mut u64, total: *mut u64, value: u64) {
     }
 }
 
+/// Counts a socket that begins or ends to listen on its port.
+///
+/// # Safety
+/// `sock` must be the tracepoint's socket.
 #[inline(always)]
 unsafe fn listens(sock: Object, begins: bool) {
     // SAFETY: `sock` is the tracepoint's socket; the map value lives for the whole program run.
@@ -540,6 +551,10 @@ unsafe fn sock_cgroup(sock: Object) -> Option<u64> {
     unsafe { scoped_id(load(sock, layout!(sock_cgroup))) }
 }
 
+/// The number of a socket's network namespace.
+///
+/// # Safety
+/// `sock` must be a tracepoint's socket.
 #[inline(always)]
 unsafe fn netns(sock: Object) -> u32 {
     // SAFETY: the caller passes a tracepoint's socket.

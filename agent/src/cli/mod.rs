@@ -43,7 +43,7 @@ use std::process::ExitCode;
 #[command(
     name = "lifeboat",
     version,
-    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 daemon or device not reachable, 4 plan blocked or aborted, 5 proof failed"
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 daemon or device not reachable, 4 plan blocked or aborted, 5 proof failed, 141 the reader of the output went away"
 )]
 struct Cli {
     /// Print JSON instead of text.

@@ -133,6 +133,25 @@ pub(super) struct Receiving {
     pub(super) later: Option<Later>,
 }
 
+impl Receiving {
+    /// A plan of which nothing was made yet but, if `accepted`, its places.
+    fn new(plan: Plan, places: Vec<Place>, journal: Journal<TargetEvent>, accepted: bool) -> Self {
+        Self {
+            plan,
+            places,
+            journal,
+            networks: Vec::new(),
+            devices: BTreeMap::new(),
+            owns: None,
+            twins: Vec::new(),
+            start_up: None,
+            trouble: None,
+            accepted,
+            later: None,
+        }
+    }
+}
+
 /// The target role of an agent.
 pub struct Target {
     pub(super) parts: Arc<Parts>,
@@ -236,22 +255,8 @@ impl Target {
         let keys = self.admit(&plan, &places)?;
         let cannot_serve = opening::cannot_serve(&plan, &places);
         tracing::info!(plan = %plan.id, source = %plan.source, volumes = places.len(), "offer accepted");
-        self.plans().insert(
-            plan.id.clone(),
-            Receiving {
-                plan,
-                places,
-                journal,
-                networks: Vec::new(),
-                devices: BTreeMap::new(),
-                owns: None,
-                twins: Vec::new(),
-                start_up: None,
-                trouble: None,
-                accepted: true,
-                later: None,
-            },
-        );
+        self.plans()
+            .insert(plan.id.clone(), Receiving::new(plan, places, journal, true));
         Ok(self.accepted(keys, images_present, layers_present, cannot_serve))
     }
 
@@ -615,19 +620,12 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
                 TargetEvent::Offered { plan, places } | TargetEvent::Accepted { plan, places },
                 None,
             ) => {
-                known = Some(Receiving {
-                    plan: (**plan).clone(),
-                    places: places.clone(),
-                    journal: journal.take()?,
-                    networks: Vec::new(),
-                    devices: BTreeMap::new(),
-                    owns: None,
-                    twins: Vec::new(),
-                    start_up: None,
-                    trouble: None,
+                known = Some(Receiving::new(
+                    (**plan).clone(),
+                    places.clone(),
+                    journal.take()?,
                     accepted,
-                    later: None,
-                });
+                ));
             }
             (
                 TargetEvent::Offered { plan, places } | TargetEvent::Accepted { plan, places },

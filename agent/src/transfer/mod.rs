@@ -69,6 +69,8 @@ pub struct Options {
     pub connections_cap: usize,
     /// As target: make device nodes.
     pub device_nodes: bool,
+    /// As source: how long one write of the workload may last. Its file's change time is that of its beginning.
+    pub longest_write: Duration,
 }
 
 impl Default for Options {
@@ -83,6 +85,7 @@ impl Default for Options {
             backoff: Duration::from_millis(200),
             connections_cap: 64,
             device_nodes: false,
+            longest_write: Duration::from_secs(10),
         }
     }
 }

@@ -54,7 +54,7 @@ pub(super) type Outcomes = HashMap<usize, Option<Entry>>;
 pub(super) fn send_files(
     source: &Source<'_>,
     root: &Confined,
-    baseline: Baseline,
+    baseline: &Baseline,
     steps: &[Step],
     tally: &Tally,
 ) -> Result<Outcomes, SourceError> {
@@ -118,7 +118,7 @@ pub(super) enum Fate {
 pub(super) struct Reading<'a, 's> {
     pub(super) source: &'a Source<'a>,
     pub(super) root: &'a Confined,
-    baseline: Baseline,
+    baseline: &'a Baseline,
     queue: Queue<Unit<'s>>,
     pub(super) outcomes: Mutex<Outcomes>,
     pub(super) tally: &'a Tally,

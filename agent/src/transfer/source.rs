@@ -159,7 +159,7 @@ impl Source<'_> {
     /// Sends everything but the end of the epoch.
     pub(super) fn send(&self) -> Result<(TreeState, Tally), SourceError> {
         let root = walk::open_root(&self.volume.source_path)?;
-        let baseline = Baseline::establish(&root, self.frozen)?;
+        let baseline = Baseline::establish(&root, self.frozen, self.options.longest_write);
         let previous = self.held.previous();
         let mut state = Builder::new(self.key, self.block_size, previous);
         let mut tally = Tally::default();
@@ -185,7 +185,7 @@ impl Source<'_> {
             });
             let next = Handed::default().into_iter();
             let changes = Changes::new(Walked { walked, next }, previous);
-            self.send_windows(&root, baseline, changes, &mut state, &tally)?;
+            self.send_windows(&root, &baseline, changes, &mut state, &tally)?;
             // A panic of the thread is passed on.
             Ok::<_, SourceError>(walker.join().unwrap_or_else(|panic| resume_unwind(panic)))
         })?;
@@ -200,7 +200,7 @@ impl Source<'_> {
     fn send_windows(
         &self,
         root: &Confined,
-        baseline: Baseline,
+        baseline: &Baseline,
         mut changes: Changes<'_, Walked>,
         state: &mut Builder<'_>,
         tally: &Tally,
@@ -232,7 +232,7 @@ impl Source<'_> {
     fn send_entries(
         &self,
         root: &Confined,
-        baseline: Baseline,
+        baseline: &Baseline,
         steps: &[Step],
         tally: &Tally,
     ) -> Result<Outcomes, SourceError> {
@@ -287,7 +287,7 @@ impl Source<'_> {
     fn finish(
         &self,
         steps: Vec<Step>,
-        baseline: Baseline,
+        baseline: &Baseline,
         mut done: Outcomes,
         tally: &Tally,
         state: &mut Builder<'_>,

@@ -3,18 +3,25 @@
 //! Rule: an entry is unchanged when device, inode, change time and size are those of the last epoch
 //! and its change time was then safely older than the moment all dirty pages had been written back.
 //! The change time moves on every write, also through a mapping: the write-back made the pages
-//! read-only, so the next store faults and is noticed. Where there is no write-back (tmpfs), every
-//! file is read again.
+//! read-only, so the next store faults and is noticed. It moves when a write begins, so of a file that was written
+//! to just before, a part may be still to come: it is read again next time. So is every file where there is no
+//! write-back (tmpfs), or where it failed.
 
 use super::confined::Confined;
+use super::one::One;
 use super::state::{Placed, TreeState};
 use super::tree::{Entry, Kind, Timestamp};
 use super::walk::{Found, WalkError, kind_of, timestamp};
-use nix::sys::stat::{FileStat, SFlag};
+use nix::errno::Errno;
+use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
+use procfs::process::Process;
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::iter::Peekable;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Distance from the baseline below which a change time proves nothing: coarse kernel time moves
 /// once a tick (10 ms at the lowest usual HZ), doubled.
@@ -26,21 +33,21 @@ const COARSE_GRANULARITY_NS: i128 = 2_000_000_000;
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// The moment from which changes must be told apart by their change time.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Baseline {
     at: Timestamp,
-    /// No change time can prove that a file is unchanged.
-    unproven: bool,
+    longest_write: Duration,
+    /// File systems on which change times prove that a file is unchanged.
+    proven: Vec<u64>,
 }
 
 impl Baseline {
-    /// Writes all dirty pages of the file system back and notes when that began. With `frozen`
+    /// Writes all dirty pages of the tree's file systems back and notes when that began. With `frozen`
     /// containers nothing follows that would have to be told apart, and the pause should be short: then
-    /// nothing is written back, and every file that is read now counts as changed afterwards.
-    ///
-    /// # Errors
-    /// The write-back failed: then what is read may not be what is stored.
-    pub fn establish(root: &Confined, frozen: bool) -> Result<Self, WalkError> {
+    /// nothing is written back, and every file that is read now counts as changed afterwards. A write is taken to
+    /// last `longest_write` at most.
+    #[must_use]
+    pub fn establish(root: &Confined, frozen: bool, longest_write: Duration) -> Self {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -48,15 +55,24 @@ impl Baseline {
             i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
             i64::from(now.subsec_nanos()),
         );
-        let kind = fstatfs(root.fd())
-            .map_err(|e| WalkError::new(root, "examine the file system of", b"", e))?
-            .filesystem_type();
-        let unproven = frozen || [TMPFS_MAGIC, RAMFS_MAGIC].contains(&kind);
-        if !unproven {
-            nix::unistd::syncfs(root.fd())
-                .map_err(|e| WalkError::new(root, "write back the file system of", b"", e))?;
+        let mut proven = Vec::new();
+        // A device has no change time of its own.
+        if !frozen && !root.one().is_some_and(One::is_device) {
+            proven.extend(write_back(root.fd(), root.path()));
+            for place in mounted_below(root) {
+                // One that is gone by now has no files here either.
+                proven.extend(
+                    File::open(&place)
+                        .ok()
+                        .and_then(|dir| write_back(dir.as_fd(), &place)),
+                );
+            }
         }
-        Ok(Self { at, unproven })
+        Self {
+            at,
+            longest_write,
+            proven,
+        }
     }
 
     /// Whether a change after the baseline could hide behind this change time.
@@ -70,9 +86,46 @@ impl Baseline {
         } else {
             GRANULARITY_NS
         };
-        (self.unproven && kind_of(stat) == SFlag::S_IFREG)
-            || nanos(changed) + granularity >= nanos(self.at)
+        let mut margin = granularity;
+        if kind_of(stat) == SFlag::S_IFREG {
+            if !self.proven.contains(&stat.st_dev) {
+                return true;
+            }
+            margin = margin.max(i128::try_from(self.longest_write.as_nanos()).unwrap_or(i128::MAX));
+        }
+        nanos(changed) + margin >= nanos(self.at)
     }
+}
+
+/// Writes the dirty pages of a file system back; its number, if change times prove something there from now on.
+fn write_back(directory: BorrowedFd<'_>, path: &Path) -> Option<u64> {
+    let device = fstat(directory).ok()?.st_dev;
+    if [TMPFS_MAGIC, RAMFS_MAGIC].contains(&fstatfs(directory).ok()?.filesystem_type()) {
+        return None;
+    }
+    match nix::unistd::syncfs(directory) {
+        // One that went read-only takes no write any more; what is still stored to its pages can never be acknowledged.
+        Ok(()) | Err(Errno::EROFS) => Some(device),
+        Err(error) => {
+            tracing::warn!(
+                path = %path.display(),
+                "the file system cannot be written back ({error}); all its files are read again in every round"
+            );
+            None
+        }
+    }
+}
+
+/// Where other file systems lie in the tree. When the kernel does not tell, their files are read again each time.
+fn mounted_below(root: &Confined) -> Vec<PathBuf> {
+    let Ok(path) = root.path().canonicalize() else {
+        return Vec::new();
+    };
+    let mounts = Process::myself().and_then(|process| process.mountinfo());
+    let places = mounts.into_iter().flatten().map(|mount| mount.mount_point);
+    places
+        .filter(|place| *place != path && place.starts_with(&path))
+        .collect()
 }
 
 /// What to do with one found entry.
@@ -216,4 +269,35 @@ fn unchanged(old: &Entry, stat: &FileStat) -> bool {
         && old.seen.device == stat.st_dev
         && old.seen.inode == stat.st_ino
         && old.seen.changed == timestamp(stat.st_ctime, stat.st_ctime_nsec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_again_while_a_write_to_it_may_be_under_way() {
+        let target = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
+        let dir = tempfile::tempdir_in(target).unwrap();
+        std::fs::write(dir.path().join("file"), b"x").unwrap();
+        let root = Confined::open(dir.path()).unwrap();
+        let mut file = fstat(File::open(dir.path().join("file")).unwrap()).unwrap();
+        let mut directory = fstat(root.fd()).unwrap();
+        let baseline =
+            |frozen, seconds| Baseline::establish(&root, frozen, Duration::from_secs(seconds));
+        let known = baseline(false, 10);
+        for (age, racy) in [(5, true), (15, false)] {
+            file.st_ctime = known.at.seconds - age;
+            directory.st_ctime = file.st_ctime;
+            assert_eq!(known.is_racy(&file), racy, "{age} s");
+            assert!(!known.is_racy(&directory), "{age} s");
+            assert!(!baseline(false, 0).is_racy(&file), "{age} s");
+            assert!(baseline(true, 0).is_racy(&file), "frozen, {age} s");
+        }
+        file.st_dev += 1;
+        assert!(
+            known.is_racy(&file),
+            "of a file system that nobody wrote back"
+        );
+    }
 }

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 /// Reading a tree failed; names the path and the cause.
 pub type ScanError = WalkError;
@@ -54,7 +55,7 @@ fn scan_all(
     as_sent: bool,
 ) -> Result<(TreeState, Vec<Exception>), ScanError> {
     let root = walk::open_root(path)?;
-    let baseline = Baseline::establish(&root, true)?;
+    let baseline = Baseline::establish(&root, true, Duration::ZERO);
     let mut walk = walk::walk(&root);
     let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
     let mut state = Builder::new(key, block_size, None);

@@ -155,6 +155,69 @@ fn a_file_that_not_even_root_may_read_is_named_and_not_left_out() {
 }
 
 #[test]
+fn a_store_through_a_mapping_is_seen_also_where_another_file_system_is_mounted_in_the_tree() {
+    for disk in ["ext4", "tmpfs"] {
+        let bench = Bench::new(EngineChoice::Threads);
+        let nested = bench.source.join("nested");
+        fs::create_dir(&nested).unwrap();
+        let _disk = match disk {
+            "tmpfs" => None,
+            _ => match Disk::new(&bench, 64, &["mkfs.ext4", "-q"]) {
+                Some(disk) => Some(disk),
+                None => continue,
+            },
+        };
+        let mounted = match &_disk {
+            Some(disk) => tool("mount", &["--bind"], &[&disk.dir, &nested]),
+            None => tool("mount", &["-t", "tmpfs", "tmpfs"], &[&nested]),
+        };
+        if !mounted {
+            println!("{disk} cannot be mounted here: not tested");
+            continue;
+        }
+        let _mounted = Disk { dir: nested };
+        paths::stores_through_a_mapping_are_seen(&bench, "nested/mapped");
+    }
+}
+
+#[test]
+fn a_tree_leaves_a_file_system_that_went_read_only_after_an_error() {
+    let mut bench = Bench::new(EngineChoice::Auto);
+    let Some(disk) = Disk::new(&bench, 64, &["mkfs.ext4", "-q", "-e", "remount-ro"]) else {
+        return;
+    };
+    bench.source = disk.dir.join("tree");
+    fs::create_dir(&bench.source).unwrap();
+    fs::write(bench.source.join("small"), noise(1, 30_000)).unwrap();
+    fs::write(bench.source.join("large"), noise(2, 3 << 20)).unwrap();
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let (first, _) = bench.send(&mut sender, 1, None).unwrap();
+    fs::write(bench.source.join("durable"), noise(3, 30_000)).unwrap();
+    nix::unistd::syncfs(fs::File::open(&disk.dir).unwrap()).unwrap();
+    // These never reach the disk: they are in the page cache alone.
+    fs::write(bench.source.join("small-in-memory"), noise(4, 30_000)).unwrap();
+    fs::write(bench.source.join("large-in-memory"), noise(5, 3 << 20)).unwrap();
+    let device = std::os::unix::fs::MetadataExt::dev(&fs::metadata(&disk.dir).unwrap());
+    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    let block = fs::read_link(format!("/sys/dev/block/{major}:{minor}")).unwrap();
+    let trigger = Path::new("/sys/fs/ext4")
+        .join(block.file_name().unwrap())
+        .join("trigger_fs_error");
+    fs::write(trigger, "a test").unwrap();
+    assert!(fs::write(bench.source.join("late"), b"x").is_err());
+    paths::settle();
+    let (second, report) = bench.send(&mut sender, 2, Some(&first)).unwrap();
+    assert_eq!(report.root, report.target_root);
+    bench.assert_equal();
+    let (_, report) = bench.send(&mut sender, 3, Some(&second)).unwrap();
+    assert_eq!(
+        report.bytes_read,
+        Bytes(0),
+        "nothing changes there any more"
+    );
+}
+
+#[test]
 fn a_disk_that_became_read_only_says_so_and_goes_on_when_it_is_writable() {
     for mkfs in [&["mkfs.ext4", "-q"][..], &["mkfs.xfs", "-q"]] {
         let bench = Bench::new(EngineChoice::Auto);

@@ -32,6 +32,7 @@ pub(super) fn options(engine: EngineChoice) -> Options {
         retries: 4,
         backoff: Duration::from_millis(20),
         device_nodes: true,
+        longest_write: Duration::ZERO,
         ..Options::default()
     }
 }

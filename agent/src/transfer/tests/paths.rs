@@ -33,7 +33,7 @@ fn everything_a_tree_carries_arrives_by_every_path() {
 }
 
 /// Waits until a later change gets another change time than everything before.
-fn settle() {
+pub(super) fn settle() {
     std::thread::sleep(Duration::from_millis(60));
 }
 
@@ -192,8 +192,11 @@ fn further_names_of_what_is_no_file_follow_their_first_name_through_every_epoch(
 
 #[test]
 fn a_store_through_a_mapping_is_seen_in_the_next_epoch() {
-    let bench = Bench::new(EngineChoice::Threads);
-    let path = bench.source.join("mapped");
+    stores_through_a_mapping_are_seen(&Bench::new(EngineChoice::Threads), "mapped");
+}
+
+pub(super) fn stores_through_a_mapping_are_seen(bench: &Bench, name: &str) {
+    let path = bench.source.join(name);
     fs::write(&path, noise(1, 300_000)).unwrap();
     // A separate process keeps the mapping: it stores, waits for us, stores again.
     let script = "import mmap,sys\nf=open(sys.argv[1],'r+b')\nm=mmap.mmap(f.fileno(),0)\nfor n in range(3):\n  m[100000+n]=7+n\n  print(n,flush=True)\n  sys.stdin.readline()\n";
@@ -216,7 +219,7 @@ fn a_store_through_a_mapping_is_seen_in_the_next_epoch() {
         std::io::BufRead::read_line(&mut output, &mut line).unwrap();
         settle();
         let (state, _) = bench.send(&mut sender, epoch, previous.as_ref()).unwrap();
-        let there = fs::read(bench.target.join("mapped")).unwrap();
+        let there = fs::read(bench.target.join(name)).unwrap();
         let here = fs::read(&path).unwrap();
         assert_eq!(there, here, "epoch {epoch}");
         assert_eq!(there[100_000 + epoch as usize - 1], 6 + epoch as u8);
