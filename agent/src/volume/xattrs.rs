@@ -55,12 +55,22 @@ fn unsupported(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32)
 }
 
+/// How XFS keeps POSIX ACLs: to root it lists them twice, by these names and by those that they have everywhere
+/// (`xfs_xattr_put_listent` in fs/xfs/xfs_xattr.c).
+const XFS_ACLS: [&str; 2] = ["trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"];
+
+fn names<C: Carrier + ?Sized>(carrier: &C) -> io::Result<Vec<OsString>> {
+    let mut names = carrier.list()?;
+    names.retain(|name| !XFS_ACLS.iter().any(|acl| name == acl));
+    Ok(names)
+}
+
 /// Every attribute of `carrier`, sorted by name; none where the file system has no attributes.
 ///
 /// # Errors
 /// The I/O error of the first call that failed.
 pub fn read<C: Carrier + ?Sized>(carrier: &C) -> io::Result<Vec<Xattr>> {
-    let names = match carrier.list() {
+    let names = match names(carrier) {
         Ok(names) => names,
         Err(error) if unsupported(&error) => return Ok(Vec::new()),
         Err(error) => return Err(error),
@@ -89,7 +99,7 @@ pub fn write<C: Carrier + ?Sized>(
     carrier: &C,
     wanted: &[Xattr],
 ) -> Result<(), (OsString, io::Error)> {
-    let present = match carrier.list() {
+    let present = match names(carrier) {
         Ok(names) => names,
         Err(error) if unsupported(&error) && wanted.is_empty() => return Ok(()),
         Err(error) => return Err((OsString::from("(list)"), error)),

@@ -301,6 +301,35 @@ fn what_the_file_system_of_the_target_cannot_hold_is_named() {
 }
 
 #[test]
+fn how_xfs_keeps_acls_is_no_attribute_of_a_tree() {
+    use crate::volume::{BlockSize, scan};
+    let bench = Bench::new(EngineChoice::Auto);
+    let Some(disk) = Disk::new(&bench, 320, &["mkfs.xfs", "-q"]) else {
+        return;
+    };
+    fs::write(bench.source.join("file"), b"x").unwrap();
+    fs::create_dir(bench.source.join("dir")).unwrap();
+    run("setfacl", &["-m", "u:65534:r", "file"], &bench.source);
+    run("setfacl", &["-d", "-m", "u:65534:rx", "dir"], &bench.source);
+    let root = |path: &Path| {
+        let (state, _) = scan(path, &FleetKey(FLEET), BlockSize::for_volume(0)).unwrap();
+        state.root
+    };
+    let (copy, back) = (disk.dir.join("copy"), bench.target.join("back"));
+    let mut volume = bench.volume();
+    for (epoch, to) in [(1, &copy), (2, &back)] {
+        bench.admit_target(to);
+        let mut sender = bench.sender(bench.path(Way::Direct));
+        let sent = sender.send_epoch(&volume, Epoch(epoch), false, None, &Arc::default());
+        let (_, report) = sent.unwrap();
+        // A target that was started anew knows what arrived by such a scan alone.
+        assert_eq!(root(to), report.root);
+        volume.source_path = to.clone();
+    }
+    assert_same_tree(&bench.source, &back);
+}
+
+#[test]
 fn a_name_too_long_for_the_target_is_named_and_nothing_is_left_out_in_silence() {
     let bench = Bench::new(EngineChoice::Auto);
     let long = "n".repeat(255);
