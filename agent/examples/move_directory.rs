@@ -151,6 +151,7 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         size: Bytes(0),
         entries: 0,
         device_nodes: 0,
+        unreadable: 0,
         changes: Default::default(),
         unused: Default::default(),
     };

@@ -152,7 +152,7 @@ pub fn print_report(report: &Report, context: &Context) -> Outcome {
     }
     for (volume, lost) in &report.unreadable {
         for lost in lost {
-            println!("not read, and zeros on the target: volume {volume}: {lost}");
+            println!("not read: volume {volume}: {lost}");
         }
     }
     for exception in &report.exceptions {
@@ -186,6 +186,9 @@ pub fn verify(arguments: &Arguments, context: &Context) -> Outcome {
                     .map_or_else(|| "-".into(), |epoch| epoch.to_string()),
                 shown(volume.kept),
             );
+            for lost in &volume.unreadable {
+                println!("not read again: {lost}");
+            }
         }
         println!(
             "twins ready: {} of {}",

@@ -765,6 +765,7 @@ async fn measure(origins: Vec<Origin>) -> Result<Vec<VolumeSpec>, DelegatorError
                     size: measure.size,
                     entries: measure.entries,
                     device_nodes: measure.device_nodes,
+                    unreadable: measure.unreadable,
                 })
             })
             .collect::<Result<Vec<_>, crate::volume::ScanError>>()

@@ -314,6 +314,7 @@ mod tests {
             size: Bytes(size),
             entries: 2,
             device_nodes: 0,
+            unreadable: 0,
             changes: Default::default(),
             unused: Default::default(),
         }

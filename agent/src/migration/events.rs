@@ -49,7 +49,7 @@ pub struct VolumeRound {
     pub cpu: Duration,
     /// What was left out and why, for instance sockets.
     pub exceptions: Vec<String>,
-    /// What the source's disk did not give up: zeros on the target.
+    /// What the source's disk did not give up.
     #[serde(default)]
     pub unreadable: Vec<Unreadable>,
     /// Time it took.

@@ -54,7 +54,7 @@ impl Move {
         let mut volumes = volumes.iter();
         let found = volumes.find(|volume| !replica.lost(volume).is_empty());
         self.moved.unreadable =
-            found.map(|volume| format!("volume {} has bytes that cannot be read", volume.name));
+            found.map(|volume| format!("volume {} cannot be read whole", volume.name));
     }
 
     /// Waits until an operator has accepted what is lost of `volumes`; whether that took a while.

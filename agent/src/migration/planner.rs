@@ -530,6 +530,7 @@ pub fn image_volumes(
                 size: planned.image_size,
                 entries: 1,
                 device_nodes: 0,
+                unreadable: 0,
                 changes: Default::default(),
                 unused: Default::default(),
             })

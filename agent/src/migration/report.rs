@@ -430,6 +430,15 @@ fn tell_volume(volume: &VolumeRound) -> String {
         0 => String::new(),
         bytes => format!(", {} NOT READ", Bytes(bytes)),
     };
+    let lost = match volume
+        .unreadable
+        .iter()
+        .filter(|lost| lost.entry.is_some())
+        .count()
+    {
+        0 => lost,
+        entries => format!("{lost}, {entries} entries or directories NOT READ"),
+    };
     format!(
         "  {} epoch {}: {} of {} entries, {}{held}{packed}{unused}{lost}, root {}…",
         volume.name,

@@ -62,10 +62,16 @@ pub(super) fn obstacle(
     if data.clone().next().is_none() {
         return Some("there is no data that could come later".into());
     }
-    if let Some(one) = data.find(|volume| volume.kind.is_one()) {
+    if let Some(one) = data.clone().find(|volume| volume.kind.is_one()) {
         return Some(format!(
             "volume {} is of one piece, and only directory trees are served to a container",
             one.name
+        ));
+    }
+    if let Some(lost) = data.find(|volume| volume.unreadable > 0) {
+        return Some(format!(
+            "volume {} has names that its disk does not give up, and what is lost is found and accepted by copying",
+            lost.name
         ));
     }
     let mut containers = containers.iter();

@@ -9,7 +9,7 @@ use crate::model::fleet::PeerAddress;
 use crate::model::ids::{ContainerName, Epoch, PlanId, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, Release};
 use crate::model::units::Bytes;
-use crate::volume::{self, BlockSize, FleetKey};
+use crate::volume::{self, BlockSize, FleetKey, Unreadable};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -29,6 +29,9 @@ pub struct VolumeProof {
     pub received: Option<Signature>,
     /// Root of the source's kept data, read again now; none when it is gone.
     pub kept: Option<Signature>,
+    /// What the source's disk does not give up of its kept data any more; it is not compared then, if it differs.
+    #[serde(default)]
+    pub unreadable: Vec<Unreadable>,
     /// Whether all that exist agree.
     pub agrees: bool,
 }
@@ -136,7 +139,7 @@ impl Delegator {
         plan: &Plan,
         release: &Release,
         mounted: &[&PathBuf],
-    ) -> Result<BTreeMap<String, Signature>, DelegatorError> {
+    ) -> Result<BTreeMap<String, Kept>, DelegatorError> {
         let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
         let key = FleetKey(*fleet.identity.fleet_key());
         let later = is_later(release);
@@ -158,7 +161,7 @@ impl Delegator {
                 .map(|(name, path, size)| {
                     let block_size = BlockSize::for_volume(if later { 0 } else { size.0 });
                     let (state, _) = volume::scan_as_sent(&path, &key, block_size)?;
-                    Ok((name, state.root))
+                    Ok((name, (state.root, state.unreadable)))
                 })
                 .collect::<Result<_, volume::ScanError>>()
         })
@@ -167,11 +170,14 @@ impl Delegator {
     }
 }
 
+/// Root of what is kept, and what cannot be read of it.
+type Kept = (Signature, Vec<Unreadable>);
+
 fn judge(
     plan: &Plan,
     release: &Release,
     status: &TargetStatus,
-    (kept, proven): (&BTreeMap<String, Signature>, &BTreeMap<VolumeId, Signature>),
+    (kept, proven): (&BTreeMap<String, Kept>, &BTreeMap<VolumeId, Signature>),
     running_on_source: Vec<ContainerName>,
     unfenced: Vec<ContainerName>,
     mut faults: Vec<String>,
@@ -183,7 +189,8 @@ fn judge(
     let mut volumes = Vec::new();
     for released in &release.volumes {
         let owned = owns.and_then(|owns| owns.volumes.iter().find(|v| v.volume == released.volume));
-        let kept = kept.get(&released.name).copied();
+        let (kept, unreadable) = kept.get(&released.name).cloned().unzip();
+        let unreadable: Vec<Unreadable> = unreadable.unwrap_or_default();
         let taken = owned.is_some_and(|owned| {
             owned.content == released.content && owned.epoch == released.epoch.next()
         });
@@ -213,7 +220,10 @@ fn judge(
             released: root,
             received,
             kept,
-            agrees: taken && sent.is_some() && kept.is_none_or(|kept| Some(kept) == sent),
+            agrees: taken
+                && sent.is_some()
+                && (kept.is_none_or(|kept| Some(kept) == sent) || !unreadable.is_empty()),
+            unreadable,
         };
         if !proof.agrees {
             faults.push(format!("volume {}: roots or epochs differ", proof.name));

@@ -106,6 +106,9 @@ pub struct VolumeSpec {
     /// Device nodes among them.
     #[serde(default)]
     pub device_nodes: u64,
+    /// Entries and directories that the disk did not give up when the plan was made, and which are not counted.
+    #[serde(default)]
+    pub unreadable: u64,
     /// How its changes are found.
     #[serde(default)]
     pub changes: ChangesBy,

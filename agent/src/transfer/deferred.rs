@@ -62,7 +62,6 @@ impl<'s> Reading<'_, 's> {
                 entry.seen.racy = true;
             }
         }
-        lock(&self.tally.unreadable).sort_by(|a, b| (&a.path, a.offset).cmp(&(&b.path, b.offset)));
         Ok(())
     }
 
@@ -79,6 +78,7 @@ impl<'s> Reading<'_, 's> {
             path: shown(path).into_owned(),
             offset: range.start,
             length: range.end - range.start,
+            entry: None,
         });
         lock(&self.tally.unreadable).extend(lost);
         Ok(done)
@@ -87,7 +87,8 @@ impl<'s> Reading<'_, 's> {
     fn salvage_small(&self, step: usize, found: &Found) -> Result<(), SourceError> {
         let (file, stat) = match scan::open_file(self.root, &found.path) {
             Err(error) if error.vanished() => return self.vanish(step, &found.path),
-            other => other?,
+            Err(error) => return self.lose(step, found, error),
+            Ok(opened) => opened,
         };
         let size = size_of(&stat).min(size_of(&found.stat));
         let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];

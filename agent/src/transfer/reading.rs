@@ -180,7 +180,11 @@ impl<'s> Reading<'_, 's> {
                 lock(&self.outcomes).insert(step, None);
                 return Ok(true);
             }
-            other => other?,
+            Err(error) => {
+                self.lose(step, found, error)?;
+                return Ok(true);
+            }
+            Ok(opened) => opened,
         };
         let holes = Holes::of(&file, &stat)
             .map_err(|e| WalkError::new(self.root, "find the holes of", &found.path, e))?;
@@ -326,6 +330,22 @@ impl<'s> Reading<'_, 's> {
         Ok(())
     }
 
+    /// A file that cannot be opened because of the disk; any other error ends the epoch.
+    pub(super) fn lose(
+        &self,
+        step: usize,
+        found: &Found,
+        error: WalkError,
+    ) -> Result<(), SourceError> {
+        // Of a volume of one piece nothing would be left.
+        if !error.is_loss() || self.root.one().is_some() {
+            return Err(error.into());
+        }
+        let kept = self.source.lose(found, &error, self.tally);
+        lock(&self.outcomes).insert(step, kept);
+        Ok(())
+    }
+
     /// The entry of a file that was read; also finds out whether it changed meanwhile.
     pub(super) fn entry(
         &self,
@@ -336,14 +356,19 @@ impl<'s> Reading<'_, 's> {
         blocks: Vec<Signature>,
     ) -> Result<Entry, SourceError> {
         let failed = |action, source: io::Error| WalkError::new(self.root, action, path, source);
-        let xattrs = walk::read_xattrs(self.root, path, file)?;
+        let (xattrs, lost) = match walk::read_xattrs(self.root, path, file) {
+            Err(error) if error.is_loss() => {
+                (self.source.lose_attributes(path, &error, self.tally), true)
+            }
+            other => (other?, false),
+        };
         let after = stat_of(self.root, file).map_err(|e| failed("stat", e.into()))?;
         let changed = size_of(&after) != size
             || (after.st_ctime, after.st_ctime_nsec) != (before.st_ctime, before.st_ctime_nsec);
         if changed {
             self.source.frozen_change(path)?;
         }
-        let racy = changed || self.baseline.is_racy(&after);
+        let racy = changed || lost || self.baseline.is_racy(&after);
         let mut entry = bare_entry(path, before, Kind::File { size, blocks }, racy);
         entry.xattrs = xattrs;
         Ok(entry)

@@ -156,7 +156,7 @@ pub struct EpochReport {
     pub source_cpu: Duration,
     /// What was left out on purpose.
     pub skipped: Vec<Exception>,
-    /// What the source's disk did not give up: those bytes are zeros on the target.
+    /// What the source's disk did not give up.
     pub unreadable: Vec<Unreadable>,
     /// From the first look at the tree to the target's acknowledgement.
     pub duration: Duration,

@@ -81,10 +81,13 @@ impl<'s> Reading<'_, 's> {
                 Ok(_) => self.vanish(*step, &found.path)?,
                 Err(errno) => {
                     let error = WalkError::new(self.root, "open", &found.path, errno);
-                    if !error.vanished() {
+                    if error.is_loss() {
+                        self.defer(Unit::Small(vec![(*step, *found)]));
+                    } else if error.vanished() {
+                        self.vanish(*step, &found.path)?;
+                    } else {
                         return Err(error.into());
                     }
-                    self.vanish(*step, &found.path)?;
                 }
             }
         }

@@ -17,13 +17,14 @@ use crate::model::ids::{Epoch, Signature};
 use crate::model::volume::VolumeSpec;
 use crate::volume::change::{Ahead, Baseline, Changes, Step, Window};
 use crate::volume::state::Builder;
-use crate::volume::tree::shown;
+use crate::volume::tree::{Xattr, shown};
 use crate::volume::unused;
-use crate::volume::walk::{self, Found, WalkError, hard_link};
+use crate::volume::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
 use crate::volume::warm::Warmer;
 use crate::volume::{
     BlockSize, Confined, Entry, Exception, FleetKey, Kind, ScanError, TreeState, Unreadable,
 };
+use nix::sys::stat::SFlag;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::panic::resume_unwind;
@@ -99,6 +100,12 @@ pub(super) struct Tally {
     pub(super) unreadable: Mutex<Vec<Unreadable>>,
     /// What the file system of a volume of one piece does not use.
     pub(super) unused: Mutex<Option<Arc<unused::Map>>>,
+}
+
+impl Tally {
+    pub(super) fn lose(&self, lost: Unreadable) {
+        lock(&self.unreadable).push(lost);
+    }
 }
 
 pub(super) fn add(counter: &AtomicU64, count: u64) {
@@ -193,6 +200,8 @@ impl Source<'_> {
         tally.skipped.sort_by(|a, b| a.path.cmp(&b.path));
         let mut state = state.finish();
         state.unreadable = std::mem::take(&mut *lock(&tally.unreadable));
+        let place = |lost: &Unreadable| (lost.path.clone(), lost.offset);
+        state.unreadable.sort_by_cached_key(place);
         state.unused = lock(&tally.unused).take();
         Ok((state, tally))
     }
@@ -206,7 +215,13 @@ impl Source<'_> {
         tally: &Tally,
     ) -> Result<(), SourceError> {
         let mut moved = Moved::default();
-        while let Some(Window { steps, removed }) = changes.window(BEGINNING, WINDOW)? {
+        while let Some(Window {
+            steps,
+            removed,
+            lost,
+        }) = changes.window(BEGINNING, WINDOW)?
+        {
+            lock(&tally.unreadable).extend(lost);
             add(&tally.removed, removed.len() as u64);
             self.send_removals(&removed)?;
             let mut done = self.send_entries(root, baseline, &steps, tally)?;
@@ -248,6 +263,13 @@ impl Source<'_> {
                             self.frozen_change(&found.path)?;
                             done.insert(index, None);
                             continue;
+                        }
+                        Err(error) if error.is_loss() => {
+                            let Some(entry) = self.lose_special(found, &error, tally) else {
+                                done.insert(index, None);
+                                continue;
+                            };
+                            entry
                         }
                         other => other?,
                     };
@@ -300,6 +322,7 @@ impl Source<'_> {
             match step {
                 Step::Keep(placed) => match &placed.entry.kind {
                     Kind::HardLink(primary) if moved.gone.contains(primary) => {
+                        self.orphan(&placed.entry.path, primary, tally)?;
                         orphans.push(placed.entry.path);
                     }
                     Kind::HardLink(primary) if moved.anew.contains(primary) => {
@@ -310,6 +333,7 @@ impl Source<'_> {
                     _ => state.keep(placed),
                 },
                 Step::Link(found, primary) if moved.gone.contains(&primary) => {
+                    self.orphan(&found.path, &primary, tally)?;
                     orphans.push(found.path);
                 }
                 Step::Link(found, primary) => {
@@ -336,12 +360,65 @@ impl Source<'_> {
             }
         }
         batch.flush()?;
-        // A name whose first name vanished meanwhile is sent as a file in the next epoch.
         orphans.reverse();
-        for path in &orphans {
-            self.frozen_change(path)?;
-        }
         self.send_removals(&orphans)
+    }
+
+    /// A name whose first name vanished meanwhile is sent as a file in the next epoch; one whose first name is lost is
+    /// lost too.
+    fn orphan(&self, path: &[u8], primary: &[u8], tally: &Tally) -> Result<(), SourceError> {
+        let first = shown(primary);
+        let mut lost = lock(&tally.unreadable);
+        if !lost.iter().any(|l| l.entry.is_some() && l.path == first) {
+            return self.frozen_change(path);
+        }
+        lost.push(Unreadable {
+            path: shown(path).into_owned(),
+            offset: 0,
+            length: 0,
+            entry: Some(format!(
+                "it is another name of {first}, which cannot be read; it is missing on the target"
+            )),
+        });
+        Ok(())
+    }
+
+    /// What the target has of an entry that the disk does not give up: what an earlier epoch brought, if that was of
+    /// its kind. It is looked at again in the next epoch.
+    pub(super) fn lose(&self, found: &Found, error: &WalkError, tally: &Tally) -> Option<Entry> {
+        tally.lose(error.loss(walk::LOST));
+        let mut old = self.held.previous()?.get(&found.path)?;
+        let kind = kind_of(&found.stat);
+        let is_same = match old.kind {
+            // A large file was begun anew on the target.
+            Kind::File { .. } => kind == SFlag::S_IFREG && !is_large(&found.stat),
+            Kind::Symlink(_) => kind == SFlag::S_IFLNK,
+            _ => false,
+        };
+        old.seen.racy = true;
+        is_same.then_some(old)
+    }
+
+    /// The same of anything but a file; of a directory only the attributes are lost, for what is in it needs it.
+    fn lose_special(&self, found: &Found, error: &WalkError, tally: &Tally) -> Option<Entry> {
+        if kind_of(&found.stat) != SFlag::S_IFDIR {
+            return self.lose(found, error, tally);
+        }
+        let mut entry = bare_entry(&found.path, &found.stat, Kind::Directory, true);
+        entry.xattrs = self.lose_attributes(&found.path, error, tally);
+        Some(entry)
+    }
+
+    /// The attributes that the target has when the disk does not give them up.
+    pub(super) fn lose_attributes(
+        &self,
+        path: &[u8],
+        error: &WalkError,
+        tally: &Tally,
+    ) -> Vec<Xattr> {
+        tally.lose(error.loss(walk::LOST_ATTRIBUTES));
+        let old = self.held.previous().and_then(|state| state.get(path));
+        old.map_or_else(Vec::new, |old| old.xattrs)
     }
 
     pub(super) fn differs(&self, entry: &Entry) -> bool {

@@ -7,8 +7,9 @@
 //! to just before, a part may be still to come: it is read again next time. So is every file where there is no
 //! write-back (tmpfs), or where it failed.
 
-use super::confined::Confined;
+use super::confined::{Confined, split};
 use super::one::One;
+use super::salvage::Unreadable;
 use super::state::{Placed, TreeState};
 use super::tree::{Entry, Kind, Timestamp};
 use super::walk::{Found, WalkError, kind_of, timestamp};
@@ -148,6 +149,8 @@ pub struct Window {
     pub steps: Vec<Step>,
     /// Paths of the last epoch that are gone; those below one of them are not named.
     pub removed: Vec<Box<[u8]>>,
+    /// What the disk did not give up; what the last epoch had of it is kept.
+    pub lost: Vec<Unreadable>,
 }
 
 /// What a walk finds, compared with the last epoch, one window after the other.
@@ -157,6 +160,8 @@ pub struct Changes<'a, W> {
     primaries: HashMap<(u64, u64), Box<[u8]>>,
     /// Directories of the last epoch that are gone.
     gone: HashSet<Box<[u8]>>,
+    /// What could not be looked at or listed, and what is kept therefore.
+    lost: HashSet<Box<[u8]>>,
 }
 
 /// A walk that may be slower than whoever takes from it.
@@ -178,6 +183,7 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
             before: before.peekable(),
             primaries: HashMap::new(),
             gone: HashSet::new(),
+            lost: HashSet::new(),
         }
     }
 
@@ -185,7 +191,7 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
     /// are `least`; none at the end.
     ///
     /// # Errors
-    /// Those of the walk.
+    /// Those of the walk, except losses.
     pub fn window(&mut self, least: usize, cap: usize) -> Result<Option<Window>, WalkError>
     where
         W: Ahead,
@@ -197,35 +203,62 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
             }
             let Some(found) = self.walk.next() else {
                 while let Some(old) = self.before.next() {
-                    self.remove(&old.entry, &mut window);
+                    self.miss(old, &mut window);
                 }
                 break;
             };
-            let found = found?;
+            let found = match found {
+                Err(error) if error.is_loss() => {
+                    window.lost.push(error.loss_of_names());
+                    self.lost.insert(error.path);
+                    continue;
+                }
+                other => other?,
+            };
             while let Some(old) = self.before.next_if(|old| old.entry.path < found.path) {
-                self.remove(&old.entry, &mut window);
+                self.miss(old, &mut window);
             }
             let old = self.before.next_if(|old| old.entry.path == found.path);
             window.steps.push(self.step(found, old));
         }
-        let is_over = window.steps.is_empty() && window.removed.is_empty();
+        let is_over =
+            window.steps.is_empty() && window.removed.is_empty() && window.lost.is_empty();
         Ok((!is_over).then_some(window))
     }
 
-    fn remove(&mut self, old: &Entry, window: &mut Window) {
-        let slashes = old
-            .path
-            .iter()
-            .enumerate()
-            .filter(|(_, byte)| **byte == b'/');
-        let mut above = slashes.map(|(at, _)| &old.path[..at]);
+    /// An entry of the last epoch that the walk did not find: gone, or lost.
+    fn miss(&mut self, old: Placed, window: &mut Window) {
+        let path = &old.entry.path;
+        let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+        let mut above = slashes.map(|(at, _)| &path[..at]);
         if !self.gone.is_empty() && above.any(|above| self.gone.contains(above)) {
             return;
         }
-        if old.kind == Kind::Directory {
-            self.gone.insert(old.path.clone());
+        if self.is_lost(&old.entry) {
+            self.lost.insert(path.clone());
+            window.steps.push(Step::Keep(old));
+            return;
         }
-        window.removed.push(old.path.clone());
+        if old.entry.kind == Kind::Directory {
+            self.gone.insert(path.clone());
+        }
+        window.removed.push(old.entry.path);
+    }
+
+    /// Whether nobody can tell if this entry is gone, and the target can keep it.
+    fn is_lost(&self, old: &Entry) -> bool {
+        let lost = |path: &[u8]| self.lost.contains(path);
+        if self.lost.is_empty() || !(lost(&old.path) || lost(split(&old.path).0)) {
+            return false;
+        }
+        match &old.kind {
+            // The first name must be what it was.
+            Kind::HardLink(primary) => {
+                let identity = (old.seen.device, old.seen.inode);
+                lost(primary) || self.primaries.get(&identity) == Some(primary)
+            }
+            _ => true,
+        }
     }
 
     fn step(&mut self, found: Found, old: Option<Placed>) -> Step {
@@ -274,12 +307,15 @@ fn unchanged(old: &Entry, stat: &FileStat) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::volume::walk::{open_root, walk};
+    use crate::volume::{BlockSize, FleetKey, scan};
+    use std::fs;
 
     #[test]
     fn a_file_is_read_again_while_a_write_to_it_may_be_under_way() {
         let target = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
         let dir = tempfile::tempdir_in(target).unwrap();
-        std::fs::write(dir.path().join("file"), b"x").unwrap();
+        fs::write(dir.path().join("file"), b"x").unwrap();
         let root = Confined::open(dir.path()).unwrap();
         let mut file = fstat(File::open(dir.path().join("file")).unwrap()).unwrap();
         let mut directory = fstat(root.fd()).unwrap();
@@ -299,5 +335,105 @@ mod tests {
             known.is_racy(&file),
             "of a file system that nobody wrote back"
         );
+    }
+
+    /// A walk that is over.
+    struct Whole(std::vec::IntoIter<Result<Found, WalkError>>);
+
+    impl Iterator for Whole {
+        type Item = Result<Found, WalkError>;
+        fn next(&mut self) -> Option<Self::Item> {
+            self.0.next()
+        }
+    }
+
+    impl Ahead for Whole {
+        fn is_ready(&mut self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn what_the_disk_hides_of_the_last_epoch_is_kept_and_what_is_gone_is_not() {
+        let base = tempfile::tempdir().unwrap();
+        let at = |path: &str| base.path().join(path);
+        for directory in ["d/sub/deep", "d/hidden", "f"] {
+            fs::create_dir_all(at(directory)).unwrap();
+        }
+        let files = [
+            "d/a",
+            "d/hidden/x",
+            "d/sub/deep/y",
+            "d/sub/z",
+            "e",
+            "f/gone",
+        ];
+        for file in files {
+            fs::write(at(file), file).unwrap();
+        }
+        fs::hard_link(at("d/a"), at("d/b")).unwrap();
+        fs::hard_link(at("d/a"), at("f/other")).unwrap();
+        let key = FleetKey([3; 32]);
+        let (before, _) = scan(base.path(), &key, BlockSize::for_volume(0)).unwrap();
+        fs::remove_file(at("f/gone")).unwrap();
+        fs::remove_file(at("d/sub/z")).unwrap();
+
+        let root = open_root(base.path()).unwrap();
+        let lost = |action, path: &[u8]| Err(WalkError::new(&root, action, path, Errno::EUCLEAN));
+        let mut found = Vec::new();
+        for one in walk(&root) {
+            let one = one.unwrap();
+            match &*one.path {
+                // Its list broke off before these.
+                b"d/a" | b"d/b" | b"d/hidden" | b"d/hidden/x" => {}
+                b"d" => found.extend([Ok(one), lost("list", b"d")]),
+                b"e" => found.push(lost("stat", b"e")),
+                _ => found.push(Ok(one)),
+            }
+        }
+        let mut changes = Changes::new(Whole(found.into_iter()), Some(&before));
+        let window = changes.window(1, 1000).unwrap().unwrap();
+        let lost: Vec<&str> = window.lost.iter().map(|lost| &*lost.path).collect();
+        assert_eq!(lost, ["d", "e"]);
+        assert_eq!(
+            window.removed,
+            [b"d/sub/z"[..].into(), b"f/gone"[..].into()]
+        );
+        let path = |step: &Step| -> Box<[u8]> {
+            match step {
+                Step::Keep(placed) => placed.entry.path.clone(),
+                Step::File(found) | Step::Link(found, _) | Step::Special(found) => {
+                    found.path.clone()
+                }
+            }
+        };
+        let paths: Vec<Box<[u8]>> = window.steps.iter().map(path).collect();
+        assert!(paths.is_sorted(), "{paths:?}");
+        let has = |kept: &[u8]| {
+            let steps = window.steps.iter().zip(&paths);
+            steps
+                .filter(|(_, path)| ***path == *kept)
+                .map(|(step, _)| step)
+                .collect::<Vec<_>>()
+        };
+        for kept in [&b"d/a"[..], b"d/b", b"d/hidden", b"d/hidden/x", b"e"] {
+            assert!(
+                matches!(*has(kept), [Step::Keep(_)]),
+                "{}",
+                String::from_utf8_lossy(kept)
+            );
+        }
+        // Its first name is hidden: it travels as a file of its own.
+        assert!(matches!(*has(b"f/other"), [Step::File(_)]));
+        assert!(changes.window(1, 1000).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_root_that_cannot_be_listed_is_an_error() {
+        let base = tempfile::tempdir().unwrap();
+        let root = open_root(base.path()).unwrap();
+        let found = vec![Err(WalkError::new(&root, "list", b"", Errno::EIO))];
+        let mut changes = Changes::new(Whole(found.into_iter()), None);
+        assert!(changes.window(1, 1000).is_err());
     }
 }

@@ -15,16 +15,24 @@ pub struct Measure {
     pub entries: u64,
     /// Device nodes among them; the whiteouts of overlay file systems give access to nothing and do not count.
     pub device_nodes: u64,
+    /// What the disk did not give up, which is not counted.
+    pub unreadable: u64,
 }
 
 /// Measures everything beneath `path`.
 ///
 /// # Errors
-/// Anything that exists but cannot be looked at.
+/// Anything that exists but cannot be looked at, unless it is the disk that fails.
 pub fn measure(path: &Path) -> Result<Measure, ScanError> {
     let mut measure = Measure::default();
     for found in walk(&open_root(path)?) {
-        let stat = found?.stat;
+        let stat = match found {
+            Err(error) if error.is_loss() => {
+                measure.unreadable += 1;
+                continue;
+            }
+            other => other?.stat,
+        };
         measure.entries += 1;
         match kind_of(&stat) {
             SFlag::S_IFREG => measure.size += Bytes(stat.st_size.unsigned_abs()),

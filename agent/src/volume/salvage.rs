@@ -1,7 +1,8 @@
 //! Reading what a failing disk still gives up.
 //!
 //! Rule: large reads first; what fails is read again last, in pieces of 4 KiB, the sector of today's disks,
-//! each tried twice. What cannot be read becomes zeros and is named, never silent.
+//! each tried twice. What cannot be read becomes zeros and is named, never silent. What leads to contents (names,
+//! `stat`, attributes) is tried twice at once, and what it hides is named too.
 
 use super::aligned::{ALIGNMENT, Aligned};
 use nix::errno::Errno;
@@ -16,7 +17,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 /// Tries for each piece in one epoch: a sector that fails twice in a row rarely comes back at the third.
 const TRIES: u32 = 2;
 
-/// Bytes of a file that its disk does not give up.
+/// What a disk does not give up: bytes of a file, or what leads to them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unreadable {
     /// Path in the volume, made printable.
@@ -25,6 +26,9 @@ pub struct Unreadable {
     pub offset: u64,
     /// How many.
     pub length: u64,
+    /// Where it is not bytes: what cannot be read, why, and what that means for the target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry: Option<String>,
 }
 
 impl std::fmt::Display for Unreadable {
@@ -33,19 +37,49 @@ impl std::fmt::Display for Unreadable {
             path,
             offset,
             length,
+            entry,
         } = self;
-        write!(f, "{path}: {length} bytes at offset {offset}")
+        match entry {
+            Some(entry) => write!(f, "{path}: {entry}"),
+            None => write!(
+                f,
+                "{path}: {length} bytes at offset {offset}, zeros on the target"
+            ),
+        }
     }
 }
 
 /// Whether the disk failed, as the block layer tells it: `BLK_STS_IOERR`, `MEDIUM`, `TARGET`, `PROTECTION` and
-/// `TIMEOUT` (block/blk-core.c); a file system with checksums says the first.
+/// `TIMEOUT` (block/blk-core.c); a file system with checksums says the first, or of what it keeps for itself that
+/// its checksum is wrong (EBADMSG) or that it makes no sense (EUCLEAN): ext4, xfs and f2fs.
 #[must_use]
 pub fn is_media_error(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error().map(Errno::from_raw),
-        Some(Errno::EIO | Errno::ENODATA | Errno::EREMOTEIO | Errno::EILSEQ | Errno::ETIMEDOUT)
+        Some(
+            Errno::EIO
+                | Errno::ENODATA
+                | Errno::EREMOTEIO
+                | Errno::EILSEQ
+                | Errno::ETIMEDOUT
+                | Errno::EBADMSG
+                | Errno::EUCLEAN
+        )
     )
+}
+
+/// Tries again what the disk failed at.
+///
+/// # Errors
+/// Those of the last try.
+pub fn insist<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let mut tries = TRIES;
+    loop {
+        match attempt() {
+            Err(error) if tries > 1 && is_media_error(&error) => tries -= 1,
+            other => return other,
+        }
+    }
 }
 
 /// Reads from `offset`, a multiple of 4096, in small pieces; what lies past the end of the file or cannot be
@@ -99,12 +133,12 @@ pub fn read(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<(usize, V
 }
 
 fn try_read(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
-    let mut tries = TRIES;
-    loop {
-        match file.read_at(into, offset) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if tries > 1 && is_media_error(&error) => tries -= 1,
-            other => return other,
+    insist(|| {
+        loop {
+            match file.read_at(into, offset) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
         }
-    }
+    })
 }

@@ -4,10 +4,10 @@ use super::aligned::Aligned;
 use super::change::Baseline;
 use super::confined::Confined;
 use super::one::{One, stat_of};
-use super::salvage::{self, is_media_error};
+use super::salvage::{self, insist, is_media_error};
 use super::sign::{self, BlockSize, FleetKey};
 use super::state::{Builder, TreeState};
-use super::tree::{Entry, Exception, Kind};
+use super::tree::{Entry, Exception, Kind, Xattr};
 use super::unused;
 use super::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
 use nix::fcntl::OFlag;
@@ -35,8 +35,8 @@ pub fn scan(
     scan_all(path, key, block_size, false)
 }
 
-/// The same without what a file system on a volume of one piece does not use: the root of the result is that of
-/// a sender's epoch over the same tree.
+/// The same without what a file system on a volume of one piece does not use, and without what a disk does not give
+/// up of a tree, which is named: the root of the result is that of a sender's first epoch over the same tree.
 ///
 /// # Errors
 /// As [`scan`].
@@ -57,12 +57,20 @@ fn scan_all(
     let root = walk::open_root(path)?;
     let baseline = Baseline::establish(&root, true, Duration::ZERO);
     let mut walk = walk::walk(&root);
+    // A target's tree must be known whole.
+    let mut lost = (as_sent && root.one().is_none()).then(Vec::new);
     let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
     let mut state = Builder::new(key, block_size, None);
     let mut memory = Aligned::default();
     let buffer = memory.space(usize::try_from(block_size.bytes()).unwrap_or(1 << 20));
     for found in &mut walk {
-        let found = found?;
+        let found = match (found, &mut lost) {
+            (Err(error), Some(lost)) if error.is_loss() => {
+                lost.push(error.loss_of_names());
+                continue;
+            }
+            (found, _) => found?,
+        };
         let racy = baseline.is_racy(&found.stat);
         let kind = kind_of(&found.stat);
         if found.stat.st_nlink > 1 && kind != SFlag::S_IFDIR {
@@ -73,16 +81,42 @@ fn scan_all(
             }
             primaries.insert(identity, found.path.clone());
         }
-        let entry = if kind == SFlag::S_IFREG {
-            scan_file(&root, &found, key, block_size, buffer, racy, as_sent)?
-        } else {
-            walk::special_entry(&root, &found, racy)?
-        };
-        state.push(&entry);
+        if kind != SFlag::S_IFREG {
+            match (walk::special_entry(&root, &found, racy), &mut lost) {
+                (Err(error), Some(lost)) if error.is_loss() => {
+                    lost.push(error.loss(walk::LOST));
+                    if kind == SFlag::S_IFDIR {
+                        let kind = Kind::Directory;
+                        state.push(&bare_entry(&found.path, &found.stat, kind, racy));
+                    }
+                }
+                (entry, _) => state.push(&entry?),
+            }
+            continue;
+        }
+        match scan_file(&root, &found, key, block_size, buffer, racy, as_sent) {
+            Ok((mut entry, xattrs)) => {
+                entry.xattrs = match (xattrs, &mut lost) {
+                    (Err(error), Some(lost)) if error.is_loss() => {
+                        lost.push(error.loss(walk::LOST_ATTRIBUTES));
+                        Vec::new()
+                    }
+                    (xattrs, _) => xattrs?,
+                };
+                state.push(&entry);
+            }
+            Err(error) => match &mut lost {
+                Some(lost) if error.is_loss() => lost.push(error.loss(walk::LOST)),
+                _ => return Err(error),
+            },
+        }
     }
-    Ok((state.finish(), walk.skipped()))
+    let mut state = state.finish();
+    state.unreadable = lost.unwrap_or_default();
+    Ok((state, walk.skipped()))
 }
 
+/// A file without its attributes, and those, which a disk can refuse alone.
 fn scan_file(
     root: &Confined,
     found: &Found,
@@ -91,7 +125,7 @@ fn scan_file(
     buffer: &mut [u8],
     racy: bool,
     as_sent: bool,
-) -> Result<Entry, ScanError> {
+) -> Result<(Entry, Result<Vec<Xattr>, ScanError>), ScanError> {
     let failed = |action, source: io::Error| WalkError::new(root, action, &found.path, source);
     let (file, stat) = open_file(root, &found.path)?;
     let size = u64::try_from(stat.st_size).unwrap_or(0);
@@ -123,9 +157,8 @@ fn scan_file(
             sign::signature(key, block)
         });
     }
-    let mut entry = bare_entry(&found.path, &stat, Kind::File { size, blocks }, racy);
-    entry.xattrs = walk::read_xattrs(root, &found.path, &file)?;
-    Ok(entry)
+    let entry = bare_entry(&found.path, &stat, Kind::File { size, blocks }, racy);
+    Ok((entry, walk::read_xattrs(root, &found.path, &file)))
 }
 
 /// Opens a regular file for reading, without touching its access time where that is allowed; a device for
@@ -140,11 +173,11 @@ pub fn open_file(root: &Confined, path: &[u8]) -> Result<(File, FileStat), ScanE
     if root.one().is_some_and(One::is_device) {
         flags |= OFlag::O_DIRECT;
     }
-    let fd = match root.open_beneath(path, flags | OFlag::O_NOATIME, Mode::empty()) {
+    let open = || match root.open_beneath(path, flags | OFlag::O_NOATIME, Mode::empty()) {
         Err(nix::errno::Errno::EPERM) => root.open_beneath(path, flags, Mode::empty()),
         other => other,
-    }
-    .map_err(|e| failed("open", e.into()))?;
+    };
+    let fd = insist(|| open().map_err(Into::into)).map_err(|e| failed("open", e))?;
     let stat = stat_of(root, &fd).map_err(|e| failed("stat", e.into()))?;
     if kind_of(&stat) != SFlag::S_IFREG {
         return Err(failed("read", nix::errno::Errno::ENXIO.into()));
@@ -212,11 +245,19 @@ fn seek(file: &File, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
 const EXTENTS_CAP: usize = 100_000;
 
 impl Holes {
-    /// Finds the holes of an open file.
+    /// Finds the holes of an open file; none where the disk does not give them up, so that all of the file is read and
+    /// what is lost of it found.
     ///
     /// # Errors
     /// The error of `lseek`.
     pub fn of(file: &File, stat: &FileStat) -> io::Result<Self> {
+        match insist(|| Self::find(file, stat)) {
+            Err(error) if is_media_error(&error) => Ok(Self::default()),
+            other => other,
+        }
+    }
+
+    fn find(file: &File, stat: &FileStat) -> io::Result<Self> {
         if stat.st_blocks.saturating_mul(512) >= stat.st_size {
             return Ok(Self::default());
         }

@@ -26,7 +26,7 @@ pub struct TreeState {
     pub block_size: BlockSize,
     /// Root over all entries.
     pub root: Signature,
-    /// What the source's disk did not give up: those bytes are zeros here.
+    /// What the source's disk did not give up: bytes are zeros here, entries missing or as they were before.
     pub unreadable: Vec<Unreadable>,
     /// Byte ranges of a volume of one piece outside of which nothing has changed since; none: not known.
     pub changed: Option<Vec<Range<u64>>>,

@@ -1,11 +1,13 @@
 //! Walking a tree: names and `stat` of everything beneath a directory, without reading contents.
 //!
 //! Invariants: entries come sorted by raw path bytes; what vanishes during the walk is simply not among
-//! them; nothing is followed, nothing but directories is opened; memory is bounded by the names of the
-//! directories that lie above each other, not by the tree.
+//! them; what the disk does not give up is an error of its own each, and the walk goes on behind it; nothing is
+//! followed, nothing but directories is opened; memory is bounded by the names of the directories that lie above
+//! each other, not by the tree.
 
 use super::confined::{Confined, proc_path};
 use super::one::{self, One};
+use super::salvage::{Unreadable, insist, is_media_error};
 use super::tree::{Entry, Exception, Kind, NAME_CAP, PATH_CAP, Seen, Timestamp, XATTRS_CAP, shown};
 use super::warm::{self, Warmer};
 use super::xattrs;
@@ -26,12 +28,12 @@ use std::time::Instant;
 
 /// Reading a tree failed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} `{path}` in {}: {source}{}", .root.display(), self.remedy())]
+#[error("cannot {action} `{}` in {}: {source}{}", shown(.path), .root.display(), self.remedy())]
 pub struct WalkError {
     /// What was being done.
     pub action: &'static str,
     /// To which path below the root.
-    pub path: String,
+    pub path: Box<[u8]>,
     /// The tree's root.
     pub root: std::path::PathBuf,
     /// Why it failed.
@@ -47,7 +49,7 @@ impl WalkError {
     ) -> Self {
         Self {
             action,
-            path: shown(path).into_owned(),
+            path: path.into(),
             root: root.path().to_owned(),
             source: source.into(),
         }
@@ -67,6 +69,37 @@ impl WalkError {
         }
     }
 
+    /// Whether the disk does not give this up and everything else can go on: anything but the root.
+    #[must_use]
+    pub fn is_loss(&self) -> bool {
+        is_media_error(&self.source) && !self.path.is_empty()
+    }
+
+    /// The same for an operator, who must accept it; `meaning` says what the target is to lack.
+    #[must_use]
+    pub fn loss(&self, meaning: &str) -> Unreadable {
+        Unreadable {
+            path: shown(&self.path).into_owned(),
+            offset: 0,
+            length: 0,
+            entry: Some(format!("{meaning} ({})", self.source)),
+        }
+    }
+
+    /// What a loss that a walk met means.
+    #[must_use]
+    pub fn loss_of_names(&self) -> Unreadable {
+        let meaning = match self.action {
+            "stat" => {
+                "it cannot be looked at; it and everything below it is missing on the target, or as an earlier epoch brought it"
+            }
+            _ => {
+                "it cannot be listed; everything below it that is not in what was listed is missing on the target, or as an earlier epoch brought it"
+            }
+        };
+        self.loss(meaning)
+    }
+
     /// Whether the entry was simply gone.
     #[must_use]
     pub fn vanished(&self) -> bool {
@@ -78,6 +111,12 @@ impl WalkError {
         })
     }
 }
+
+/// What the loss of an entry that was found means.
+pub const LOST: &str =
+    "it cannot be read; it is missing on the target, or as an earlier epoch brought it";
+/// What the loss of attributes means.
+pub const LOST_ATTRIBUTES: &str = "its attributes, with them ACLs and capabilities, cannot be read; it has none on the target, or those that an earlier epoch brought";
 
 /// One thing found.
 #[derive(Clone, Debug)]
@@ -95,7 +134,7 @@ pub fn kind_of(stat: &FileStat) -> SFlag {
 }
 
 /// Walks everything beneath `root` in path order, crossing mount points as the containers do. A directory
-/// that exists but cannot be read is an error.
+/// that exists but cannot be read is an error; the walk can be asked for what comes behind an error.
 pub fn walk(root: &Confined) -> Walk<'_> {
     let first = Next::Root;
     Walk {
@@ -151,9 +190,9 @@ impl<'a> Walk<'a> {
 
     fn enter(&mut self, path: &[u8]) -> Result<(), WalkError> {
         match self.list(path) {
-            Ok(listing) => {
+            Ok((listing, rest)) => {
                 self.go_on(listing);
-                Ok(())
+                rest.map_or(Ok(()), Err)
             }
             Err(error) if error.vanished() && !path.is_empty() => Ok(()),
             Err(error) => Err(error),
@@ -162,8 +201,8 @@ impl<'a> Walk<'a> {
 
     /// The entries of a volume that is one file or device.
     fn enter_one(&mut self, one: &One) -> Result<(), WalkError> {
-        let found = one::found(self.root, one)
-            .map_err(|e| WalkError::new(self.root, "open", one::CONTENT, e))?;
+        let found =
+            one::found(self.root, one).map_err(|e| WalkError::new(self.root, "open", b"", e))?;
         for found in found {
             let path = found.path.to_vec();
             self.next
@@ -183,7 +222,8 @@ impl<'a> Walk<'a> {
             .push(Reverse((listing.child(), Next::Name(listing))));
     }
 
-    fn list(&mut self, path: &[u8]) -> Result<Box<Listing>, WalkError> {
+    /// The names in a directory, and why those are not all.
+    fn list(&mut self, path: &[u8]) -> Result<(Box<Listing>, Option<WalkError>), WalkError> {
         let failed = |action, source: io::Error| WalkError::new(self.root, action, path, source);
         let began = Instant::now();
         if let Some(warmer) = self.warmer {
@@ -192,8 +232,18 @@ impl<'a> Walk<'a> {
         let dir = open_directory(self.root, path)?;
         let mut dir = Dir::from_fd(dir).map_err(|e| failed("list", e.into()))?;
         let (mut names, mut spans, mut inner) = (Vec::new(), Vec::new(), Vec::new());
-        for entry in dir.iter() {
-            let entry = entry.map_err(|e| failed("list", e.into()))?;
+        let mut rest = None;
+        let mut listed = dir.iter();
+        while let Some(entry) = insist(|| listed.next().transpose().map_err(Into::into)).transpose()
+        {
+            let entry = match entry.map_err(|e| failed("list", e)) {
+                // What was listed before is not lost with it.
+                Err(error) if error.is_loss() => {
+                    rest = Some(error);
+                    break;
+                }
+                other => other?,
+            };
             let name = entry.file_name().to_bytes();
             if matches!(name, b"." | b"..") {
                 continue;
@@ -218,6 +268,7 @@ impl<'a> Walk<'a> {
                 inner.push(below(path, &names[start..]));
             }
         }
+        drop(listed);
         if let Some(warmer) = self.warmer {
             warmer.listed(began.elapsed(), &inner);
         }
@@ -225,12 +276,13 @@ impl<'a> Walk<'a> {
         spans.sort_unstable_by(|a, b| name(b).cmp(name(a)));
         spans.shrink_to_fit();
         names.shrink_to_fit();
-        Ok(Box::new(Listing {
+        let listing = Listing {
             dir: Some(dir),
             path: path.into(),
             names,
             spans,
-        }))
+        };
+        Ok((Box::new(listing), rest))
     }
 
     /// Looks at the name at `path`, the next of a listing; none when it is gone or left out.
@@ -240,16 +292,18 @@ impl<'a> Walk<'a> {
             Some(dir) => dir.as_fd(),
             None => match open_directory(self.root, &listing.path) {
                 Err(error) if error.vanished() => return Ok(None),
-                other => {
-                    again = other?;
+                Err(error) => return Err(WalkError::new(self.root, "stat", &path, error.source)),
+                Ok(dir) => {
+                    again = dir;
                     again.as_fd()
                 }
             },
         };
         let name = OsStr::from_bytes(listing.name());
-        let stat = match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        let look = || fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(io::Error::from);
+        let stat = match insist(look) {
             Ok(stat) => stat,
-            Err(Errno::ENOENT) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(WalkError::new(self.root, "stat", &path, error)),
         };
         let kind = kind_of(&stat);
@@ -348,8 +402,9 @@ impl PartialEq for Next {
 impl Eq for Next {}
 
 fn open_directory(root: &Confined, path: &[u8]) -> Result<OwnedFd, WalkError> {
-    root.open_beneath(path, OFlag::O_DIRECTORY | OFlag::O_RDONLY, Mode::empty())
-        .map_err(|e| WalkError::new(root, "open", path, e))
+    let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
+    let open = || root.open_beneath(path, flags, Mode::empty());
+    insist(|| open().map_err(Into::into)).map_err(|e| WalkError::new(root, "open", path, e))
 }
 
 /// Identity and metadata of `found` as an entry of `kind`, without attributes.
@@ -424,8 +479,8 @@ pub fn special_entry(root: &Confined, found: &Found, racy: bool) -> Result<Entry
         .map_err(|e| failed("open the directory of", e.into()))?;
     let kind = match kind_bits {
         SFlag::S_IFLNK => {
-            let target = nix::fcntl::readlinkat(parent.as_fd(), name)
-                .map_err(|e| failed("read the link", e.into()))?;
+            let read = || nix::fcntl::readlinkat(parent.as_fd(), name).map_err(Into::into);
+            let target = insist(read).map_err(|e| failed("read the link", e))?;
             if target.is_empty() {
                 let nowhere = io::Error::new(io::ErrorKind::InvalidData, "it leads nowhere");
                 return Err(failed("read the link", nowhere));
@@ -458,7 +513,7 @@ pub fn read_xattrs<C: xattrs::Carrier + ?Sized>(
     if root.one().is_some_and(One::is_device) {
         return Ok(Vec::new());
     }
-    let xattrs = xattrs::read(carrier).map_err(failed)?;
+    let xattrs = insist(|| xattrs::read(carrier)).map_err(failed)?;
     let bytes: usize = xattrs
         .iter()
         .map(|xattr| xattr.name.len() + xattr.value.len() + 6)
@@ -481,7 +536,7 @@ pub fn open_root(path: &Path) -> Result<Confined, WalkError> {
     };
     opened.map_err(|source| WalkError {
         action: "open",
-        path: ".".to_owned(),
+        path: Box::default(),
         root: path.to_owned(),
         source,
     })

@@ -109,7 +109,8 @@ impl<'a> Warmer<'a> {
         Lease(self)
     }
 
-    /// Brings a directory and what is known of everything in it into memory. What fails here fails the walk.
+    /// Brings a directory and what is known of everything in it into memory. What fails here
+    /// is the walk's to find.
     fn read(&self, path: &[u8]) {
         let began = Instant::now();
         let flags = OFlag::O_DIRECTORY | OFlag::O_RDONLY;
@@ -119,7 +120,8 @@ impl<'a> Warmer<'a> {
         let Ok(mut dir) = Dir::from_fd(dir) else {
             return;
         };
-        let names: Vec<Entry> = dir.iter().flatten().collect();
+        // What a disk does not give up it refuses for ever.
+        let names: Vec<Entry> = dir.iter().map_while(Result::ok).collect();
         let took = began.elapsed();
         let mut seen = HashSet::new();
         // Only for its effect: what is known of neighbours comes with the first of them.

@@ -176,6 +176,7 @@ impl Bench {
             size: Bytes(0),
             entries: 0,
             device_nodes: 0,
+            unreadable: 0,
             changes: Default::default(),
             unused: Default::default(),
         }
