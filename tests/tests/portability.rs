@@ -20,7 +20,10 @@ const CACHE: Service = Service {
 fn capabilities(pid: u32) -> Result<Vec<(String, u64)>> {
     let mut sets = Vec::new();
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let status = fs::read_to_string(thread?.path().join("status"))?;
+        // One that ended since it was listed has none.
+        let Ok(status) = fs::read_to_string(thread?.path().join("status")) else {
+            continue;
+        };
         for line in status.lines().filter(|line| line.starts_with("Cap")) {
             let (name, set) = line.split_once(":\t").context("proc(5)")?;
             sets.push((name.to_owned(), u64::from_str_radix(set, 16)?));
