@@ -1,20 +1,22 @@
 //! What a failing disk does not give up at once: read last, in small pieces, and named when it is lost.
 //!
-//! Invariants: nothing is retried while there is anything good left to read; bytes that are lost are zeros on
-//! the target and stand in the state of the epoch; their file is read again in the next one.
+//! Invariants: nothing is retried while there is anything good left to read; a block of which bytes are lost stays
+//! as an earlier epoch brought it whole, else those bytes are zeros on the target; all of them stand in the state
+//! of the epoch, and their file is read again in the next one.
 
 use super::link::LinkError;
 use super::payload::SmallFiles;
 use super::queue::lock;
 use super::reading::{Reading, Unit, size_of};
 use super::source::{SourceError, add};
-use crate::volume::Unreadable;
+use crate::model::ids::Signature;
 use crate::volume::salvage;
 use crate::volume::scan;
 use crate::volume::tree::shown;
 use crate::volume::walk::{Found, WalkError};
-use std::fs::File;
-use std::io;
+use crate::volume::{Entry, Kind, Unreadable};
+use nix::sys::stat::FileStat;
+use std::collections::HashMap;
 use std::ops::Range;
 
 impl<'s> Reading<'_, 's> {
@@ -65,23 +67,73 @@ impl<'s> Reading<'_, 's> {
         Ok(())
     }
 
-    /// Reads in small pieces what is left of a file, and notes what is not.
-    pub(super) fn salvage(
+    /// Names what is lost of a file that has `size` bytes; the blocks around it that an earlier epoch brought whole,
+    /// which are nearer to what was there than zeros.
+    pub(super) fn name_lost(
         &self,
         path: &[u8],
-        file: &File,
-        into: &mut [u8],
-        offset: u64,
-    ) -> io::Result<usize> {
-        let (done, lost) = salvage::read(file, into, offset)?;
-        let lost = lost.into_iter().map(|range| Unreadable {
-            path: shown(path).into_owned(),
-            offset: range.start,
-            length: range.end - range.start,
-            entry: None,
-        });
-        lock(&self.tally.unreadable).extend(lost);
-        Ok(done)
+        stat: &FileStat,
+        size: u64,
+        lost: &[Range<u64>],
+    ) -> HashMap<u64, Signature> {
+        if lost.is_empty() {
+            return HashMap::new();
+        }
+        let block_size = self.source.block_size;
+        let previous = self.source.held.previous();
+        let before = previous
+            .and_then(|state| state.get(path))
+            .filter(|entry| (entry.seen.device, entry.seen.inode) == (stat.st_dev, stat.st_ino));
+        let blocks = match before.as_ref().map(|entry| &entry.kind) {
+            Some(Kind::File { blocks, .. }) => &blocks[..],
+            _ => &[],
+        };
+        let size_before = before.as_ref().map_or(0, Entry::size);
+        let lost_before = previous.map_or(&[][..], |state| &state.unreadable);
+        let zeros = |block: &Range<u64>| {
+            lost_before.iter().any(|lost| {
+                !lost.kept
+                    && lost.path == shown(path)
+                    && lost.offset < block.end
+                    && block.start < lost.offset + lost.length
+            })
+        };
+        let whole = |index: u64| {
+            let block = index * block_size.bytes()..(index + 1) * block_size.bytes();
+            let signature = *blocks.get(usize::try_from(index).ok()?)?;
+            let as_long =
+                block_size.length_of(size_before, index) == block_size.length_of(size, index);
+            (as_long && !zeros(&block)).then_some(signature)
+        };
+        let mut named: Vec<Unreadable> = Vec::new();
+        let mut kept = HashMap::new();
+        for range in lost {
+            let mut offset = range.start;
+            while offset < range.end {
+                let index = offset / block_size.bytes();
+                let length = range.end.min((index + 1) * block_size.bytes()) - offset;
+                let brought = whole(index);
+                kept.extend(brought.map(|signature| (index, signature)));
+                match named.last_mut() {
+                    Some(last)
+                        if last.offset + last.length == offset
+                            && last.kept == brought.is_some() =>
+                    {
+                        last.length += length;
+                    }
+                    _ => named.push(Unreadable {
+                        path: shown(path).into_owned(),
+                        offset,
+                        length,
+                        entry: None,
+                        kept: brought.is_some(),
+                    }),
+                }
+                offset += length;
+            }
+        }
+        lock(&self.tally.unreadable).extend(named);
+        kept
     }
 
     fn salvage_small(&self, step: usize, found: &Found) -> Result<(), SourceError> {
@@ -92,13 +144,18 @@ impl<'s> Reading<'_, 's> {
         };
         let size = size_of(&stat).min(size_of(&found.stat));
         let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
-        let read = self
-            .salvage(&found.path, &file, &mut bytes, 0)
+        let (read, lost) = salvage::read(&file, &mut bytes, 0)
             .map_err(|e| WalkError::new(self.root, "read", &found.path, e))?;
         bytes.truncate(read);
+        let kept = self.name_lost(&found.path, &stat, read as u64, &lost);
         self.source.progress.read(size);
         add(&self.tally.bytes_read, size);
-        let entry = self.small_entry(&found.path, &file, &stat, &bytes)?;
+        let mut entry = self.small_entry(&found.path, &file, &stat, &bytes)?;
+        if let Kind::File { blocks, .. } = &mut entry.kind {
+            for (block, index) in blocks.iter_mut().zip(0..) {
+                *block = kept.get(&index).copied().unwrap_or(*block);
+            }
+        }
         if self.source.differs(&entry) {
             add(&self.tally.changed_entries, 1);
             let mut files = SmallFiles::default();

@@ -12,12 +12,13 @@ use super::source::{SourceError, add};
 use super::uring::is_cached;
 use crate::model::ids::Signature;
 use crate::volume::aligned::ALIGNMENT;
-use crate::volume::salvage::is_media_error;
+use crate::volume::salvage::{self, is_media_error};
 use crate::volume::scan::Holes;
 use crate::volume::sign::{self, ZERO};
 use crate::volume::unused;
 use crate::volume::walk::WalkError;
 use nix::sys::stat::FileStat;
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -69,6 +70,8 @@ pub(super) struct Piece {
     descriptors: usize,
     data: usize,
     blocks: Vec<(Signature, Fate)>,
+    /// Blocks that stay as an earlier epoch brought them, because the disk does not give up all of them now.
+    kept: HashMap<u64, Signature>,
 }
 
 impl Piece {
@@ -128,8 +131,10 @@ impl Reading<'_, '_> {
                     continue;
                 }
                 let offset = piece.offset + part.start as u64;
-                let read = self.salvage(&large.path, &large.file, &mut memory[part], offset);
-                let done = read.map_err(|e| self.unread(large, offset, &e))?;
+                let (done, lost) = salvage::read(&large.file, &mut memory[part], offset)
+                    .map_err(|e| self.unread(large, offset, &e))?;
+                let kept = self.name_lost(&large.path, &large.stat, large.size, &lost);
+                piece.kept.extend(kept);
                 self.source.progress.read(done as u64);
                 add(&self.tally.bytes_read, done as u64);
             }
@@ -162,6 +167,7 @@ impl Reading<'_, '_> {
             data: head.len(),
             // Filled in when the bytes are there.
             blocks: vec![(ZERO, Fate::Same); usize::try_from(count).unwrap_or(0)],
+            kept: HashMap::new(),
         }
     }
 
@@ -254,6 +260,8 @@ impl Reading<'_, '_> {
             let signed = signed.map(|(bytes, index)| {
                 let signature = if piece.file.skips(index) {
                     ZERO
+                } else if let Some(kept) = piece.kept.get(&index) {
+                    *kept
                 } else {
                     sign::signature(self.source.key, bytes)
                 };

@@ -379,6 +379,7 @@ impl Source<'_> {
             entry: Some(format!(
                 "it is another name of {first}, which cannot be read; it is missing on the target"
             )),
+            kept: false,
         });
         Ok(())
     }

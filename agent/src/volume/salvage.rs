@@ -29,6 +29,9 @@ pub struct Unreadable {
     /// Where it is not bytes: what cannot be read, why, and what that means for the target.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entry: Option<String>,
+    /// The target keeps the blocks around the bytes as an earlier epoch brought them; else the bytes are zeros there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub kept: bool,
 }
 
 impl std::fmt::Display for Unreadable {
@@ -38,13 +41,16 @@ impl std::fmt::Display for Unreadable {
             offset,
             length,
             entry,
+            kept,
         } = self;
+        let there = if *kept {
+            "around which the target keeps what an earlier round brought"
+        } else {
+            "zeros on the target"
+        };
         match entry {
             Some(entry) => write!(f, "{path}: {entry}"),
-            None => write!(
-                f,
-                "{path}: {length} bytes at offset {offset}, zeros on the target"
-            ),
+            None => write!(f, "{path}: {length} bytes at offset {offset}, {there}"),
         }
     }
 }

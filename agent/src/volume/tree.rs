@@ -390,7 +390,7 @@ mod tests {
             let (lost, changed) = ranges.split_at(ranges.len() / 2);
             state.changed = Some(changed.iter().map(|(start, len)| *start..start + len).collect());
             state.unreadable = lost.iter().map(|(offset, length)| crate::volume::Unreadable {
-                path: String::new(), offset: *offset, length: *length, entry: None,
+                path: String::new(), offset: *offset, length: *length, entry: None, kept: false,
             }).collect();
             let runs = state.changed_blocks(path, size, None).unwrap();
             for pair in runs.windows(2) {

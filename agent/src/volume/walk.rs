@@ -83,6 +83,7 @@ impl WalkError {
             offset: 0,
             length: 0,
             entry: Some(format!("{meaning} ({})", self.source)),
+            kept: false,
         }
     }
 

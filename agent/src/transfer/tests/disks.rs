@@ -1,6 +1,8 @@
 //! Real file systems that cannot take everything: each refusal names the path and what helps.
 
 use super::*;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use std::os::unix::fs::FileExt;
 
 /// A file system of its own on a loop device, if root may make one.
 struct Disk {
@@ -220,6 +222,79 @@ fn a_tree_leaves_a_file_system_that_went_read_only_after_an_error() {
         Bytes(0),
         "nothing changes there any more"
     );
+}
+
+/// Where the data of a file begins in its file system's device, in bytes.
+fn place(file: &Path) -> u64 {
+    let listed = Command::new("filefrag")
+        .args(["-v", "-b4096"])
+        .arg(file)
+        .output();
+    let listed = String::from_utf8(listed.unwrap().stdout).unwrap();
+    let first = listed
+        .lines()
+        .find(|line| line.trim().starts_with("0:"))
+        .expect(&listed);
+    let physical = first.split(':').nth(2).unwrap().split("..").next().unwrap();
+    physical.trim().parse::<u64>().unwrap() * 4096
+}
+
+#[test]
+fn what_the_disk_gave_up_once_stays_on_the_target_when_it_is_gone_later() {
+    let mut bench = Bench::new(EngineChoice::Auto);
+    let mkfs = ["mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal"];
+    let Some(disk) = Disk::new(&bench, 64, &mkfs) else {
+        return;
+    };
+    bench.source = disk.dir.join("tree");
+    fs::create_dir(&bench.source).unwrap();
+    let files = [("small", 200_000), ("large", 3 << 20)].map(|(name, size)| {
+        let path = bench.source.join(name);
+        fs::write(&path, noise(size, size as usize)).unwrap();
+        (name, path, fs::read(bench.source.join(name)).unwrap())
+    });
+    bench.admit_target(&bench.target);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let (mut state, _) = bench.send(&mut sender, 1, None).unwrap();
+    for (_, path, _) in &files {
+        let file = fs::File::options().write(true).open(path).unwrap();
+        file.write_all_at(b"new", 0).unwrap();
+        file.sync_all().unwrap();
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    }
+    let image = disk.dir.with_file_name("disk.img");
+    let [small, large] = files.each_ref().map(|(_, path, _)| place(path));
+    // Behind the first block of whichever lies first.
+    let cut = small.min(large) + 70_000_u64.next_multiple_of(4096);
+    fs::File::options()
+        .write(true)
+        .open(image)
+        .unwrap()
+        .set_len(cut)
+        .unwrap();
+    for epoch in 2..4 {
+        let (next, report) = bench.send(&mut sender, epoch, Some(&state)).unwrap();
+        state = next;
+        assert_eq!(report.root, report.target_root);
+        for (name, _, old) in &files {
+            let lost = report.unreadable.iter().filter(|lost| lost.path == *name);
+            assert!(lost.clone().all(|lost| lost.kept), "{lost:?}");
+            let mut expected = old.clone();
+            expected[..3].copy_from_slice(b"new");
+            for lost in lost.clone() {
+                let start = (lost.offset / 65_536 * 65_536) as usize;
+                let end = old
+                    .len()
+                    .min((lost.offset + lost.length).next_multiple_of(65_536) as usize);
+                expected[start..end].copy_from_slice(&old[start..end]);
+            }
+            assert!(lost.count() > 0, "{name} can be read");
+            assert!(
+                fs::read(bench.target.join(name)).unwrap() == expected,
+                "{name}"
+            );
+        }
+    }
 }
 
 #[test]

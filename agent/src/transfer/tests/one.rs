@@ -191,9 +191,21 @@ fn what_a_disk_does_not_give_up_is_read_last_named_to_4_kib_and_read_again_in_th
 
         below.write_all_at(&whole[cut as usize..], cut).unwrap();
         below.set_len(9 << 20).unwrap();
-        let (_, report) = bench.send_one(&mut sender, &disk.device, 2, Some(&state));
+        let (state, report) = bench.send_one(&mut sender, &disk.device, 2, Some(&state));
         assert_eq!(report.unreadable, []);
         assert_eq!(fs::read(&to).unwrap(), whole);
+
+        // What is gone now stays on the target as it came, with the rest of its block.
+        below.write_all_at(&[1; 4096], 4 << 20).unwrap();
+        below.write_all_at(&[1; 4096], 6 << 20).unwrap();
+        below.set_len(cut).unwrap();
+        let (state, report) = bench.send_one(&mut sender, &disk.device, 3, Some(&state));
+        assert_eq!(ranges(&report.unreadable), (cut, 9 << 20), "{way:?}");
+        assert!(report.unreadable.iter().all(|lost| lost.kept));
+        let mut expected = whole.clone();
+        expected[4 << 20..][..4096].fill(1);
+        assert!(fs::read(&to).unwrap() == expected, "{way:?}");
+        assert_eq!((report.root, state.root), (report.target_root, report.root));
     }
 }
 
