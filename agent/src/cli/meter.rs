@@ -1,5 +1,6 @@
 //! A plan's progress in one line: phase, amount, rate and remaining time, from one look to the next.
 
+use super::output::redraw;
 use crate::migration::{Limits, PlanStatus};
 use crate::model::units::{Bytes, human_duration};
 use std::io::IsTerminal;
@@ -84,7 +85,7 @@ impl Meter {
         let line = self.line(plan);
         let now = (plan.phase.clone(), plan.trouble.clone());
         if std::io::stderr().is_terminal() {
-            eprint!("\r\x1b[K{line}");
+            redraw(&line);
             self.drawn = true;
         } else if self.told != now {
             eprintln!("{line}");

@@ -3,7 +3,8 @@
 //! Exit codes (documented in `lifeboat --help` and docs/cli.md): 0 done, 1 failed, 2 wrong usage,
 //! 3 the daemon or a device cannot be reached, 4 the plan is blocked or was aborted, 5 a proof failed.
 
-/// As the standard library's, for a reader that may have gone away (`| head`).
+/// As the standard library's, for a reader that may have gone away (`| head`) and for names that must not speak to the
+/// terminal.
 macro_rules! print {
     ($($text:tt)*) => { $crate::cli::output::put(format_args!($($text)*)) };
 }
@@ -11,6 +12,17 @@ macro_rules! print {
 /// As [`print!`], with an end of line.
 macro_rules! println {
     ($($text:tt)*) => { $crate::cli::output::put(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+/// As [`print!`], to standard error.
+macro_rules! eprint {
+    ($($text:tt)*) => { $crate::cli::output::put_error(format_args!($($text)*)) };
+}
+
+/// As [`println!`], to standard error.
+macro_rules! eprintln {
+    () => { eprint!("\n") };
+    ($($text:tt)*) => { eprint!("{}\n", format_args!($($text)*)) };
 }
 
 mod agent;

@@ -1,7 +1,7 @@
 //! The live view: containers, pressure, block and run-queue latency as plain tables.
 
 use super::daemon::ask;
-use super::output::table;
+use super::output::{clear, table};
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
 use crate::model::telemetry::{BlockIo, Histogram, RunQueueStats, Snapshot};
@@ -28,7 +28,7 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
             } else {
                 let table = render(&status.view.snapshot);
                 if live {
-                    print!("\x1b[H\x1b[2J");
+                    clear();
                 }
                 print!("{table}");
                 std::io::stdout().flush()?;

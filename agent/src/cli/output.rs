@@ -1,5 +1,8 @@
-//! Printing: text to standard output, and plain tables.
+//! Printing: text to standard output and standard error, and plain tables.
+//!
+//! Invariant: no control character of a name reaches the terminal.
 
+use crate::model::visible::{visible, visible_lines};
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write as _};
 
@@ -8,8 +11,17 @@ const READER_GONE: i32 = 141;
 
 /// Prints `text`, and ends the program when nobody can read it: quietly when the reader has gone away (`| head`).
 pub fn put(text: Arguments<'_>) {
+    write(&visible_lines(&text.to_string()));
+}
+
+/// Clears the terminal, for what is shown again and again.
+pub fn clear() {
+    write("\x1b[H\x1b[2J");
+}
+
+fn write(text: &str) {
     let mut out = std::io::stdout().lock();
-    match out.write_fmt(text).and_then(|()| out.flush()) {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(READER_GONE),
         Err(error) => {
@@ -17,6 +29,16 @@ pub fn put(text: Arguments<'_>) {
             std::process::exit(1);
         }
     }
+}
+
+/// Prints `text` to standard error.
+pub fn put_error(text: Arguments<'_>) {
+    std::eprint!("{}", visible_lines(&text.to_string()));
+}
+
+/// Draws a line of standard error's terminal over itself.
+pub fn redraw(line: &str) {
+    std::eprint!("\r\x1b[K{}", visible(line));
 }
 
 /// Prints `text` as whole lines.
@@ -29,7 +51,11 @@ pub fn say(text: &str) {
 #[must_use]
 pub fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) -> String {
     let heading = heading.map(str::to_owned);
-    let lines: Vec<&[String; N]> = std::iter::once(&heading).chain(rows).collect();
+    let rows: Vec<[String; N]> = rows
+        .iter()
+        .map(|row| row.each_ref().map(|cell| visible(cell).into_owned()))
+        .collect();
+    let lines: Vec<&[String; N]> = std::iter::once(&heading).chain(&rows).collect();
     let widths: [usize; N] = std::array::from_fn(|column| {
         lines
             .iter()

@@ -4,6 +4,7 @@ use super::daemon::{Selection, ask};
 use super::{Context, Failure, Outcome};
 use crate::model::plan::Plan;
 use crate::model::units::human_duration;
+use crate::model::visible::visible;
 use crate::model::volume::Unused;
 use std::fmt::Write as _;
 
@@ -53,11 +54,7 @@ pub fn render(plan: &Plan) -> String {
     let _ = writeln!(out, "\nstart order of the twins");
     for (number, step) in plan.order.iter().enumerate() {
         let joint = if step.sequential { " → " } else { " + " };
-        let names: Vec<&str> = step
-            .containers
-            .iter()
-            .map(super::super::model::ids::ContainerName::as_str)
-            .collect();
+        let names: Vec<String> = step.containers.iter().map(ToString::to_string).collect();
         let cycle = if step.sequential {
             "  (a cycle: one after another)"
         } else {
@@ -67,25 +64,18 @@ pub fn render(plan: &Plan) -> String {
     }
     let _ = writeln!(out, "\ngroups that stay together");
     for group in &plan.groups {
-        let names: Vec<&str> = group
-            .iter()
-            .map(super::super::model::ids::ContainerName::as_str)
-            .collect();
+        let names: Vec<String> = group.iter().map(ToString::to_string).collect();
         let _ = writeln!(out, "  {}", names.join(", "));
     }
     let _ = writeln!(out, "\nvolumes");
     for volume in &plan.volumes {
-        let users: Vec<&str> = volume
-            .containers
-            .iter()
-            .map(super::super::model::ids::ContainerName::as_str)
-            .collect();
+        let users: Vec<String> = volume.containers.iter().map(ToString::to_string).collect();
         let _ = writeln!(
             out,
             "  {:>10}  {:>8} entries  {}  ({})",
             volume.size,
             volume.entries,
-            volume.name,
+            visible(&volume.name),
             users.join(", ")
         );
         if volume.kind.is_one() {
@@ -116,10 +106,15 @@ pub fn render(plan: &Plan) -> String {
         let _ = writeln!(out, "{}", choice.why);
     }
     for note in &plan.notes {
-        let _ = writeln!(out, "note: {note}");
+        let _ = writeln!(out, "note: {}", visible(note));
     }
     for blocker in &plan.blockers {
-        let _ = writeln!(out, "blocked: {}: {}", blocker.what, blocker.why);
+        let _ = writeln!(
+            out,
+            "blocked: {}: {}",
+            visible(&blocker.what),
+            visible(&blocker.why)
+        );
     }
     out
 }

@@ -8,6 +8,7 @@ use crate::migration::report::Report;
 use crate::migration::verify::Verification;
 use crate::model::ids::PlanId;
 use crate::model::units::human_duration;
+use crate::model::visible::visible;
 
 /// A plan.
 #[derive(clap::Args)]
@@ -129,7 +130,11 @@ pub fn print_report(report: &Report, context: &Context) -> Outcome {
         return Ok(());
     }
     for moment in &report.timeline {
-        println!("{:>9.3} s  {}", moment.after.as_secs_f64(), moment.text);
+        println!(
+            "{:>9.3} s  {}",
+            moment.after.as_secs_f64(),
+            visible(&moment.text)
+        );
     }
     println!(
         "{}: {} in changesets, {} on the wire, {}/s",
@@ -152,11 +157,15 @@ pub fn print_report(report: &Report, context: &Context) -> Outcome {
     }
     for (volume, lost) in &report.unreadable {
         for lost in lost {
-            println!("not read: volume {volume}: {lost}");
+            println!(
+                "not read: volume {}: {}",
+                visible(&volume.to_string()),
+                visible(&lost.to_string())
+            );
         }
     }
     for exception in &report.exceptions {
-        println!("not carried over: {exception}");
+        println!("not carried over: {}", visible(exception));
     }
     Ok(())
 }
@@ -187,7 +196,7 @@ pub fn verify(arguments: &Arguments, context: &Context) -> Outcome {
                 shown(volume.kept),
             );
             for lost in &volume.unreadable {
-                println!("not read again: {lost}");
+                println!("not read again: {}", visible(&lost.to_string()));
             }
         }
         println!(

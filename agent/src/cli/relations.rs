@@ -212,7 +212,7 @@ fn joined(names: &[ContainerName]) -> String {
     if names.is_empty() {
         return "-".to_owned();
     }
-    let names: Vec<&str> = names.iter().map(ContainerName::as_str).collect();
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
     names.join(", ")
 }
 
@@ -389,6 +389,30 @@ mod tests {
         .unwrap();
         let table = render(&evidence, None, false).unwrap();
         assert!(table.contains("db:53/udp:unix (stale)"), "{table}");
+    }
+
+    #[test]
+    fn a_name_is_shown_and_cannot_speak_to_the_terminal() {
+        let text = r#"{"containers":["web\u001b[2J\nfake  1  HAS-A","db\u009b1m"],
+            "edges":[{"child":"web\u001b[2J\nfake  1  HAS-A","parent":"db\u009b1m","port":5432}]}"#;
+        let evidence = read_input(text, "f").unwrap();
+        for format in [
+            Format::Table,
+            Format::Matrix,
+            Format::Tree,
+            Format::Order,
+            Format::Dot,
+            Format::Svg,
+        ] {
+            let text = render(&evidence, Some(format), false).unwrap();
+            let raw = text.contains(|c: char| c.is_control() && c != '\n');
+            assert!(!raw && !text.contains("\nfake"), "{text:?}");
+        }
+        let table = render(&evidence, None, false).unwrap();
+        assert!(table.contains(r"web\x1b[2J\nfake"), "{table}");
+        let json = render(&evidence, None, true).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["edges"][0]["parent"], "db\u{9b}1m");
     }
 
     #[test]

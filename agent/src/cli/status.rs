@@ -2,12 +2,14 @@
 
 use super::daemon::ask;
 use super::meter::Meter;
+use super::output::clear;
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
 use crate::health::Stage;
 use crate::migration::Arriving;
 use crate::model::ids::PlanId;
 use crate::model::units::{human_duration, utc};
+use crate::model::visible::visible;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
@@ -32,7 +34,7 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
                 render(&status, &mut meters)
             };
             if arguments.watch && std::io::stdout().is_terminal() {
-                print!("\x1b[H\x1b[2J");
+                clear();
             }
             println!("{}", text.trim_end());
             std::io::stdout().flush()?;
@@ -64,8 +66,15 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
                 Some(Stage::Prepare) => ", to be prepared",
                 Some(Stage::Evacuate) | None => "",
             };
+            let held = verdict.held_until.map_or_else(String::new, |until| {
+                format!(
+                    ", held by the policy's `hold` until {} ({} more)",
+                    utc(until),
+                    human_duration(until.since(snapshot.at))
+                )
+            });
             lines.push(format!(
-                "{}: {}{watched} for {age}",
+                "{}: {}{watched} for {age}{held}",
                 status.device, verdict.kind
             ));
             lines.extend(
@@ -159,5 +168,44 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
             program.run_time_ns / program.runs
         ));
     }
+    let lines: Vec<_> = lines.iter().map(|line| visible(line)).collect();
     lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::health::{Verdict, VerdictKind};
+    use crate::model::telemetry::Snapshot;
+    use crate::model::units::UnixMillis;
+
+    #[test]
+    fn a_verdict_that_the_hold_keeps_says_what_keeps_it_and_until_when() {
+        let minutes = |minutes: u64| UnixMillis(1_750_000_000_000 + minutes * 60_000);
+        let mut status = Status {
+            device: "h1".into(),
+            view: Default::default(),
+            plans: Vec::new(),
+            arriving: Vec::new(),
+            judgement: None,
+        };
+        status.view.snapshot = Snapshot {
+            at: minutes(7),
+            ..Snapshot::default()
+        };
+        status.view.problems = vec!["/srv/a\x1b[2J\nh2: healthy".into()];
+        status.view.verdict = Some(Verdict {
+            kind: VerdictKind::Degraded,
+            since: minutes(0),
+            held_until: Some(minutes(10)),
+            ..Verdict::default()
+        });
+        let text = render(&status, &mut BTreeMap::new());
+        let expected = format!(
+            "h1: degraded for 7 min 0 s, held by the policy's `hold` until {} (3 min 0 s more)\n\
+             problem: /srv/a\\x1b[2J\\nh2: healthy",
+            utc(minutes(10))
+        );
+        assert_eq!(text, expected);
+    }
 }

@@ -1,5 +1,6 @@
 //! Names of things. Newtypes, so that one cannot be handed over as another.
 
+use super::visible::visible;
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
@@ -20,8 +21,9 @@ macro_rules! string_id {
         }
 
         impl fmt::Display for $name {
+            /// For people: whoever makes a cgroup or a container chooses its name.
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
+                f.write_str(&visible(&self.0))
             }
         }
 

@@ -5,6 +5,7 @@ mod catalogue;
 pub use catalogue::METRICS;
 
 use super::units::UnixMillis;
+use super::visible::visible;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -152,7 +153,7 @@ impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.per {
             Per::Device => f.write_str("device"),
-            _ => f.write_str(&self.name),
+            _ => f.write_str(&visible(&self.name)),
         }
     }
 }

@@ -20,4 +20,5 @@ pub mod telemetry;
 pub mod trace;
 pub mod units;
 pub(crate) mod varint;
+pub mod visible;
 pub mod volume;

@@ -44,6 +44,6 @@ impl Graph {
 fn quoted(name: &ContainerName) -> String {
     format!(
         "\"{}\"",
-        name.as_str().replace('\\', "\\\\").replace('"', "\\\"")
+        name.to_string().replace('\\', "\\\\").replace('"', "\\\"")
     )
 }

@@ -22,7 +22,7 @@ impl Graph {
     #[must_use]
     pub fn svg(&self) -> String {
         let rows = self.rows();
-        let width = |node: u32| self.name(node).as_str().chars().count() as f64 * LETTER + 24.0;
+        let width = |node: u32| self.name(node).to_string().chars().count() as f64 * LETTER + 24.0;
         let row_width = |row: &[u32]| row.iter().map(|&node| width(node) + GAP).sum::<f64>() - GAP;
         let widest = rows.iter().map(|row| row_width(row)).fold(160.0, f64::max);
         let mut at = vec![(0.0, 0.0); self.names.len()];
@@ -82,7 +82,7 @@ impl Graph {
                 x - width(node) / 2.0,
                 width(node),
                 y + BOX / 2.0 + 4.5,
-                name = escaped(self.name(node).as_str()),
+                name = escaped(&self.name(node).to_string()),
                 relation = self.relation(node),
             );
         }
@@ -178,6 +178,7 @@ fn curve(from: (f64, f64), to: (f64, f64)) -> String {
     format!("M{x:.1} {y:.1}C{x:.1} {middle:.1} {end_x:.1} {middle:.1} {end_x:.1} {end_y:.1}")
 }
 
+/// A name as XML has it, which allows no control characters.
 fn escaped(name: &str) -> String {
     name.replace('&', "&amp;")
         .replace('<', "&lt;")
