@@ -305,11 +305,15 @@ async fn pause(
 }
 
 async fn resume(State(context): State<Context>) -> Result<Json<Option<Pause>>, Refused> {
-    tracing::warn!("policy resumed by an operator");
-    let ended = context.pauses.end();
-    ended
-        .map(Json)
-        .map_err(|error| refused(format!("the pause cannot be ended: {error}")))
+    let ended = context
+        .pauses
+        .end(context.delegator.now())
+        .map_err(|error| refused(format!("the pause cannot be ended: {error}")))?;
+    match &ended {
+        Some(pause) => tracing::warn!(why = pause.why, "policy resumed by an operator"),
+        None => tracing::info!("an operator resumed the policy, which was not paused"),
+    }
+    Ok(Json(ended))
 }
 
 fn refused(error: String) -> Refused {

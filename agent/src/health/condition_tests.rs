@@ -199,6 +199,61 @@ fn a_value_is_judged_for_each_unit_of_load_and_not_while_idle() {
 }
 
 #[test]
+fn what_failed_under_load_is_over_when_there_is_too_little_of_it_for_the_whole_span() {
+    let text = "metric: block.latency_p99\nper: disk\nrelative_to_load: { metric: block.iops, at_least: 50, over: 10s }\nabove: 100us";
+    let mut judge = judge(text);
+    let mut at = |second, iops: f64| {
+        let latency = ("block.latency_p99", Per::Disk, "vda", 40.0 * MS);
+        let load = ("block.iops", Per::Disk, "vda", iops);
+        sweep(&mut judge, second, &[latency, load])
+    };
+    let mut verdict = Verdict::default();
+    for second in 0..20 {
+        verdict = at(second, 100.0);
+    }
+    assert_eq!(verdict.kind, VerdictKind::Degraded);
+    let text = &verdict.evidence[0].text;
+    assert!(
+        text.ends_with(
+            "clears at 100 µs or less, or after 10.0 s with less than 50/s of block.iops"
+        ),
+        "{text}"
+    );
+    // Under 50/s on average from second 25 on; a burst begins the span anew.
+    for second in 20..60 {
+        let iops = if second == 34 { 1_000.0 } else { 0.0 };
+        verdict = at(second, iops);
+        let over = second >= 55;
+        assert_eq!(
+            verdict.kind == VerdictKind::Healthy,
+            over,
+            "second {second}: {verdict}"
+        );
+        if !over {
+            let text = &verdict.evidence[0].text;
+            assert!(!text.contains("(0/s"), "the load it was judged at: {text}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_was_slower_than_its_peers_is_well_when_all_of_them_rest() {
+    let text = "metric: block.latency_p99\nrelative_to_peers: { at_least: 5ms }\nabove: 3x";
+    let mut judge = judge(text);
+    let mut at = |second, sick: f64, others: f64| {
+        let disk = |name, ms: f64| ("block.latency_p99", Per::Disk, name, ms * MS);
+        let disks = [disk("sda", sick), disk("sdb", others), disk("sdc", others)];
+        sweep(&mut judge, second, &disks)
+    };
+    assert_eq!(at(1, 40.0, 4.0).kind, VerdictKind::Degraded);
+    // Nobody to be compared with, and slow all the same.
+    assert_eq!(at(2, 40.0, 0.0).kind, VerdictKind::Degraded);
+    assert_eq!(at(3, 1.0, 0.0).kind, VerdictKind::Healthy);
+    assert_eq!(at(4, 40.0, 4.0).kind, VerdictKind::Degraded);
+    assert_eq!(at(5, 0.0, 0.0).kind, VerdictKind::Healthy);
+}
+
+#[test]
 fn events_are_judged_for_each_unit_of_a_rate() {
     let text = "metric: network.retransmits\nrelative_to_load: { metric: network.bytes_per_second, over: 10s }\nabove: 0.001";
     let mut judge = judge(text);

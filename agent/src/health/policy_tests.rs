@@ -128,6 +128,16 @@ fn a_mistake_names_file_line_column_field_and_what_would_be_right() {
         "f:26:25: guards.fleet_max_evacuating: `130%` is more than 100%",
     );
     wrong(
+        "below: 3GiB",
+        "below: 100000000000000000000000GiB",
+        "f:16:12: thresholds.memory-low.below: `100000000000000000000000GiB` is beyond anything there is: write at most 8388608TiB",
+    );
+    wrong(
+        "fleet_max_evacuating: 30%",
+        "limit: 100000000000000000000000GiB",
+        "f:26:10: guards.limit: `100000000000000000000000GiB` is beyond anything there is",
+    );
+    wrong(
         "version: 1",
         "version: 2",
         "f:1:10: version: version 2 is not known",

@@ -69,7 +69,26 @@ pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
             "`{text}` is more than 100%, which is never reached"
         ));
     }
-    Ok(number * factor)
+    let value = number * factor;
+    let (most, shown) = most(unit);
+    if value > most {
+        return Err(format!(
+            "`{text}` is beyond anything there is: write at most {shown}"
+        ));
+    }
+    Ok(value)
+}
+
+/// The most that a policy may say: what is beyond is a slip of the pen.
+fn most(unit: Unit) -> (f64, &'static str) {
+    match unit {
+        Unit::Nanoseconds => (366.0 * 8.64e13, "366d"),
+        // The largest number of bytes that a file system or a device tells.
+        Unit::Bytes => ((1_u64 << 63) as f64, "8388608TiB"),
+        Unit::Celsius => (1e4, "10000C"),
+        Unit::Percent => (100.0, "100%"),
+        Unit::Count | Unit::Events | Unit::PerSecond | Unit::Times => (1e15, "10^15"),
+    }
 }
 
 /// Reads bytes a second, such as `20MiB`.

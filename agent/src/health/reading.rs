@@ -114,23 +114,24 @@ fn among_host<'a>(own: &[&'a Sample], at_least: f64, fewest: usize) -> Vec<(&'a 
             // A peer that does nothing is no measure of what is usual.
             peers.retain(|value| *value > 0.0);
             if peers.len() < fewest {
-                return (*sample, Reading::Idle);
+                return (*sample, compare(sample.value, 0.0, at_least));
             }
             (*sample, compare(sample.value, median(&mut peers), at_least))
         })
         .collect()
 }
 
+/// A value beside its peers' median, which is none where they are idle.
 fn compare(value: f64, median: f64, at_least: f64) -> Reading {
-    if median <= 0.0 {
-        return Reading::Idle;
-    }
-    if value < at_least {
+    if value < at_least || (value <= 0.0 && median <= 0.0) {
         // Too small to be a failure: as good as its peers, so that one that was failing is over.
         return Reading::Value {
             value: 1.0,
             against: Some(median),
         };
+    }
+    if median <= 0.0 {
+        return Reading::Idle;
     }
     Reading::Value {
         value: value / median,

@@ -30,6 +30,9 @@ pub(super) struct Series {
     pub beyond_since: Option<Ticks>,
     /// Whether it has been passed for long enough, and has not cleared since.
     pub failed: bool,
+    /// Since when there has been too little load to judge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    idle_since: Option<Ticks>,
     /// Events of the window, oldest first.
     #[serde(default, skip_serializing_if = "VecDeque::is_empty")]
     window: VecDeque<(Ticks, u64)>,
@@ -68,6 +71,9 @@ impl Series {
         // A limit passed before a silence and after it need not have been passed in between.
         if !self.failed && (value.is_none() || !self.is_fresh(at, stale)) {
             self.beyond_since = None;
+        }
+        if value.is_some() {
+            self.idle_since = None;
         }
         self.last_at = at;
         if let Some(value) = value {
@@ -219,16 +225,30 @@ impl Series {
             }
             _ => amount / samples,
         };
-        self.against = Some(mean);
         if amount <= 0.0 || mean < at_least {
+            self.idles(over, stale, at);
             return None;
         }
+        self.against = Some(mean);
         let ratio = value / amount;
         Some(if threshold.unit == Unit::Percent {
             100.0 * ratio
         } else {
             ratio
         })
+    }
+
+    /// There is too little load to judge. That it failed is over when so it has been for the whole span: what does
+    /// nothing is judged no worse for what it did before.
+    fn idles(&mut self, over: Duration, stale: Duration, at: Ticks) {
+        if !self.is_fresh(at, stale) {
+            self.idle_since = None;
+        }
+        let since = *self.idle_since.get_or_insert(at);
+        if self.failed && u128::from(at - since) >= over.as_millis() {
+            self.failed = false;
+            self.beyond_since = None;
+        }
     }
 
     fn count(&mut self, at_least: u64, within: Duration, value: f64, at: Ticks) -> u64 {

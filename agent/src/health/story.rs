@@ -17,6 +17,28 @@ pub(super) struct Story {
 }
 
 pub(super) fn story(threshold: &Threshold, series: &Series) -> Story {
+    let mut story = by_rule(threshold, series);
+    if let Measure::PerLoad {
+        load,
+        at_least,
+        over,
+    } = threshold.measure
+    {
+        let little = if at_least > 0.0 {
+            format!("less than {}", in_unit(at_least, load.unit))
+        } else {
+            "none".to_owned()
+        };
+        story.clears_when += &format!(
+            ", or after {} with {little} of {}",
+            human_duration(over),
+            load.name
+        );
+    }
+    story
+}
+
+fn by_rule(threshold: &Threshold, series: &Series) -> Story {
     let show = |value| in_unit(value, threshold.unit);
     let at = |limit: Limit| show(limit.at(series.against));
     let value = format!("{}{}", show(series.value), beside(threshold, series));

@@ -81,17 +81,17 @@ impl Pauses {
         Ok(())
     }
 
-    /// Ends the pause; tells which.
+    /// Ends the pause in force at `now`; tells which.
     ///
     /// # Errors
     /// Its file cannot be removed; then it stays in force.
-    pub fn end(&self) -> io::Result<Option<Pause>> {
+    pub fn end(&self, now: UnixMillis) -> io::Result<Option<Pause>> {
         let mut held = locked(&self.pause);
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        Ok(held.take())
+        Ok(held.take().filter(|pause| pause.holds(now)))
     }
 }
 
@@ -121,8 +121,10 @@ mod tests {
             "a clock that stepped back"
         );
         assert_eq!(again.now(UnixMillis(5000)), None);
-        assert_eq!(again.end().unwrap(), Some(pause(5000)));
-        assert_eq!(again.end().unwrap(), None);
+        assert_eq!(again.end(UnixMillis(4999)).unwrap(), Some(pause(5000)));
+        assert_eq!(again.end(UnixMillis(4999)).unwrap(), None);
+        again.set(pause(5000)).unwrap();
+        assert_eq!(again.end(UnixMillis(5000)).unwrap(), None, "it was over");
         assert_eq!(Pauses::load(state.path()).now(UnixMillis(2000)), None);
     }
 
@@ -132,7 +134,7 @@ mod tests {
         std::fs::write(state.path().join("pause.json"), "{").unwrap();
         let pauses = Pauses::load(state.path());
         assert!(pauses.now(UnixMillis(1)).is_some());
-        pauses.end().unwrap();
+        pauses.end(UnixMillis(1)).unwrap();
         assert_eq!(pauses.now(UnixMillis(1)), None);
     }
 }
