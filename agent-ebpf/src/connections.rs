@@ -309,7 +309,7 @@ pub struct FlowKey {
 pub struct Flow {
     /// Last time it was counted as alive, ns of the monotonic clock.
     pub last_ns: u64,
-    /// [`role`] of the socket: who sent first is the client.
+    /// [`role`] of the socket: who sent first is the client. The programs keep a mark beside it.
     pub role: u64,
 }
 

@@ -2,7 +2,8 @@
 //! lookup, because the kernel keeps nothing about its peers. Bytes are not counted.
 //!
 //! Of a socket and a peer, whoever sent first is the client: the other end has received before it sends. Servers may
-//! answer from another socket than the one that was asked (TFTP, DTLS, QUIC), so who asked whom is noted as well.
+//! answer from another socket than the one that was asked (TFTP, DTLS, QUIC), so who asked whom is noted as well; and
+//! who asked many at once (mDNS, SSDP), because each that answers is a peer it never sent to.
 
 use crate::kernel::{Object, layout, lost, now_ns, probe};
 use crate::kinds::{alive, count};
@@ -14,13 +15,19 @@ use aya_ebpf::maps::LruHashMap;
 use aya_ebpf::programs::{SockAddrContext, SockContext};
 use lifeboat_ebpf::{Address, End, Flow, FlowKey, Open, PortKey, loss, protocol, role};
 
-/// Flows of sockets that are not connected; also whom a socket asked (port 0), and who asked a container
+/// Flows of sockets that are not connected; also whom a socket asked (port 0; [`MANY`]), and who asked a container
 /// ([`asked_from`]).
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(8_192, 0);
 
 /// How often a flow tells its kind that it is alive.
 const AGAIN_NS: u64 = 1_000_000_000;
+
+/// Beside the role of a flow: a server that has answered from the socket that was asked.
+const ANSWERED: u64 = 1 << 8;
+
+/// In place of the one whom a socket asked.
+const MANY: Address = [0; 2];
 
 const ALLOW: i32 = 1;
 const SOCK_DGRAM: u32 = 2;
@@ -154,10 +161,11 @@ fn asked_from(cgroup: u64, peer: Address, port: u16) -> FlowKey {
     }
 }
 
-/// Whether what a container sends there is an answer. Low ports are services also when they have asked.
+/// Whether what a container sends there is an answer. Low ports may be those of services that have asked: there it is
+/// one until the socket that was asked has answered itself ([`ANSWERED`]).
 #[inline(always)]
 fn is_answer(cgroup: u64, peer: Address, port: u16) -> bool {
-    port >= EPHEMERAL && FLOWS.get_ptr(&asked_from(cgroup, peer, port)).is_some()
+    FLOWS.get_ptr(&asked_from(cgroup, peer, port)).is_some()
 }
 
 #[inline(always)]
@@ -194,22 +202,54 @@ fn connected(ctx: &SockAddrContext, peer: Address) {
 }
 
 #[inline(always)]
+fn many(socket: u64) -> FlowKey {
+    FlowKey {
+        socket,
+        peer: MANY,
+        port: 0,
+    }
+}
+
+/// Notes that a socket sent to nobody in particular.
+#[inline(always)]
+fn asked_many(socket: u64, now: u64) {
+    let key = many(socket);
+    if FLOWS.get_ptr(&key).is_none() {
+        let new = Flow {
+            last_ns: now,
+            role: u64::from(role::CLIENT),
+        };
+        let _ = FLOWS.insert(&key, &new, 0);
+    }
+}
+
+#[inline(always)]
 fn flow(ctx: &SockAddrContext, peer: Address, first: u8) {
+    // SAFETY: the helper takes the program's context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let now = now_ns();
     if is_many(peer) {
+        asked_many(cookie, now);
         return;
     }
     let flow = FlowKey {
-        // SAFETY: the helper takes the program's context.
-        socket: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
+        socket: cookie,
         peer,
         port: port(ctx).into(),
     };
-    let now = now_ns();
     let known = FLOWS.get_ptr_mut(&flow);
     let mut role = first;
     if let Some(known) = known {
         // SAFETY: map values live for the whole program run.
         unsafe {
+            if first == role::CLIENT && (*known).role == u64::from(role::SERVER) {
+                (*known).role |= ANSWERED;
+                if (flow.port as u16) < EPHEMERAL {
+                    // SAFETY: the helper takes nothing.
+                    let cgroup = bpf_get_current_cgroup_id();
+                    let _ = FLOWS.remove(&asked_from(cgroup, peer, flow.port as u16));
+                }
+            }
             if now.saturating_sub((*known).last_ns) < AGAIN_NS {
                 return;
             }
@@ -243,7 +283,8 @@ fn flow(ctx: &SockAddrContext, peer: Address, first: u8) {
     let (answer, note) = if role == role::CLIENT {
         (is_answer(key.cgroup, peer, flow.port as u16), asked)
     } else {
-        (FLOWS.get_ptr(&asked).is_some(), from)
+        let asked = FLOWS.get_ptr(&asked).is_some() || FLOWS.get_ptr(&many(cookie)).is_some();
+        (asked, from)
     };
     if !answer {
         let _ = FLOWS.insert(&note, &new, 0);

@@ -77,6 +77,7 @@ pub static LAYOUT: Layout = Layout {
     tcp_snd_una: 0,
     tcp_rcv_nxt: 0,
     sock_incoming_cpu: 0,
+    sock_flags: 0,
 };
 
 /// A value of [`LAYOUT`], as the agent set it.

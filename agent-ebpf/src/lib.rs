@@ -500,6 +500,8 @@ pub struct Layout {
     pub tcp_rcv_nxt: u32,
     /// sock.__sk_common.skc_incoming_cpu
     pub sock_incoming_cpu: u32,
+    /// sock.__sk_common.skc_flags
+    pub sock_flags: u32,
 }
 
 #[cfg(feature = "user")]

@@ -272,7 +272,10 @@ unsafe fn closed(sock: Object) {
         let counters = Counters {
             sent: load::<u64>(tcp, layout!(tcp_bytes_sent))
                 .wrapping_sub(load(tcp, layout!(tcp_bytes_retrans))),
-            received: load(tcp, layout!(tcp_bytes_received)),
+            received: payload(
+                load(tcp, layout!(tcp_bytes_received)),
+                load(sock, layout!(sock_flags)),
+            ),
             retransmits: load::<u32>(tcp, layout!(tcp_total_retrans)).into(),
             srtt: load(tcp, layout!(tcp_srtt_us)),
         };
@@ -382,7 +385,8 @@ fn refresh_end(open: *mut Open, role: u8, begin: u32, now: u64) {
         if next.wrapping_sub(received as u32) != begin {
             continue;
         }
-        let (Some(sent), Some(again), Some(retransmits), Some(srtt)) = (
+        let (Some(flags), Some(sent), Some(again), Some(retransmits), Some(srtt)) = (
+            probe::<u64>(sock, layout!(sock_flags)),
             probe::<u64>(sock, layout!(tcp_bytes_sent)),
             probe::<u64>(sock, layout!(tcp_bytes_retrans)),
             probe::<u32>(sock, layout!(tcp_total_retrans)),
@@ -392,7 +396,7 @@ fn refresh_end(open: *mut Open, role: u8, begin: u32, now: u64) {
         };
         let counters = Counters {
             sent: sent.wrapping_sub(again),
-            received,
+            received: payload(received, flags),
             retransmits: retransmits.into(),
             srtt,
         };
@@ -415,6 +419,14 @@ fn refresh_udp(open: *mut Open) {
     if answered(sock) {
         account(open, role::CLIENT, &Counters::NONE, now_ns());
     }
+}
+
+/// Bytes received without the peer's FIN, which the kernel counts as one.
+#[inline(always)]
+fn payload(received: u64, sock_flags: u64) -> u64 {
+    // `SOCK_DONE` of the kernel's `enum sock_flags`: TCP sets it when a FIN comes, and never otherwise.
+    const DONE: u64 = 1 << 1;
+    received.saturating_sub(u64::from(sock_flags & DONE != 0))
 }
 
 /// What a socket says that it did.

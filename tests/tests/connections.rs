@@ -16,10 +16,15 @@ struct Talker(Child);
 
 impl Talker {
     fn start(cgroup: &Path, words: &[&str]) -> Self {
+        Self::start_through(&[], cgroup, words)
+    }
+
+    fn start_through(through: &[&str], cgroup: &Path, words: &[&str]) -> Self {
         // The shell moves itself, and so what it becomes.
         let child = Command::new("sh")
             .args(["-c", r#"echo 0 > "$0/cgroup.procs"; exec "$@""#])
             .arg(cgroup)
+            .args(through)
             .arg(env!("CARGO_BIN_EXE_talker"))
             .args(words)
             .stdout(Stdio::piped())
@@ -30,13 +35,17 @@ impl Talker {
 
     /// One that stays, once it is ready.
     fn ready(cgroup: &Path, words: &[&str]) -> Self {
-        let mut talker = Self::start(cgroup, words);
+        Self::start(cgroup, words).awaited()
+    }
+
+    fn awaited(mut self) -> Self {
+        let talker = &mut self;
         let mut line = String::new();
         BufReader::new(talker.0.stdout.as_mut().expect("piped"))
             .read_line(&mut line)
             .expect("it speaks");
         assert_eq!(line.trim(), "ready");
-        talker
+        self
     }
 
     fn server(cgroup: &Path, what: &[&str]) -> Self {
@@ -118,6 +127,42 @@ fn no_connection_of_a_storm_is_lost() {
 }
 
 #[test]
+fn the_bytes_of_connections_closed_in_order_are_exact() {
+    let Some(scope) = Scope::new("bytes") else {
+        return;
+    };
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses();
+    let server = Talker::server(&db, &["tcp=127.0.0.1:4501", "sink=127.0.0.1:4502"]);
+    let containers = [container("web", 0), container("db", server.pid())];
+    senses.sweep(&containers, now());
+    // Here the client hangs up first, and there the server, with nothing said.
+    let (calls, visits) = (1_000, 1_000);
+    let call = vec!["brief=127.0.0.1:4501"; calls / 100];
+    let _caller = Talker::ready(&web, &[&["call"], &call[..]].concat());
+    let visited = Talker::start(&web, &["visit", &format!("{visits}=127.0.0.1:4502")]).made();
+    let end = Instant::now() + Duration::from_secs(15);
+    let mut told = Vec::new();
+    while Instant::now() < end {
+        let snapshot = senses.sweep(&containers, now());
+        let edges = snapshot.edges.iter();
+        told = edges
+            .map(|edge| {
+                let bytes = (edge.bytes_to_parent, edge.bytes_to_child);
+                (edge.port, edge.connections, bytes)
+            })
+            .collect();
+        let moved = (Some(Bytes(1_000_000)), Some(Bytes(5_000_000)));
+        let nothing = (Some(Bytes(0)), Some(Bytes(0)));
+        if told == [(4501, calls as u64, moved), (4502, visited, nothing)] {
+            return;
+        }
+        sleep(Duration::from_millis(50));
+    }
+    panic!("{told:?}");
+}
+
+#[test]
 fn kinds_that_do_not_fit_are_lost_and_counted_exactly() {
     let Some(scope) = Scope::new("kinds") else {
         return;
@@ -157,9 +202,13 @@ fn an_answer_by_udp_from_another_socket_does_not_make_a_client_of_the_server() {
     let server = Talker::server(&db, &["udp-elsewhere=127.0.0.1:4531"]);
     let containers = |pid| [container("web", pid), container("db", server.pid())];
     senses.sweep(&containers(0), now());
-    let client = Talker::ready(&web, &["call", "udp=127.0.0.1:4531"]);
+    // From a port of the kernel's choice, and from one where services are.
+    let client = Talker::ready(
+        &web,
+        &["call", "udp=127.0.0.1:4531", "udp-low=127.0.0.1:4531"],
+    );
     let containers = containers(client.pid());
-    let told = sweep_until_seen(&mut senses, &containers, 1);
+    let told = sweep_until_seen(&mut senses, &containers, 2);
     // The next one looks up what nobody knew in this one.
     let then = senses.sweep(&containers, now());
     for snapshot in [told, then] {
@@ -168,6 +217,68 @@ fn an_answer_by_udp_from_another_socket_does_not_make_a_client_of_the_server() {
             .map(|edge| (edge.child.as_str(), edge.parent.as_str(), edge.port))
             .collect();
         assert_eq!(edges, [("web", "db", 4531)]);
+    }
+}
+
+/// Two network namespaces with a cable between them, removed when dropped.
+struct Cable([String; 2]);
+
+impl Cable {
+    fn lay() -> Self {
+        let pid = std::process::id();
+        let cable = Self(["a", "b"].map(|end| format!("lifeboat-{pid}-{end}")));
+        let [a, b] = &cable.0;
+        for line in [
+            format!("netns add {a}"),
+            format!("netns add {b}"),
+            format!("link add name cable netns {a} type veth peer name cable netns {b}"),
+            format!("-n {a} address add 198.51.100.1/24 dev cable"),
+            format!("-n {b} address add 198.51.100.2/24 dev cable"),
+            format!("-n {a} link set cable up"),
+            format!("-n {b} link set cable up"),
+            format!("-n {a} route add 224.0.0.0/4 dev cable"),
+            format!("-n {b} route add 224.0.0.0/4 dev cable"),
+        ] {
+            let done = Command::new("ip").args(line.split(' ')).status();
+            assert!(done.expect("ip runs").success(), "ip {line}");
+        }
+        cable
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        for end in &self.0 {
+            let _ = Command::new("ip").args(["netns", "delete", end]).status();
+        }
+    }
+}
+
+#[test]
+fn what_was_asked_of_many_makes_a_child_of_the_asker_and_not_of_who_answers() {
+    let Some(scope) = Scope::new("many") else {
+        return;
+    };
+    let cable = Cable::lay();
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses();
+    let at = "239.255.4.5:4541";
+    let inside = |end: usize| ["ip", "netns", "exec", &cable.0[end]];
+    let serve = ["serve", &format!("udp-group={at}")];
+    let server = Talker::start_through(&inside(1), &db, &serve).awaited();
+    let containers = |pid| [container("web", pid), container("db", server.pid())];
+    senses.sweep(&containers(0), now());
+    let call = ["call", &format!("udp={at}")];
+    let client = Talker::start_through(&inside(0), &web, &call).awaited();
+    let containers = containers(client.pid());
+    let told = sweep_until_seen(&mut senses, &containers, 1);
+    let then = senses.sweep(&containers, now());
+    for snapshot in [told, then] {
+        let edges = snapshot.edges.iter();
+        let edges: Vec<_> = edges
+            .map(|edge| (edge.child.as_str(), edge.parent.as_str(), edge.port))
+            .collect();
+        assert_eq!(edges, [("web", "db", 4541)]);
     }
 }
 

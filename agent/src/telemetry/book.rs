@@ -8,7 +8,7 @@ use crate::model::edge::{Edge, How, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::telemetry::External;
 use crate::model::units::{Bytes, UnixMillis};
-use std::collections::{BTreeMap, btree_map};
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -163,8 +163,29 @@ impl EdgeBook {
         }
     }
 
-    /// Notes that so many connections of a kind were found open. Nothing, when they were seen being made.
-    pub fn found(&mut self, kind: Kind, connections: u64, now: UnixMillis) {
+    /// Notes that so many connections of each kind were found open; nothing of those that were seen being made. `again`:
+    /// not for the first time where these are, so that one which another container is known to have made has come to
+    /// its holder by a move between cgroups.
+    pub fn found(&mut self, kinds: BTreeMap<Kind, u64>, again: bool, now: UnixMillis) {
+        // A server of which the client was seen has no peer, and a port has one server.
+        let place = |kind: &Kind| {
+            let peer = kind.peer.filter(|_| kind.role == Role::Client);
+            (kind.netns, kind.protocol, kind.role, kind.port, peer)
+        };
+        let mut made = BTreeSet::new();
+        if again {
+            let seen = self.kinds.keys();
+            let seen = seen.filter(|kind| kind.learnt == Learnt::Observed);
+            made.extend(seen.map(place));
+        }
+        for (kind, connections) in kinds {
+            if self.kinds.contains_key(&kind) || !made.contains(&place(&kind)) {
+                self.found_one(kind, connections, now);
+            }
+        }
+    }
+
+    fn found_one(&mut self, kind: Kind, connections: u64, now: UnixMillis) {
         debug_assert_eq!(kind.learnt, Learnt::Inferred);
         let first = Kind {
             other: None,

@@ -127,6 +127,7 @@ const FIELDS: &[Field] = fields! {
     }
     &[Family::Ports] => {
         "sock.__sk_common.skc_family" => sock_family,
+        "sock.__sk_common.skc_flags" => sock_flags,
         "sock.__sk_common.skc_dport" => sock_dport,
         "sock.__sk_common.skc_daddr" => sock_daddr,
         "sock.__sk_common.skc_v6_daddr" => sock_v6_daddr,

@@ -73,7 +73,10 @@ impl Listeners {
         }
         for namespace in due {
             let inside = inside(containers, netns, namespace);
-            if let Some(known) = read_namespace(root, scope, namespace, &inside, now, book) {
+            let again = self.namespaces.contains_key(&namespace);
+            if let Some(known) = read_namespace(root, scope, namespace, &inside, |kinds| {
+                book.found(kinds, again, now);
+            }) {
                 self.namespaces.insert(namespace, known);
             }
         }
@@ -135,8 +138,7 @@ fn read_namespace(
     scope: &Path,
     namespace: u64,
     inside: &[&Container],
-    now: UnixMillis,
-    book: &mut EdgeBook,
+    found: impl FnOnce(BTreeMap<Kind, u64>),
 ) -> Option<Namespace> {
     let through = inside.first()?;
     let sockets = sockets::read(root, through.pid);
@@ -162,9 +164,7 @@ fn read_namespace(
         };
         *kinds.entry(kind).or_default() += 1;
     }
-    for (kind, connections) in kinds {
-        book.found(kind, connections, now);
-    }
+    found(kinds);
     let ports = sockets.listening.iter();
     let listening = ports
         .filter_map(|(protocol, local, inode)| {

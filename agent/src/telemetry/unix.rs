@@ -103,7 +103,7 @@ impl UnixSockets {
                 other: Some((server.clone(), 0)),
                 learnt: Learnt::Inferred,
             };
-            book.found(kind, connections, now);
+            book.found([(kind, connections)].into(), false, now);
         }
     }
 

@@ -4,7 +4,7 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread::{self, sleep};
@@ -16,7 +16,7 @@ use nix::sys::socket::{
     sendto, setsockopt, socket, sockopt,
 };
 
-const USAGE: &str = "talker serve (tcp|udp|udp-elsewhere|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-connected|unix)=WHERE… | (storm|visit|ask) TIMES=WHERE";
+const USAGE: &str = "talker serve (tcp|udp|udp-elsewhere|udp-group|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-low|udp-connected|unix)=WHERE… | (storm|visit|ask) TIMES=WHERE";
 const REQUEST: [u8; 1_000] = [1; 1_000];
 const RESPONSE: [u8; 5_000] = [2; 5_000];
 const FILE: u64 = 1 << 20;
@@ -79,12 +79,19 @@ fn serve(how: &str, place: &str) -> Result<()> {
                 thread::spawn(move || answer(connection));
             }
         }
-        "udp" | "udp-elsewhere" => {
-            let socket = UdpSocket::bind(place)?;
+        "udp" | "udp-elsewhere" | "udp-group" => {
+            let socket = match (how, place.parse()?) {
+                ("udp-group", SocketAddr::V4(group)) => {
+                    let socket = UdpSocket::bind(("0.0.0.0", group.port()))?;
+                    socket.join_multicast_v4(group.ip(), &Ipv4Addr::UNSPECIFIED)?;
+                    socket
+                }
+                (_, address) => UdpSocket::bind(address)?,
+            };
             let mut request = [0; 2_000];
             loop {
                 let (_, from) = socket.recv_from(&mut request)?;
-                if how == "udp" {
+                if how != "udp-elsewhere" {
                     socket.send_to(&RESPONSE[..500], from)?;
                     continue;
                 }
@@ -142,12 +149,12 @@ fn call(how: &str, place: &str) -> Result<()> {
                 std::mem::forget(listen_for_answer(connection)?);
             }
         }
-        "udp" | "udp-connected" => {
+        "udp" | "udp-low" | "udp-connected" => {
             let address: SocketAddr = place.parse()?;
-            let socket = UdpSocket::bind(if address.is_ipv6() {
-                "[::]:0"
-            } else {
-                "0.0.0.0:0"
+            let socket = UdpSocket::bind(match (how, address.is_ipv6()) {
+                ("udp-low", _) => "0.0.0.0:1123",
+                (_, true) => "[::]:0",
+                (_, false) => "0.0.0.0:0",
             })?;
             socket.set_read_timeout(Some(Duration::from_millis(300)))?;
             if how == "udp-connected" {

@@ -392,7 +392,7 @@ fn an_observed_connection_outweighs_one_that_was_found() {
         ..observed.clone()
     };
     let mut book = EdgeBook::default();
-    book.found(inferred.clone(), 1, UnixMillis(10));
+    book.found([(inferred.clone(), 1)].into(), false, UnixMillis(10));
     book.resolve(&world(&containers()), UnixMillis(20));
     let only = edges(&book);
     assert_eq!(
@@ -400,13 +400,43 @@ fn an_observed_connection_outweighs_one_that_was_found() {
         (Learnt::Inferred, How::SocketTable, None)
     );
     book.add(observed, totals(2, 3, 4));
-    book.found(inferred, 1, UnixMillis(15));
+    book.found([(inferred, 1)].into(), false, UnixMillis(15));
     book.resolve(&world(&containers()), UnixMillis(20));
     let both = edges(&book);
     assert_eq!(
         (both.len(), both[0].learnt, both[0].connections),
         (1, Learnt::Observed, 2)
     );
+}
+
+#[test]
+fn a_connection_whose_holder_moved_to_another_cgroup_stays_that_of_its_socket() {
+    let made = client("app", POD, "10.88.0.3", 5432);
+    let served = met(server("db", POD, 5432, "10.88.0.2"), "app", 5432);
+    let found = |kind: &Kind, owner: &str| Kind {
+        owner: owner.into(),
+        learnt: Learnt::Inferred,
+        other: None,
+        peer: Some(ip("10.88.0.3")),
+        ..kind.clone()
+    };
+    let mut book = book(&[
+        (made.clone(), totals(1, 1, 1)),
+        (served.clone(), totals(1, 1, 1)),
+    ]);
+    let moved = [(found(&made, "metrics"), 1), (found(&served, "metrics"), 1)];
+    let before = edges(&book);
+    book.found(moved.into(), true, UnixMillis(15));
+    book.resolve(&world(&containers()), UnixMillis(20));
+    assert_eq!(edges(&book), before);
+    // One that is older than the agent, beside one of a neighbour that was seen: found with the first look.
+    let other = [(found(&made, "metrics"), 1)];
+    book.found(other.clone().into(), false, UnixMillis(15));
+    book.found(other.into(), true, UnixMillis(18));
+    book.resolve(&world(&containers()), UnixMillis(20));
+    let edges = edges(&book);
+    let old = edges.iter().find(|edge| edge.child == "metrics".into());
+    assert_eq!(old.map(|edge| edge.last_seen), Some(UnixMillis(18)));
 }
 
 #[test]
