@@ -2,7 +2,7 @@
 //!
 //! Invariant: no control character of a name reaches the terminal.
 
-use crate::model::visible::{visible, visible_lines};
+use crate::model::ids::visible::{visible, visible_lines};
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write as _};
 

@@ -2,9 +2,9 @@
 
 use super::daemon::{Selection, ask};
 use super::{Context, Failure, Outcome};
+use crate::model::ids::visible::visible;
 use crate::model::plan::Plan;
 use crate::model::units::human_duration;
-use crate::model::visible::visible;
 use crate::model::volume::Unused;
 use std::fmt::Write as _;
 

@@ -7,8 +7,8 @@ use crate::migration::events;
 use crate::migration::report::Report;
 use crate::migration::verify::Verification;
 use crate::model::ids::PlanId;
+use crate::model::ids::visible::visible;
 use crate::model::units::human_duration;
-use crate::model::visible::visible;
 
 /// A plan.
 #[derive(clap::Args)]

@@ -1,6 +1,6 @@
 //! Logs of the daemons: lines on standard error, for whatever supervises them.
 
-use crate::model::visible::visible;
+use crate::model::ids::visible::visible;
 use std::io::{self, Stderr, Write};
 use tracing_subscriber::EnvFilter;
 

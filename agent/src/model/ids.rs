@@ -1,9 +1,11 @@
 //! Names of things. Newtypes, so that one cannot be handed over as another.
 
-use super::visible::visible;
+pub mod visible;
+
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
+use visible::visible;
 
 macro_rules! string_id {
     ($(#[$doc:meta])* $name:ident) => {

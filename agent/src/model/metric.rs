@@ -4,8 +4,8 @@ mod catalogue;
 
 pub use catalogue::METRICS;
 
+use super::ids::visible::visible;
 use super::units::UnixMillis;
-use super::visible::visible;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 

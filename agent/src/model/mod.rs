@@ -20,5 +20,4 @@ pub mod telemetry;
 pub mod trace;
 pub mod units;
 pub(crate) mod varint;
-pub mod visible;
 pub mod volume;
