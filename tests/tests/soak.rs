@@ -20,5 +20,9 @@ fn two_hundred_random_kills_lose_nothing_and_hardly_anything_is_sent_again() -> 
         tally.kills.iter().all(|&kills| kills > 0),
         "a side was spared: {tally}"
     );
+    ensure!(
+        tally.epochs.iter().all(|&kills| kills > 0),
+        "an epoch was spared: {tally}"
+    );
     Ok(())
 }

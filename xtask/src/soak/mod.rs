@@ -3,15 +3,17 @@
 //!
 //! Source, paired device and target are processes of the real data plane on lab hosts. Each kill strikes one of
 //! them (SIGKILL), or the link (a cable that is pulled, connections that are reset), after a random number of
-//! bytes or a random time, and the side is started again. What was sent again is counted twice: by the target's
-//! own counter of bytes that it had already, and by what its network interface received beyond an undisturbed
-//! transfer. Every copy is compared by rsync, both ways.
+//! bytes or a random time, and the side is started again. A transfer has several epochs, the tree changes between
+//! them, and sides are killed in each; a source that was killed knows nothing of the epochs before. What was sent again is
+//! counted twice: by the target's own counter of bytes that it had already, and by what its network interface received
+//! beyond an undisturbed transfer. Every copy is compared by rsync, both ways.
+
+mod tree;
 
 use std::fmt;
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -71,6 +73,10 @@ const WAYS: [(&str, bool); 4] = [
 const TARGET_PORT: u16 = 7000;
 const RELAY_PORT: u16 = 7001;
 const SOURCE_DATA: &str = "/srv/data";
+/// What [`SOURCE_DATA`] is at the beginning of each transfer.
+const BEGINNING: &str = "/srv/beginning";
+/// Epochs of a transfer; the tree changes before each but the first.
+pub const EPOCHS: usize = 4;
 /// No step takes longer on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Most of what had arrived that may be sent again.
@@ -89,6 +95,8 @@ pub struct Tally {
     pub transfers: u32,
     /// Kills of source, paired device and target, and cuts of the link.
     pub kills: [u32; 4],
+    /// The same by the epoch in which they struck.
+    pub epochs: [u32; EPOCHS],
     /// Bytes that the target's interface had received at the moments of the kills, summed.
     pub arrived: u64,
     /// Bytes that the target took although it had them, by its own count.
@@ -113,11 +121,12 @@ impl fmt::Display for Tally {
         let [source, paired, target, link] = self.kills;
         write!(
             f,
-            "{} transfers, {} kills (source {source}, paired device {paired}, target {target}, link {link}); \
-             sent again of what had arrived: {:.3} % by the target's count, {:.3} % by its interface, with all that \
+            "{} transfers, {} kills (source {source}, paired device {paired}, target {target}, link {link}; \
+             {:?} in epochs 1 to {EPOCHS}); sent again of what had arrived: {:.3} % by the target's count, {:.3} % by its interface, with all that \
              was under way and the protocol's own",
             self.transfers,
             self.struck(),
+            self.epochs,
             100.0 * self.share(self.again),
             100.0 * self.share(self.beyond),
         )
@@ -139,11 +148,11 @@ pub fn transfer(wanted: &Transfer) -> Result<Tally> {
         name: format!("soak-{}", std::process::id()),
         hosts: vec![bare("source"), bare("paired"), bare("target")],
     })?;
-    furnish(&lab.host("source")?.path(SOURCE_DATA), wanted.mib)?;
+    tree::furnish(&lab.host("source")?.path(BEGINNING), wanted.mib)?;
     let mut soak = Soak {
         lab: &lab,
         chance,
-        step: (wanted.mib << 20) / 12,
+        mib: wanted.mib,
         tally: Tally::default(),
     };
     let mut undisturbed = Vec::new();
@@ -161,11 +170,14 @@ pub fn transfer(wanted: &Transfer) -> Result<Tally> {
         soak.tally.beyond += beyond;
         soak.tally.arrived += run.arrived;
         soak.tally.transfers += 1;
+        for (sum, kills) in soak.tally.epochs.iter_mut().zip(run.kills) {
+            *sum += kills;
+        }
         println!(
             "soak: {:5} kills; {}: {} kills, {:.1} MiB again, {:.1} MiB beyond, {:.1} s",
             soak.tally.struck(),
             WAYS[at].0,
-            run.kills,
+            run.struck(),
             mib(run.again),
             mib(beyond),
             run.took.as_secs_f64(),
@@ -189,33 +201,6 @@ pub fn transfer(wanted: &Transfer) -> Result<Tally> {
 #[expect(clippy::cast_precision_loss, reason = "for people")]
 fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
-}
-
-/// A large file, small ones, and one of everything that has no bytes.
-fn furnish(root: &Path, mib: u64) -> Result<()> {
-    fs::create_dir_all(root.join("small"))?;
-    let mut random = File::open("/dev/urandom").context("cannot open /dev/urandom")?;
-    let small = 300;
-    let large = (mib << 20) - small * (32 << 10);
-    let mut file = File::create(root.join("large"))?;
-    std::io::copy(&mut (&mut random).take(large), &mut file).context("cannot write the data")?;
-    let mut bytes = vec![0; 32 << 10];
-    for number in 0..small {
-        random.read_exact(&mut bytes)?;
-        fs::write(root.join(format!("small/{number}")), &bytes)?;
-    }
-    std::os::unix::fs::symlink("large", root.join("symbolic"))?;
-    fs::hard_link(root.join("large"), root.join("small/hard"))?;
-    let sparse = File::create(root.join("sparse"))?;
-    sparse.set_len(64 << 20)?;
-    sparse.write_all_at(b"island", 20 << 20)?;
-    output(
-        Command::new("setfattr")
-            .args(["-n", "user.note", "-v", "kept"])
-            .arg(root.join("large")),
-    )?;
-    output(Command::new("mkfifo").arg(root.join("pipe")))?;
-    Ok(())
 }
 
 /// Choices that a seed repeats (SplitMix64).
@@ -249,19 +234,26 @@ impl Chance {
 }
 
 /// One transfer.
+#[derive(Default)]
 struct Run {
-    kills: u32,
+    kills: [u32; EPOCHS],
     arrived: u64,
     again: u64,
     received: u64,
     took: Duration,
 }
 
+impl Run {
+    fn struck(&self) -> u32 {
+        self.kills.iter().sum()
+    }
+}
+
 struct Soak<'l> {
     lab: &'l Lab,
     chance: Chance,
-    /// Most bytes between two kills.
-    step: u64,
+    /// Data of each transfer in its first epoch.
+    mib: u64,
     tally: Tally,
 }
 
@@ -295,7 +287,7 @@ impl Side {
         let child = host
             .command(argv)
             .env("MOVE_KEY", "soak")
-            .stdin(Stdio::null())
+            .stdin(Stdio::piped())
             .stdout(File::create(&printed)?)
             .stderr(errors)
             .spawn()
@@ -319,19 +311,81 @@ impl Side {
         fs::read_to_string(&self.printed).unwrap_or_default()
     }
 
-    /// Bytes that this life of a target took although it had them.
-    fn again(&self) -> u64 {
+    /// The lines that it printed to their ends.
+    fn lines(&self) -> Vec<String> {
         let text = self.printed();
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        let last = whole.lines().last().unwrap_or_default();
+        whole.lines().map(str::to_owned).collect()
+    }
+
+    /// Bytes that this life of a target took although it had them.
+    fn again(&self) -> u64 {
+        let lines = self.lines();
+        let last = lines.last().map_or("", String::as_str);
         let progress: serde_json::Value = serde_json::from_str(last).unwrap_or_default();
         progress["bytes_again"].as_u64().unwrap_or_default()
     }
 }
 
+/// A source, which sends its first epoch by itself and another when it is told to.
+struct Source {
+    side: Side,
+    /// Epochs that this life of it was told to send.
+    told: usize,
+}
+
+impl Source {
+    fn start(host: &Host, words: &[&str]) -> Result<Self> {
+        let side = Side::start(host, words)?;
+        Ok(Self { side, told: 1 })
+    }
+
+    fn tell(&mut self) -> Result<()> {
+        let input = self.side.child.stdin.as_mut();
+        let input = input.context("the source takes no more")?;
+        input.write_all(b"\n").context("the source is gone")?;
+        self.told += 1;
+        Ok(())
+    }
+
+    /// Whether it has sent what it was told to.
+    fn has_sent(&mut self) -> Result<bool> {
+        let ended = self.side.child.try_wait()?;
+        if self.side.lines().len() >= self.told {
+            return Ok(true);
+        }
+        ensure!(ended.is_none(), "the source gave up");
+        Ok(false)
+    }
+
+    /// Waits for its end.
+    fn end(mut self) -> Result<()> {
+        drop(self.side.child.stdin.take());
+        let status = wait_for("the end of the source", PATIENCE, || {
+            Ok(self.side.child.try_wait()?)
+        })?;
+        ensure!(status.success(), "the source ended with {status}");
+        Ok(())
+    }
+}
+
 impl Soak<'_> {
     /// One transfer along `way`, with at most `kills` kills.
-    fn run(&mut self, (way, relayed): (&str, bool), kills: u32) -> Result<Run> {
+    fn run(&mut self, way: (&str, bool), kills: u32) -> Result<Run> {
+        let mut run = Run::default();
+        let outcome = self.carry(way, kills, &mut run);
+        outcome.with_context(|| {
+            format!(
+                "{}, after {:?} kills in its epochs:\n{}",
+                way.0,
+                run.kills,
+                self.told()
+            )
+        })?;
+        Ok(run)
+    }
+
+    fn carry(&mut self, (way, relayed): (&str, bool), kills: u32, run: &mut Run) -> Result<()> {
         let lab = self.lab;
         let (from, over, to) = (
             lab.host("source")?,
@@ -345,91 +399,89 @@ impl Soak<'_> {
         let relaying = ["relay", way, &relay, "/srv/spool", &target];
         let mut sending = vec!["send", way, &target, SOURCE_DATA];
         sending.extend(relayed.then_some(relay.as_str()));
+        from.run(["rm", "-rf", SOURCE_DATA])?;
+        from.run(["cp", "-a", BEGINNING, SOURCE_DATA])?;
 
         let before = to.received()?;
         let mut receiver = Side::serving(to, &receiving)?;
         let mut carrier = relayed
             .then(|| Side::serving(over, &relaying))
             .transpose()?;
-        let mut sender = Side::start(from, &sending)?;
-        let mut run = Run {
-            kills: 0,
-            arrived: 0,
-            again: 0,
-            received: 0,
-            took: Duration::ZERO,
-        };
-        loop {
-            let ended = if run.kills < kills {
-                self.wait(&mut sender, to)?
-            } else {
-                sender_ended(&mut sender)?
-            };
-            if let Some(success) = ended {
-                ensure!(
-                    success,
-                    "{way}: the source gave up after {} kills:\n{}",
-                    run.kills,
-                    self.told()
-                );
-                break;
+        let mut source = Source::start(from, &sending)?;
+        for epoch in 1..=EPOCHS {
+            if epoch > 1 {
+                tree::change(&from.path(SOURCE_DATA), epoch, self.mib)?;
+                source.tell()?;
             }
-            run.kills += 1;
-            run.arrived += to.received()? - before;
-            let victim = self.chance.below(if relayed { 4 } else { 3 });
-            match victim {
-                0 => {
-                    drop(sender);
-                    sender = Side::start(from, &sending)?;
-                    self.tally.kills[0] += 1;
+            // Most bytes between two kills: some of them in what an epoch moves.
+            let step = (self.mib << 20) / if epoch == 1 { 12 } else { 24 };
+            loop {
+                if run.struck() == kills {
+                    wait_for("an undisturbed epoch", 3 * PATIENCE, || {
+                        Ok(source.has_sent()?.then_some(()))
+                    })?;
+                    break;
                 }
-                1 => {
-                    run.again += receiver.again();
-                    drop(receiver);
-                    receiver = Side::serving(to, &receiving)?;
-                    self.tally.kills[2] += 1;
+                if self.wait(&mut source, to, step)? {
+                    break;
                 }
-                2 => {
-                    self.cut(to, TARGET_PORT)?;
-                    self.tally.kills[3] += 1;
-                }
-                _ => {
-                    drop(carrier.take());
-                    carrier = Some(Side::serving(over, &relaying)?);
-                    self.tally.kills[1] += 1;
+                run.kills[epoch - 1] += 1;
+                run.arrived += to.received()? - before;
+                let victim = self.chance.below(if relayed { 4 } else { 3 });
+                match victim {
+                    0 => {
+                        drop(source);
+                        source = Source::start(from, &sending)?;
+                        self.tally.kills[0] += 1;
+                    }
+                    1 => {
+                        run.again += receiver.again();
+                        drop(receiver);
+                        receiver = Side::serving(to, &receiving)?;
+                        self.tally.kills[2] += 1;
+                    }
+                    2 => {
+                        self.cut(to, TARGET_PORT)?;
+                        self.tally.kills[3] += 1;
+                    }
+                    _ => {
+                        drop(carrier.take());
+                        carrier = Some(Side::serving(over, &relaying)?);
+                        self.tally.kills[1] += 1;
+                    }
                 }
             }
         }
+        source.end()?;
         run.received = to.received()? - before;
         // Its last line is at most 20 ms behind.
         sleep(Duration::from_millis(50));
         run.again += receiver.again();
         run.took = start.elapsed();
         drop((receiver, carrier));
-        self.compare()
-            .with_context(|| format!("{way}, after {} kills:\n{}", run.kills, self.told()))?;
+        self.compare()?;
         to.run(["rm", "-rf", "/srv/copy", "/srv/map"])?;
         over.run(["rm", "-rf", "/srv/spool"])?;
-        Ok(run)
+        Ok(())
     }
 
-    /// Waits for the instant of the next kill; says instead whether the source succeeded, if it ended first.
-    fn wait(&mut self, sender: &mut Side, to: &Host) -> Result<Option<bool>> {
+    /// Waits for the instant of the next kill, or until the epoch is sent, if that is first: says so.
+    fn wait(&mut self, source: &mut Source, to: &Host, step: u64) -> Result<bool> {
         let begun = to.received()?;
         let start = Instant::now();
         // Mostly after so many bytes; every fifth after some time, which may be while nothing flows.
         let (bytes, time) = if self.chance.below(5) == 0 {
             (u64::MAX, self.chance.millis_below(400))
         } else {
-            (self.chance.below(self.step), PATIENCE)
+            (self.chance.below(step), PATIENCE)
         };
         while to.received()? - begun < bytes && start.elapsed() < time {
-            if let Some(status) = sender.child.try_wait()? {
-                return Ok(Some(status.success()));
+            if source.has_sent()? {
+                return Ok(true);
             }
             sleep(Duration::from_millis(1));
         }
-        Ok(None)
+        Ok(false)
     }
 
     /// Pulls the target's cable for a moment, or resets its connections.
@@ -482,12 +534,4 @@ impl Soak<'_> {
         }
         Ok(())
     }
-}
-
-/// Waits for the source's end.
-fn sender_ended(sender: &mut Side) -> Result<Option<bool>> {
-    let ended = wait_for("the end of the transfer", 3 * PATIENCE, || {
-        Ok(sender.child.try_wait()?)
-    });
-    Ok(Some(ended?.success()))
 }
