@@ -1,21 +1,24 @@
-//! Moves a directory between addresses with the agent's own data plane, without a fleet: what
+//! Moves a directory or a block device between addresses with the agent's own data plane, without a fleet: what
 //! `cargo xtask bench transfer` measures and `cargo xtask soak transfer` kills.
 //!
 //! ```text
-//! MOVE_KEY=secret move_directory receive 10.0.0.2:7000 /into /map
+//! MOVE_KEY=secret move_directory receive 10.0.0.2:7000 /into /map [one]
 //! MOVE_KEY=secret move_directory relay WAY 10.0.0.3:7000 /spool 10.0.0.2:7000
 //! MOVE_KEY=secret move_directory send [WAY] 10.0.0.2:7000 /from [10.0.0.3:7000]
 //! move_directory measure
 //! ```
 //! `WAY` is `direct` (without it, too), `spool`, `seal-return` or `seal-forward`; all but the first need a relay. All ends derive
 //! every key from `MOVE_KEY`; `MOVE_ENGINE` chooses `io-uring` or `threads`. Receiver and relay serve until they
-//! are killed; the receiver, whose block map is in `/map`, prints how far it is as lines of JSON. The sender
-//! prints its report as one, and sends what changed since for each line that it is given. `measure` prints what
-//! one core hashes and seals in a second.
+//! are killed; the receiver, whose block map is in `/map`, prints how far it is as lines of JSON, and with `one` it
+//! makes one file `/into` of a block device. The sender prints its report as one, and sends what changed since for
+//! each line that it is given; of a block device that is what the kernel noted. `MOVE_SIZE` tells it the bytes of
+//! the volume, as a plan would, when they are more than small blocks are for. `measure` prints what one core hashes and
+//! seals in a second.
 
 use lifeboat::model::ids::{Epoch, PlanId, VolumeId};
 use lifeboat::model::units::Bytes;
-use lifeboat::model::volume::{VolumeKind, VolumeSpec};
+use lifeboat::model::volume::{ChangesBy, VolumeKind, VolumeSpec};
+use lifeboat::telemetry::dirty::Watch;
 use lifeboat::transfer::frame::{FrameKind, Header};
 use lifeboat::transfer::seal::Sealer;
 use lifeboat::transfer::{
@@ -24,7 +27,9 @@ use lifeboat::transfer::{
 };
 use lifeboat::volume::{BlockMap, FleetKey, TreeState, sign};
 use std::error::Error;
+use std::fs::{self, File};
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,7 +43,12 @@ fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["receive", addr, into, map] => receive(addr.parse()?, Path::new(into), Path::new(map)),
+        ["receive", addr, into, map] => {
+            receive(addr.parse()?, Path::new(into), Path::new(map), false)
+        }
+        ["receive", addr, into, map, "one"] => {
+            receive(addr.parse()?, Path::new(into), Path::new(map), true)
+        }
         ["measure"] => measure(),
         ["relay", way, addr, spool, target] => {
             relay(way, addr.parse()?, Path::new(spool), target.parse()?)
@@ -49,7 +59,7 @@ fn main() -> Outcome {
             send(way, target.parse()?, Path::new(from), Some(relay.parse()?))
         }
         _ => Err(
-            "use: receive ADDR DIRECTORY MAP | relay WAY ADDR SPOOL TARGET | send [WAY] TARGET DIRECTORY [RELAY] | measure"
+            "use: receive ADDR DIRECTORY MAP [one] | relay WAY ADDR SPOOL TARGET | send [WAY] TARGET SOURCE [RELAY] | measure"
                 .into(),
         ),
     }
@@ -82,7 +92,7 @@ fn target_at(addr: SocketAddr) -> Result<Hop, &'static str> {
     Ok(Hop { addr, link_key })
 }
 
-fn receive(addr: SocketAddr, into: &Path, map: &Path) -> Outcome {
+fn receive(addr: SocketAddr, into: &Path, map: &Path, one: bool) -> Outcome {
     let map = Arc::new(BlockMap::open(map)?);
     let server = DataServer::bind(addr, options(), Some(map))?;
     server.admit_receive(ReceivePlan {
@@ -94,7 +104,7 @@ fn receive(addr: SocketAddr, into: &Path, map: &Path) -> Outcome {
             id: VolumeId(0),
             name: "directory".to_owned(),
             destination: into.to_owned(),
-            one: false,
+            one,
         }],
     });
     println!("{}", server.addr());
@@ -142,22 +152,36 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         ("seal-forward", Some(relay)) => DataPath::SealForward { relay },
         _ => return Err(format!("{way} is no way, or lacks or has a relay too many").into()),
     };
+    let is_device = fs::metadata(from)?.file_type().is_block_device();
+    let (kind, changes) = if is_device {
+        (VolumeKind::Device, ChangesBy::DirtyExtents)
+    } else {
+        (VolumeKind::Bind, ChangesBy::ChangeTimes)
+    };
+    let size = std::env::var("MOVE_SIZE").map_or(Ok(0), |bytes| bytes.parse())?;
     let volume = VolumeSpec {
         id: VolumeId(0),
         name: "directory".to_owned(),
-        kind: VolumeKind::Bind,
+        kind,
         source_path: PathBuf::from(from),
         containers: Vec::new(),
-        size: Bytes(0),
+        size: Bytes(size),
         entries: 0,
         device_nodes: 0,
         unreadable: 0,
-        changes: Default::default(),
+        changes,
         unused: Default::default(),
     };
+    let mut watch = is_device
+        .then(|| Watch::start(Path::new("/"), from))
+        .transpose()?;
     let mut sender = Sender::new(plan(), path, FleetKey(key("fleet")?), options());
     let mut state: Option<TreeState> = None;
     for epoch in 1.. {
+        if let (Some(watch), Some(state)) = (&mut watch, &mut state) {
+            File::open(from)?.sync_all()?;
+            state.changed = Some(watch.swap().ranges);
+        }
         let progress = Arc::default();
         let (sent, report) =
             sender.send_epoch(&volume, Epoch(epoch), false, state.as_ref(), &progress)?;
@@ -174,7 +198,7 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
 
 /// Highest resident memory of this process so far.
 fn peak_memory_kib() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix("VmHWM:"))?;

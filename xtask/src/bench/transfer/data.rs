@@ -1,5 +1,6 @@
-//! What is moved: random bytes, small files, the Rust sources, and a sparse file that changes.
+//! What is moved: random bytes, small files, the Rust sources, and a file that changes page by page.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -13,8 +14,10 @@ use crate::process::output;
 const FILE: usize = 4096;
 /// Small files in one directory.
 const TOGETHER: usize = 100;
-/// Bytes of a place in the sparse file that is written at once: a block.
-const PLACE: u64 = 64 << 10;
+/// Bytes that a change writes at once: a page of a database.
+const PAGE: u64 = 4096;
+/// Bytes of a file that changes which lie together.
+const ISLAND: u64 = 1 << 20;
 
 fn random() -> Result<fs::File> {
     fs::File::open("/dev/urandom").context("cannot open /dev/urandom")
@@ -84,24 +87,70 @@ impl Places {
     }
 }
 
-/// A sparse file of `size` bytes with random bytes in places that come to about `there`.
-pub(super) fn write_sparse(path: &Path, size: u64, there: u64) -> Result<()> {
-    fs::File::create(path)?.set_len(size)?;
-    scatter(path, size, there, 0, 16 * PLACE)
+/// A file that changes: `held` of its `size` bytes are data, in islands all over it, and the rest is holes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Disk {
+    /// A multiple of `held`, which is one of [`ISLAND`].
+    pub(super) size: u64,
+    pub(super) held: u64,
 }
 
-/// Changes about `bytes` of it, in places that depend on `round`.
-pub(super) fn change(path: &Path, size: u64, bytes: u64, round: usize) -> Result<()> {
-    scatter(path, size, bytes, 1 + round as u64, PLACE)
-}
-
-fn scatter(path: &Path, size: u64, bytes: u64, seed: u64, place: u64) -> Result<()> {
-    let file = fs::File::options().write(true).open(path)?;
-    let (mut random, mut places) = (random()?, Places(seed));
-    let mut content = vec![0; place as usize];
-    for _ in 0..bytes / place {
-        random.read_exact(&mut content)?;
-        file.write_all_at(&content, places.below(size / place) * place)?;
+impl Disk {
+    /// Writes it anew, random bytes.
+    pub(super) fn write(self, path: &Path) -> Result<()> {
+        let file = fs::File::create(path)?;
+        file.set_len(self.size)?;
+        let (mut random, mut content) = (random()?, vec![0; ISLAND as usize]);
+        for island in 0..self.held / ISLAND {
+            random.read_exact(&mut content)?;
+            file.write_all_at(&content, self.place(island * ISLAND))
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        file.sync_all().context("the data does not reach the disk")
     }
-    Ok(())
+
+    /// Where the data at `offset` of all data lies.
+    fn place(self, offset: u64) -> u64 {
+        let stride = self.size / self.held;
+        offset / ISLAND * stride * ISLAND + offset % ISLAND
+    }
+
+    /// Changes `bytes` of the data in pages that no two rounds have in common but by chance, and waits until they are
+    /// on the disk. `at` is the file, or a device over it.
+    pub(super) fn change(self, at: &Path, bytes: u64, round: u64) -> Result<()> {
+        let file = fs::File::options().write(true).open(at)?;
+        let (mut random, mut places) = (random()?, Places(round));
+        let mut pages = BTreeSet::new();
+        while (pages.len() as u64) < bytes / PAGE {
+            pages.insert(places.below(self.held / PAGE));
+        }
+        let mut content = vec![0; PAGE as usize];
+        for page in pages {
+            random.read_exact(&mut content)?;
+            file.write_all_at(&content, self.place(page * PAGE))?;
+        }
+        file.sync_all()
+            .context("the change does not reach the disk")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_data_of_a_disk_lies_all_over_it_and_within_it() {
+        let disk = Disk {
+            size: 64 * ISLAND,
+            held: 16 * ISLAND,
+        };
+        assert_eq!(disk.place(0), 0);
+        assert_eq!(disk.place(ISLAND + PAGE), 4 * ISLAND + PAGE);
+        assert_eq!(disk.place(disk.held - PAGE), 61 * ISLAND - PAGE);
+        let full = Disk {
+            size: disk.held,
+            ..disk
+        };
+        assert_eq!(full.place(5 * ISLAND + 7), 5 * ISLAND + 7);
+    }
 }

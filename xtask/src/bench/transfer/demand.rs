@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::super::goal;
+use super::super::{goal, median};
 use super::{FAR, ROUND_TRIP, data};
 use crate::crew::{Crew, Device};
 use crate::images;
@@ -13,14 +13,15 @@ use crate::lab::far::FarLink;
 use crate::lab::{HostSpec, Lab, LabSpec};
 use crate::process::wait_for;
 
-/// Reads under way at once, and how many each of these makes.
-const WINDOW: u32 = 64;
-const READS: u32 = 64;
+/// Reads under way at once, and how many each of these makes in a run; alone, as many as there are under way else.
+const WINDOW: usize = 64;
+const READS: usize = 16;
 const NAME: &str = "reader";
 const PLACE: &str = "/srv/notes";
 
-/// Reads of 4 KiB all over the last quarter of `bytes`, to which what fills in behind does not come meanwhile.
-pub(super) fn measure(bytes: u64) -> Result<String> {
+/// Reads of 4 KiB all over the last quarter of `bytes`, to which what fills in behind does not come meanwhile: each run
+/// has its own share of it, so that none finds what another has fetched.
+pub(super) fn measure(bytes: u64, runs: usize) -> Result<String> {
     let lab = Lab::up(&LabSpec {
         name: format!("demand-{}", std::process::id()),
         hosts: ["source", "target", "duplicator"]
@@ -53,27 +54,36 @@ pub(super) fn measure(bytes: u64) -> Result<String> {
     })
     .with_context(|| crew.log("source"))?;
 
-    let reads = |window: u32, reads: u32, seed: u32| -> Result<f64> {
+    let quarter = bytes / 4;
+    let share = quarter / runs as u64;
+    let reads = |window: usize, reads: usize, run: usize| -> Result<f64> {
+        let first = bytes - quarter + share * run as u64;
         let script = format!(
-            "fio --name=reads --filename={PLACE}/random --readonly --rw=randread --offset=75% --bs=4k --direct=1 --ioengine=psync --thread \
-             --numjobs={window} --number_ios={reads} --randseed={seed} --group_reporting --output-format=json"
+            "fio --name=reads --filename={PLACE}/random --readonly --rw=randread --offset={first} --size={share} --bs=4k --direct=1 --ioengine=psync --thread \
+             --numjobs={window} --number_ios={reads} --randseed={} --group_reporting --output-format=json",
+            2 * run + window
         );
         let report: Value = serde_json::from_str(&target.run(["sh", "-c", &script])?)?;
         let rate = report["jobs"][0]["read"]["iops"].as_f64();
         rate.context("fio reports no rate")
     };
-    let (alone, together) = (reads(1, READS, 1)?, reads(WINDOW, READS, 2)?);
+    let (mut alone, mut together) = (Vec::new(), Vec::new());
+    for run in 0..runs {
+        alone.push(reads(1, WINDOW, run)?);
+        together.push(reads(WINDOW, READS, run)?);
+    }
     let (_, status) = crew.ask("target", &["status"])?;
     let absent = status["arriving"][0]["arrival"]["absent"].as_u64();
-    ensure!(absent > Some(bytes / 4), "the filling was faster: {status}");
+    ensure!(absent > Some(quarter), "the filling was faster: {status}");
     eprintln!(
-        "bench: on demand: {alone:.0} reads/s alone, {together:.0} with {WINDOW} at once; {}",
+        "bench: on demand: {alone:.0?} reads/s alone, {together:.0?} with {WINDOW} at once; {}",
         status["arriving"]
     );
     lab.down()?;
+    let (alone, together) = (median(&alone), median(&together));
     let trips = 1.0 / ROUND_TRIP.as_secs_f64();
     Ok(format!(
-        "Over a link of the same rate and round trip, random reads of 4 KiB on the mount of a twin that was switched first, of the quarter of {} MiB that comes last, while all is being filled in: \
+        "Over a link of the same rate and round trip (median of {runs}), random reads of 4 KiB on the mount of a twin that was switched first, of the quarter of {} MiB that comes last, while all is being filled in: \
          {alone:.0} a second one after another, {together:.0} with {WINDOW} at once; one each round trip would be {trips:.0} ({}). \
          Each fetches the 64 KiB around it: the link has room for {:.0} a second.\n\n",
         bytes >> 20,

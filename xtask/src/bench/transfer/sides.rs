@@ -153,10 +153,37 @@ pub(super) fn program() -> Result<OsString> {
     Ok(program.into())
 }
 
-fn move_directory(words: &[&str]) -> Result<Vec<OsString>> {
-    let mut argv: Vec<OsString> = vec!["env".into(), "MOVE_KEY=bench".into(), program()?];
+fn move_directory(words: &[&str], size: u64) -> Result<Vec<OsString>> {
+    let size = format!("MOVE_SIZE={size}");
+    let mut argv: Vec<OsString> = vec![
+        "env".into(),
+        "MOVE_KEY=bench".into(),
+        size.into(),
+        program()?,
+    ];
     argv.extend(words.iter().map(OsString::from));
     Ok(argv)
+}
+
+/// A block device over a file of a host, which reads and writes past the page cache as a disk does; detached when
+/// dropped.
+pub(super) struct Loop<'h> {
+    host: &'h Host,
+    pub(super) device: String,
+}
+
+impl<'h> Loop<'h> {
+    pub(super) fn over(host: &'h Host, file: &str) -> Result<Self> {
+        let device = host.run(["losetup", "--find", "--show", "--direct-io=on", file])?;
+        Ok(Self { host, device })
+    }
+}
+
+impl Drop for Loop<'_> {
+    fn drop(&mut self) {
+        // Fails only when it is detached already.
+        let _ = self.host.run(["losetup", "--detach", &self.device]);
+    }
 }
 
 impl Pair<'_> {
@@ -188,17 +215,18 @@ impl Pair<'_> {
         )
     }
 
-    fn receive(&self, out: &str, map: &str) -> Result<Receiver> {
+    fn receive(&self, out: &str, map: &str, one: Option<&str>) -> Result<Receiver> {
         let address = format!("{}:{DATA_PORT}", self.target);
-        let argv = move_directory(&["receive", &address, out, map])?;
+        let words = ["receive", &address, out, map].into_iter().chain(one);
+        let argv = move_directory(&words.collect::<Vec<_>>(), 0)?;
         let child = self.to.spawn_logged("receiver", argv)?;
         let receiver = Receiver { child };
         await_port(self.to, DATA_PORT, "receiver")?;
         Ok(receiver)
     }
 
-    fn send(&self, words: &[&str], receiver: Receiver) -> Result<Sender> {
-        let mut command = self.from.command(move_directory(words)?);
+    fn send(&self, words: &[&str], size: u64, receiver: Receiver) -> Result<Sender> {
+        let mut command = self.from.command(move_directory(words, size)?);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("cannot start the source")?;
         let input = child.stdin.take();
@@ -214,10 +242,22 @@ impl Pair<'_> {
     /// Starts both sides of a transfer from `source` to `out`, whose block map is `map`, and waits for the
     /// first epoch.
     pub(super) fn begin(&self, source: &str, out: &str, map: &str) -> Result<(Sender, Ours)> {
-        let receiver = self.receive(out, map)?;
+        self.begin_sized(source, out, map, 0, None)
+    }
+
+    /// The same of what is known to have `size` bytes; with `one`, from a block device to the file `out`.
+    pub(super) fn begin_sized(
+        &self,
+        source: &str,
+        out: &str,
+        map: &str,
+        size: u64,
+        one: Option<&str>,
+    ) -> Result<(Sender, Ours)> {
+        let receiver = self.receive(out, map, one)?;
         let address = format!("{}:{DATA_PORT}", self.target);
         let start = Instant::now();
-        let mut sender = self.send(&["send", &address, source], receiver)?;
+        let mut sender = self.send(&["send", &address, source], size, receiver)?;
         let ours = sender.report(start)?;
         Ok((sender, ours))
     }
@@ -233,16 +273,16 @@ impl Pair<'_> {
     /// The same with `encrypt` and `transfer` delegated over a trusted link.
     pub(super) fn delegated(&self, source: &str, out: &str) -> Result<Ours> {
         cold()?;
-        let receiver = self.receive(out, &format!("{out}.map"))?;
+        let receiver = self.receive(out, &format!("{out}.map"), None)?;
         let way = "seal-forward";
         let target = format!("{}:{DATA_PORT}", self.target);
         let relay = format!("{}:{RELAY_PORT}", self.over.address());
-        let argv = move_directory(&["relay", way, &relay, "/srv/spool", &target])?;
+        let argv = move_directory(&["relay", way, &relay, "/srv/spool", &target], 0)?;
         let child = self.over.spawn_logged("relay", argv)?;
         let _relay = Receiver { child };
         await_port(self.over, RELAY_PORT, "relay")?;
         let start = Instant::now();
-        let mut sender = self.send(&["send", way, &target, source, &relay], receiver)?;
+        let mut sender = self.send(&["send", way, &target, source, &relay], 0, receiver)?;
         let ours = sender.report(start)?;
         sender.end()?;
         Ok(ours)
