@@ -62,7 +62,7 @@ pub(super) fn change(root: &Path, epoch: usize, mib: u64) -> Result<()> {
     }
     let large = write(&at("large"))?;
     for page in 0..mib / 2 {
-        let offset = (2 * page << 20) + ((epoch as u64) << 16);
+        let offset = ((2 * page) << 20) + ((epoch as u64) << 16);
         // Not in what other epochs cut off.
         if offset + (3 << 20) < large.metadata()?.len() {
             large.write_all_at(&noise(4096)?, offset)?;

@@ -74,7 +74,11 @@ pub(super) fn measure(bytes: u64, runs: usize) -> Result<String> {
     }
     let (_, status) = crew.ask("target", &["status"])?;
     let absent = status["arriving"][0]["arrival"]["absent"].as_u64();
-    ensure!(absent > Some(quarter), "the filling was faster: {status}");
+    ensure!(
+        absent > Some(quarter),
+        "the filling was faster: {}",
+        status["arriving"]
+    );
     eprintln!(
         "bench: on demand: {alone:.0?} reads/s alone, {together:.0?} with {WINDOW} at once; {}",
         status["arriving"]
