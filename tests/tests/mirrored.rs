@@ -171,6 +171,11 @@ struct Scene {
 impl Scene {
     /// None where this cannot be run.
     fn up(test: &'static str) -> Result<Option<Self>> {
+        Self::up_with(test, "")
+    }
+
+    /// As [`Self::up`], with what a script adds to the source's tree.
+    fn up_with(test: &'static str, more: &str) -> Result<Option<Self>> {
         if !is_root() {
             println!("skipped: needs root for the mount");
             return Ok(None);
@@ -187,6 +192,7 @@ impl Scene {
              head -c 100000 /dev/urandom >d2/n2; ln d2/n2 d0/n3; ln -s n1 n4; mkfifo d2/n5; \
              setfattr -n user.a -v b n1; setfacl -d -m u:7:rwx d2; truncate -s 1M n5",
         )?;
+        sh(&place.source(), more)?;
         output(
             Command::new("cp")
                 .arg("-a")
@@ -600,4 +606,67 @@ fn a_mirror_whose_log_is_at_its_cap_ends_and_says_so() -> Result<()> {
     log.write_all_at(&((64_u64 << 30) - 50_000).to_le_bytes(), 32)?;
     drop(log);
     scene.is_lost("at its cap of 64 GiB")
+}
+
+/// A reader of one file from its beginning to its end, or until who serves it is killed.
+fn reader(path: PathBuf) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || {
+        if let Ok(mut file) = File::open(path) {
+            // It is killed sometimes.
+            let _ = std::io::copy(&mut file, &mut std::io::sink());
+        }
+    })
+}
+
+#[test]
+fn arriving_is_no_modification_whoever_is_killed_in_it_and_takes_no_modification_back() -> Result<()>
+{
+    if act()? {
+        return Ok(());
+    }
+    let files = 24;
+    let Some(mut scene) = Scene::up_with(
+        "arriving_is_no_modification_whoever_is_killed_in_it_and_takes_no_modification_back",
+        "for n in $(seq 24); do head -c 8000000 /dev/urandom >k$n; head -c 2000000 /dev/urandom >s$n
+         setcap cap_net_raw+ep k$n; touch -d '2001-02-03 04:05:06.7 UTC' k$n; done",
+    )?
+    else {
+        return Ok(());
+    };
+    let mount = scene.place.mount();
+    for number in 1..=files {
+        let reads = reader(mount.join(format!("k{number}")));
+        std::thread::sleep(Duration::from_millis(3 + 2 * number % 9));
+        scene.kill_target()?;
+        ensure!(reads.join().is_ok(), "the reader panicked");
+    }
+    let set = SystemTime::UNIX_EPOCH + Duration::from_secs(987_654_321);
+    for number in 1..=files {
+        let path = mount.join(format!("s{number}"));
+        let file = File::options().read(true).write(true).open(&path)?;
+        let reads = reader(path);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 400_000)?;
+        file.set_modified(set)?;
+        ensure!(reads.join().is_ok(), "the reader panicked");
+    }
+    let data = scene.place.store().join("data");
+    let mut wrong = Vec::new();
+    for number in 1..=files {
+        let (kept, changed) = (format!("k{number}"), data.join(format!("s{number}")));
+        let modified = |path: &Path| fs::metadata(path)?.modified();
+        if modified(&changed)? != set {
+            wrong.push(format!("{}: its time was taken back", changed.display()));
+        }
+        let there = scene.place.source().join(&kept);
+        if modified(&data.join(&kept))? != modified(&there)? {
+            wrong.push(format!("{kept}: its time is that of its arrival"));
+        }
+        let capability = output(Command::new("getcap").arg(data.join(&kept)))?;
+        if !capability.contains("cap_net_raw") {
+            wrong.push(format!("{kept}: its capability is gone"));
+        }
+    }
+    ensure!(wrong.is_empty(), "{wrong:#?}");
+    Ok(())
 }

@@ -6,9 +6,9 @@ use lifeboat_tests::stage::{PATIENCE, PREPARE_AT_ONCE, SOURCE, Service, Stage, T
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::Read as _;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -331,6 +331,14 @@ impl Mounted {
         let read = receiver.recv_timeout(Duration::from_secs(20));
         self.stage.crew.signal_agent(TARGET, Signal::SIGCONT)?;
         read.context("a whole file is read through the agent")??;
+
+        // While the kernel serves it, nobody else can: also with bits that the agent would have to take away.
+        let path = self.mounted.join("image");
+        let held = File::open(&path)?;
+        let plain = held.metadata()?.permissions();
+        fs::set_permissions(&path, Permissions::from_mode(0o4755))?;
+        File::open(&path).context("a set-user-id file that is open is opened once more")?;
+        fs::set_permissions(&path, plain)?;
         Ok(())
     }
 

@@ -3,17 +3,19 @@
 //!
 //! Layout of its directory: `data`, the tree with sparse files; `origins`, one more name of each file that
 //! still lacks pages, so that it is found wherever it was renamed to; `index`, which origin is which file of
-//! the source; `live` and `durable`, the presence. Invariants: bytes go to disk before their mark; an arrival
+//! the source; `live` and `durable`, the presence; `arriving`, files that are being written to. Invariants: bytes go to disk before their mark; an arrival
 //! touches only pages that are absent; nobody waits longer than the patience. Non-goals: who owns the volume.
 
 mod arrivals;
 mod doubt;
 mod holes;
+mod looks;
 
 use self::arrivals::Inlet;
 use self::doubt::Doubt;
 pub use self::holes::Extent;
 use self::holes::Maps;
+use self::looks::Notes;
 use super::ahead::Streams;
 use super::draft::listed;
 use super::mirror::{Mirror, Mirrored};
@@ -93,9 +95,10 @@ pub struct Store {
     doubt: Mutex<Doubt>,
     maps: Maps,
     shards: [Shard; SHARDS],
-    /// Held for reading by who writes pages of a file, for writing by who cuts it.
+    /// Held for reading by who changes a file here, for writing by who cuts it and by what arrives in it.
     cuts: [RwLock<()>; SHARDS],
     open: Mutex<HashMap<u32, Arc<File>>>,
+    notes: Notes,
     fetcher: Mutex<Option<Arc<Fetcher>>>,
     mirror: OnceLock<Mirror>,
     plan: Arc<FetchPlan>,
@@ -182,6 +185,7 @@ impl Store {
             kept.map_err(failed("keep the presence"))?;
         }
         let numbers = numbers(directory).map_err(failed("list the origins"))?;
+        let notes = Notes::open(directory).map_err(failed("restore what arrived last"))?;
         let data = Confined::open(&directory.join("data"))
             .map_err(|error| failed("open the data")(error.into()))?;
         let proof = proves
@@ -203,6 +207,7 @@ impl Store {
             shards: std::array::from_fn(|_| Shard::default()),
             cuts: std::array::from_fn(|_| RwLock::new(())),
             open: Mutex::default(),
+            notes,
             fetcher: Mutex::default(),
             mirror: OnceLock::new(),
             plan,
@@ -510,16 +515,14 @@ impl Store {
         let Some((number, origin)) = known else {
             return act(offset, length);
         };
-        if self.absent_blocks(origin, offset, length).is_empty() {
-            return act(offset, length);
-        }
-        if let Some(wanted) = self.want_edges(Some(number), offset, length) {
+        let is_here = self.absent_blocks(origin, offset, length).is_empty();
+        if !is_here && let Some(wanted) = self.want_edges(Some(number), offset, length) {
             self.wait(&wanted)?;
         }
-        let _cut = self
-            .cut(number)
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _quiet = self.quiet(Some(number));
+        if is_here {
+            return act(offset, length);
+        }
         let mut from = offset;
         while from < end {
             let block = from / BLOCK;
@@ -554,6 +557,7 @@ impl Store {
             Some((number, origin))
         });
         let Some((number, origin)) = known.filter(|(_, origin)| size < origin.size) else {
+            let _quiet = self.quiet(number);
             return file.set_len(size);
         };
         if let Some(wanted) = self.want_edges(Some(number), size, 0) {

@@ -98,8 +98,9 @@ impl Calls {
         });
         let held = number.map(|number| self.tree.store.hold(number));
         let handle = FileHandle(handles.add(inode, (file, number, held), backing.clone()));
-        // What the kernel has read of a file stays true, unless it was written past the kernel's own cache.
-        let flags = if passes {
+        // What the kernel has read of a file stays true, unless it was written past the kernel's own cache: of a file that it
+        // serves by itself it takes no other word.
+        let flags = if passes || backing.is_some() {
             FopenFlags::empty()
         } else {
             FopenFlags::FOPEN_KEEP_CACHE

@@ -84,6 +84,11 @@ impl Tree {
         self.store.data().open_beneath(&path, flags, Mode::empty())
     }
 
+    /// What keeps away from a file what arrives in it, if something can; taken before the nodes.
+    fn quiet(&self, inode: u64) -> Option<RwLockReadGuard<'_, ()>> {
+        self.store.quiet(self.store.number(inode))
+    }
+
     /// The directory `inode`, open.
     pub(super) fn directory(&self, inode: u64) -> Result<OwnedFd, Errno> {
         self.directory_in(&self.nodes(), inode)
@@ -110,6 +115,7 @@ impl Tree {
         inode: u64,
         act: impl FnOnce(&Path) -> io::Result<T>,
     ) -> Result<T, Errno> {
+        let _quiet = self.quiet(inode);
         self.named(inode, |parent, name| {
             act(&proc_path(parent, name)).map_err(|error| errno(&error))
         })
@@ -195,6 +201,7 @@ impl Tree {
     }
 
     pub(super) fn attributes(&self, inode: u64) -> Result<FileAttr, Errno> {
+        let _quiet = self.quiet(inode);
         let named = self.named(inode, |parent, name| {
             fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)
         });
@@ -247,7 +254,11 @@ impl Tree {
         parent: u64,
         name: &OsStr,
     ) -> Result<(FileAttr, u64), Errno> {
-        let stat = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let look = || fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+        let mut stat = look()?;
+        if let Some(_quiet) = self.quiet(stat.st_ino) {
+            stat = look()?;
+        }
         let generation = self.change_nodes().found(parent, name, stat.st_ino);
         Ok((self.described(&stat, stat.st_ino), generation))
     }
@@ -423,6 +434,7 @@ impl Tree {
                 ..Changes::default()
             })
         {
+            let _quiet = self.quiet(inode);
             let set = |parent: BorrowedFd<'_>, name: &OsStr| {
                 if uid.is_some() || gid.is_some() {
                     let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
@@ -694,6 +706,7 @@ impl Tree {
         match flags - FallocateFlags::FALLOC_FL_KEEP_SIZE {
             plain if plain.is_empty() => {
                 let signed = |bytes: u64| i64::try_from(bytes).map_err(|_| Errno::EFBIG);
+                let _quiet = self.store.quiet(number);
                 fallocate(file, flags, signed(offset)?, signed(length)?)
             }
             FallocateFlags::FALLOC_FL_PUNCH_HOLE => zeros(true),
@@ -701,6 +714,7 @@ impl Tree {
                 zeros(false)?;
                 let end = offset.saturating_add(length);
                 if !keeps && fstat(file)?.st_size.unsigned_abs() < end {
+                    let _quiet = self.store.quiet(number);
                     file.set_len(end).map_err(|error| errno(&error))?;
                 }
                 Ok(())

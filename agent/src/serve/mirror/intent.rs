@@ -140,8 +140,8 @@ impl Intent {
         let mut changes = Vec::new();
         match self {
             Self::Made(path) => {
-                if let Some(entry) = entry(data, path)? {
-                    changes.push(with_parents(data, Act::Made(entry), &[path])?);
+                if let Some(entry) = entry(store, path)? {
+                    changes.push(with_parents(store, Act::Made(entry), &[path])?);
                 }
             }
             Self::Linked { from, to } => {
@@ -150,13 +150,13 @@ impl Intent {
                         from: from.as_slice().into(),
                         to: to.as_slice().into(),
                     };
-                    changes.push(with_parents(data, act, &[to])?);
+                    changes.push(with_parents(store, act, &[to])?);
                 }
             }
             Self::Removed(path) => {
                 if stat(data, path)?.is_none() {
                     let act = Act::Removed(path.as_slice().into());
-                    changes.push(with_parents(data, act, &[path])?);
+                    changes.push(with_parents(store, act, &[path])?);
                 }
             }
             Self::Renamed {
@@ -180,7 +180,7 @@ impl Intent {
                     }
                     Some(_) => Act::Removed(to.as_slice().into()),
                 };
-                changes.push(with_parents(data, act, &[from, to])?);
+                changes.push(with_parents(store, act, &[from, to])?);
             }
             Self::Written {
                 path,
@@ -199,23 +199,23 @@ impl Intent {
                         length: *length,
                     };
                     changes.push(plain(act));
-                    changes.extend(state(data, path)?);
+                    changes.extend(state(store, path)?);
                 }
                 (_, Some(bytes)) => {
                     for (part, at) in bytes.chunks(WRITE_CAP).zip(0..) {
                         let mut change = written(path, offset + at * WRITE_CAP as u64, part.into());
                         change
                             .times
-                            .push((path.as_slice().into(), time(data, path)?));
+                            .push((path.as_slice().into(), time(store, path)?));
                         changes.push(change);
                     }
                 }
                 (_, None) => {
                     reread(store, path, *offset, *length, &mut changes)?;
-                    changes.extend(state(data, path)?);
+                    changes.extend(state(store, path)?);
                 }
             },
-            Self::State(path) => changes.extend(state(data, path)?),
+            Self::State(path) => changes.extend(state(store, path)?),
         }
         Ok(changes)
     }
@@ -237,11 +237,11 @@ fn written(path: &[u8], offset: u64, bytes: Box<[u8]>) -> Change {
 }
 
 /// A change of names, with the times of the directories of `paths` after it.
-fn with_parents(data: &Confined, act: Act, paths: &[&[u8]]) -> io::Result<Change> {
+fn with_parents(store: &Store, act: Act, paths: &[&[u8]]) -> io::Result<Change> {
     let mut change = plain(act);
     for path in paths {
         let parent = split(path).0;
-        change.times.push((parent.into(), time(data, parent)?));
+        change.times.push((parent.into(), time(store, parent)?));
     }
     Ok(change)
 }
@@ -266,12 +266,17 @@ fn is_mirrored(stat: Option<FileStat>) -> bool {
     stat.is_some_and(|stat| kind_of(&stat) != SFlag::S_IFSOCK)
 }
 
-fn time(data: &Confined, path: &[u8]) -> io::Result<Timestamp> {
-    let stat = stat(data, path)?.ok_or(Errno::ENOENT)?;
+fn time(store: &Store, path: &[u8]) -> io::Result<Timestamp> {
+    let look = || io::Result::Ok(stat(store.data(), path)?.ok_or(Errno::ENOENT)?);
+    let mut stat = look()?;
+    if let Some(_quiet) = store.quiet(store.number(stat.st_ino)) {
+        stat = look()?;
+    }
     Ok(timestamp(stat.st_mtime, stat.st_mtime_nsec))
 }
 
-fn entry(data: &Confined, path: &[u8]) -> io::Result<Option<Entry>> {
+fn entry(store: &Store, path: &[u8]) -> io::Result<Option<Entry>> {
+    let data = store.data();
     let Some(stat) = stat(data, path)?.filter(|stat| is_mirrored(Some(*stat))) else {
         return Ok(None);
     };
@@ -284,6 +289,8 @@ fn entry(data: &Confined, path: &[u8]) -> io::Result<Option<Entry>> {
         return special_entry(data, &found, false).map(Some).map_err(failed);
     }
     let (file, stat) = open_file(data, path).map_err(failed)?;
+    let _quiet = store.quiet(store.number(stat.st_ino));
+    let stat = fstat(&file)?;
     let kind = Kind::File {
         size: stat.st_size.unsigned_abs(),
         blocks: Vec::new(),
@@ -293,8 +300,8 @@ fn entry(data: &Confined, path: &[u8]) -> io::Result<Option<Entry>> {
     Ok(Some(entry))
 }
 
-fn state(data: &Confined, path: &[u8]) -> io::Result<Option<Change>> {
-    Ok(entry(data, path)?.map(|entry| plain(Act::State(entry))))
+fn state(store: &Store, path: &[u8]) -> io::Result<Option<Change>> {
+    Ok(entry(store, path)?.map(|entry| plain(Act::State(entry))))
 }
 
 /// The pages of a range that are here.

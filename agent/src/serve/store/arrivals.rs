@@ -11,8 +11,6 @@ use crate::transfer::fetch::{Arrivals, BLOCK, Block, Class, Content, Place, Refu
 use crate::volume::scan::read_full;
 use crate::volume::sign::{ZERO, signature};
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::stat::{fstat, futimens};
-use nix::sys::time::TimeSpec;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -20,10 +18,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering;
 use std::sync::{PoisonError, Weak};
 use std::time::Instant;
-use xattr::FileExt as _;
 
-/// The attribute that the kernel removes at every write (capabilities(7)).
-const CAPABILITY: &str = "security.capability";
 /// Files of which the rest is fetched next, because somebody reads them.
 const RECENT_CAP: usize = 64;
 
@@ -258,10 +253,8 @@ impl Store {
         let Some(origin) = self.origins.get(place.file as usize) else {
             return Ok(());
         };
-        let _cut = self
-            .cut(place.file)
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let cut = self.cut(place.file);
+        let _cut = cut.write().unwrap_or_else(PoisonError::into_inner);
         let file = match self.origin_file(place.file) {
             // It was let go of meanwhile: whole, or removed with nobody to read it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -275,8 +268,22 @@ impl Store {
         let Some(bytes) = bytes else {
             return self.presence.mark(origin.first + place.block, missing);
         };
-        let looks = Looks::of(&file)?;
-        let start = place.block * BLOCK;
+        self.unseen(place.file, &file, || {
+            self.write_missing(&file, origin, place.block, missing, bytes)
+        })?;
+        self.presence.mark(origin.first + place.block, missing)
+    }
+
+    /// Writes the pages `missing` of a block.
+    fn write_missing(
+        &self,
+        file: &File,
+        origin: &Origin,
+        block: u64,
+        missing: u16,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let start = block * BLOCK;
         let mut page = 0;
         while page < PAGES {
             let run = (missing >> page).trailing_ones();
@@ -297,7 +304,7 @@ impl Store {
                 let zeros = from.max(there);
                 let flags =
                     FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-                match fallocate(&file, flags, signed(start + zeros), signed(to - zeros)) {
+                match fallocate(file, flags, signed(start + zeros), signed(to - zeros)) {
                     Ok(()) => {}
                     Err(nix::errno::Errno::EOPNOTSUPP) if self.reuses => {
                         let zeros = vec![0; (to - zeros) as usize];
@@ -309,31 +316,6 @@ impl Store {
                 }
             }
         }
-        looks.restore(&file)?;
-        self.presence.mark(origin.first + place.block, missing)
-    }
-}
-
-/// What a write changes of a file beside its bytes: arriving is no modification.
-pub(super) struct Looks {
-    modified: TimeSpec,
-    capability: Option<Vec<u8>>,
-}
-
-impl Looks {
-    pub(super) fn of(file: &File) -> io::Result<Self> {
-        let stat = fstat(file)?;
-        Ok(Self {
-            modified: TimeSpec::new(stat.st_mtime, stat.st_mtime_nsec),
-            capability: file.get_xattr(CAPABILITY).unwrap_or_default(),
-        })
-    }
-
-    pub(super) fn restore(self, file: &File) -> io::Result<()> {
-        futimens(file, &TimeSpec::UTIME_OMIT, &self.modified)?;
-        match self.capability {
-            Some(capability) => file.set_xattr(CAPABILITY, &capability),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }

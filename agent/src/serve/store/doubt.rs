@@ -4,7 +4,7 @@
 //! once more and written over what came, where that is still here. Invariant: what was written here since is never
 //! written over: such a block is named instead, and the volume stays unproven. Non-goal: who asks for it (`later`).
 
-use super::arrivals::Looks;
+use super::looks::Looks;
 use super::{Mirror, Store, locked};
 use crate::model::ids::Signature;
 use crate::serve::origins::{StoreError, read_list};

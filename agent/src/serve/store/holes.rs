@@ -3,7 +3,6 @@
 //! Invariant: a hole that somebody was told of is here from then on, so that it reads as it was told. What the source
 //! does not say in time counts as data, which is always true enough. Non-goal: zeros that take space.
 
-use super::arrivals::Looks;
 use super::{Store, locked, signed};
 use crate::serve::origins::{Origin, mask};
 use crate::serve::presence::PAGE;
@@ -150,13 +149,13 @@ impl Store {
                 }
                 if at < end {
                     let file = self.origin_file(number)?;
-                    let looks = Looks::of(&file)?;
                     let flags =
                         FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
                     let (from, length) = (signed(at * BLOCK), signed((end - at) * BLOCK));
                     // On a file system without holes they are not taken, but fetched as zeros.
-                    fallocate(&*file, flags, from, length)?;
-                    looks.restore(&file)?;
+                    self.unseen(number, &file, || {
+                        Ok(fallocate(&*file, flags, from, length)?)
+                    })?;
                     self.presence
                         .mark_whole(origin.first + at..origin.first + end)?;
                 }
