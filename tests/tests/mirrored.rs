@@ -8,6 +8,8 @@ use lifeboat::transfer::fetch::{FetchPlan, Grant};
 use lifeboat::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
 use lifeboat::volume::FleetKey;
 use lifeboat::volume::mirror::write_back;
+use lifeboat_tests::disk::{self, Disk};
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 use nix::sys::stat::Mode;
 use std::env;
@@ -125,8 +127,10 @@ fn act() -> Result<bool> {
     let parent = nix::unistd::getppid();
     while nix::unistd::getppid() == parent {
         let new = place.0.join("status.new");
-        fs::write(&new, serde_json::to_vec(&store.mirrored())?)?;
-        fs::rename(new, place.status())?;
+        // The disk may be full.
+        if fs::write(&new, serde_json::to_vec(&store.mirrored())?).is_ok() {
+            fs::rename(new, place.status())?;
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(true)
@@ -176,11 +180,15 @@ impl Scene {
 
     /// As [`Self::up`], with what a script adds to the source's tree.
     fn up_with(test: &'static str, more: &str) -> Result<Option<Self>> {
+        let place = Place(Path::new(env!("CARGO_TARGET_TMPDIR")).join(test));
+        Self::up_at(place, test, more)
+    }
+
+    fn up_at(place: Place, test: &'static str, more: &str) -> Result<Option<Self>> {
         if !is_root() {
             println!("skipped: needs root for the mount");
             return Ok(None);
         }
-        let place = Place(Path::new(env!("CARGO_TARGET_TMPDIR")).join(test));
         let _ = nix::mount::umount2(&place.mount(), nix::mount::MntFlags::MNT_DETACH);
         let _ = fs::remove_dir_all(&place.0);
         for directory in [place.source(), place.mount()] {
@@ -267,6 +275,10 @@ impl Scene {
             std::thread::sleep(Duration::from_millis(u64::from(5 + death * 9)));
             actor.kill()?;
         }
+        self.return_to(copy)
+    }
+
+    fn return_to(&self, copy: PathBuf) -> Result<()> {
         let changes = write_back(&self.place.log(), &copy)?;
         wait_for("the figures to say so", PATIENCE, || {
             Ok((changes > 0 && changes == self.mirrored()?.changes).then_some(()))
@@ -669,4 +681,50 @@ fn arriving_is_no_modification_whoever_is_killed_in_it_and_takes_no_modification
     }
     ensure!(wrong.is_empty(), "{wrong:#?}");
     Ok(())
+}
+
+#[test]
+fn a_full_disk_refuses_writes_and_the_mirror_has_all_the_others() -> Result<()> {
+    if act()? {
+        return Ok(());
+    }
+    let test = "a_full_disk_refuses_writes_and_the_mirror_has_all_the_others";
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "full", 64) else {
+        return Ok(());
+    };
+    disk::output("mkfs.ext4", &["-q", disk.device()]);
+    let place = Place(Path::new(&disk.mount()).join("place"));
+    let Some(scene) = Scene::up_at(place, test, "")? else {
+        return Ok(());
+    };
+    let mount = scene.place.mount();
+    let filling = File::create(mount.join("filling"))?;
+    let bytes = vec![7; 64 << 10];
+    let mut refused = None;
+    for block in 0..1200_u64 {
+        // From the disk's end on over what is there already: the data needs no space then, but its log does.
+        let at = if refused.is_some() { block % 16 } else { block };
+        match filling.write_all_at(&bytes, at << 16) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(Errno::ENOSPC as i32) => {
+                refused = refused.or(Some(block));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    println!("refused from {refused:?} on: {:?}", scene.mirrored()?);
+    ensure!(refused.is_some(), "the disk was never full");
+    ensure!(!scene.place.store().join("mirror/lost").exists());
+    drop(filling);
+    fs::remove_file(mount.join("filling"))?;
+    fs::write(mount.join("after"), &bytes)?;
+    scene.all_is_mirrored()?;
+    // Not on the full disk, which has both logs already.
+    let copy = disk.directory.join("copy");
+    output(
+        Command::new("cp")
+            .arg("-a")
+            .args([&scene.place.0.join("copy"), &copy]),
+    )?;
+    scene.return_to(copy)
 }

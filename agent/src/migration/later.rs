@@ -139,7 +139,8 @@ impl Later {
             arrival.bytes += Bytes(figures.bytes);
             arrival.absent += Bytes(figures.absent);
             arrival.held += Bytes(figures.held);
-            arrival.trouble = arrival.trouble.or_else(|| live.store.doubted());
+            let trouble = || live.store.unkept().or_else(|| live.store.doubted());
+            arrival.trouble = arrival.trouble.or_else(trouble);
             let mirrored = live.store.mirrored();
             let alone = mirrored.and_then(|mirrored| mirrored.unmirrored);
             arrival.unmirrored = arrival.unmirrored.or(alone.filter(|_| !self.whole));

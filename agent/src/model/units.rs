@@ -31,19 +31,20 @@ impl fmt::Display for Bytes {
 impl Add for Bytes {
     type Output = Self;
     fn add(self, other: Self) -> Self {
-        Self(self.0 + other.0)
+        // Files of nothing but holes may be of any length.
+        Self(self.0.saturating_add(other.0))
     }
 }
 
 impl AddAssign for Bytes {
     fn add_assign(&mut self, other: Self) {
-        self.0 += other.0;
+        *self = *self + other;
     }
 }
 
 impl Sum for Bytes {
     fn sum<I: Iterator<Item = Self>>(values: I) -> Self {
-        Self(values.map(|value| value.0).sum())
+        values.fold(Self(0), Self::add)
     }
 }
 

@@ -6,10 +6,12 @@
 
 use super::origins::{StoreError, Tree, failed, make, read_index, read_list};
 use super::reuse::{Copies, end_copies};
+use crate::model::units::Bytes;
 use crate::transfer::Options;
-use crate::transfer::fetch::{FetchPlan, Fetcher};
+use crate::transfer::fetch::{BLOCK, FetchPlan, Fetcher};
 use crate::volume::apply::Access;
 use crate::volume::confined::split;
+use crate::volume::tree::shown;
 use crate::volume::{Entry, Kind};
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
@@ -136,8 +138,27 @@ pub(super) fn listed(
     options: &Options,
     known: &[Entry],
 ) -> Result<Vec<Entry>, StoreError> {
-    Ok(consistent(Fetcher::list(plan, options, known)?))
+    let listed = consistent(Fetcher::list(plan, options, known)?);
+    fits(&listed)?;
+    Ok(listed)
 }
+
+/// Whether a list is of no more blocks than can be kept account of.
+fn fits(listed: &[Entry]) -> Result<(), StoreError> {
+    let blocks = |entry: &Entry| entry.size().div_ceil(BLOCK);
+    let all = listed.iter().map(blocks).fold(0, u64::saturating_add);
+    match listed.iter().max_by_key(|entry| entry.size()) {
+        Some(largest) if all > BLOCKS_CAP => Err(StoreError::TooLong {
+            cap: Bytes(BLOCKS_CAP * BLOCK),
+            path: shown(&largest.path).into_owned(),
+            size: Bytes(largest.size()),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Blocks of a store: 16 TiB, of which what is here takes 1 GiB of memory.
+const BLOCKS_CAP: u64 = 1 << 28;
 
 /// A list without what contradicts the rest of it, because the tree changed meanwhile: what comes twice, what lies in no
 /// directory of the list, and further names of nothing.
@@ -253,6 +274,32 @@ mod tests {
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::{DirEntryExt, MetadataExt, PermissionsExt, symlink};
     use std::path::PathBuf;
+
+    #[test]
+    fn a_list_of_more_blocks_than_can_be_counted_is_refused_by_the_name_of_the_longest_file() {
+        let file = |path: &[u8], size| Entry {
+            path: path.into(),
+            mode: 0o600,
+            uid: 0,
+            gid: 0,
+            mtime: Timestamp::default(),
+            xattrs: Vec::new(),
+            kind: Kind::File {
+                size,
+                blocks: Vec::new(),
+            },
+            seen: crate::volume::tree::Seen::default(),
+        };
+        let long = i64::MAX as u64;
+        assert!(fits(&[file(b"a", BLOCKS_CAP * BLOCK), file(b"b", 0)]).is_ok());
+        for list in [
+            vec![file(b"a", BLOCKS_CAP * BLOCK), file(b"b", 1)],
+            vec![file(b"a", long), file(b"b", long - 1), file(b"c", long - 2)],
+        ] {
+            let said = fits(&list).unwrap_err().to_string();
+            assert!(said.contains("`a`") && said.contains("16.0 TiB"), "{said}");
+        }
+    }
 
     /// What may happen to a tree.
     #[derive(Clone, Debug)]

@@ -10,10 +10,12 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Questions of the background that are open at a time: 4 MiB.
 const WINDOW: u64 = 64;
+/// Pause between two questions while what arrives cannot be kept.
+const UNKEPT_PAUSE: Duration = Duration::from_secs(1);
 /// How soon a filler hears that it must stop.
 const STEP: Duration = Duration::from_millis(100);
 
@@ -157,6 +159,13 @@ impl Fill {
 
     fn ask(&self, number: u32, block: u64) -> Result<(), Stopped> {
         self.room(WINDOW - 1)?;
+        let until = Instant::now() + UNKEPT_PAUSE;
+        while self.store.unkept().is_some() && Instant::now() < until {
+            if self.over.load(Ordering::Acquire) {
+                return Err(Stopped);
+            }
+            std::thread::sleep(STEP);
+        }
         let window = &self.store.window;
         *window.open.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         if !self.store.ask(Class::Background, number, block) {

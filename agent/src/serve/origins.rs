@@ -5,6 +5,7 @@
 
 use super::presence::{PAGE, WHOLE};
 use super::reuse::{Copies, clear};
+use crate::model::units::Bytes;
 use crate::transfer::fetch::{BLOCK, FetchError};
 use crate::volume::apply::{Access, ApplyError, Destination, Parent};
 use crate::volume::codec::{Reader, put_short};
@@ -28,6 +29,19 @@ pub enum StoreError {
     /// The tree cannot be made.
     #[error("{0}")]
     Apply(#[from] ApplyError),
+    /// More than can be kept account of.
+    #[error(
+        "its files are longer than {cap} in all, holes included (`{path}` has {size}); shorten or remove what is not \
+         needed, or copy first"
+    )]
+    TooLong {
+        /// Bytes that would do.
+        cap: Bytes,
+        /// The longest file.
+        path: String,
+        /// Its bytes.
+        size: Bytes,
+    },
     /// A file of the store.
     #[error("cannot {doing} in {directory}: {error}; free space or repair the file system there")]
     File {

@@ -72,7 +72,7 @@ pub struct Figures {
     /// Bytes that an earlier copy had brought here already, as far as was asked since this store was opened.
     #[serde(default)]
     pub held: u64,
-    /// Blocks that the source did not give: gone there, or unreadable.
+    /// Blocks that the source did not give, gone there or unreadable, or that could not be kept here.
     pub refused: u64,
     /// Whether it has let go of the source: all that is wanted is here.
     pub detached: bool,
@@ -111,6 +111,8 @@ pub struct Store {
     ahead: AtomicU64,
     held_before: AtomicU64,
     refused: AtomicU64,
+    /// Why what arrived last could not be kept.
+    unkept: Mutex<Option<String>>,
     /// Its files may hold what an earlier copy left.
     reuses: bool,
 }
@@ -220,6 +222,7 @@ impl Store {
             ahead: AtomicU64::new(0),
             held_before: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            unkept: Mutex::default(),
             reuses: reuses(directory),
         });
         if !is_new {
@@ -262,6 +265,12 @@ impl Store {
             refused: self.refused.load(Ordering::Relaxed),
             detached: locked(&self.fetcher).is_none(),
         }
+    }
+
+    /// Why what arrives cannot be kept here, for people; none while it can.
+    #[must_use]
+    pub fn unkept(&self) -> Option<String> {
+        locked(&self.unkept).clone()
     }
 
     /// Whether it is to be proven before the source is let go of.
@@ -358,12 +367,21 @@ impl Store {
         self.logs_to().map_or(Ok(()), Mirror::sync)
     }
 
-    /// Ends its connections to the source; what is absent then stays so.
+    /// Ends its connections to the source; what is absent then stays so, and who waits for it gets an error.
     pub fn detach(&self) {
         // Dropped outside of the lock: it waits for threads that may want it.
         let fetcher = locked(&self.fetcher).take();
         drop(fetcher);
         self.maps.end();
+        for shard in &self.shards {
+            let mut asked = locked(&shard.asked);
+            for known in asked.values_mut() {
+                if let Asked::For(_) = known {
+                    *known = Asked::Refused(Refusal::Gone);
+                }
+            }
+            shard.changed.notify_all();
+        }
     }
 
     /// Number of the origin that the file with this inode number is, while pages of it may be absent.

@@ -613,6 +613,23 @@ fn without_the_link_a_read_waits_then_fails_and_goes_on_when_it_is_back() {
 }
 
 #[test]
+fn who_waits_gets_an_error_when_the_source_is_let_go_of() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("image", &random(9, 2_000_000));
+    let store = bench.open(LONG);
+    let file = served(&store, "image");
+    bench.wire.cut(true);
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| file.read(&store, 1_000_000, 10));
+        wait("the question", || !store.recent.lock().unwrap().is_empty());
+        let began = Instant::now();
+        store.detach();
+        assert!(is_eio(waits.join().unwrap()));
+        assert!(began.elapsed() < LONG / 2, "it waited for nobody");
+    });
+}
+
+#[test]
 fn a_file_that_is_gone_on_the_source_is_an_error_and_no_zeros() {
     let bench = Bench::new(Duration::ZERO);
     bench.file("gone", &random(3, 100_000));
@@ -698,4 +715,31 @@ fn a_volume_of_one_file_is_a_tree_with_that_file() {
     assert!(file.read(&store, 1000, 300_000).unwrap() == bytes[1000..]);
     let data = bench.dir.path().join("store/data");
     assert_eq!(fs::read_dir(data).unwrap().count(), 1);
+}
+
+#[test]
+fn what_cannot_be_kept_is_told_and_comes_once_it_can() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("one", &random(9, 300_000));
+    let store = bench.open(LONG);
+    let origin = bench.dir.path().join("store/origins/0");
+    let aside = bench.dir.path().join("aside");
+    fs::rename(&origin, &aside).unwrap();
+    fs::create_dir(&origin).unwrap();
+    let mut filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("the filler", || filler.is_over());
+    let told = store.unkept().unwrap();
+    assert!(
+        told.contains("volume data") && told.contains("free space"),
+        "{told}"
+    );
+    assert!(
+        store.figures().refused > 0,
+        "nobody would know that more is to be asked for"
+    );
+    fs::remove_dir(&origin).unwrap();
+    fs::rename(&aside, &origin).unwrap();
+    filler = Filler::start(&store, Vec::new()).unwrap();
+    wait("everything to be here", || filler.is_over());
+    assert_eq!((store.figures().absent, store.unkept()), (0, None));
 }

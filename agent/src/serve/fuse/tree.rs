@@ -140,6 +140,13 @@ impl Tree {
         let Some(intent) = intent()? else {
             return act();
         };
+        let reserved = mirror.reserve(bytes.map_or(0, <[u8]>::len));
+        // What writes nothing may make space; there is some for it.
+        if let Err(error) = reserved
+            && bytes.is_some_and(|bytes| !bytes.is_empty())
+        {
+            return Err(errno(&error).into());
+        }
         mirror.intend(&intent);
         let done = act();
         let bytes = bytes.filter(|_| done.is_ok());

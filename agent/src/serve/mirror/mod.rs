@@ -127,6 +127,14 @@ impl Mirror {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sees to it that a write of so many bytes can be logged; the turn is held.
+    ///
+    /// # Errors
+    /// The disk is full: the write must not be done, or the mirror is lost.
+    pub(super) fn reserve(&self, bytes: usize) -> io::Result<()> {
+        self.shared.state().log.reserve(bytes as u64)
+    }
+
     /// Notes what will be changed; the turn is held.
     pub(super) fn intend(&self, intent: &Intent) {
         if let Err(error) = self.shared.write_pending(Some(intent)) {

@@ -229,9 +229,11 @@ impl Store {
                     };
                     counter.fetch_add(more, Ordering::Relaxed);
                     asked.remove(&place);
+                    locked(&self.unkept).take();
                 }
                 Ok(Err(error)) => {
-                    tracing::error!(directory = %self.directory.display(), "cannot keep a fetched block: {error}");
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    self.cannot_keep(&error);
                     asked.insert(place, Asked::Refused(Refusal::Unreadable));
                 }
                 Err(why) => {
@@ -245,6 +247,19 @@ impl Store {
             let mut open = locked(&self.window.open);
             *open = open.saturating_sub(1);
             self.window.changed.notify_all();
+        }
+    }
+
+    /// Says once why nothing can be kept, as a full disk may refuse every block of a volume.
+    fn cannot_keep(&self, error: &io::Error) {
+        let why = format!(
+            "volume {}: what arrives cannot be kept in {}: {error}; free space or repair the file system there, and it \
+             goes on",
+            self.name,
+            self.directory.display()
+        );
+        if locked(&self.unkept).replace(why.clone()).is_none() {
+            tracing::error!("{why}");
         }
     }
 

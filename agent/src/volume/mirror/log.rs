@@ -4,6 +4,7 @@
 //! gaps; what is trimmed gives its space back and is never read again.
 
 use super::super::codec::{Malformed, Reader};
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -21,6 +22,10 @@ const FRAME: usize = 4 + 8 + 8;
 /// Most bytes of records that a log ever takes, also of those that were trimmed: 64 GiB are written back in minutes at
 /// 500 MB/s. Beyond it the mirror ends rather than filling the disk of the source.
 const LOG_CAP: u64 = 64 << 30;
+/// Space that is had for the log ahead, and how much of it is left when more is asked for: what makes space on a full
+/// disk is logged too.
+const AHEAD: u64 = 8 << 20;
+const SPARE: u64 = 1 << 20;
 /// Longest content: a write with its path, or an entry with all its attributes.
 const CONTENT_CAP: usize = super::WRITE_CAP + (32 << 10);
 
@@ -92,6 +97,8 @@ pub struct Log {
     id: LogId,
     start: Mark,
     end: Mark,
+    /// Up to where there is space.
+    reserved: u64,
     frame: Vec<u8>,
 }
 
@@ -126,6 +133,7 @@ impl Log {
             id,
             start,
             end: start,
+            reserved: 0,
             frame: Vec::new(),
         };
         let length = log.file.metadata()?.len();
@@ -159,6 +167,7 @@ impl Log {
             id: *id,
             start,
             end: start,
+            reserved: 0,
             frame: Vec::new(),
         };
         log.head()?;
@@ -215,6 +224,30 @@ impl Log {
     /// No descriptor is left.
     pub fn file(&self) -> io::Result<File> {
         self.file.try_clone()
+    }
+
+    /// Sees to it that there is space for so many bytes of content.
+    ///
+    /// # Errors
+    /// The disk is full.
+    pub fn reserve(&mut self, bytes: u64) -> io::Result<()> {
+        let needed = self.end.offset + bytes + SPARE;
+        if needed <= self.reserved {
+            return Ok(());
+        }
+        let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        for to in [needed + AHEAD, needed] {
+            let (mode, from) = (FallocateFlags::FALLOC_FL_KEEP_SIZE, self.end.offset);
+            match fallocate(&self.file, mode, signed(from), signed(to - from)) {
+                Err(Errno::ENOSPC | Errno::EDQUOT) => {}
+                // A file system that gives no space ahead has none to run out of before the data does.
+                _ => {
+                    self.reserved = to;
+                    return Ok(());
+                }
+            }
+        }
+        Err(Errno::ENOSPC.into())
     }
 
     /// Appends a record and gives its number.
