@@ -81,6 +81,16 @@ fn what_was_prepared_is_freed_at_recovery_and_saves_the_evacuation_the_copy() ->
     ensure!(copied[0].1 >= BULK && copied[1].1 < BULK / 4, "{copied:?}");
     let took = copied[0].0["secs"].as_u64();
     ensure!(took >= Some(1), "24 MiB at 16 MiB/s took {took:?} s");
+    // Of a large file a round reads what was written to it, and no more.
+    let page = format!("dd if=/dev/urandom of={big} bs=4096 seek=1000 count=1 conv=notrunc");
+    source.run(["sh", "-c", &page])?;
+    let before = rounds(&plan)?.len();
+    wait_for("the page on the target", PATIENCE, || {
+        let same = fs::read(source.path(&big))? == fs::read(target.path(&big))?;
+        Ok(same.then_some(()))
+    })?;
+    let read = read_since(&source, &plan, before)?;
+    ensure!(read < BULK / 4, "{read} bytes were read for a page");
     ensure!(
         state(&source)? == untouched && runs(&source, &id)?,
         "the container was touched"
@@ -240,6 +250,28 @@ fn freed(stage: &Stage) -> Result<()> {
         let plans = status["plans"].as_array().cloned().unwrap_or_default();
         Ok(plans.iter().all(over).then_some(()))
     })
+}
+
+/// Bytes that the rounds of a plan beyond the first `before` read.
+fn read_since(source: &Host, plan: &str, before: usize) -> Result<u64> {
+    let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
+    let text = fs::read_to_string(source.path(&journal)).context(journal)?;
+    ensure!(
+        text.contains("written-extents"),
+        "nothing is watched below the volume"
+    );
+    let entries = text.lines().map(serde_json::from_str::<Value>);
+    let entries: Vec<Value> = entries.collect::<Result<_, _>>()?;
+    let rounds = entries
+        .iter()
+        .filter(|entry| entry["event"]["event"] == "round");
+    let volumes = rounds
+        .skip(before)
+        .filter_map(|round| round["event"]["volumes"].as_array());
+    Ok(volumes
+        .flatten()
+        .filter_map(|volume| volume["read"].as_u64())
+        .sum())
 }
 
 /// Time and bytes on the wire of each round, and the bytes since the plan was told to evacuate.

@@ -1,16 +1,21 @@
-//! What changes on the block devices that a plan moves, as the kernel notes it.
+//! What changes on the block devices that a plan moves, and below the file systems of its large files, as the
+//! kernel notes it.
 //!
 //! Invariants: a device is watched before its first epoch is read; what was written through its page cache is
-//! on the device, and so noted, before an epoch is begun; where anything of this fails, everything counts as
-//! changed.
+//! on the device, and so noted, before an epoch is begun (of a file: before it is looked at); where anything of
+//! this fails, everything counts as changed. A device below several volumes is watched once.
 
 use crate::model::ids::VolumeId;
+use crate::model::units::Bytes;
 use crate::model::volume::{ChangesBy, VolumeSpec};
 use crate::telemetry::dirty::{Changes, Watch};
+use crate::transfer::below::{self, Below};
+use crate::volume::Written;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -22,9 +27,33 @@ pub(super) fn of_device(path: &Path) -> ChangesBy {
     }
 }
 
+/// Files from this size on are worth a watch of their device: what is smaller is soon read whole.
+const LARGE: Bytes = Bytes(16 << 20);
+
+/// How the changes of trees and files can be found on this host.
+#[derive(Default)]
+pub(super) struct BelowFiles(BTreeMap<u64, bool>);
+
+impl BelowFiles {
+    /// Of a tree or file of which the largest file has so many bytes.
+    pub(super) fn ask(&mut self, path: &Path, largest: Bytes) -> ChangesBy {
+        let Some(number) = path.metadata().ok().map(|data| data.dev()) else {
+            return ChangesBy::ChangeTimes;
+        };
+        let is_watched = || below::is_written_in_place(number) && Below::watch(number).is_ok();
+        if largest >= LARGE && *self.0.entry(number).or_insert_with(is_watched) {
+            ChangesBy::WrittenExtents
+        } else {
+            ChangesBy::ChangeTimes
+        }
+    }
+}
+
 /// The watched devices of a plan.
 #[derive(Default)]
 pub(super) struct Watches {
+    /// By the number of the device.
+    below: BTreeMap<u64, Below>,
     watched: BTreeMap<VolumeId, Arc<Mutex<Watch>>>,
     /// Changes that were asked for and not yet sent.
     pending: BTreeMap<VolumeId, Vec<Range<u64>>>,
@@ -50,6 +79,27 @@ impl Watches {
             }
             Ok(Err(error)) => tracing::warn!("{error}; every block is read again"),
             Err(error) => tracing::warn!("{error}; every block is read again"),
+        }
+        None
+    }
+
+    /// What the device below the files of a volume was written to since the last call; the first call, and one that
+    /// fails, know nothing.
+    pub(super) async fn below(&mut self, volume: &VolumeSpec) -> Option<Arc<dyn Written>> {
+        if volume.changes != ChangesBy::WrittenExtents {
+            return None;
+        }
+        let device = volume.source_path.metadata().ok()?.dev();
+        if let Some(below) = self.below.get_mut(&device) {
+            return below.take(volume.id);
+        }
+        match tokio::task::spawn_blocking(move || Below::watch(device)).await {
+            Ok(Ok(mut below)) => {
+                below.take(volume.id);
+                self.below.insert(device, below);
+            }
+            Ok(Err(error)) => tracing::warn!("{error}; large files are read whole"),
+            Err(error) => tracing::warn!("{error}; large files are read whole"),
         }
         None
     }

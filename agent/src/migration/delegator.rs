@@ -4,6 +4,7 @@
 //! plans that are under way. One plan runs at a time on a source.
 
 use super::active::{Active, PlanStatus, locked};
+use super::changes::{self, BelowFiles};
 use super::choosing;
 use super::clearance::Clearance;
 use super::events::{Approval, Forwarding, SourceEvent};
@@ -739,6 +740,7 @@ pub(super) fn plan_ids(state: &Path, role: &str) -> Vec<PlanId> {
 
 async fn measure(origins: Vec<Origin>) -> Result<Vec<VolumeSpec>, DelegatorError> {
     let specs = tokio::task::spawn_blocking(move || {
+        let mut below = BelowFiles::default();
         origins
             .into_iter()
             .enumerate()
@@ -751,8 +753,9 @@ async fn measure(origins: Vec<Origin>) -> Result<Vec<VolumeSpec>, DelegatorError
                         _ => origin.path.display().to_string(),
                     },
                     changes: match &origin.kind {
-                        VolumeKind::Device => super::changes::of_device(&origin.path),
-                        _ => ChangesBy::ChangeTimes,
+                        VolumeKind::Device => changes::of_device(&origin.path),
+                        VolumeKind::Image(_) => ChangesBy::ChangeTimes,
+                        _ => below.ask(&origin.path, measure.largest),
                     },
                     unused: if origin.kind.is_one() {
                         crate::volume::unused::of_volume(&origin.path)

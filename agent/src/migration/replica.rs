@@ -61,9 +61,10 @@ impl Replica {
         frozen: bool,
     ) -> Result<VolumeRound, MoveError> {
         let changed = self.watches.take(volume).await;
+        let written = self.watches.below(volume).await;
         let mut previous = self.sent.remove(&volume.id);
         if let Some(previous) = &mut previous {
-            previous.changed = changed;
+            (previous.changed, previous.written) = (changed, written);
         }
         let Some(mut sender) = self.sender.take() else {
             return Err(MoveError::Cancelled(

@@ -9,6 +9,7 @@ mod choice_tests;
 pub mod container;
 pub mod control;
 pub mod edge;
+pub mod extent;
 pub mod fleet;
 pub mod ids;
 pub mod locate;

@@ -36,6 +36,8 @@ pub enum ChangesBy {
     /// Change times and sizes of files.
     #[default]
     ChangeTimes,
+    /// The same, and within large files the kernel notes which extents of their device are written.
+    WrittenExtents,
     /// The kernel notes which extents of the device are written.
     DirtyExtents,
     /// Every block is read and signed again; why.
@@ -46,6 +48,9 @@ impl std::fmt::Display for ChangesBy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::ChangeTimes => f.write_str("by change times"),
+            Self::WrittenExtents => f.write_str(
+                "by change times, and within large files by the extents that the kernel notes as written",
+            ),
             Self::DirtyExtents => f.write_str("by dirty extents, as the kernel notes them"),
             Self::HashScan(why) => write!(f, "by reading every block again: {why}"),
         }

@@ -110,7 +110,19 @@ impl Watch {
     /// # Errors
     /// Any [`WatchError`].
     pub fn start(root: &Path, device: &Path) -> Result<Self, WatchError> {
-        let place = place(root, device)?;
+        let number = device::number(device).map_err(|why| WatchError::NoDevice {
+            device: device.to_owned(),
+            why,
+        })?;
+        Self::of_number(root, number, device)
+    }
+
+    /// The same of a device by its number, as stat(2) has it; `device` names it in errors.
+    ///
+    /// # Errors
+    /// Any [`WatchError`].
+    pub fn of_number(root: &Path, number: u64, device: &Path) -> Result<Self, WatchError> {
+        let place = place(root, number, device)?;
         let size = place.sectors << SECTOR_SHIFT;
         let granule = granule(size);
         let words = u32::try_from(size.div_ceil(granule).div_ceil(64))
@@ -173,6 +185,34 @@ impl Watch {
         }
     }
 
+    /// Whether anything since the last swap could not be located.
+    #[must_use]
+    pub fn is_anywhere(&self) -> bool {
+        let state = self.state.words();
+        let everything = &state[watch_state::EVERYTHING as usize..][..2];
+        let everything = everything
+            .iter()
+            .any(|half| half.load(Ordering::SeqCst) != 0);
+        everything || self.left_out() != self.left_out
+    }
+
+    /// Whether these bytes of the device may have changed since the last swap.
+    #[must_use]
+    pub fn has_changed(&self, bytes: &Range<u64>) -> bool {
+        let words = self.bitmaps.words();
+        // A program that began before the swap may still mark in the epoch before.
+        let (one, other) = words.split_at(words.len() / 2);
+        let is_set = |half: &[AtomicU64], granule: u64| {
+            let word = usize::try_from(granule / 64)
+                .ok()
+                .and_then(|at| half.get(at));
+            // What lies past the device is no place of ours.
+            word.is_none_or(|word| word.load(Ordering::SeqCst) >> (granule % 64) & 1 == 1)
+        };
+        let mut granules = bytes.start / self.granule..bytes.end.div_ceil(self.granule);
+        granules.any(|granule| is_set(one, granule) || is_set(other, granule))
+    }
+
     /// How often the kernel left a program out because it was running already on that CPU.
     fn left_out(&self) -> u64 {
         let programs = PROGRAMS.iter().filter_map(|(name, _)| {
@@ -189,13 +229,11 @@ impl Watch {
 }
 
 /// A device whose writes the block layer's events tell.
-fn place(root: &Path, device: &Path) -> Result<Place, WatchError> {
-    let place = device::number(device)
-        .and_then(|number| Place::find(root, number))
-        .map_err(|why| WatchError::NoDevice {
-            device: device.to_owned(),
-            why,
-        })?;
+fn place(root: &Path, number: u64, device: &Path) -> Result<Place, WatchError> {
+    let place = Place::find(root, number).map_err(|why| WatchError::NoDevice {
+        device: device.to_owned(),
+        why,
+    })?;
     let unseen = |why| WatchError::Unseen {
         device: device.to_owned(),
         why,

@@ -10,7 +10,7 @@ mod cgroups;
 mod device;
 pub mod dirty;
 mod edges;
-mod extents;
+pub mod extents;
 mod host;
 mod interval;
 mod kernel;

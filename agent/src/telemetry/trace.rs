@@ -7,7 +7,7 @@
 use super::btf::KernelTypes;
 use super::cgroups::{Cgroups, owner};
 use super::device::{self, Place};
-use super::extents::{self, Piece};
+use super::extents;
 use super::kernel::mapped::Mapped;
 use super::kernel::{
     BTF_PATH, allow_locked_memory, attach, chain, find_scope, forbidden, tracepoints,
@@ -15,6 +15,7 @@ use super::kernel::{
 use super::layout::{self, Family};
 use super::ports::Clock;
 use crate::model::container::Container;
+use crate::model::extent::Extent;
 use crate::model::trace::{Cause, MAX_TOUCHES, Of, Touch, Trace, TracedFile};
 use crate::model::units::{Bytes, UnixMillis};
 use aya::maps::{Array, HashMap as KernelMap, MapData};
@@ -273,7 +274,7 @@ impl Recorder {
         let mut placer = Placer::new(runs);
         let of = match what {
             What::Device(device) => {
-                placer.file(Vec::new(), size, &[Piece::whole(size)]);
+                placer.file(Vec::new(), size, &[Extent::whole(size)]);
                 Of::Device(device.to_string_lossy().into_owned())
             }
             What::Directory(directory) => {
@@ -365,12 +366,13 @@ fn set_scope(root: &Path, cgroup: &Path, layout: &mut Layout) -> Result<(), Stri
     Ok(())
 }
 
-impl Piece {
+impl Extent {
     fn whole(length: u64) -> Self {
         Self {
             logical: 0,
             physical: 0,
             length,
+            unwritten: false,
         }
     }
 }
@@ -421,7 +423,7 @@ impl Placer {
     }
 
     /// Takes up a file if one of the runs lies in it.
-    fn file(&mut self, path: Vec<u8>, length: u64, pieces: &[Piece]) {
+    fn file(&mut self, path: Vec<u8>, length: u64, pieces: &[Extent]) {
         let file = self.files.len() as u32;
         let mut is_touched = false;
         for piece in pieces {
@@ -522,7 +524,7 @@ mod tests {
     fn an_extent_has_the_heat_of_every_run_that_touches_it_and_the_earliest_time() {
         // Pages of 4 KiB: one run over extents 0 and 1, one in extent 1, one far off but first.
         let mut placer = runs(&[(15, 2, 20, 1), (17, 1, 10, 5), (160, 1, 5, 2)]);
-        placer.file(Vec::new(), 1 << 30, &[Piece::whole(1 << 30)]);
+        placer.file(Vec::new(), 1 << 30, &[Extent::whole(1 << 30)]);
         let placed = placer.finish();
         assert_eq!(touched(&placed), [(0, 10, 2), (0, 1, 6), (0, 0, 1)]);
         assert_eq!((placed.elsewhere, placed.lost), (0, 0));
@@ -530,10 +532,11 @@ mod tests {
 
     #[test]
     fn runs_are_found_in_the_pieces_of_files() {
-        let piece = |logical: u64, physical: u64, length: u64| Piece {
+        let piece = |logical: u64, physical: u64, length: u64| Extent {
             logical: logical << 12,
             physical: physical << 12,
             length: length << 12,
+            unwritten: false,
         };
         let mut placer = runs(&[
             (95, 10, 1, 3),

@@ -6,6 +6,7 @@
 //! one root; a device that only transfers never has a data key. Non-goals: who may do what (the
 //! fleet decides and hands out keys), when to pause a workload (the migration decides).
 
+pub mod below;
 mod connection;
 mod deferred;
 pub mod engine;

@@ -10,6 +10,7 @@ use super::reading::{Fate, Reading, Unit, Waiting, fate};
 use super::record::Record;
 use super::source::{SourceError, add};
 use super::uring::is_cached;
+use crate::model::extent::Extent;
 use crate::model::ids::Signature;
 use crate::volume::aligned::ALIGNMENT;
 use crate::volume::salvage::{self, is_media_error};
@@ -42,6 +43,8 @@ pub(super) struct Large {
     pub(super) unused: Option<Arc<unused::Map>>,
     /// Blocks that the target holds of it.
     pub(super) held: Vec<Signature>,
+    /// Where it lay before it was read.
+    pub(super) extents: Option<Arc<[Extent]>>,
     pub(super) blocks: Mutex<Vec<Signature>>,
     /// Pieces not yet read.
     pub(super) left: AtomicU64,
@@ -349,6 +352,9 @@ impl Reading<'_, '_> {
         let entry = self.entry(&large.path, &large.file, &large.stat, large.size, blocks)?;
         if self.source.differs(&entry) {
             add(&self.tally.changed_entries, 1);
+        }
+        if let Some(extents) = &large.extents {
+            self.tally.keep_extents(&large.path, extents);
         }
         lock(&self.outcomes).insert(large.step, Some(entry));
         Ok(())

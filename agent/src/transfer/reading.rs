@@ -13,13 +13,17 @@ use super::pieces::{self, Large, Piece};
 use super::queue::{Queue, lock};
 use super::record::SLOT;
 use super::small::OfferedFiles;
-use super::source::{Source, SourceError, Tally, add};
+use super::source::{EXTENTS_CAP, Source, SourceError, Tally, add};
+use crate::model::extent::Extent;
 use crate::model::ids::Signature;
+use crate::model::volume::ChangesBy;
+use crate::telemetry::extents;
 use crate::volume::aligned::{ALIGNMENT, open_direct};
 use crate::volume::change::{Baseline, Step};
 use crate::volume::one::{One, stat_of};
 use crate::volume::scan::{self, Holes};
 use crate::volume::sign::ZERO;
+use crate::volume::state::Now;
 use crate::volume::unused;
 use crate::volume::walk::{self, Found, WalkError, bare_entry};
 use crate::volume::{Confined, Entry, Kind};
@@ -193,9 +197,15 @@ impl<'s> Reading<'_, 's> {
         let total = block_size.blocks_of(size);
         let each = DATA_CAP as u64 / block_size.bytes();
         let unused = self.unused(&file, size);
+        let extents = self.extents(&file);
+        let now = Now {
+            inode: (stat.st_dev, stat.st_ino),
+            size,
+            extents: extents.as_deref(),
+            unused: unused.as_deref(),
+        };
         let previous = self.source.held.previous();
-        let changed =
-            previous.and_then(|state| state.changed_blocks(&found.path, size, unused.as_deref()));
+        let changed = previous.and_then(|state| state.changed_blocks(&found.path, &now));
         let held = self.source.held.blocks(&found.path).into_owned();
         let mut blocks = match &changed {
             // What did not change is as it was sent last.
@@ -217,6 +227,7 @@ impl<'s> Reading<'_, 's> {
             holes,
             unused,
             held,
+            extents,
             blocks: Mutex::new(blocks),
             left: AtomicU64::new(left),
         });
@@ -253,6 +264,15 @@ impl<'s> Reading<'_, 's> {
             }
         }
         Ok(true)
+    }
+
+    /// Where a large file lies, if the next epoch can tell by that what was written to it.
+    fn extents(&self, file: &File) -> Option<Arc<[Extent]>> {
+        if self.source.volume.changes != ChangesBy::WrittenExtents {
+            return None;
+        }
+        // Where that fails the file is read whole, which says what is wrong with it.
+        extents::of_file(file, EXTENTS_CAP).ok()?.map(Arc::from)
     }
 
     /// What the file system of a volume of one piece does not use.

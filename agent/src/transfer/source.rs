@@ -13,10 +13,12 @@ use super::queue::lock;
 use super::reading::{Outcomes, is_dense, is_large, send_files, size_of};
 use super::sender::{Outlet, SendError, path_hash};
 use super::{Options, Progress};
+use crate::model::extent::Extent;
 use crate::model::ids::{Epoch, Signature};
 use crate::model::volume::VolumeSpec;
 use crate::volume::change::{Ahead, Baseline, Changes, Step, Window};
-use crate::volume::state::Builder;
+use crate::volume::rewritten::FileExtents;
+use crate::volume::state::{Builder, Placed};
 use crate::volume::tree::{Xattr, shown};
 use crate::volume::unused;
 use crate::volume::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
@@ -41,6 +43,8 @@ const BEGINNING: usize = 1024;
 const HANDED: usize = 64;
 /// Threads that read directories ahead of the walk.
 const WARMERS: usize = 2;
+/// Extents that are remembered of the large files of a volume: 8 MiB. Files beyond are read whole.
+pub(super) const EXTENTS_CAP: usize = 1 << 18;
 /// Payload from which a record of entries is sent.
 const ENTRIES_FULL: usize = 192 << 10;
 
@@ -100,9 +104,19 @@ pub(super) struct Tally {
     pub(super) unreadable: Mutex<Vec<Unreadable>>,
     /// What the file system of a volume of one piece does not use.
     pub(super) unused: Mutex<Option<Arc<unused::Map>>>,
+    /// Where large files lay, and how many extents these are.
+    extents: Mutex<(FileExtents, usize)>,
 }
 
 impl Tally {
+    pub(super) fn keep_extents(&self, path: &[u8], extents: &Arc<[Extent]>) {
+        let mut kept = lock(&self.extents);
+        if kept.1 + extents.len() <= EXTENTS_CAP {
+            kept.1 += extents.len();
+            kept.0.insert(path.into(), Arc::clone(extents));
+        }
+    }
+
     pub(super) fn lose(&self, lost: Unreadable) {
         lock(&self.unreadable).push(lost);
     }
@@ -203,6 +217,7 @@ impl Source<'_> {
         let place = |lost: &Unreadable| (lost.path.clone(), lost.offset);
         state.unreadable.sort_by_cached_key(place);
         state.unused = lock(&tally.unused).take();
+        state.extents = std::mem::take(&mut lock(&tally.extents).0);
         Ok((state, tally))
     }
 
@@ -319,6 +334,12 @@ impl Source<'_> {
         let mut batch = Batch::new(self.outlet, PayloadKind::Finish);
         for (index, step) in steps.into_iter().enumerate() {
             let is_file = matches!(step, Step::File(_));
+            if let (Step::Keep(Placed { entry, .. }), Some(previous)) =
+                (&step, self.held.previous())
+                && let Some(extents) = previous.extents.get(&entry.path)
+            {
+                tally.keep_extents(&entry.path, extents);
+            }
             match step {
                 Step::Keep(placed) => match &placed.entry.kind {
                     Kind::HardLink(primary) if moved.gone.contains(primary) => {

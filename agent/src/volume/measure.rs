@@ -17,6 +17,8 @@ pub struct Measure {
     pub device_nodes: u64,
     /// What the disk did not give up, which is not counted.
     pub unreadable: u64,
+    /// Apparent size of the largest file.
+    pub largest: Bytes,
 }
 
 /// Measures everything beneath `path`.
@@ -35,7 +37,11 @@ pub fn measure(path: &Path) -> Result<Measure, ScanError> {
         };
         measure.entries += 1;
         match kind_of(&stat) {
-            SFlag::S_IFREG => measure.size += Bytes(stat.st_size.unsigned_abs()),
+            SFlag::S_IFREG => {
+                let size = Bytes(stat.st_size.unsigned_abs());
+                measure.size += size;
+                measure.largest = measure.largest.max(size);
+            }
             SFlag::S_IFBLK => measure.device_nodes += 1,
             SFlag::S_IFCHR if stat.st_rdev != 0 => measure.device_nodes += 1,
             _ => {}

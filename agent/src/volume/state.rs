@@ -5,10 +5,12 @@
 //! kept; what was put in comes out. Non-goal: bytes from outside (see [`super::tree`]).
 
 use super::codec::{Malformed, Reader, put_number, put_short};
+use super::rewritten::{FileExtents, Written, merged, rewritten};
 use super::salvage::Unreadable;
 use super::sign::{BlockSize, FleetKey};
-use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp, Xattr};
+use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp, Xattr, shown};
 use super::unused::Map;
+use crate::model::extent::Extent;
 use crate::model::ids::Signature;
 use std::borrow::Borrow;
 use std::cmp::Ordering;
@@ -32,8 +34,25 @@ pub struct TreeState {
     pub changed: Option<Vec<Range<u64>>>,
     /// Blocks of a volume of one piece that were taken for zeros because its file system did not use them.
     pub unused: Option<Arc<Map>>,
+    /// Where large files lay just before they were read, by path.
+    pub extents: FileExtents,
+    /// What the device of those files was written to since; none: not known.
+    pub written: Option<Arc<dyn Written>>,
     chunks: Vec<Arc<Chunk>>,
     entries: u64,
+}
+
+/// A file as it is now.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Now<'a> {
+    /// Its device and inode, as stat(2) has them.
+    pub inode: (u64, u64),
+    /// Length, bytes.
+    pub size: u64,
+    /// Where it lies, everything written back; none: not known.
+    pub extents: Option<&'a [Extent]>,
+    /// What the file system on it does not use.
+    pub unused: Option<&'a Map>,
 }
 
 /// Entries that follow each other, each with as much of its path as differs from the one before.
@@ -88,41 +107,48 @@ impl TreeState {
         self.placed().map(|placed| placed.entry)
     }
 
-    /// Runs of blocks of the one file, of `size` bytes, that may differ from this state: those that changed, those
-    /// that could not be read, and those that its file system does not use, now or then. None: all of them.
+    /// Runs of blocks of a file that may differ from this state: those that changed, those that could not be read,
+    /// and those that its file system does not use, now or then. None: all of them.
     #[must_use]
-    pub fn changed_blocks(
-        &self,
-        path: &[u8],
-        size: u64,
-        unused: Option<&Map>,
-    ) -> Option<Vec<Range<u64>>> {
-        let changed = self.changed.as_ref()?;
-        if self.get(path).map(|entry| entry.size()) != Some(size) {
-            return None;
-        }
+    pub fn changed_blocks(&self, path: &[u8], now: &Now<'_>) -> Option<Vec<Range<u64>>> {
+        let (bytes, size) = (self.block_size.bytes(), now.size);
+        let changed = match &self.changed {
+            Some(changed) if self.get(path)?.size() == size => changed.clone(),
+            Some(_) => return None,
+            None => self.rewritten(path, now)?,
+        };
         let lost = self.unreadable.iter();
+        let lost = lost.filter(|lost| lost.path == shown(path));
         let lost = lost.map(|lost| lost.offset..lost.offset + lost.length);
-        let bytes = self.block_size.bytes();
         let mut blocks: Vec<Range<u64>> = changed
-            .iter()
-            .cloned()
+            .into_iter()
             .chain(lost)
             .filter(|range| range.start < size)
             .map(|range| range.start / bytes..range.end.min(size).div_ceil(bytes))
             .filter(|range| !range.is_empty())
             .collect();
-        let maps = self.unused.as_deref().into_iter().chain(unused);
+        let maps = self.unused.as_deref().into_iter().chain(now.unused);
         blocks.extend(maps.flat_map(Map::runs));
-        blocks.sort_unstable_by_key(|range| range.start);
-        let mut runs: Vec<Range<u64>> = Vec::with_capacity(blocks.len());
-        for range in blocks {
-            match runs.last_mut() {
-                Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
-                _ => runs.push(range),
-            }
+        Some(merged(blocks))
+    }
+
+    /// Bytes of a file that may differ, by where it lies and what was written there.
+    fn rewritten(&self, path: &[u8], now: &Now<'_>) -> Option<Vec<Range<u64>>> {
+        let (written, before) = (self.written.as_deref()?, self.extents.get(path)?);
+        let old = self.get(path)?;
+        let is_same = (old.seen.device, old.seen.inode) == now.inode;
+        if !is_same || written.device() != now.inode.0 || written.anywhere() {
+            return None;
         }
-        Some(runs)
+        let unit = self.block_size.bytes();
+        let mut changed = rewritten(before, now.extents?, now.size, unit, written);
+        // The last block has another length now, or is new.
+        match old.size() {
+            size if size < now.size => changed.push(size..now.size),
+            size if size > now.size => changed.push(now.size.saturating_sub(1)..now.size),
+            _ => {}
+        }
+        Some(changed)
     }
 
     /// The entry at `path`.
@@ -227,6 +253,8 @@ impl<'a> Builder<'a> {
             unreadable: Vec::new(),
             changed: None,
             unused: None,
+            extents: FileExtents::new(),
+            written: None,
             chunks: self.chunks,
             entries: self.entries,
         }

@@ -381,18 +381,19 @@ mod tests {
             ranges in proptest::collection::vec((0..5_000_000_u64, 1..400_000_u64), 0..20), size in 1..5_000_000_u64,
         ) {
             let path = b"content";
+            let now = |size| crate::volume::state::Now { size, ..Default::default() };
             let file = Entry {
                 path: (*path).into(), mode: 0, uid: 0, gid: 0, mtime: Timestamp::default(), xattrs: Vec::new(),
                 kind: Kind::File { size, blocks: Vec::new() }, seen: Seen::default(),
             };
             let mut state = crate::volume::TreeState::new(&FleetKey([3; 32]), BlockSize::default(), vec![file]);
-            prop_assert_eq!(state.changed_blocks(path, size, None), None);
+            prop_assert_eq!(state.changed_blocks(path, &now(size)), None);
             let (lost, changed) = ranges.split_at(ranges.len() / 2);
             state.changed = Some(changed.iter().map(|(start, len)| *start..start + len).collect());
             state.unreadable = lost.iter().map(|(offset, length)| crate::volume::Unreadable {
-                path: String::new(), offset: *offset, length: *length, entry: None, kept: false,
+                path: "content".into(), offset: *offset, length: *length, entry: None, kept: false,
             }).collect();
-            let runs = state.changed_blocks(path, size, None).unwrap();
+            let runs = state.changed_blocks(path, &now(size)).unwrap();
             for pair in runs.windows(2) {
                 prop_assert!(pair[0].end < pair[1].start);
             }
@@ -401,7 +402,7 @@ mod tests {
                 let differs = ranges.iter().any(|(start, len)| *start < to && from < start + len);
                 prop_assert_eq!(runs.iter().any(|run| run.contains(&block)), differs);
             }
-            prop_assert_eq!(state.changed_blocks(path, size + 1, None), None);
+            prop_assert_eq!(state.changed_blocks(path, &now(size + 1)), None);
         }
 
         #[test]

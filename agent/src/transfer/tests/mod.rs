@@ -2,6 +2,7 @@
 
 mod dedup;
 mod disks;
+mod extents;
 mod faults;
 mod one;
 mod paths;
