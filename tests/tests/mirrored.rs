@@ -159,6 +159,7 @@ fn source(place: &Place, addr: Option<SocketAddr>) -> Result<DataServer> {
             id: VolumeId(1),
             path: place.source(),
             mirror: Some(place.log()),
+            times: Default::default(),
         }],
     });
     Ok(server)

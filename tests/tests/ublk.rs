@@ -76,6 +76,7 @@ impl Bench {
                 id: VolumeId(1),
                 path: self.directory.join("source"),
                 mirror: None,
+                times: Default::default(),
             }],
         });
         self.server = Some(server);

@@ -6,11 +6,13 @@ use super::events::Approval;
 use super::moving::MoveError;
 use crate::model::choice::Choice;
 use crate::model::control::Arrival;
-use crate::model::ids::{DeviceId, PlanId};
+use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{MigrationEvent, Plan, PlanGuards, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
+use crate::model::volume::TimesKept;
 use crate::transfer::{Limit, Progress};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -74,6 +76,9 @@ pub struct Limits {
     pub workload_loss_percent: Option<f64>,
 }
 
+/// Which times the target keeps, of volumes of which it does not keep all.
+pub(super) type Times = BTreeMap<VolumeId, TimesKept>;
+
 /// One plan under way.
 pub struct Active {
     status: Mutex<PlanStatus>,
@@ -82,6 +87,8 @@ pub struct Active {
     cancel: Mutex<Cancel>,
     stop: CancellationToken,
     word: Mutex<Word>,
+    /// Which times the target keeps, once it has said so.
+    times: Mutex<Option<Times>>,
     /// Told when `word` changed.
     told: Notify,
     pub(super) ended: AtomicBool,
@@ -167,6 +174,7 @@ impl Active {
                 approvals: Vec::new(),
                 limited: None,
             }),
+            times: Mutex::default(),
             told: Notify::new(),
             ended: AtomicBool::new(false),
         }
@@ -186,6 +194,16 @@ impl Active {
         let mut status = locked(&self.status);
         status.target = plan.target.as_ref().map(|chosen| chosen.device.clone());
         status.paired = plan.paired.as_ref().map(|chosen| chosen.device.clone());
+    }
+
+    /// Takes note of what the target says when it accepts the plan.
+    pub(super) fn keeps(&self, times: &Times) {
+        *locked(&self.times) = Some(times.clone());
+    }
+
+    /// Which times the target keeps of each volume, once it has said so.
+    pub(super) fn times(&self) -> Option<Times> {
+        locked(&self.times).clone()
     }
 
     pub(super) fn plan(&self) -> Plan {

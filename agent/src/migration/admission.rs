@@ -5,7 +5,6 @@
 use super::events::{Place, TargetEvent};
 use super::journal::plan_directory;
 use super::keys;
-use super::opening::cannot_serve;
 use super::places::{image_id, is_one, name_of};
 use super::target::{Target, TargetError};
 use crate::containers::{Runtime, RuntimeError};
@@ -111,8 +110,7 @@ impl Target {
         }
         tracing::info!(plan = %plan.id, source = %plan.source, "its source goes on");
         let layers_present = layers_held(runtime, layers).await?;
-        let cannot_serve = cannot_serve(plan, &places);
-        let accepted = self.accepted(keys, images_present, layers_present, cannot_serve);
+        let accepted = self.accepted(plan, &places, keys, images_present, layers_present);
         Ok(Some(accepted))
     }
 }

@@ -7,6 +7,7 @@ use crate::model::fleet::PeerAddress;
 use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
+use crate::model::volume::TimesKept;
 use crate::volume::Unreadable;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -47,7 +48,7 @@ pub struct VolumeRound {
     pub unused: Bytes,
     /// Processor time of the agent meanwhile, in all its threads.
     pub cpu: Duration,
-    /// What was left out and why, for instance sockets.
+    /// What was left out or changed and why, for instance sockets.
     pub exceptions: Vec<String>,
     /// What the source's disk did not give up.
     #[serde(default)]
@@ -110,6 +111,9 @@ pub enum SourceEvent {
         /// How many layers of the other images it holds.
         #[serde(default)]
         layers_present: usize,
+        /// Which times its file systems keep, of volumes of which they do not keep all.
+        #[serde(default)]
+        times: BTreeMap<VolumeId, TimesKept>,
     },
     /// One round of replication is on the target.
     Round {
@@ -200,6 +204,9 @@ pub enum SourceEvent {
     Listed {
         /// Each list.
         volumes: Vec<VolumeRelease>,
+        /// What was left out of each volume, by name, and why.
+        #[serde(default)]
+        exceptions: BTreeMap<String, Vec<String>>,
         /// Time it took.
         duration: Duration,
     },

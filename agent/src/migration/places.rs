@@ -11,7 +11,8 @@ use crate::containers::Runtime;
 use crate::model::ids::{Epoch, PlanId, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::units::Bytes;
-use crate::model::volume::{VolumeKind, VolumeSpec};
+use crate::model::volume::{TimesKept, VolumeKind, VolumeSpec};
+use crate::volume::times::kept_in;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
@@ -151,6 +152,30 @@ fn directory_of<'p>(plan: &Plan, place: &'p Place) -> &'p Path {
     around
         .filter(|_| is_one(plan, place.volume))
         .unwrap_or(&place.path)
+}
+
+/// Which times the file systems of the places keep, where those are not all.
+pub(super) fn times_kept(plan: &Plan, places: &[Place]) -> BTreeMap<VolumeId, TimesKept> {
+    let mut times = BTreeMap::new();
+    for place in places {
+        // Those of devices and of an image's export are nobody's.
+        if let None | Some(VolumeKind::Device | VolumeKind::Image(_)) = kind_of(plan, place) {
+            continue;
+        }
+        let directory = directory_of(plan, place);
+        match kept_in(directory) {
+            Ok(kept) if kept == TimesKept::default() => {}
+            Ok(kept) => {
+                times.insert(place.volume, kept);
+            }
+            Err(error) => tracing::warn!(
+                plan = %plan.id,
+                path = %directory.display(),
+                "which times are kept there is not known: {error}"
+            ),
+        }
+    }
+    times
 }
 
 pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) {

@@ -45,6 +45,7 @@ impl Line {
             Self::Prepared => SourceEvent::Prepared {
                 images_present: Vec::new(),
                 layers_present: 0,
+                times: Default::default(),
             },
             Self::Fencing => SourceEvent::Fencing,
             Self::Fenced => SourceEvent::Fenced {

@@ -63,14 +63,15 @@ impl Provider {
             return Err(ProvideError::NoFleet);
         };
         let active = locked(&self.delegator.plans).get(plan).cloned();
-        let active = active
+        let known = active
             .filter(|active| {
                 !active.ended.load(Ordering::Acquire) && active.target().as_ref() == Some(peer)
             })
-            .ok_or_else(|| ProvideError::NotTarget {
-                plan: plan.clone(),
-                peer: peer.clone(),
-            })?;
+            .and_then(|active| Some((active.times()?, active)));
+        let (times, active) = known.ok_or_else(|| ProvideError::NotTarget {
+            plan: plan.clone(),
+            peer: peer.clone(),
+        })?;
         let mut provided = locked(&self.provided);
         if let Some(known) = provided.get(plan) {
             return Ok(known.clone());
@@ -91,6 +92,7 @@ impl Provider {
                 // An image is exported for its journey alone.
                 .filter(|volume| !matches!(volume.kind, VolumeKind::Image(_)))
                 .map(|volume| ProvideVolume {
+                    times: times.get(&volume.id).copied().unwrap_or_default(),
                     id: volume.id,
                     path: volume.source_path,
                     mirror: Some(mirror.join(volume.id.to_string())),

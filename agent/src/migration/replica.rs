@@ -96,11 +96,7 @@ impl Replica {
             packed_to: report.packed_to,
             unused: report.unused,
             cpu: report.source_cpu,
-            exceptions: report
-                .skipped
-                .iter()
-                .map(|exception| format!("{}: {}", exception.path, exception.reason))
-                .collect(),
+            exceptions: report.skipped.iter().map(ToString::to_string).collect(),
             unreadable: report.unreadable,
             duration: report.duration,
         })

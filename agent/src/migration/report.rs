@@ -96,6 +96,8 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
         unreadable: BTreeMap::new(),
     };
     let (mut moving, mut read) = (Duration::ZERO, Bytes(0));
+    // Each look at a volume tells all of it.
+    let mut left_out: BTreeMap<&str, &[String]> = BTreeMap::new();
     for entry in entries {
         if let SourceEvent::Round {
             volumes, duration, ..
@@ -114,15 +116,13 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
                     let lost = volume.unreadable.clone();
                     report.unreadable.insert(volume.name.clone(), lost);
                 }
-                report.exceptions.extend(
-                    volume
-                        .exceptions
-                        .iter()
-                        .map(|text| format!("{}: {text}", volume.name)),
-                );
+                left_out.insert(&volume.name, &volume.exceptions);
             }
         }
         match &entry.event {
+            SourceEvent::Listed { exceptions, .. } => {
+                left_out.extend(exceptions.iter().map(|(name, told)| (&**name, &**told)));
+            }
             SourceEvent::Released { release } => {
                 report.state = State::Switching;
                 if let Ok(release) =
@@ -162,6 +162,10 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
                 text,
             }));
     }
+    for (volume, told) in left_out {
+        let told = told.iter().map(|text| format!("{volume}: {text}"));
+        report.exceptions.extend(told);
+    }
     report.exceptions.sort();
     report.exceptions.dedup();
     if !moving.is_zero() {
@@ -199,6 +203,7 @@ fn tell(event: &SourceEvent) -> Vec<String> {
         SourceEvent::Prepared {
             images_present,
             layers_present,
+            ..
         } => vec![format!(
             "target is ready to receive; it holds {} of the images already, and {} layers of others",
             images_present.len(),
@@ -268,7 +273,9 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines.extend(volumes.iter().map(tell_volume));
             lines
         }
-        SourceEvent::Listed { volumes, duration } => {
+        SourceEvent::Listed {
+            volumes, duration, ..
+        } => {
             let mut lines = vec![format!(
                 "switched first: source and target agree on the lists, in {}; the data comes behind the twins",
                 human_duration(*duration)

@@ -82,6 +82,9 @@ impl Delegator {
         core.active.set_plan(&core.plan);
         locked(&self.plans).insert(core.plan.id.clone(), core.active.clone());
         for entry in entries {
+            if let SourceEvent::Prepared { times, .. } = &entry.event {
+                core.active.keeps(times);
+            }
             core.done.note(entry.at, &entry.event);
             core.moved.note(entry.at, &entry.event);
             core.clearance.note(&entry.event);

@@ -220,7 +220,9 @@ impl<'a> Allocated<'a> {
         core.append(SourceEvent::Prepared {
             images_present: accepted.images_present.clone(),
             layers_present: accepted.layers_present.values().sum(),
+            times: accepted.times.clone(),
         })?;
+        core.active.keeps(&accepted.times);
         core.moved.cannot_serve.clone_from(&accepted.cannot_serve);
         let mut volumes = core.plan.volumes.clone();
         volumes.retain(|volume| !accepted.images_present.contains(&volume.id));
@@ -228,6 +230,7 @@ impl<'a> Allocated<'a> {
         export_images(core, &volumes, &held).await?;
         let key = *core.fleet()?.identity.fleet_key();
         let sender = core.delegator.sender(&core.plan.id, route, &key);
+        let sender = sender.keeping(accepted.times);
         Ok(Prepared {
             core,
             target,

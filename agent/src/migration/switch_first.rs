@@ -20,7 +20,7 @@ use crate::model::plan::{Content, Plan, PlannedContainer, Release, VolumeRelease
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::fetch::list_root;
-use crate::volume::{BlockSize, FleetKey};
+use crate::volume::{BlockSize, FleetKey, walk};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -135,15 +135,21 @@ impl Move {
         let started = Instant::now();
         let left = PAUSE_MAX.saturating_sub(since.elapsed());
         let agreed = tokio::time::timeout(left, self.lists(target)).await;
-        let volumes = agreed.map_err(|_| MoveError::PauseTooLong(PAUSE_MAX))??;
+        let (volumes, exceptions) = agreed.map_err(|_| MoveError::PauseTooLong(PAUSE_MAX))??;
         self.append(SourceEvent::Listed {
             volumes: volumes.clone(),
+            exceptions,
             duration: started.elapsed(),
         })?;
         Ok(volumes)
     }
 
-    async fn lists(&self, target: &PeerAddress) -> Result<Vec<VolumeRelease>, MoveError> {
+    /// What both agree on, and by volume what is not in it or not as it is here.
+    async fn lists(
+        &self,
+        target: &PeerAddress,
+    ) -> Result<(Vec<VolumeRelease>, BTreeMap<String, Vec<String>>), MoveError> {
+        let times = self.active.times().unwrap_or_default();
         let mut expected = Vec::new();
         for volume in trees(&self.plan) {
             let known = [&self.moved.epochs, &self.plan.epochs];
@@ -159,26 +165,28 @@ impl Move {
         let key = FleetKey(*self.fleet()?.identity.fleet_key());
         // Beside the target, which asks for the same list.
         let here = tokio::task::spawn_blocking(move || {
-            let list = |(volume, epoch): (VolumeSpec, Epoch)| {
-                let root = list_root(&volume.source_path, &key)?;
-                Ok(VolumeRelease {
+            let (mut volumes, mut exceptions) = (Vec::new(), BTreeMap::new());
+            for (volume, epoch) in expected {
+                let times = times.get(&volume.id).copied().unwrap_or_default();
+                let tree = walk::open_root(&volume.source_path)?.keeping(times);
+                let (root, skipped) = list_root(&tree, &key)?;
+                let told = skipped.iter().map(ToString::to_string).collect();
+                exceptions.insert(volume.name.clone(), told);
+                volumes.push(VolumeRelease {
                     volume: volume.id,
                     name: volume.name,
                     epoch,
                     content: Content::Later(root),
-                })
-            };
-            expected
-                .into_iter()
-                .map(list)
-                .collect::<Result<Vec<_>, crate::volume::ScanError>>()
+                });
+            }
+            Ok::<_, crate::volume::ScanError>((volumes, exceptions))
         });
         let there: Vec<VolumeRelease> = self.call(&client, target, "open", &open).await?;
-        let here = here
+        let (here, exceptions) = here
             .await?
             .map_err(|error| MoveError::Unlisted(error.to_string()))?;
         match here.iter().find(|volume| !there.contains(volume)) {
-            None => Ok(here),
+            None => Ok((here, exceptions)),
             Some(volume) => Err(MoveError::NotArrived {
                 volume: volume.name.clone(),
                 target: target.device.clone(),
@@ -275,11 +283,14 @@ impl Move {
     async fn roots(&self) -> Result<Proven, MoveError> {
         let key = FleetKey(*self.fleet()?.identity.fleet_key());
         let trees: Vec<VolumeSpec> = trees(&self.plan).cloned().collect();
+        let times = self.active.times().unwrap_or_default();
         let read = tokio::task::spawn_blocking(move || {
             let (mut roots, mut bytes) = (BTreeMap::new(), Bytes(0));
             for volume in trees {
                 let block_size = BlockSize::for_volume(0);
-                let (state, _) = crate::volume::scan(&volume.source_path, &key, block_size)?;
+                let times = times.get(&volume.id).copied().unwrap_or_default();
+                let root = walk::open_root(&volume.source_path)?.keeping(times);
+                let (state, _) = crate::volume::scan_root(&root, &key, block_size)?;
                 bytes += state.iter().map(|entry| Bytes(entry.size())).sum();
                 roots.insert(volume.id, state.root);
             }

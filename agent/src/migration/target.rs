@@ -10,7 +10,7 @@ use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
 use super::later::Later;
 use super::opening;
-use super::places::{check_room, name_of, remove_places};
+use super::places::{check_room, name_of, remove_places, times_kept};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
 use crate::model::container::{Container, State};
@@ -253,19 +253,20 @@ impl Target {
         };
         journal.append(crate::fleet::now(), event)?;
         let keys = self.admit(&plan, &places)?;
-        let cannot_serve = opening::cannot_serve(&plan, &places);
+        let answer = self.accepted(&plan, &places, keys, images_present, layers_present);
         tracing::info!(plan = %plan.id, source = %plan.source, volumes = places.len(), "offer accepted");
         self.plans()
             .insert(plan.id.clone(), Receiving::new(plan, places, journal, true));
-        Ok(self.accepted(keys, images_present, layers_present, cannot_serve))
+        Ok(answer)
     }
 
     pub(super) fn accepted(
         &self,
+        plan: &Plan,
+        places: &[Place],
         keys: Keys,
         images_present: Vec<VolumeId>,
         layers_present: BTreeMap<VolumeId, usize>,
-        cannot_serve: Option<String>,
     ) -> OfferAccepted {
         OfferAccepted {
             data: self.data,
@@ -273,7 +274,8 @@ impl Target {
             data_key: keys.data,
             images_present,
             layers_present,
-            cannot_serve,
+            cannot_serve: opening::cannot_serve(plan, places),
+            times: times_kept(plan, places),
         }
     }
 

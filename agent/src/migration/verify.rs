@@ -1,5 +1,6 @@
 //! The proof of a plan, taken anew: the source's kept data, the release, the target's word, the fence.
 
+use super::active::Times;
 use super::delegator::{Delegator, DelegatorError};
 use super::events::SourceEvent;
 use super::switch_first::is_later;
@@ -9,6 +10,7 @@ use crate::model::fleet::PeerAddress;
 use crate::model::ids::{ContainerName, Epoch, PlanId, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, Release};
 use crate::model::units::Bytes;
+use crate::model::volume::TimesKept;
 use crate::volume::{self, BlockSize, FleetKey, Unreadable};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -81,7 +83,12 @@ impl Delegator {
             })
             .flatten()
             .collect();
-        let kept = self.kept_roots(&plan, &release, &mounted).await?;
+        let times = entries.iter().rev().find_map(|entry| match &entry.event {
+            SourceEvent::Prepared { times, .. } => Some(times.clone()),
+            _ => None,
+        });
+        let times = times.unwrap_or_default();
+        let kept = self.kept_roots(&plan, &release, &mounted, &times).await?;
         let proven = entries.iter().find_map(|entry| match &entry.event {
             SourceEvent::Whole { roots, .. } => Some(roots.clone()),
             _ => None,
@@ -139,11 +146,12 @@ impl Delegator {
         plan: &Plan,
         release: &Release,
         mounted: &[&PathBuf],
+        times: &Times,
     ) -> Result<BTreeMap<String, Kept>, DelegatorError> {
         let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
         let key = FleetKey(*fleet.identity.fleet_key());
         let later = is_later(release);
-        let paths: Vec<(String, PathBuf, Bytes)> = plan
+        let paths: Vec<(String, PathBuf, Bytes, TimesKept)> = plan
             .volumes
             .iter()
             .filter(|volume| {
@@ -153,14 +161,23 @@ impl Delegator {
                     .any(|released| released.volume == volume.id)
             })
             .filter(|volume| volume.source_path.exists() && !mounted.contains(&&volume.source_path))
-            .map(|volume| (volume.name.clone(), volume.source_path.clone(), volume.size))
+            .map(|volume| {
+                let kept = times.get(&volume.id).copied().unwrap_or_default();
+                (
+                    volume.name.clone(),
+                    volume.source_path.clone(),
+                    volume.size,
+                    kept,
+                )
+            })
             .collect();
         let roots = tokio::task::spawn_blocking(move || {
             paths
                 .into_iter()
-                .map(|(name, path, size)| {
+                .map(|(name, path, size, times)| {
                     let block_size = BlockSize::for_volume(if later { 0 } else { size.0 });
-                    let (state, _) = volume::scan_as_sent(&path, &key, block_size)?;
+                    let root = volume::walk::open_root(&path)?.keeping(times);
+                    let (state, _) = volume::scan_as_sent(&root, &key, block_size)?;
                     Ok((name, (state.root, state.unreadable)))
                 })
                 .collect::<Result<_, volume::ScanError>>()

@@ -4,6 +4,7 @@ use super::action::Actions;
 use super::ids::{DeviceId, Epoch, PlanId, Signature, VolumeId};
 use super::plan::{Plan, SignedRelease, TwinState, VolumeRelease};
 use super::units::Bytes;
+use super::volume::TimesKept;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -45,6 +46,9 @@ pub struct OfferAccepted {
     /// Why it cannot start the twins before the data is here; none when it can.
     #[serde(default = "too_old")]
     pub cannot_serve: Option<String>,
+    /// Which times the file system of each volume's place keeps, where it does not keep all.
+    #[serde(default)]
+    pub times: BTreeMap<VolumeId, TimesKept>,
 }
 
 #[expect(

@@ -91,6 +91,48 @@ impl Unused {
     }
 }
 
+/// Which times of modification a file system keeps: whole steps between two bounds. What lies between two steps becomes
+/// the earlier one, what lies outside the bound (`timestamp_truncate` of Linux, fs/inode.c).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimesKept {
+    /// First second since the Unix epoch.
+    pub earliest: i64,
+    /// Last second.
+    pub latest: i64,
+    /// Nanoseconds from one to the next.
+    pub step_ns: u64,
+}
+
+impl Default for TimesKept {
+    /// All that can be written down.
+    fn default() -> Self {
+        Self {
+            earliest: i64::MIN,
+            latest: i64::MAX,
+            step_ns: 1,
+        }
+    }
+}
+
+impl TimesKept {
+    /// What becomes of a time, in seconds since the Unix epoch and nanoseconds.
+    #[must_use]
+    pub fn kept(&self, seconds: i64, nanoseconds: i64) -> (i64, i64) {
+        const SECOND: i128 = 1_000_000_000;
+        let bounded = seconds.max(self.earliest).min(self.latest);
+        if bounded == self.earliest || bounded == self.latest {
+            return (bounded, 0);
+        }
+        let time = i128::from(bounded) * SECOND + i128::from(nanoseconds);
+        let step = time - time.rem_euclid(i128::from(self.step_ns.max(1)));
+        match i64::try_from(step.div_euclid(SECOND)) {
+            Ok(second) => (second, step.rem_euclid(SECOND) as i64),
+            // Before the first second that can be written down.
+            Err(_) => (bounded, 0),
+        }
+    }
+}
+
 /// One unit of data that moves: a directory tree, or a single file or block device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeSpec {
@@ -127,5 +169,32 @@ impl VolumeSpec {
     #[must_use]
     pub fn to_move(&self) -> Bytes {
         Bytes(self.size.0.saturating_sub(self.unused.bytes().0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_time_that_was_kept_is_kept_as_it_is_and_never_becomes_a_later_one_within_the_bounds(
+            bounds in any::<(i64, i64)>(),
+            step_ns in prop_oneof![Just(1), Just(100), Just(1_000_000_000), Just(2_000_000_000), any::<u64>()],
+            seconds in prop_oneof![any::<i64>(), -5_000_000_000..5_000_000_000_i64],
+            nanoseconds in 0..1_000_000_000_i64,
+        ) {
+            let bounds = (bounds.0.min(bounds.1), bounds.0.max(bounds.1));
+            for (earliest, latest) in [bounds, (i64::MIN, i64::MAX), (-(1 << 31), (1 << 31) - 1)] {
+                let times = TimesKept { earliest, latest, step_ns };
+                let kept = times.kept(seconds, nanoseconds);
+                prop_assert!((0..1_000_000_000).contains(&kept.1));
+                prop_assert!(kept <= (seconds, nanoseconds) || kept == (earliest, 0));
+                if step_ns <= 2_000_000_000 && kept.0 > earliest {
+                    prop_assert_eq!(times.kept(kept.0, kept.1), kept);
+                }
+            }
+        }
     }
 }

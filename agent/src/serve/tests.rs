@@ -115,11 +115,13 @@ impl Bench {
                     id: VolumeId(1),
                     path: source.clone(),
                     mirror: Some(dir.path().join("mirror")),
+                    times: Default::default(),
                 },
                 ProvideVolume {
                     id: VolumeId(2),
                     path: source.join("disk.img"),
                     mirror: None,
+                    times: Default::default(),
                 },
             ],
         });
@@ -318,9 +320,12 @@ fn what_arrived_is_proven_also_where_it_was_written_over_or_removed_before() {
         !store.figures().detached,
         "the source may be asked until it is proven"
     );
-    let list = crate::transfer::fetch::list_root(&bench.source, &FleetKey([3; 32]));
+    let list = crate::transfer::fetch::list_root(
+        &crate::volume::Confined::open(&bench.source).unwrap(),
+        &FleetKey([3; 32]),
+    );
     let kept = Store::list_root(&bench.dir.path().join("store"), &FleetKey([3; 32]));
-    assert_eq!(list.unwrap(), kept.unwrap());
+    assert_eq!(list.unwrap().0, kept.unwrap());
 }
 
 /// Changes a byte of a file of the source behind everybody's back.

@@ -16,9 +16,10 @@ use super::source::{Held, Source};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::model::units::Bytes;
-use crate::model::volume::VolumeSpec;
+use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::scan::ScanError;
 use crate::volume::{BlockSize, Exception, FleetKey, TreeState, Unreadable};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -180,6 +181,7 @@ pub struct Sender {
     path: DataPath,
     fleet_key: FleetKey,
     options: Options,
+    times: BTreeMap<VolumeId, TimesKept>,
 }
 
 /// What a link keeps in any case: some records, or nothing would move.
@@ -300,7 +302,14 @@ impl Sender {
             path,
             fleet_key,
             options,
+            times: BTreeMap::new(),
         }
+    }
+
+    /// Sends times as the target's file systems keep them, volumes that are not named with all of them.
+    #[must_use]
+    pub fn keeping(self, times: BTreeMap<VolumeId, TimesKept>) -> Self {
+        Self { times, ..self }
     }
 
     /// Sends what changed in `volume` since `previous` (everything without it) and waits until the
@@ -384,6 +393,7 @@ impl Sender {
             progress,
             outlet: &outlet,
             options: &self.options,
+            times: self.times.get(&volume.id).copied().unwrap_or_default(),
         };
         let sent = self.send(&source, epoch, &last);
         attempt.wire = Bytes(outlet.bytes.into_inner());

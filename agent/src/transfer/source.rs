@@ -15,7 +15,7 @@ use super::sender::{Outlet, SendError, path_hash};
 use super::{Options, Progress};
 use crate::model::extent::Extent;
 use crate::model::ids::{Epoch, Signature};
-use crate::model::volume::VolumeSpec;
+use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::change::{Ahead, Baseline, Changes, Step, Window};
 use crate::volume::rewritten::FileExtents;
 use crate::volume::state::{Builder, Placed};
@@ -174,12 +174,14 @@ pub(super) struct Source<'a> {
     pub(super) progress: &'a Progress,
     pub(super) outlet: &'a Outlet,
     pub(super) options: &'a Options,
+    /// Which times the target keeps.
+    pub(super) times: TimesKept,
 }
 
 impl Source<'_> {
     /// Sends everything but the end of the epoch.
     pub(super) fn send(&self) -> Result<(TreeState, Tally), SourceError> {
-        let root = walk::open_root(&self.volume.source_path)?;
+        let root = walk::open_root(&self.volume.source_path)?.keeping(self.times);
         let baseline = Baseline::establish(&root, self.frozen, self.options.longest_write);
         let previous = self.held.previous();
         let mut state = Builder::new(self.key, self.block_size, previous);

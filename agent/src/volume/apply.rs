@@ -44,6 +44,8 @@ pub struct ApplyError {
     pub free: Option<Bytes>,
     /// The target's file system has no inode left.
     pub no_inodes: bool,
+    /// It is more than the target's file system keeps of attributes, however much is free.
+    pub too_many_attributes: bool,
 }
 
 impl ApplyError {
@@ -54,7 +56,7 @@ impl ApplyError {
     /// Whether the target has no room for it.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT))
+        matches!(self.errno(), Some(Errno::ENOSPC | Errno::EDQUOT)) && !self.too_many_attributes
     }
 
     /// Whether direct I/O was refused for its alignment.
@@ -75,6 +77,11 @@ impl ApplyError {
             .free
             .map_or_else(|| "unknown".to_owned(), |bytes| bytes.to_string());
         match self.errno() {
+            _ if self.too_many_attributes => {
+                "the target's file system does not keep so much of attributes for one file (ext4: one block of 4 KiB, \
+                 unless it was made with `mkfs.ext4 -O ea_inode`); remove some, or choose a target whose file system \
+                 does (XFS)".to_owned()
+            }
             Some(Errno::ENOSPC) if self.no_inodes => {
                 "no inodes left on the target; remove files there or choose another target".to_owned()
             }
@@ -140,6 +147,9 @@ impl Access {
     }
 }
 
+/// Bytes that attributes of one file take at most, with what the file system needs beside them.
+const LARGEST_XATTRS: u64 = 4 * super::tree::XATTRS_CAP as u64;
+
 /// Nobody but the owner reads or writes.
 const PRIVATE: u32 = 0o600;
 
@@ -171,6 +181,7 @@ impl Destination {
             needed: Bytes(0),
             free: None,
             no_inodes: false,
+            too_many_attributes: false,
         };
         let directory = path.parent().filter(|_| one).unwrap_or(path);
         std::fs::create_dir_all(directory).map_err(|e| failed("make the directory", e))?;
@@ -278,6 +289,7 @@ impl Destination {
             free: fs.map(|fs| Bytes(fs.blocks_available() * fs.fragment_size())),
             // A file system that counts no inodes (btrfs) reports none at all.
             no_inodes: fs.is_some_and(|fs| fs.files() > 0 && fs.files_available() == 0),
+            too_many_attributes: false,
         }
     }
 
@@ -556,7 +568,16 @@ impl Destination {
 
     fn attribute_failed(&self, path: &[u8], name: &OsStr, error: io::Error) -> ApplyError {
         let action = format!("set the attribute {} of", name.to_string_lossy());
-        self.failed(&action, path, 0, error)
+        let failed = self.failed(&action, path, 0, error);
+        // Where there is room, the same error of ext4 and btrfs means that one file has all it may.
+        let room = failed.free.is_some_and(|free| free.0 > LARGEST_XATTRS);
+        ApplyError {
+            too_many_attributes: match failed.errno() {
+                Some(Errno::E2BIG | Errno::ERANGE) => true,
+                error => error == Some(Errno::ENOSPC) && room && !failed.no_inodes,
+            },
+            ..failed
+        }
     }
 
     /// Makes everything applied so far durable.

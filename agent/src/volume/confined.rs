@@ -2,9 +2,11 @@
 //! and `RESOLVE_NO_SYMLINKS`, so neither `..` nor a link planted meanwhile leads outside.
 
 use super::one::One;
+use super::times;
+use crate::model::volume::TimesKept;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{FileStat, Mode};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,6 +19,7 @@ pub struct Confined {
     fd: OwnedFd,
     path: PathBuf,
     one: Option<One>,
+    times: TimesKept,
 }
 
 impl Confined {
@@ -34,7 +37,28 @@ impl Confined {
             fd,
             path: path.to_owned(),
             one: None,
+            times: TimesKept::default(),
         })
+    }
+
+    /// The same volume with all times of modification as a target keeps them.
+    #[must_use]
+    pub fn keeping(self, times: TimesKept) -> Self {
+        Self { times, ..self }
+    }
+
+    /// Which times are shown.
+    #[must_use]
+    pub fn times(&self) -> &TimesKept {
+        &self.times
+    }
+
+    /// `stat` of what lies in the volume, as the volume shows it.
+    #[must_use]
+    pub fn shown(&self, stat: FileStat) -> FileStat {
+        let mut stat = self.one().map_or(stat, |one| one.shown(stat));
+        times::set_kept(&self.times, &mut stat);
+        stat
     }
 
     /// Opens the directory of a volume of one piece, which lies at `path` or will; no other name there can

@@ -32,7 +32,19 @@ pub fn scan(
     key: &FleetKey,
     block_size: BlockSize,
 ) -> Result<(TreeState, Vec<Exception>), ScanError> {
-    scan_all(path, key, block_size, false)
+    scan_root(&walk::open_root(path)?, key, block_size)
+}
+
+/// The same of a volume that is open.
+///
+/// # Errors
+/// As [`scan`].
+pub fn scan_root(
+    root: &Confined,
+    key: &FleetKey,
+    block_size: BlockSize,
+) -> Result<(TreeState, Vec<Exception>), ScanError> {
+    scan_all(root, key, block_size, false)
 }
 
 /// The same without what a file system on a volume of one piece does not use, and without what a disk does not give
@@ -41,22 +53,21 @@ pub fn scan(
 /// # Errors
 /// As [`scan`].
 pub fn scan_as_sent(
-    path: &Path,
+    root: &Confined,
     key: &FleetKey,
     block_size: BlockSize,
 ) -> Result<(TreeState, Vec<Exception>), ScanError> {
-    scan_all(path, key, block_size, true)
+    scan_all(root, key, block_size, true)
 }
 
 fn scan_all(
-    path: &Path,
+    root: &Confined,
     key: &FleetKey,
     block_size: BlockSize,
     as_sent: bool,
 ) -> Result<(TreeState, Vec<Exception>), ScanError> {
-    let root = walk::open_root(path)?;
-    let baseline = Baseline::establish(&root, true, Duration::ZERO);
-    let mut walk = walk::walk(&root);
+    let baseline = Baseline::establish(root, true, Duration::ZERO);
+    let mut walk = walk::walk(root);
     // A target's tree must be known whole.
     let mut lost = (as_sent && root.one().is_none()).then(Vec::new);
     let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
@@ -82,7 +93,7 @@ fn scan_all(
             primaries.insert(identity, found.path.clone());
         }
         if kind != SFlag::S_IFREG {
-            match (walk::special_entry(&root, &found, racy), &mut lost) {
+            match (walk::special_entry(root, &found, racy), &mut lost) {
                 (Err(error), Some(lost)) if error.is_loss() => {
                     lost.push(error.loss(walk::LOST));
                     if kind == SFlag::S_IFDIR {
@@ -94,7 +105,7 @@ fn scan_all(
             }
             continue;
         }
-        match scan_file(&root, &found, key, block_size, buffer, racy, as_sent) {
+        match scan_file(root, &found, key, block_size, buffer, racy, as_sent) {
             Ok((mut entry, xattrs)) => {
                 entry.xattrs = match (xattrs, &mut lost) {
                     (Err(error), Some(lost)) if error.is_loss() => {

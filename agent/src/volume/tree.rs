@@ -109,13 +109,19 @@ pub struct Entry {
     pub seen: Seen,
 }
 
-/// Something that was left out on purpose, and why.
+/// Something that was left out on purpose, or arrives as something else, and why.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Exception {
     /// Path below the volume's directory, made printable.
     pub path: String,
-    /// Why it does not arrive.
+    /// Why it does not arrive so.
     pub reason: String,
+}
+
+impl std::fmt::Display for Exception {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.path, self.reason)
+    }
 }
 
 /// The root of a volume: BLAKE3, keyed with the fleet key, over the block size and then, in path

@@ -6,8 +6,9 @@
 //! each other, not by the tree.
 
 use super::confined::{Confined, proc_path};
-use super::one::{self, One};
+use super::one::{self, One, stat_of};
 use super::salvage::{Unreadable, insist, is_media_error};
+use super::times;
 use super::tree::{Entry, Exception, Kind, NAME_CAP, PATH_CAP, Seen, Timestamp, XATTRS_CAP, shown};
 use super::warm::{self, Warmer};
 use super::xattrs;
@@ -65,24 +66,38 @@ impl WalkError {
             Some(Errno::ENOTCONN) => {
                 "; the program behind this FUSE mount is gone: unmount it or start it again"
             }
+            Some(Errno::E2BIG) => {
+                "; more than 512 KiB of attributes of one file do not travel: remove some, or copy first and accept their loss"
+            }
             _ => "",
         }
     }
 
-    /// Whether the disk does not give this up and everything else can go on: anything but the root.
+    /// Whether the disk does not give this up, or it is more than travels, and everything else can go on: anything but
+    /// the root.
     #[must_use]
     pub fn is_loss(&self) -> bool {
-        is_media_error(&self.source) && !self.path.is_empty()
+        (is_media_error(&self.source) || self.is_too_much()) && !self.path.is_empty()
+    }
+
+    /// Whether there are more attributes than travel, or than the kernel lists.
+    fn is_too_much(&self) -> bool {
+        self.source.raw_os_error() == Some(Errno::E2BIG as i32)
     }
 
     /// The same for an operator, who must accept it; `meaning` says what the target is to lack.
     #[must_use]
     pub fn loss(&self, meaning: &str) -> Unreadable {
+        let why = if self.is_too_much() {
+            format!("there are more than {} KiB of attributes", XATTRS_CAP >> 10)
+        } else {
+            self.source.to_string()
+        };
         Unreadable {
             path: shown(&self.path).into_owned(),
             offset: 0,
             length: 0,
-            entry: Some(format!("{meaning} ({})", self.source)),
+            entry: Some(format!("{meaning} ({why})")),
             kept: false,
         }
     }
@@ -117,7 +132,7 @@ impl WalkError {
 pub const LOST: &str =
     "it cannot be read; it is missing on the target, or as an earlier epoch brought it";
 /// What the loss of attributes means.
-pub const LOST_ATTRIBUTES: &str = "its attributes, with them ACLs and capabilities, cannot be read; it has none on the target, or those that an earlier epoch brought";
+pub const LOST_ATTRIBUTES: &str = "its attributes, with them ACLs and capabilities, are not taken; it has none on the target, or those that an earlier epoch brought";
 
 /// One thing found.
 #[derive(Clone, Debug)]
@@ -142,6 +157,7 @@ pub fn walk(root: &Confined) -> Walk<'_> {
         root,
         next: BinaryHeap::from([Reverse((Vec::new(), first))]),
         skipped: Vec::new(),
+        times: times::Changed::default(),
         warmer: None,
     }
 }
@@ -151,6 +167,7 @@ pub struct Walk<'a> {
     root: &'a Confined,
     next: BinaryHeap<Reverse<(Vec<u8>, Next)>>,
     skipped: Vec<Exception>,
+    times: times::Changed,
     warmer: Option<&'a Warmer<'a>>,
 }
 
@@ -183,10 +200,18 @@ impl<'a> Walk<'a> {
         self
     }
 
-    /// What was left out so far.
+    /// What was left out so far, and what arrives with another time.
     #[must_use]
     pub fn skipped(self) -> Vec<Exception> {
-        self.skipped
+        let mut skipped = self.skipped;
+        skipped.extend(self.times.exceptions(self.root.times()));
+        skipped
+    }
+
+    fn shown(&mut self, mut found: Found) -> Found {
+        self.times
+            .keep(self.root.times(), &found.path, &mut found.stat);
+        found
     }
 
     fn enter(&mut self, path: &[u8]) -> Result<(), WalkError> {
@@ -334,7 +359,7 @@ impl Iterator for Walk<'_> {
         loop {
             let Reverse((mut path, next)) = self.next.pop()?;
             let found = match next {
-                Next::Found(found) => return Some(Ok(*found)),
+                Next::Found(found) => return Some(Ok(self.shown(*found))),
                 Next::Root => match self.root.one() {
                     Some(one) => self.enter_one(one).map(|()| None),
                     None => {
@@ -358,7 +383,7 @@ impl Iterator for Walk<'_> {
                 }
             };
             if let Some(found) = found.transpose() {
-                return Some(found);
+                return Some(found.map(|found| self.shown(found)));
             }
         }
     }
@@ -470,7 +495,7 @@ pub fn special_entry(root: &Confined, found: &Found, racy: bool) -> Result<Entry
                 Mode::empty(),
             )
             .map_err(|e| failed("open", e.into()))?;
-        let stat = fstat(dir.as_fd()).map_err(|e| failed("stat", e.into()))?;
+        let stat = stat_of(root, &dir).map_err(|e| failed("stat", e.into()))?;
         let mut entry = bare_entry(&found.path, &stat, Kind::Directory, racy);
         entry.xattrs = read_xattrs(root, &found.path, &File::from(dir))?;
         return Ok(entry);
@@ -520,8 +545,7 @@ pub fn read_xattrs<C: xattrs::Carrier + ?Sized>(
         .map(|xattr| xattr.name.len() + xattr.value.len() + 6)
         .sum();
     if bytes > XATTRS_CAP {
-        let reason = format!("{bytes} bytes of attributes are more than {XATTRS_CAP}");
-        return Err(failed(io::Error::new(io::ErrorKind::InvalidData, reason)));
+        return Err(failed(Errno::E2BIG.into()));
     }
     Ok(xattrs)
 }

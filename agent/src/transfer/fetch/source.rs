@@ -8,6 +8,7 @@ use super::mirror;
 use super::piece::{Cut, PIECES_CAP};
 use super::wire::{Answer, BLOCK, Class, Fetch, RUNS_CAP, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
+use crate::model::volume::TimesKept;
 use crate::transfer::Options;
 use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
 use crate::transfer::frame::{DATA_CAP, FrameKind, HEADER_LEN, Header};
@@ -20,13 +21,13 @@ use crate::volume::scan::{next_data, next_hole, open_file, read_full};
 use crate::volume::sign::{ZERO, signature};
 use crate::volume::tree::RootHasher;
 use crate::volume::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
-use crate::volume::{BlockSize, Confined, Entry, FleetKey, Kind};
+use crate::volume::{BlockSize, Confined, Entry, Exception, FleetKey, Kind};
 use nix::sys::stat::{SFlag, fstat};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ pub struct ProvideVolume {
     pub path: PathBuf,
     /// Where the target's changes of it are kept, in a log that is made there; none: they are refused.
     pub mirror: Option<PathBuf>,
+    /// Which times the target keeps.
+    pub times: TimesKept,
 }
 
 /// What the target of a plan may ask this source for.
@@ -487,7 +490,7 @@ struct Shelf {
 impl Shelf {
     fn open(volume: &ProvideVolume) -> Result<Self, WalkError> {
         Ok(Self {
-            root: walk::open_root(&volume.path)?,
+            root: walk::open_root(&volume.path)?.keeping(volume.times),
             open: Mutex::default(),
         })
     }
@@ -542,18 +545,25 @@ impl Shelf {
 
     /// Every entry of the volume in path order, files without their blocks.
     fn entries(&self) -> impl Iterator<Item = Result<Entry, WalkError>> {
-        let mut primaries = HashMap::new();
-        walk::walk(&self.root).filter_map(move |found| {
-            let found = match found {
-                Ok(found) => found,
-                Err(error) => return Some(Err(error)),
-            };
-            match entry_of(&self.root, &found, &mut primaries) {
-                Err(error) if error.vanished() => None,
-                entry => Some(entry),
-            }
-        })
+        entries(&self.root, walk::walk(&self.root))
     }
+}
+
+fn entries<W: Iterator<Item = Result<Found, WalkError>>>(
+    root: &Confined,
+    walk: W,
+) -> impl Iterator<Item = Result<Entry, WalkError>> {
+    let mut primaries = HashMap::new();
+    walk.filter_map(move |found| {
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => return Some(Err(error)),
+        };
+        match entry_of(root, &found, &mut primaries) {
+            Err(error) if error.vanished() => None,
+            entry => Some(entry),
+        }
+    })
 }
 
 fn entry_of(
@@ -577,20 +587,20 @@ fn entry_of(
     Ok(entry)
 }
 
-/// Root of the list that [`super::Fetcher::list`] gives of the tree at `path`.
+/// Root of the list that [`super::Fetcher::list`] gives of a tree, and what is not in it or not as it is.
 ///
 /// # Errors
 /// Anything that exists but cannot be looked at.
-pub fn list_root(path: &Path, key: &FleetKey) -> Result<Signature, WalkError> {
-    let shelf = Shelf {
-        root: walk::open_root(path)?,
-        open: Mutex::default(),
-    };
+pub fn list_root(
+    tree: &Confined,
+    key: &FleetKey,
+) -> Result<(Signature, Vec<Exception>), WalkError> {
     let mut root = RootHasher::new(key, BlockSize::for_volume(0));
-    for entry in shelf.entries() {
+    let mut walk = walk::walk(tree);
+    for entry in entries(tree, &mut walk) {
         root.add(&entry?);
     }
-    Ok(root.finish())
+    Ok((root.finish(), walk.skipped()))
 }
 
 /// Root over a volume's entries, files without their blocks.

@@ -5,13 +5,13 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::os::unix::fs::FileExt;
 
 /// A file system of its own on a loop device, if root may make one.
-struct Disk {
-    dir: PathBuf,
+pub(super) struct Disk {
+    pub(super) dir: PathBuf,
 }
 
 impl Disk {
     /// `None`, and said, where `mkfs` or its kind of file system is not to be had.
-    fn new(bench: &Bench, mib: u64, mkfs: &[&str]) -> Option<Self> {
+    pub(super) fn new(bench: &Bench, mib: u64, mkfs: &[&str]) -> Option<Self> {
         let base = bench.source.parent().unwrap();
         let image = base.join("disk.img");
         let dir = base.join("disk");
@@ -48,13 +48,13 @@ impl Drop for Disk {
     }
 }
 
-fn tool(program: &str, words: &[&str], paths: &[&Path]) -> bool {
+pub(super) fn tool(program: &str, words: &[&str], paths: &[&Path]) -> bool {
     let done = Command::new(program).args(words).args(paths).status();
     done.is_ok_and(|status| status.success())
 }
 
 /// The error of sending everything to `destination`.
-fn refusal(bench: &Bench, destination: &Path) -> String {
+pub(super) fn refusal(bench: &Bench, destination: &Path) -> String {
     bench.admit_target(destination);
     let mut sender = bench.sender(bench.path(Way::Direct));
     let error = bench.send(&mut sender, 1, None).unwrap_err().to_string();
@@ -634,7 +634,12 @@ fn what_a_damaged_file_system_hides_is_named_kept_from_before_and_all_else_arriv
     assert!(there("inode").is_err() && bench.target.join("listed").is_dir());
     // As a proof reads it, and as a plan counts it.
     let key = FleetKey(FLEET);
-    let (kept, _) = crate::volume::scan_as_sent(&tree, &key, state.block_size).unwrap();
+    let (kept, _) = crate::volume::scan_as_sent(
+        &crate::volume::Confined::open(&tree).unwrap(),
+        &key,
+        state.block_size,
+    )
+    .unwrap();
     assert_eq!(kept.root, state.root);
     assert_eq!(kept.unreadable.len(), 3);
     assert_eq!(crate::volume::measure(&tree).unwrap().unreadable, 2);

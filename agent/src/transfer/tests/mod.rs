@@ -4,6 +4,7 @@ mod dedup;
 mod disks;
 mod extents;
 mod faults;
+mod holds;
 mod one;
 mod paths;
 
