@@ -27,6 +27,7 @@ use crate::volume::state::Now;
 use crate::volume::unused;
 use crate::volume::walk::{self, Found, WalkError, bare_entry};
 use crate::volume::{Confined, Entry, Kind};
+use nix::errno::Errno;
 use nix::sys::stat::FileStat;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -37,6 +38,9 @@ use std::sync::{Arc, Mutex};
 
 /// A file up to this size travels whole in one record, with others.
 const SMALL_CAP: u64 = DATA_CAP as u64;
+/// Longest file, which takes 2 GiB of memory: programs make longer ones of nothing but holes, and no agent can keep
+/// account of these.
+const FILE_CAP: u64 = 64 << 40;
 /// Small files read in one batch.
 const BATCH_FILES: usize = 256;
 /// Records, at most [`SLOT`] each, that a thread keeps while their offers are not answered: with four
@@ -194,6 +198,10 @@ impl<'s> Reading<'_, 's> {
             .map_err(|e| WalkError::new(self.root, "find the holes of", &found.path, e))?;
         let block_size = self.source.block_size;
         let size = size_of(&stat);
+        let is_device = self.root.one().is_some_and(One::is_device);
+        if size > FILE_CAP && !is_device {
+            return Err(WalkError::new(self.root, "read", &found.path, Errno::EFBIG).into());
+        }
         let total = block_size.blocks_of(size);
         let each = DATA_CAP as u64 / block_size.bytes();
         let unused = self.unused(&file, size);
@@ -223,7 +231,7 @@ impl<'s> Reading<'_, 's> {
             file,
             stat,
             size,
-            device: self.root.one().is_some_and(One::is_device),
+            device: is_device,
             holes,
             unused,
             held,

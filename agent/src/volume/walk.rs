@@ -69,6 +69,9 @@ impl WalkError {
             Some(Errno::E2BIG) => {
                 "; more than 512 KiB of attributes of one file do not travel: remove some, or copy first and accept their loss"
             }
+            Some(Errno::EFBIG) => {
+                "; files of more than 64 TiB are not moved, also where most of them is a hole: shorten or remove it"
+            }
             _ => "",
         }
     }

@@ -670,3 +670,22 @@ fn what_a_damaged_file_system_hides_is_named_kept_from_before_and_all_else_arriv
     assert!(there("good/gone").is_err());
     disk.unmount();
 }
+
+#[test]
+fn a_file_of_more_holes_than_can_be_counted_is_an_error_that_names_it() {
+    let bench = Bench::new(EngineChoice::Auto);
+    if !tool("mount", &["-t", "tmpfs", "tmpfs"], &[&bench.source]) {
+        println!("no tmpfs can be mounted here: not tested");
+        return;
+    }
+    let _disk = Disk {
+        dir: bench.source.clone(),
+    };
+    let endless = fs::File::create(bench.source.join("endless")).unwrap();
+    endless.set_len(7 << 60).unwrap();
+    let said = refusal(&bench, &bench.target);
+    assert!(
+        said.contains("endless") && said.contains("64 TiB"),
+        "{said}"
+    );
+}
