@@ -12,13 +12,15 @@
 //! are killed; the receiver, whose block map is in `/map`, prints how far it is as lines of JSON, and with `one` it
 //! makes one file `/into` of a block device. The sender prints its report as one, and sends what changed since for
 //! each line that it is given; of a block device that is what the kernel noted. `MOVE_SIZE` tells it the bytes of
-//! the volume, as a plan would, when they are more than small blocks are for. `measure` prints what one core hashes and
+//! the volume, as a plan would, when they are more than small blocks are for, or lie in large files, of which the kernel
+//! then notes what is written. `measure` prints what one core hashes and
 //! seals in a second.
 
 use lifeboat::model::ids::{Epoch, PlanId, VolumeId};
 use lifeboat::model::units::Bytes;
 use lifeboat::model::volume::{ChangesBy, VolumeKind, VolumeSpec};
 use lifeboat::telemetry::dirty::Watch;
+use lifeboat::transfer::below::{Below, is_written_in_place};
 use lifeboat::transfer::frame::{FrameKind, Header};
 use lifeboat::transfer::seal::Sealer;
 use lifeboat::transfer::{
@@ -29,7 +31,7 @@ use lifeboat::volume::{BlockMap, FleetKey, TreeState, sign};
 use std::error::Error;
 use std::fs::{self, File};
 use std::net::SocketAddr;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -153,12 +155,16 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         _ => return Err(format!("{way} is no way, or lacks or has a relay too many").into()),
     };
     let is_device = fs::metadata(from)?.file_type().is_block_device();
-    let (kind, changes) = if is_device {
-        (VolumeKind::Device, ChangesBy::DirtyExtents)
-    } else {
-        (VolumeKind::Bind, ChangesBy::ChangeTimes)
-    };
     let size = std::env::var("MOVE_SIZE").map_or(Ok(0), |bytes| bytes.parse())?;
+    let device = fs::metadata(from)?.dev();
+    let mut below = (!is_device && size > 0 && is_written_in_place(device))
+        .then(|| Below::watch(device))
+        .transpose()?;
+    let (kind, changes) = match &below {
+        _ if is_device => (VolumeKind::Device, ChangesBy::DirtyExtents),
+        Some(_) => (VolumeKind::Bind, ChangesBy::WrittenExtents),
+        None => (VolumeKind::Bind, ChangesBy::ChangeTimes),
+    };
     let volume = VolumeSpec {
         id: VolumeId(0),
         name: "directory".to_owned(),
@@ -181,6 +187,10 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         if let (Some(watch), Some(state)) = (&mut watch, &mut state) {
             File::open(from)?.sync_all()?;
             state.changed = Some(watch.swap().ranges);
+        }
+        let written = below.as_mut().and_then(|below| below.take(volume.id));
+        if let Some(state) = &mut state {
+            state.written = written;
         }
         let progress = Arc::default();
         let (sent, report) =

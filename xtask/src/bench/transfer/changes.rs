@@ -1,5 +1,5 @@
-//! A volume of which 1 % changes, page by page, at random: as a file in a tree, which is read whole because its change
-//! time moved, and as a block device of which the kernel notes what is written.
+//! A volume of which 1 % changes, page by page, at random: as a file in a tree and as a block device, of both of which
+//! the kernel notes what is written.
 //!
 //! One that is full stands beside rsync. Others, of which a quarter is data, show what the time grows with: the change
 //! is the same for all sizes, and once a quarter of it.
