@@ -188,7 +188,7 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
             File::open(from)?.sync_all()?;
             state.changed = Some(watch.swap().ranges);
         }
-        let written = below.as_mut().and_then(|below| below.take(volume.id));
+        let written = below.as_mut().and_then(|below| below.take(volume.id, from));
         if let Some(state) = &mut state {
             state.written = written;
         }

@@ -8,7 +8,7 @@
 use crate::model::ids::VolumeId;
 use crate::model::units::Bytes;
 use crate::model::volume::{ChangesBy, VolumeSpec};
-use crate::telemetry::dirty::{Changes, Watch};
+use crate::telemetry::dirty::{Changes, Watch, WatchError};
 use crate::transfer::below::{self, Below};
 use crate::volume::Written;
 use std::collections::BTreeMap;
@@ -53,7 +53,7 @@ impl BelowFiles {
 #[derive(Default)]
 pub(super) struct Watches {
     /// By the number of the device.
-    below: BTreeMap<u64, Below>,
+    below: BTreeMap<u64, Arc<Mutex<Below>>>,
     watched: BTreeMap<VolumeId, Arc<Mutex<Watch>>>,
     /// Changes that were asked for and not yet sent.
     pending: BTreeMap<VolumeId, Vec<Range<u64>>>,
@@ -90,13 +90,23 @@ impl Watches {
             return None;
         }
         let device = volume.source_path.metadata().ok()?.dev();
-        if let Some(below) = self.below.get_mut(&device) {
-            return below.take(volume.id);
-        }
-        match tokio::task::spawn_blocking(move || Below::watch(device)).await {
-            Ok(Ok(mut below)) => {
-                below.take(volume.id);
+        let (known, id) = (self.below.get(&device).cloned(), volume.id);
+        let path = volume.source_path.clone();
+        let taken = tokio::task::spawn_blocking(move || {
+            let below = match known {
+                Some(below) => below,
+                None => Arc::new(Mutex::new(Below::watch(device)?)),
+            };
+            let written = below
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(id, &path);
+            Ok::<_, WatchError>((below, written))
+        });
+        match taken.await {
+            Ok(Ok((below, written))) => {
                 self.below.insert(device, below);
+                return written;
             }
             Ok(Err(error)) => tracing::warn!("{error}; large files are read whole"),
             Err(error) => tracing::warn!("{error}; large files are read whole"),

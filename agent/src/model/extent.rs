@@ -11,4 +11,6 @@ pub struct Extent {
     pub length: u64,
     /// Reserved only: it reads as zeros, whatever the device has there.
     pub unwritten: bool,
+    /// Other files lie there too: what is written to this one goes elsewhere.
+    pub shared: bool,
 }

@@ -158,6 +158,10 @@ impl Fill {
     }
 
     fn ask(&self, number: u32, block: u64) -> Result<(), Stopped> {
+        // What is here already waits for nothing.
+        if !self.store.lacks(number, block) {
+            return Ok(());
+        }
         self.room(WINDOW - 1)?;
         let until = Instant::now() + UNKEPT_PAUSE;
         while self.store.unkept().is_some() && Instant::now() < until {

@@ -1,6 +1,9 @@
 //! Where a block device lies, as sysfs tells it.
 
+use std::ffi::CString;
 use std::fs;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +20,32 @@ pub struct Place {
     pub sectors: u64,
     /// Whether the disk takes requests, of which the kernel traces the end, and not bios themselves.
     pub takes_requests: bool,
+}
+
+/// The mount on which a path lies; unique where the kernel has such numbers (Linux 6.8).
+#[must_use]
+pub fn mount_id(path: &Path) -> Option<u64> {
+    /// Of linux/stat.h.
+    const STATX_MNT_ID_UNIQUE: libc::c_uint = 0x4000;
+    let wanted = libc::STATX_MNT_ID | STATX_MNT_ID_UNIQUE;
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut told = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path ends with NUL, and the kernel writes one `struct statx`, all of which may be zeros.
+    let told = unsafe {
+        let flags = libc::AT_STATX_DONT_SYNC;
+        if libc::statx(
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            wanted,
+            told.as_mut_ptr(),
+        ) != 0
+        {
+            return None;
+        }
+        told.assume_init()
+    };
+    (told.stx_mask & wanted != 0).then_some(told.stx_mnt_id)
 }
 
 /// The number of a device file.
@@ -79,6 +108,14 @@ impl Place {
         let path = self.sysfs.join(disk).join("queue").join(name);
         let text = fs::read_to_string(path).unwrap_or_default();
         text.trim().to_owned()
+    }
+
+    /// What is another when another disk has its number, or when it has another size.
+    #[must_use]
+    pub fn incarnation(&self) -> (u64, String) {
+        let disk = if self.is_part { ".." } else { "." };
+        let number = fs::read_to_string(self.sysfs.join(disk).join("diskseq"));
+        (self.sectors, number.unwrap_or_default())
     }
 
     /// Whether a write is between its beginning and its end.

@@ -209,6 +209,10 @@ impl Watch {
             // What lies past the device is no place of ours.
             word.is_none_or(|word| word.load(Ordering::SeqCst) >> (granule % 64) & 1 == 1)
         };
+        // Nor does what a device that grew has more than when the watch began.
+        if bytes.end > self.size {
+            return true;
+        }
         let mut granules = bytes.start / self.granule..bytes.end.div_ceil(self.granule);
         granules.any(|granule| is_set(one, granule) || is_set(other, granule))
     }

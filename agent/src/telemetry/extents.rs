@@ -105,6 +105,8 @@ const NOWHERE: u32 = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200;
 const SYNC: u32 = 0x1;
 /// Nothing was written there yet.
 const UNWRITTEN: u32 = 0x800;
+/// Other files lie there, too.
+const SHARED: u32 = 0x2000;
 
 /// Where a file's bytes lie, all of them written back. None where they lie, or are read, in another way than as
 /// extents of the device, in more than `most` of them, or where their file system writes them elsewhere first.
@@ -117,6 +119,14 @@ pub fn of_file(file: &File, most: usize) -> io::Result<Option<Vec<Extent>>> {
     }
     let (extents, all) = extents(file, SYNC, most)?;
     Ok(all.then_some(extents))
+}
+
+/// Where a file's bytes lie now, as far as they lie anywhere yet.
+///
+/// # Errors
+/// The file system does not tell.
+pub fn at_once(file: &File, most: usize) -> io::Result<Vec<Extent>> {
+    Ok(extents(file, 0, most)?.0)
 }
 
 /// `_IOR('f', 1, long)`, which gets an int, and of linux/fs.h: its data goes through the journal.
@@ -142,7 +152,7 @@ fn is_elsewhere(file: &File) -> bool {
 }
 
 /// The extents of a file that lie somewhere, and whether those are all; at least `most` of them where there are more.
-fn extents(file: &File, flags: u32, most: usize) -> io::Result<(Vec<Extent>, bool)> {
+fn extents(file: &File, mut flags: u32, most: usize) -> io::Result<(Vec<Extent>, bool)> {
     let (mut extents, mut all) = (Vec::new(), true);
     let mut start = 0;
     loop {
@@ -170,6 +180,7 @@ fn extents(file: &File, flags: u32, most: usize) -> io::Result<(Vec<Extent>, boo
                 physical: extent.physical,
                 length: extent.length,
                 unwritten: extent.flags & UNWRITTEN != 0,
+                shared: extent.flags & SHARED != 0,
             });
         }
         let Some(last) = mapped.last().filter(|extent| extent.flags & LAST == 0) else {
@@ -179,5 +190,7 @@ fn extents(file: &File, flags: u32, most: usize) -> io::Result<(Vec<Extent>, boo
             return Ok((extents, false));
         }
         start = last.logical.saturating_add(last.length.max(1));
+        // Once has written all of it back.
+        flags = 0;
     }
 }

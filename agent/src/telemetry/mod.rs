@@ -7,7 +7,7 @@ mod block;
 mod book;
 pub mod btf;
 mod cgroups;
-mod device;
+pub mod device;
 pub mod dirty;
 mod edges;
 pub mod extents;

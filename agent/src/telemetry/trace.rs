@@ -373,6 +373,7 @@ impl Extent {
             physical: 0,
             length,
             unwritten: false,
+            shared: false,
         }
     }
 }
@@ -537,6 +538,7 @@ mod tests {
             physical: physical << 12,
             length: length << 12,
             unwritten: false,
+            shared: false,
         };
         let mut placer = runs(&[
             (95, 10, 1, 3),

@@ -8,11 +8,13 @@ use super::payload::{self, Block, DESCRIPTOR_LEN, PayloadKind};
 use super::queue::lock;
 use super::reading::{Fate, Reading, Unit, Waiting, fate};
 use super::record::Record;
-use super::source::{SourceError, add};
+use super::source::{EXTENTS_CAP, SourceError, add};
 use super::uring::is_cached;
 use crate::model::extent::Extent;
 use crate::model::ids::Signature;
+use crate::telemetry::extents;
 use crate::volume::aligned::ALIGNMENT;
+use crate::volume::rewritten::common;
 use crate::volume::salvage::{self, is_media_error};
 use crate::volume::scan::Holes;
 use crate::volume::sign::{self, ZERO};
@@ -353,8 +355,12 @@ impl Reading<'_, '_> {
         if self.source.differs(&entry) {
             add(&self.tally.changed_entries, 1);
         }
-        if let Some(extents) = &large.extents {
-            self.tally.keep_extents(&large.path, extents);
+        // What moved while it was read may be either.
+        if let Some(before) = &large.extents
+            && let Ok(after) = extents::at_once(&large.file, EXTENTS_CAP)
+        {
+            let both = common(before, &after);
+            self.tally.keep_extents(&large.path, &both.into());
         }
         lock(&self.outcomes).insert(large.step, Some(entry));
         Ok(())

@@ -38,9 +38,9 @@ use std::sync::{Arc, Mutex};
 
 /// A file up to this size travels whole in one record, with others.
 const SMALL_CAP: u64 = DATA_CAP as u64;
-/// Longest file, which takes 2 GiB of memory: programs make longer ones of nothing but holes, and no agent can keep
-/// account of these.
-const FILE_CAP: u64 = 64 << 40;
+/// Most blocks of a file, which take 2 GiB of memory: programs make longer ones of nothing but holes, and no agent can
+/// keep account of these.
+const BLOCKS_CAP: u64 = 64 << 20;
 /// Small files read in one batch.
 const BATCH_FILES: usize = 256;
 /// Records, at most [`SLOT`] each, that a thread keeps while their offers are not answered: with four
@@ -199,10 +199,10 @@ impl<'s> Reading<'_, 's> {
         let block_size = self.source.block_size;
         let size = size_of(&stat);
         let is_device = self.root.one().is_some_and(One::is_device);
-        if size > FILE_CAP && !is_device {
+        let total = block_size.blocks_of(size);
+        if total > BLOCKS_CAP && !is_device {
             return Err(WalkError::new(self.root, "read", &found.path, Errno::EFBIG).into());
         }
-        let total = block_size.blocks_of(size);
         let each = DATA_CAP as u64 / block_size.bytes();
         let unused = self.unused(&file, size);
         let extents = self.extents(&file);

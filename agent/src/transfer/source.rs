@@ -18,7 +18,7 @@ use crate::model::ids::{Epoch, Signature};
 use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::change::{Ahead, Baseline, Changes, Step, Window};
 use crate::volume::rewritten::FileExtents;
-use crate::volume::state::{Builder, Placed};
+use crate::volume::state::Builder;
 use crate::volume::tree::{Xattr, shown};
 use crate::volume::unused;
 use crate::volume::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
@@ -111,9 +111,22 @@ pub(super) struct Tally {
 impl Tally {
     pub(super) fn keep_extents(&self, path: &[u8], extents: &Arc<[Extent]>) {
         let mut kept = lock(&self.extents);
-        if kept.1 + extents.len() <= EXTENTS_CAP {
-            kept.1 += extents.len();
+        // A path takes memory too.
+        if kept.1 + extents.len() < EXTENTS_CAP {
+            kept.1 += extents.len() + 1;
             kept.0.insert(path.into(), Arc::clone(extents));
+        }
+    }
+
+    /// Takes over what was known of an entry that is kept.
+    fn keep(&self, entry: &Entry, previous: &TreeState) {
+        if entry.seen.racy {
+            // It could not be looked at: what is lost of it still is, and what is written to it goes unseen.
+            let name = shown(&entry.path);
+            let lost = previous.unreadable.iter().filter(|lost| lost.path == name);
+            lock(&self.unreadable).extend(lost.cloned());
+        } else if let Some(extents) = previous.extents.get(&entry.path) {
+            self.keep_extents(&entry.path, extents);
         }
     }
 
@@ -218,7 +231,9 @@ impl Source<'_> {
         state.unreadable = std::mem::take(&mut *lock(&tally.unreadable));
         let place = |lost: &Unreadable| (lost.path.clone(), lost.offset);
         state.unreadable.sort_by_cached_key(place);
-        state.unused = lock(&tally.unused).take();
+        // Of a file that is kept nothing was asked.
+        let unused = lock(&tally.unused).take();
+        state.unused = unused.or_else(|| previous?.unused.clone());
         state.extents = std::mem::take(&mut lock(&tally.extents).0);
         Ok((state, tally))
     }
@@ -336,11 +351,8 @@ impl Source<'_> {
         let mut batch = Batch::new(self.outlet, PayloadKind::Finish);
         for (index, step) in steps.into_iter().enumerate() {
             let is_file = matches!(step, Step::File(_));
-            if let (Step::Keep(Placed { entry, .. }), Some(previous)) =
-                (&step, self.held.previous())
-                && let Some(extents) = previous.extents.get(&entry.path)
-            {
-                tally.keep_extents(&entry.path, extents);
+            if let (Step::Keep(placed), Some(previous)) = (&step, self.held.previous()) {
+                tally.keep(&placed.entry, previous);
             }
             match step {
                 Step::Keep(placed) => match &placed.entry.kind {

@@ -4,8 +4,8 @@
 //! and its change time was then safely older than the moment all dirty pages had been written back.
 //! The change time moves on every write, also through a mapping: the write-back made the pages
 //! read-only, so the next store faults and is noticed. It moves when a write begins, so of a file that was written
-//! to just before, a part may be still to come: it is read again next time. So is every file where there is no
-//! write-back (tmpfs), or where it failed.
+//! to just before, a part may be still to come: it is read again next time; of large files whose device is watched,
+//! whenever a write to it has ended. So is every file where there is no write-back (tmpfs), or where it failed.
 
 use super::confined::{Confined, split};
 use super::one::One;
@@ -132,7 +132,7 @@ fn mounted_below(root: &Confined) -> Vec<PathBuf> {
 /// What to do with one found entry.
 #[derive(Debug)]
 pub enum Step {
-    /// Unchanged since the last epoch.
+    /// Unchanged since the last epoch; or, `racy`, not to be looked at now.
     Keep(Placed),
     /// A regular file to read.
     File(Found),
@@ -162,6 +162,8 @@ pub struct Changes<'a, W> {
     gone: HashSet<Box<[u8]>>,
     /// What could not be looked at or listed, and what is kept therefore.
     lost: HashSet<Box<[u8]>>,
+    /// Large files to which the device was written, whatever their change time says.
+    touched: HashSet<Box<[u8]>>,
 }
 
 /// A walk that may be slower than whoever takes from it.
@@ -171,7 +173,7 @@ pub trait Ahead {
 }
 
 impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
-    /// Compares what a walk finds with the last epoch.
+    /// Compares what a walk finds with the last epoch; the baseline is established.
     #[must_use]
     pub fn new(walk: W, previous: Option<&'a TreeState>) -> Self {
         let before: Box<dyn Iterator<Item = Placed>> = match previous {
@@ -184,6 +186,7 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
             primaries: HashMap::new(),
             gone: HashSet::new(),
             lost: HashSet::new(),
+            touched: previous.map(TreeState::touched).unwrap_or_default(),
         }
     }
 
@@ -236,6 +239,9 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
         }
         if self.is_lost(&old.entry) {
             self.lost.insert(path.clone());
+            // Nobody knows whether it is what it was.
+            let mut old = old;
+            old.entry.seen.racy = true;
             window.steps.push(Step::Keep(old));
             return;
         }
@@ -281,7 +287,11 @@ impl<'a, W: Iterator<Item = Result<Found, WalkError>>> Changes<'a, W> {
             self.primaries.insert(identity, found.path.clone());
         }
         match old {
-            Some(old) if unchanged(&old.entry, &found.stat) => Step::Keep(old),
+            Some(old)
+                if unchanged(&old.entry, &found.stat) && !self.touched.contains(&found.path) =>
+            {
+                Step::Keep(old)
+            }
             _ if kind == SFlag::S_IFREG => Step::File(found),
             _ => Step::Special(found),
         }
@@ -307,9 +317,12 @@ fn unchanged(old: &Entry, stat: &FileStat) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::extent::Extent;
     use crate::volume::walk::{open_root, walk};
-    use crate::volume::{BlockSize, FleetKey, scan};
+    use crate::volume::{BlockSize, FleetKey, Written, scan};
     use std::fs;
+    use std::ops::Range;
+    use std::sync::Arc;
 
     #[test]
     fn a_file_is_read_again_while_a_write_to_it_may_be_under_way() {
@@ -418,7 +431,7 @@ mod tests {
         };
         for kept in [&b"d/a"[..], b"d/b", b"d/hidden", b"d/hidden/x", b"e"] {
             assert!(
-                matches!(*has(kept), [Step::Keep(_)]),
+                matches!(*has(kept), [Step::Keep(placed)] if placed.entry.seen.racy),
                 "{}",
                 String::from_utf8_lossy(kept)
             );
@@ -426,6 +439,66 @@ mod tests {
         // Its first name is hidden: it travels as a file of its own.
         assert!(matches!(*has(b"f/other"), [Step::File(_)]));
         assert!(changes.window(1, 1000).unwrap().is_none());
+    }
+
+    /// A device that was written to within these bytes; nobody can say where when there are none.
+    #[derive(Debug)]
+    struct Noted(Range<u64>);
+
+    impl Written for Noted {
+        fn device(&self) -> u64 {
+            1
+        }
+
+        fn anywhere(&self) -> bool {
+            self.0.is_empty()
+        }
+
+        fn within(&self, bytes: &Range<u64>) -> bool {
+            self.0.is_empty() || self.0.start < bytes.end && bytes.start < self.0.end
+        }
+    }
+
+    /// Of a write that lasts, the change time is that of its beginning.
+    #[test]
+    fn a_file_whose_extents_were_written_to_is_looked_at_again_whatever_its_change_time() {
+        let base = tempfile::tempdir().unwrap();
+        for file in ["one", "other"] {
+            fs::write(base.path().join(file), b"x").unwrap();
+        }
+        let key = FleetKey([3; 32]);
+        let (scanned, _) = scan(base.path(), &key, BlockSize::for_volume(0)).unwrap();
+        // As if they had been made long ago.
+        let old = scanned.iter().map(|mut entry| {
+            entry.seen.racy = false;
+            entry
+        });
+        let mut before = TreeState::new(&key, BlockSize::for_volume(0), old);
+        for (file, physical) in [(&b"one"[..], 0), (b"other", 1 << 20)] {
+            let extent = Extent {
+                logical: 0,
+                physical,
+                length: 1 << 20,
+                unwritten: false,
+                shared: false,
+            };
+            before.extents.insert(file.into(), Arc::new([extent]));
+        }
+        for (noted, again) in [
+            (0..4096, vec!["one"]),
+            (0..0, vec![]),
+            (2 << 20..3 << 20, vec![]),
+        ] {
+            before.written = Some(Arc::new(Noted(noted.clone())));
+            let found: Vec<_> = walk(&open_root(base.path()).unwrap()).collect();
+            let mut changes = Changes::new(Whole(found.into_iter()), Some(&before));
+            let steps = changes.window(1, 1000).unwrap().unwrap().steps;
+            let read = steps.iter().filter_map(|step| match step {
+                Step::File(found) => Some(String::from_utf8_lossy(&found.path)),
+                _ => None,
+            });
+            assert_eq!(read.collect::<Vec<_>>(), again, "{noted:?}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use super::codec::{Malformed, Reader, put_number, put_short};
 use super::rewritten::{FileExtents, Written, merged, rewritten};
 use super::salvage::Unreadable;
+use super::sign::ZERO;
 use super::sign::{BlockSize, FleetKey};
 use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp, Xattr, shown};
 use super::unused::Map;
@@ -14,7 +15,7 @@ use crate::model::extent::Extent;
 use crate::model::ids::Signature;
 use std::borrow::Borrow;
 use std::cmp::Ordering;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::{Bound, Range};
 use std::sync::Arc;
 
@@ -132,6 +133,18 @@ impl TreeState {
         Some(merged(blocks))
     }
 
+    /// Large files to which their device was written since, as far as that can be located.
+    pub(super) fn touched(&self) -> HashSet<Box<[u8]>> {
+        let Some(written) = self.written.as_deref().filter(|all| !all.anywhere()) else {
+            return HashSet::new();
+        };
+        let files = self.extents.iter().filter(|(_, extents)| {
+            let place = |one: &Extent| one.physical..one.physical.saturating_add(one.length);
+            extents.iter().any(|one| written.within(&place(one)))
+        });
+        files.map(|(path, _)| path.clone()).collect()
+    }
+
     /// Bytes of a file that may differ, by where it lies and what was written there.
     fn rewritten(&self, path: &[u8], now: &Now<'_>) -> Option<Vec<Range<u64>>> {
         let (written, before) = (self.written.as_deref()?, self.extents.get(path)?);
@@ -141,7 +154,12 @@ impl TreeState {
             return None;
         }
         let unit = self.block_size.bytes();
-        let mut changed = rewritten(before, now.extents?, now.size, unit, written);
+        let Kind::File { blocks, .. } = &old.kind else {
+            return None;
+        };
+        let block = |unit: u64| usize::try_from(unit).ok().and_then(|unit| blocks.get(unit));
+        let zeros = |unit: u64| block(unit) == Some(&ZERO);
+        let mut changed = rewritten(before, now.extents?, now.size, unit, zeros, written);
         // The last block has another length now, or is new.
         match old.size() {
             size if size < now.size => changed.push(size..now.size),

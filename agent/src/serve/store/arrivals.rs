@@ -127,6 +127,12 @@ impl Store {
         }
     }
 
+    /// Whether something of a block is still to come.
+    pub(in crate::serve) fn lacks(&self, number: u32, block: u64) -> bool {
+        let origin = self.origins.get(number as usize);
+        origin.is_some_and(|origin| self.missing(origin, block) != 0)
+    }
+
     /// Asks the source for a block unless it was; whether it was asked for now.
     pub(in crate::serve) fn ask(&self, class: Class, number: u32, block: u64) -> bool {
         let place = Place {

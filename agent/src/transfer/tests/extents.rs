@@ -9,6 +9,7 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A file system on a loop device, mounted as long as it lives.
 struct Mounted {
@@ -34,6 +35,15 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg(&self.at).status();
+    }
+}
+
+/// Tells a thread that it is over, also when the test fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -147,7 +157,7 @@ fn follow(mkfs: &[&str]) {
     let mut previous: Option<TreeState> = None;
     let mut epoch = Epoch(0);
     let mut send = |frozen: bool| {
-        let written = below.take(volume.id);
+        let written = below.take(volume.id, &bench.source);
         assert_eq!(written.is_some(), previous.is_some());
         if let Some(previous) = &mut previous {
             previous.written = written;
@@ -218,6 +228,21 @@ fn follow(mkfs: &[&str]) {
         send(true);
         compare(100 + round as u32);
     }
+    // And while files are cut, punched, shifted and exchanged.
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                happen(&mut chance, &files, &mounted.at.join("spare"), is_xfs);
+            }
+        });
+        let _ends = Ends(&over);
+        for _ in 0..25 {
+            send(false);
+        }
+    });
+    send(true);
+    compare(200);
 }
 
 #[test]

@@ -238,7 +238,12 @@ impl Log {
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         for to in [needed + AHEAD, needed] {
             let (mode, from) = (FallocateFlags::FALLOC_FL_KEEP_SIZE, self.end.offset);
-            match fallocate(&self.file, mode, signed(from), signed(to - from)) {
+            let reserve = || fallocate(&self.file, mode, signed(from), signed(to - from));
+            let mut reserved = reserve();
+            while reserved == Err(Errno::EINTR) {
+                reserved = reserve();
+            }
+            match reserved {
                 Err(Errno::ENOSPC | Errno::EDQUOT) => {}
                 // A file system that gives no space ahead has none to run out of before the data does.
                 _ => {
