@@ -87,6 +87,14 @@ fn connections(snapshot: &Snapshot) -> u64 {
     snapshot.edges.iter().map(|edge| edge.connections).sum()
 }
 
+/// Child, parent and port of each edge.
+fn named(snapshot: &Snapshot) -> Vec<(&str, &str, u16)> {
+    let edges = snapshot.edges.iter();
+    edges
+        .map(|edge| (edge.child.as_str(), edge.parent.as_str(), edge.port))
+        .collect()
+}
+
 /// Sweeps until as many connections are seen, or 15 s long.
 fn sweep_until_seen(senses: &mut Telemetry, containers: &[Container], wanted: u64) -> Snapshot {
     let end = Instant::now() + Duration::from_secs(15);
@@ -212,11 +220,7 @@ fn an_answer_by_udp_from_another_socket_does_not_make_a_client_of_the_server() {
     // The next one looks up what nobody knew in this one.
     let then = senses.sweep(&containers, now());
     for snapshot in [told, then] {
-        let edges = snapshot.edges.iter();
-        let edges: Vec<_> = edges
-            .map(|edge| (edge.child.as_str(), edge.parent.as_str(), edge.port))
-            .collect();
-        assert_eq!(edges, [("web", "db", 4531)]);
+        assert_eq!(named(&snapshot), [("web", "db", 4531)]);
     }
 }
 
@@ -274,11 +278,7 @@ fn what_was_asked_of_many_makes_a_child_of_the_asker_and_not_of_who_answers() {
     let told = sweep_until_seen(&mut senses, &containers, 1);
     let then = senses.sweep(&containers, now());
     for snapshot in [told, then] {
-        let edges = snapshot.edges.iter();
-        let edges: Vec<_> = edges
-            .map(|edge| (edge.child.as_str(), edge.parent.as_str(), edge.port))
-            .collect();
-        assert_eq!(edges, [("web", "db", 4541)]);
+        assert_eq!(named(&snapshot), [("web", "db", 4541)]);
     }
 }
 

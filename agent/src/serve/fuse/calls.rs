@@ -1,6 +1,7 @@
 //! The kernel's calls, each handed to the tree and answered.
 
-use super::tree::{Changes, Tree, decoded, errno};
+use super::convert::decoded;
+use super::tree::{Changes, Tree, errno};
 use crate::serve::pool::Pool;
 use fuser::{
     BackingId, BsdFileFlags, Errno as Refusal, FileAttr, FileHandle, Filesystem, FopenFlags,

@@ -6,6 +6,7 @@
 //! holds up no other; unmounting ends what still waits. Non-goals: file locks between hosts.
 
 mod calls;
+mod convert;
 mod handles;
 mod nodes;
 mod tree;

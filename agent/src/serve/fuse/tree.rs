@@ -3,6 +3,7 @@
 //! Invariant: a name is used while no rename or removal is under way, so that a call never meets another file
 //! than it was made for.
 
+use super::convert::{encoded, kind, spec, system_time};
 use super::handles::{Handle, Handles, Listing};
 use super::nodes::{Nodes, ROOT};
 use crate::serve::mirror::{Intent, joined};
@@ -13,10 +14,9 @@ use fuser::{FileAttr, FileHandle, FileType, INodeNo, RenameFlags, Request, TimeO
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, renameat2};
 use nix::sys::stat::{
-    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmod, fchmodat, fstat, fstatat,
-    futimens, utimensat,
+    FchmodatFlags, FileStat, Mode, UtimensatFlags, fchmod, fchmodat, fstat, fstatat, futimens,
+    utimensat,
 };
-use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchown, fchownat, linkat, lseek, unlinkat};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -26,7 +26,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirEntryExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 /// The tree behind one mount.
 pub(super) struct Tree {
@@ -754,68 +754,5 @@ impl Tree {
     /// Whether nothing of a file is absent.
     pub(super) fn is_whole(&self, number: Option<u32>) -> bool {
         number.is_none_or(|number| self.store.is_whole(number))
-    }
-}
-
-fn kind(mode: u32) -> FileType {
-    match SFlag::from_bits_truncate(mode) & SFlag::S_IFMT {
-        SFlag::S_IFDIR => FileType::Directory,
-        SFlag::S_IFLNK => FileType::Symlink,
-        SFlag::S_IFIFO => FileType::NamedPipe,
-        SFlag::S_IFSOCK => FileType::Socket,
-        SFlag::S_IFCHR => FileType::CharDevice,
-        SFlag::S_IFBLK => FileType::BlockDevice,
-        _ => FileType::RegularFile,
-    }
-}
-
-/// A device number as FUSE has it on the wire (`new_encode_dev` of the kernel's `kdev_t.h`).
-fn encoded(device: u64) -> u32 {
-    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-    ((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)) as u32
-}
-
-/// The device number that [`encoded`] gave.
-pub(super) fn decoded(device: u32) -> u64 {
-    let minor = (device & 0xff) | ((device >> 12) & 0xf_ff00);
-    nix::sys::stat::makedev(u64::from((device & 0xf_ff00) >> 8), u64::from(minor))
-}
-
-fn system_time(seconds: i64, nanoseconds: i64) -> SystemTime {
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let whole = if seconds < 0 {
-        UNIX_EPOCH - whole
-    } else {
-        UNIX_EPOCH + whole
-    };
-    whole + Duration::from_nanos(nanoseconds.unsigned_abs())
-}
-
-fn spec(time: Option<TimeOrNow>) -> TimeSpec {
-    match time {
-        None => TimeSpec::UTIME_OMIT,
-        Some(TimeOrNow::Now) => TimeSpec::UTIME_NOW,
-        Some(TimeOrNow::SpecificTime(time)) => match time.duration_since(UNIX_EPOCH) {
-            Ok(since) => TimeSpec::from_duration(since),
-            // The crate reads seconds before 1970 and their nanoseconds as if both counted downwards.
-            Err(before) => {
-                let before = before.duration();
-                let seconds = i64::try_from(before.as_secs()).unwrap_or(i64::MAX);
-                TimeSpec::new(-seconds, i64::from(before.subsec_nanos()))
-            }
-        },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn device_numbers_survive_the_wire() {
-        for (major, minor) in [(1, 3), (8, 17), (259, 70_000), (4095, 1_048_575)] {
-            let device = nix::sys::stat::makedev(major, minor);
-            assert_eq!(decoded(encoded(device)), device, "{major}:{minor}");
-        }
     }
 }
