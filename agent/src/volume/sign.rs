@@ -21,14 +21,14 @@ pub const ZERO: Signature = Signature([0; 32]);
 pub struct BlockSize(u32);
 
 impl BlockSize {
-    /// The size for a volume of `bytes`: small blocks keep changesets of databases small, large
-    /// ones keep the signatures (32 bytes a block) below 16 MiB up to 512 GiB.
+    /// The size for a volume of `bytes`: as small as keeps its signatures (32 bytes a block) within 16 MiB up to
+    /// 512 GiB, because a page that changed travels as its block.
     #[must_use]
     pub fn for_volume(bytes: u64) -> Self {
         const GIB: u64 = 1 << 30;
-        match bytes {
-            0..=0x4_0000_0000 => Self(64 << 10),
-            n if n <= 64 * GIB => Self(256 << 10),
+        match bytes.div_ceil(GIB) {
+            0..=32 => Self(64 << 10),
+            33..=128 => Self(256 << 10),
             _ => Self(1 << 20),
         }
     }
@@ -117,6 +117,24 @@ mod tests {
                 .sum();
             assert_eq!(covered, bytes);
         }
+    }
+
+    #[test]
+    fn signatures_stay_within_16_mib_up_to_512_gib() {
+        const GIB: u64 = 1 << 30;
+        for (gib, kib) in [
+            (0, 64),
+            (32, 64),
+            (33, 256),
+            (128, 256),
+            (129, 1024),
+            (512, 1024),
+        ] {
+            let size = BlockSize::for_volume(gib * GIB);
+            assert_eq!(size.bytes(), kib << 10, "{gib} GiB");
+            assert!(size.blocks_of(gib * GIB) * 32 <= 16 << 20, "{gib} GiB");
+        }
+        assert_eq!(BlockSize::for_volume(32 * GIB + 1).bytes(), 256 << 10);
     }
 
     #[test]
