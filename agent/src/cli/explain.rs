@@ -4,7 +4,7 @@ use super::daemon::ask;
 use super::output::say;
 use super::{Context, Failure, Outcome};
 use crate::api::local::{Judgement, Status};
-use crate::health::{Stage, Verdict, VerdictKind, in_unit};
+use crate::health::{Stage, Verdict, VerdictKind};
 use crate::model::metric::Metric;
 use crate::model::units::{UnixMillis, human_duration, utc};
 
@@ -47,21 +47,16 @@ fn explain(status: &Status) -> String {
     };
     let mut lines = vec![summary(&status.device, verdict, judgement, now)];
     for evidence in &verdict.evidence {
-        let unit = Metric::named(&evidence.metric).map(|metric| metric.unit);
         let metric = Metric::named(&evidence.metric).map_or("", |metric| metric.about);
         lines.push(format!("\n{}", evidence.text));
         if !metric.is_empty() {
             lines.push(format!("  {} is the {metric}.", evidence.metric));
         }
         lines.push(format!(
-            "  The limit was passed first at {}, {} ago; the last sample is {} old{}.",
+            "  The limit was passed first at {}, {} ago; the last sample is {} old.",
             utc(evidence.since),
             human_duration(now.since(evidence.since)),
             human_duration(now.since(evidence.last_sample)),
-            unit.map_or(String::new(), |unit| format!(
-                " (threshold {})",
-                in_unit(evidence.limit, unit)
-            ))
         ));
         lines.push(format!("  It is over at {}.", evidence.clears_when));
     }
@@ -86,7 +81,7 @@ fn summary(device: &str, verdict: &Verdict, judgement: &Judgement, now: UnixMill
     let because = if verdict.because.is_empty() {
         match verdict.kind {
             VerdictKind::Healthy => format!(
-                "all {} thresholds are measured and none fails",
+                "none of {} thresholds fails, and all that are not optional are measured",
                 judgement.thresholds
             ),
             VerdictKind::Suspect => "something fails, and no entry of `degraded` holds".to_owned(),

@@ -49,18 +49,24 @@ fn by_rule(threshold: &Threshold, series: &Series) -> Story {
             clear,
             rising,
         } => {
+            let limit = enter.at(series.against);
+            let is = still(series.value > limit);
             let rising = if rising { " and was rising" } else { "" };
             Story {
-                limit: enter.at(series.against),
-                passed: format!("{value}, above {}{}{rising}", at(enter), own(enter)),
+                limit,
+                passed: format!("{value}{is} above {}{}{rising}", at(enter), own(enter)),
                 clears_when: format!("{} or less", at(clear)),
             }
         }
-        Rule::Below { enter, clear } => Story {
-            limit: enter.at(series.against),
-            passed: format!("{value}, below {}{}", at(enter), own(enter)),
-            clears_when: format!("{} or more", at(clear)),
-        },
+        Rule::Below { enter, clear } => {
+            let limit = enter.at(series.against);
+            let is = still(series.value < limit);
+            Story {
+                limit,
+                passed: format!("{value}{is} below {}{}", at(enter), own(enter)),
+                clears_when: format!("{} or more", at(clear)),
+            }
+        }
         Rule::Count { at_least, within } => {
             let within = human_duration(within);
             Story {
@@ -85,8 +91,9 @@ fn by_rule(threshold: &Threshold, series: &Series) -> Story {
                 Some(ms) if ms > 0.0 => {
                     let verb = if falling { "falls to" } else { "reaches" };
                     let left = human_duration(Duration::from_millis(ms as u64));
+                    let is = still(ms <= within.as_millis() as f64);
                     format!(
-                        "{verb} {aim} in {left} at this rate, within {}",
+                        "{verb} {aim} in {left} at this rate{is} within {}",
                         human_duration(within)
                     )
                 }
@@ -100,6 +107,11 @@ fn by_rule(threshold: &Threshold, series: &Series) -> Story {
             }
         }
     }
+}
+
+/// A failure lasts until it clears, so that its value need not be beyond the limit any more.
+fn still(beyond: bool) -> &'static str {
+    if beyond { "," } else { ", and was" }
 }
 
 /// What the value was divided by.

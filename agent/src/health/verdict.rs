@@ -12,7 +12,7 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VerdictKind {
-    /// All thresholds are measured and none fails.
+    /// All thresholds that are not optional are measured, and none fails.
     Healthy,
     /// Some threshold fails, but no entry of `degraded` holds.
     Suspect,
