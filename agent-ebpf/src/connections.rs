@@ -92,11 +92,13 @@ pub struct PortStats {
     pub first_ns: u64,
     /// Last time one was opened, known to be open or closed, ns of the monotonic clock.
     pub last_ns: u64,
-    /// Smoothed round-trip time of the last one looked at, µs; 0 before the first measurement.
-    pub srtt_us: u32,
-    /// Zero.
-    pub padding: u32,
+    /// Smoothed round-trip times of those that had moved something when they were looked at: their sum, µs, and above
+    /// [`ROUND_TRIP_BITS`] how many. Only differences between two times mean something, as the sum overflows.
+    pub round_trips: u64,
 }
+
+/// Bits of the sum in [`PortStats::round_trips`]: 12 days, which connections do not add up to between two sweeps.
+pub const ROUND_TRIP_BITS: u32 = 40;
 
 /// Rows of `PORTS`, when the agent does not say otherwise.
 pub const PORT_ROWS: u32 = 8_192;
@@ -203,8 +205,7 @@ impl PortStats {
         retransmits: 0,
         first_ns: 0,
         last_ns: 0,
-        srtt_us: 0,
-        padding: 0,
+        round_trips: 0,
     };
 }
 

@@ -12,7 +12,9 @@ use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::{btf_tracepoint, map, raw_tracepoint};
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
-use lifeboat_ebpf::{Address, End, ListenKey, Open, REFRESH_BATCH, loss, place, protocol, role};
+use lifeboat_ebpf::{
+    Address, End, ListenKey, Open, REFRESH_BATCH, ROUND_TRIP_BITS, loss, place, protocol, role,
+};
 
 /// Listening sockets by port; the value is how many share it.
 #[map]
@@ -460,6 +462,7 @@ fn account(open: *mut Open, role: u8, counters: &Counters, now: u64) {
         let stats = kind(&key, (*open).opened_ns);
         let mut sent = exchange(&raw mut (*own).sent, counters.sent);
         let new = sent == End::UNCOUNTED;
+        let mut moved = sent != counters.sent;
         let Some(stats) = stats else {
             if new {
                 lost(loss::PORTS);
@@ -476,7 +479,7 @@ fn account(open: *mut Open, role: u8, counters: &Counters, now: u64) {
         if sent != counters.sent {
             add(&raw mut (*stats).sent, counters.sent.wrapping_sub(sent));
         }
-        advance(
+        moved |= advance(
             &raw mut (*own).received,
             &raw mut (*stats).received,
             counters.received,
@@ -486,8 +489,10 @@ fn account(open: *mut Open, role: u8, counters: &Counters, now: u64) {
             &raw mut (*stats).retransmits,
             counters.retransmits,
         );
-        if counters.srtt != 0 {
-            (*stats).srtt_us = counters.srtt >> 3;
+        // That of a connection at rest is of the past.
+        if moved && counters.srtt != 0 {
+            let once = 1 << ROUND_TRIP_BITS | u64::from(counters.srtt >> 3);
+            add(&raw mut (*stats).round_trips, once);
         }
     }
 }
@@ -499,16 +504,18 @@ fn answered(sock: Object) -> bool {
     probe::<i32>(sock, layout!(sock_incoming_cpu)).is_some_and(|cpu| cpu >= 0)
 }
 
+/// Whether there was something to move.
 #[inline(always)]
-fn advance(counted: *mut u64, total: *mut u64, value: u64) {
+fn advance(counted: *mut u64, total: *mut u64, value: u64) -> bool {
     // SAFETY: every caller passes a field of a map value, which lives for the whole program run.
     if unsafe { *counted } == value {
-        return;
+        return false;
     }
     let before = exchange(counted, value);
     if value != before {
         add(total, value.wrapping_sub(before));
     }
+    value != before
 }
 
 /// Counts a socket that begins or ends to listen on its port.

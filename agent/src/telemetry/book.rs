@@ -25,12 +25,27 @@ pub struct Totals {
     pub connections: u64,
     /// What they moved; none where it is not counted.
     pub moved: Option<Moved>,
-    /// Smoothed round-trip time of the last one looked at, µs; none before the first measurement.
-    pub srtt_us: Option<u32>,
+    /// Round-trip times at the last sweep in which something was moved; none before the first measurement.
+    pub round_trips: Option<RoundTrips>,
     /// First time seen.
     pub first_seen: UnixMillis,
     /// Last time seen.
     pub last_seen: UnixMillis,
+}
+
+/// Smoothed round-trip times of connections that had moved something when they were looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundTrips {
+    /// Their sum, µs.
+    pub sum_us: u64,
+    /// How many; at least 1.
+    pub count: u64,
+}
+
+impl RoundTrips {
+    fn mean_us(self) -> u32 {
+        u32::try_from(self.sum_us / self.count.max(1)).unwrap_or(u32::MAX)
+    }
 }
 
 /// What connections moved.
@@ -45,6 +60,14 @@ pub struct Moved {
 }
 
 impl Totals {
+    /// Adds what came later.
+    fn go_on(&mut self, later: &Self) {
+        let round_trips = later.round_trips.or(self.round_trips);
+        self.merge(later);
+        self.round_trips = round_trips;
+    }
+
+    /// Adds what other connections did.
     fn merge(&mut self, other: &Self) {
         self.connections += other.connections;
         if let Some(more) = other.moved {
@@ -53,7 +76,13 @@ impl Totals {
             moved.received += more.received;
             moved.retransmits += more.retransmits;
         }
-        self.srtt_us = other.srtt_us.or(self.srtt_us);
+        self.round_trips = match (self.round_trips, other.round_trips) {
+            (Some(one), Some(other)) => Some(RoundTrips {
+                sum_us: one.sum_us + other.sum_us,
+                count: one.count + other.count,
+            }),
+            (one, other) => one.or(other),
+        };
         self.first_seen = self.first_seen.min(other.first_seen);
         self.last_seen = self.last_seen.max(other.last_seen);
     }
@@ -102,7 +131,7 @@ impl Entry {
             // Whoever is not found any more was there all the same.
             _ => {}
         }
-        self.totals.merge(&newer);
+        self.totals.go_on(&newer);
         None
     }
 
@@ -155,9 +184,9 @@ impl EdgeBook {
             btree_map::Entry::Occupied(mut known) => {
                 let entry = known.get_mut();
                 match &mut entry.newer {
-                    Some(newer) => newer.merge(&more),
+                    Some(newer) => newer.go_on(&more),
                     None if by_address && entry.meaning.is_some() => entry.newer = Some(more),
-                    None => entry.totals.merge(&more),
+                    None => entry.totals.go_on(&more),
                 }
             }
         }
@@ -448,7 +477,8 @@ fn view(edge: &mut Edge, learnt: Learnt, how: How, role: Role, totals: &Totals) 
         edge.retransmits = Some(edge.retransmits.unwrap_or(0) + moved.retransmits);
     }
     if role == Role::Client || edge.srtt_us.is_none() {
-        edge.srtt_us = totals.srtt_us.or(edge.srtt_us);
+        let mean = totals.round_trips.map(RoundTrips::mean_us);
+        edge.srtt_us = mean.or(edge.srtt_us);
     }
     edge.first_seen = edge.first_seen.min(totals.first_seen);
     edge.last_seen = edge.last_seen.max(totals.last_seen);

@@ -1,6 +1,6 @@
 //! From the kernel's kinds of connections and listening ports to edges and service ports.
 
-use super::book::{EdgeBook, Moved, Totals};
+use super::book::{EdgeBook, Moved, RoundTrips, Totals};
 use super::cgroups::container_id;
 use super::edges::{Kind, Listener, Role, World};
 use super::kernel::Kernel;
@@ -12,7 +12,7 @@ use crate::model::edge::{Edge, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::telemetry::External;
 use crate::model::units::UnixMillis;
-use lifeboat_ebpf::{Address, ListenKey, PortKey, PortStats, protocol, role};
+use lifeboat_ebpf::{Address, ListenKey, PortKey, PortStats, ROUND_TRIP_BITS, protocol, role};
 use nix::ifaddrs::getifaddrs;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -192,7 +192,7 @@ impl Ports {
                     received: more(|stats| stats.received),
                     retransmits: more(|stats| stats.retransmits),
                 }),
-                srtt_us: (stats.srtt_us != 0).then_some(stats.srtt_us),
+                round_trips: round_trips(before.as_ref(), stats),
                 first_seen: seen.clock.wall(stats.first_ns),
                 last_seen: seen.clock.wall(stats.last_ns),
             };
@@ -258,6 +258,15 @@ impl Ports {
     pub fn host_addresses(&self) -> Vec<IpAddr> {
         self.host_addresses.iter().copied().collect()
     }
+}
+
+fn round_trips(before: Option<&PortStats>, now: &PortStats) -> Option<RoundTrips> {
+    let before = before.map_or(0, |before| before.round_trips);
+    let more = now.round_trips.wrapping_sub(before);
+    (more != 0).then_some(RoundTrips {
+        sum_us: more & ((1 << ROUND_TRIP_BITS) - 1),
+        count: more >> ROUND_TRIP_BITS,
+    })
 }
 
 /// An address as the kernel programs write it.

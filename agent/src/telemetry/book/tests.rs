@@ -120,7 +120,7 @@ fn totals(connections: u64, sent: u64, received: u64) -> Totals {
             received,
             retransmits: 1,
         }),
-        srtt_us: None,
+        round_trips: None,
         first_seen: UnixMillis(10),
         last_seen: UnixMillis(20),
     }
@@ -166,6 +166,25 @@ fn a_client_and_a_server_find_each_other_by_address() {
         one_edge(server("db", 3, 5432, "10.88.0.4")),
         edge("web", "db", 5432)
     );
+}
+
+#[test]
+fn the_round_trip_time_is_the_mean_of_the_connections_that_moved_something_last() {
+    let trips = |sum_us, count| Totals {
+        round_trips: Some(RoundTrips { sum_us, count }),
+        ..totals(count, 1, 1)
+    };
+    let kinds = [
+        (client("app", POD, "10.88.0.3", 5432), trips(90_000, 1)),
+        (client("app", POD, "10.88.0.3", 5432), trips(3_000, 3)),
+        // Of an idle moment nothing is told, and of a server its client knows better.
+        (client("app", POD, "10.88.0.3", 5432), totals(0, 0, 0)),
+        (met(client("app", POD, "10.88.0.9", 5432), "db", 5432), trips(9_000, 1)),
+        (server("db", 3, 5432, "10.88.0.2"), trips(70_000, 1)),
+    ];
+    let edges = edges(&book(&kinds));
+    assert_eq!(edges.len(), 1, "{edges:?}");
+    assert_eq!(edges[0].srtt_us, Some(3_000));
 }
 
 #[test]
