@@ -2,7 +2,7 @@
 
 use super::policy::{Degraded, Policy, Stage, Threshold};
 use super::quantity::in_unit;
-use super::reading::{Reading, readings};
+use super::reading::{Reading, mounted, readings};
 use super::series::{Series, Ticks};
 use super::state::{Remembered, SavedState};
 use super::story::{Story, story};
@@ -59,8 +59,15 @@ impl Judge {
     pub fn observe(&mut self, samples: &[Sample], now: UnixMillis) {
         let tick = self.state.advance(now);
         let stale = self.policy.stale_after;
+        let mounted = mounted(samples);
         for threshold in &self.policy.thresholds {
             let readings = readings(threshold, samples);
+            if let Some(mounted) = mounted.as_ref().filter(|_| threshold.per == Per::Mount) {
+                let measured =
+                    |name: &String| readings.iter().any(|(of, _)| of.subject.name == *name);
+                let series = &mut self.state.of(threshold).series;
+                series.retain(|name, _| mounted.contains(name.as_str()) || measured(name));
+            }
             if readings.is_empty() {
                 continue;
             }

@@ -96,7 +96,12 @@ fn a_limit_passed_for_its_time_makes_suspect_with_evidence_and_clears_below_its_
         "slow (warning): block.latency_p99 of vda is 61 ms, above 40 ms, for 6.0 s; clears at 15 ms or less"
     );
     assert!(verdict.delegate.is_empty());
-    assert_eq!(sweep(&mut judge, 9, 20.0, 0.0).kind, VerdictKind::Suspect);
+    let better = sweep(&mut judge, 9, 20.0, 0.0);
+    assert_eq!(better.kind, VerdictKind::Suspect);
+    assert_eq!(
+        better.evidence[0].text,
+        "slow (warning): block.latency_p99 of vda is 20 ms, and was above 40 ms, for 7.0 s; clears at 15 ms or less"
+    );
     assert_eq!(sweep(&mut judge, 10, 15.0, 0.0).kind, VerdictKind::Healthy);
 }
 
@@ -211,6 +216,36 @@ fn an_optional_threshold_without_a_sensor_leaves_the_verdict_healthy() {
     let mut judge = Judge::new(Policy::parse(&text, "t").unwrap(), None);
     judge.observe(&[errors(0.0, at(0))], at(0));
     assert_eq!(judge.verdict(at(0)).kind, VerdictKind::Healthy);
+}
+
+#[test]
+fn an_unmounted_file_system_is_gone_and_one_that_does_not_answer_is_not() {
+    let text = "version: 1\nname: test\nthresholds:\n  full: { metric: disk.used, per: mount, above: 90% }\ndegraded: [{ any: [full] }]\nguards: { hold: 0s }";
+    let mut judge = Judge::new(Policy::parse(text, "test").unwrap(), None);
+    let mut sweep = |second: u64, values: &[(&str, &str, f64)]| {
+        let now = at(second);
+        let sample = |&(metric, name, value): &(&str, &str, f64)| Sample {
+            metric: metric.into(),
+            subject: Subject::new(Per::Mount, name),
+            value,
+            at: now,
+        };
+        let samples: Vec<Sample> = values.iter().map(sample).collect();
+        judge.observe(&samples, now);
+        judge.verdict(now).kind
+    };
+    let (root, of_root) = (("disk.used", "/", 10.0), ("filesystem.mounted", "/", 1.0));
+    let of_data = ("filesystem.mounted", "/data", 1.0);
+    let full = ("disk.used", "/data", 95.0);
+    let all = [root, of_root, full, of_data];
+    assert_eq!(sweep(0, &all), VerdictKind::Degraded);
+    let unanswered = [root, of_root, of_data];
+    for second in [11, 200] {
+        assert_eq!(sweep(second, &unanswered), VerdictKind::Unknown);
+    }
+    // Where the table cannot be read, nothing is known of it.
+    assert_eq!(sweep(201, &[root]), VerdictKind::Unknown);
+    assert_eq!(sweep(202, &[root, of_root]), VerdictKind::Healthy);
 }
 
 #[test]

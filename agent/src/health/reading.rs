@@ -3,6 +3,7 @@
 use super::limits::{FLEET_PEERS, own_limit};
 use super::policy::{Among, Measure, Threshold};
 use crate::model::metric::{Per, Sample};
+use std::collections::BTreeSet;
 
 /// What a sweep says of one subject.
 #[derive(Debug, PartialEq)]
@@ -79,6 +80,17 @@ pub(super) fn readings<'a>(
             at_least, peers, ..
         } => among_host(&own, at_least, peers),
     }
+}
+
+/// Tells which file systems are mounted.
+pub(super) const MOUNTED: &str = "filesystem.mounted";
+
+/// The file systems that the kernel has in its table of mounts; none when that was not read.
+pub(super) fn mounted(samples: &[Sample]) -> Option<BTreeSet<&str>> {
+    let mounted: BTreeSet<&str> = of(samples, MOUNTED, Per::Mount)
+        .map(|sample| sample.subject.name.as_str())
+        .collect();
+    (!mounted.is_empty()).then_some(mounted)
 }
 
 fn of<'a>(samples: &'a [Sample], metric: &str, per: Per) -> impl Iterator<Item = &'a Sample> {

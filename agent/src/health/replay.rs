@@ -1,9 +1,11 @@
 //! A recorded device under a policy: when the verdict would have changed.
 
 use super::policy::{Policy, Stage};
+use super::reading::MOUNTED;
 use super::recording::{RecordingEnd, RecordingError, RecordingHeader, sweeps};
 use super::verdict::{Verdict, VerdictKind};
 use super::{Judge, Measure, limits};
+use crate::model::metric::Per;
 use crate::model::units::UnixMillis;
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -119,10 +121,9 @@ fn metrics(policy: &Policy) -> BTreeSet<&'static str> {
             _ => None,
         };
         let limit = limits::own_limit(threshold.metric);
-        [Some(threshold.metric), load, limit]
-            .into_iter()
-            .flatten()
-            .map(|metric| metric.name)
+        let mounted = (threshold.per == Per::Mount).then_some(MOUNTED);
+        let metrics = [Some(threshold.metric), load, limit].into_iter().flatten();
+        metrics.map(|metric| metric.name).chain(mounted)
     };
     policy.thresholds.iter().flat_map(of).collect()
 }

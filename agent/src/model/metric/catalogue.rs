@@ -129,6 +129,7 @@ catalogue! {
     "filesystem.known_errors" Count [Device Mount] "the same since the file system was made or its counters reset" from "as above";
     "filesystem.read_only" Count [Device Mount]
         "1 for a file system that went read-only by itself or shut down" from "/proc/self/mountinfo, /dev/kmsg";
+    "filesystem.mounted" Count [Device Mount] "file systems on disks that are mounted; 1 for each" from "/proc/self/mountinfo";
 
     "network.errors" Events [Device Interface] "receive and transmit errors" from "/proc/net/dev";
     "network.drops" Events [Device Interface] "receive and transmit drops" from "/proc/net/dev";

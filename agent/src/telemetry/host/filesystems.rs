@@ -21,7 +21,8 @@ const LEAST_POINTS: usize = 5;
 /// A file system that does not fill is said to last this long, so that a threshold can clear.
 const FOREVER_S: f64 = 365.0 * 86_400.0;
 
-const METRICS: [&str; 6] = [
+const METRICS: [&str; 7] = [
+    "filesystem.mounted",
     "disk.used",
     "disk.capacity",
     "disk.used_bytes",
@@ -82,6 +83,7 @@ impl Filesystems {
                 names.insert(name, point.clone());
             }
             self.mount(look, reading, mount, &point);
+            reading.of("filesystem.mounted", Per::Mount, &point, 1.0);
             present.insert(point);
         }
         self.told.clear();
@@ -91,6 +93,7 @@ impl Filesystems {
             ("disk.inodes_used", f64::max),
             ("disk.time_to_full", f64::min),
             ("filesystem.read_only", sum),
+            ("filesystem.mounted", sum),
         ] {
             reading.device_from_parts(metric, worst);
         }
@@ -108,7 +111,9 @@ impl Filesystems {
     fn mount(&mut self, look: Look, reading: &mut HostReading, mount: &MountInfo, point: &str) {
         let state = self.mounts.entry(point.to_owned()).or_default();
         let read_only = is_read_only(mount) || state.told == Some(mount.mnt_id);
-        state.was_writable |= !read_only;
+        // Whoever mounts it read-only says so of the mount too; the kernel, which gives up writing, does not. So one
+        // that did before the agent's start is known as well.
+        state.was_writable |= !read_only || !mount.mount_options.contains_key("ro");
         if !state.was_writable {
             return; // meant to be read only
         }
@@ -324,9 +329,18 @@ mod tests {
         assert_eq!(value(&second, "filesystem.read_only", "/"), Some(1.0));
         assert_eq!(value(&second, "filesystem.read_only", ""), Some(1.0));
 
+        // An agent that starts only then.
         let (_root, mut host) = recorded(&[("proc/self/mountinfo", &mounts("ro"))]);
         let first = host.read(&[], LATER);
+        assert_eq!(value(&first, "filesystem.read_only", "/"), Some(1.0));
+        assert_eq!(value(&first, "filesystem.mounted", "/"), Some(1.0));
+        assert_eq!(value(&first, "filesystem.mounted", ""), Some(2.0));
+
+        let meant = mounts("ro").replace("/ / rw", "/ / ro");
+        let (_root, mut host) = recorded(&[("proc/self/mountinfo", &meant)]);
+        let first = host.read(&[], LATER);
         assert_eq!(value(&first, "filesystem.read_only", "/"), None);
+        assert_eq!(value(&first, "filesystem.mounted", "/"), Some(1.0));
     }
 
     #[test]
