@@ -58,8 +58,8 @@ catalogue! {
         "share of the last 10 s in which all tasks waited for I/O" from "/proc/pressure/io, cgroup io.pressure";
 
     "memory.used" Percent [Device Container]
-        "1 - MemAvailable / MemTotal; of a container with a limit, its share of that" from "/proc/meminfo, cgroup memory.current, memory.max";
-    "memory.used_bytes" Bytes [Device Container] "MemTotal - MemAvailable; what is charged to a container" from "/proc/meminfo, cgroup memory.current";
+        "1 - MemAvailable / MemTotal; of a container with a limit, its share of that" from "/proc/meminfo, cgroup memory.current, memory.stat, memory.max";
+    "memory.used_bytes" Bytes [Device Container] "MemTotal - MemAvailable; what is charged to a container, without file pages that were used once" from "/proc/meminfo, cgroup memory.current, memory.stat";
     "memory.available" Bytes [Device] "MemAvailable" from "/proc/meminfo";
     "memory.swap_used" Percent [Device] "share of swap in use" from "/proc/meminfo";
     "memory.major_faults" PerSecond [Device Container] "page faults a second that had to read from disk" from "/proc/vmstat, cgroup memory.stat";

@@ -129,9 +129,16 @@ impl Containers {
     ) {
         let old = |file: &str| v1.memory.as_ref().map(|memory| memory.join(file));
         let read = |path: PathBuf| fs::read_to_string(path).ok();
+        let stat = read(v2.join("memory.stat")).or_else(|| read(old("memory.stat")?));
+        let stat = stat.unwrap_or_default();
+        // cgroup v1 shows a cgroup's own beside those with all below it.
+        let count = |total: &str, own: &str| field(&stat, total).or_else(|| field(&stat, own));
         let current = number::<u64>(&v2.join("memory.current"))
             .or_else(|| number(&old("memory.usage_in_bytes")?));
         if let Some(current) = current {
+            // Whoever reads files fills its limit with pages that the kernel takes back when they are wanted.
+            let spare = count("total_inactive_file", "inactive_file").unwrap_or(0);
+            let current = current.saturating_sub(spare);
             push("memory.used_bytes", current as f64);
             let limit = number::<u64>(&v2.join("memory.max"))
                 .or_else(|| number(&old("memory.limit_in_bytes")?));
@@ -141,10 +148,6 @@ impl Containers {
                 push("memory.used", share.min(100.0));
             }
         }
-        let stat = read(v2.join("memory.stat")).or_else(|| read(old("memory.stat")?));
-        let stat = stat.unwrap_or_default();
-        // cgroup v1 shows a cgroup's own faults beside those with all below it.
-        let count = |total: &str, own: &str| field(&stat, total).or_else(|| field(&stat, own));
         let all = count("total_pgfault", "pgfault");
         let major = count("total_pgmajfault", "pgmajfault");
         let all = all.and_then(|all| self.counters.more("faults", name, all));
@@ -293,7 +296,7 @@ mod tests {
                 ),
                 (
                     "cg/pod/web/memory.stat",
-                    "anon 1\npgfault 124\npgmajfault 8\n",
+                    "anon 1\ninactive_file 524288\npgfault 124\npgmajfault 8\n",
                 ),
                 (
                     "cg/pod/web/memory.events",
@@ -305,8 +308,9 @@ mod tests {
         assert_eq!(of("cpu.used"), Some(2.5), "of four CPUs");
         assert_eq!(of("cpu.quota_throttled"), Some(25.0));
         assert_eq!(of("cpu.throttled"), Some(25.0), "one of four CPUs");
-        assert_eq!(of("memory.used_bytes"), Some(1_048_576.0));
-        assert_eq!(of("memory.used"), Some(25.0));
+        // Without what of files the kernel takes back first.
+        assert_eq!(of("memory.used_bytes"), Some(524_288.0));
+        assert_eq!(of("memory.used"), Some(12.5));
         assert_eq!(of("memory.major_faults"), Some(2.0));
         assert_eq!(of("memory.minor_faults"), Some(10.0));
         assert_eq!(of("memory.oom_kills"), Some(2.0));
@@ -355,7 +359,7 @@ mod tests {
                 ),
                 (
                     &at(memory, "memory.stat"),
-                    "pgfault 1\npgmajfault 0\ntotal_pgfault 30\ntotal_pgmajfault 4\n",
+                    "inactive_file 9\npgfault 1\npgmajfault 0\ntotal_pgfault 30\ntotal_pgmajfault 4\ntotal_inactive_file 500\n",
                 ),
                 (
                     &at(cpu, "cpu.stat"),
@@ -364,7 +368,7 @@ mod tests {
             ],
         );
         let of = |metric| value(&reading, metric, "web");
-        assert_eq!(of("memory.used_bytes"), Some(2000.0));
+        assert_eq!(of("memory.used_bytes"), Some(1500.0));
         assert_eq!(of("memory.used"), None);
         assert_eq!(of("memory.oom_kills"), Some(1.0));
         assert_eq!(of("memory.major_faults"), Some(1.0));
