@@ -8,7 +8,8 @@ use std::io::Write;
 use std::os::linux::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 const MIB: f64 = 1_048_576.0;
 
@@ -80,6 +81,45 @@ fn io<'a>(snapshot: &'a Snapshot, name: &str) -> &'a BlockIo {
     let stats = containers.find(|stats| stats.name.as_str() == name);
     let block = stats.and_then(|stats| stats.block.as_ref());
     block.expect("the block programs run")
+}
+
+#[test]
+fn what_was_read_while_the_senses_started_is_not_of_their_first_interval() {
+    let (Some(scope), Some(read)) = (Scope::new("start"), Scratch::new("start", 1)) else {
+        return;
+    };
+    let reader = scope.cgroup("reader");
+    let turns = Scratch(read.0.with_extension("turns"));
+    let script = "echo $$ > \"$0/cgroup.procs\" && while dd if=\"$1\" of=/dev/null bs=64k iflag=direct status=none
+        do printf x >> \"$2\"; done";
+    let arguments = [reader.as_path(), &read.0, &turns.0];
+    let mut reads = Command::new("sh")
+        .args(["-c", script])
+        .args(arguments)
+        .spawn()
+        .expect("a shell");
+    let turned = || fs::metadata(&turns.0).map_or(0.0, |turns| turns.len() as f64);
+    let end = Instant::now() + Duration::from_secs(20);
+    while turned() < 1.0 {
+        assert!(Instant::now() < end, "nothing is read");
+        sleep(Duration::from_millis(10));
+    }
+    let before = turned();
+    let mut senses = scope.senses();
+    let start = Instant::now();
+    let during = turned() - before;
+    // Long beside what a sweep takes, and short beside a start.
+    sleep(Duration::from_millis(50));
+    let seconds = start.elapsed().as_secs_f64();
+    let snapshot = senses.sweep(&[container("reader", 0)], now());
+    let read = io(&snapshot, "reader").reads.bytes_per_second * seconds / MIB;
+    let since = turned() - before - during;
+    reads.kill().expect("it runs");
+    reads.wait().expect("it ends");
+    assert!(
+        read <= 2.0 * since + 8.0,
+        "{read} MiB of {since} since the start, {during} during it"
+    );
 }
 
 #[test]

@@ -143,30 +143,36 @@ impl Telemetry {
         let mut disabled = Vec::new();
         let ConnectionLimits { open, kinds } = config.limits;
         let sizes = kernel::ports::sizes(open, kinds);
-        let kernel = Kernel::start(&config.root, &config.cgroup, &sizes, &mut disabled);
+        let mut kernel = Kernel::start(&config.root, &config.cgroup, &sizes, &mut disabled);
         for Disabled { what, why } in &disabled {
             tracing::warn!("telemetry: {what} is disabled: {why}");
         }
         let mut host = Host::new(config.root.clone(), config.cgroup.clone());
         host.watch_drives();
+        // Attaching takes seconds on a busy host: what came meanwhile is not of the first interval, which begins now.
+        let last_sweep = Instant::now();
+        let (mut counters, mut block) = (Counters::default(), block::Counters::default());
+        counters.run_queue(&kernel.run_queue());
+        let now_ns = ports::monotonic_ns();
+        block.interval(&kernel.block(), &kernel.in_flight(), now_ns);
         Self {
             map_memory: kernel.map_memory(),
             kernel,
             disabled,
             cgroups: Cgroups::new(config.cgroup.clone()),
-            counters: Counters::default(),
+            counters,
             sampling: Sampling::default(),
             judged: (0, Instant::now()),
             accounted: Instant::now(),
             queued: Queued::default(),
-            block: block::Counters::default(),
+            block,
             served: BTreeSet::new(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
             stacks: Stacks::default(),
             heard: BTreeMap::new(),
             ended: BTreeMap::new(),
             host,
-            last_sweep: Instant::now(),
+            last_sweep,
             sweeps: 0,
             always_measured: false,
             config,
