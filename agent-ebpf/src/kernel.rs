@@ -4,7 +4,7 @@ use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::Array;
 use core::arch::asm;
-use lifeboat_ebpf::{Latency, Layout, SLOTS, loss};
+use lifeboat_ebpf::{LATENCY_SHIFT, LATENCY_STEPS, Latency, Layout, SLOTS, loss};
 
 #[map]
 static LOSSES: Array<u64> = Array::with_max_entries(loss::COUNT, 0);
@@ -220,13 +220,23 @@ pub fn fetch_or(word: *mut u64, bits: u64) {
 /// Counts a latency in its slot.
 #[inline(always)]
 pub fn record(latency: *mut Latency, nanoseconds: u64) {
-    let mut slot = log2(nanoseconds);
+    let value = nanoseconds >> LATENCY_SHIFT;
+    // Values below the steps of the first power of two are slots themselves.
+    let doubled = log2(value | 1 << LATENCY_STEPS) as u64 - u64::from(LATENCY_STEPS);
+    let mut slot = ((doubled << LATENCY_STEPS) + (value >> doubled)) as usize;
     if slot >= SLOTS {
         slot = SLOTS - 1;
     }
-    // SAFETY: `latency` points into a map value and `slot` is below SLOTS.
-    let counter = unsafe { (&raw mut (*latency).slots).cast::<u64>().add(slot) };
-    add(counter, 1);
+    // SAFETY: `latency` points into a map value, in which `slot` is below SLOTS.
+    unsafe {
+        let counter = (&raw mut (*latency).slots).cast::<u32>().add(slot);
+        asm!(
+            "lock *(u32 *)({counter} + 0) += {one}",
+            counter = in(reg) counter,
+            one = in(reg) 1u64,
+            options(nostack),
+        );
+    }
 }
 
 /// Index of the highest set bit; 0 for 0. The BPF instruction set has no count-leading-zeros, and

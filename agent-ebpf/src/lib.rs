@@ -8,19 +8,36 @@ mod connections;
 
 pub use connections::*;
 
-/// Slots of a latency histogram: slot n counts values in [2^n, 2^(n+1)) ns, slot 0 also zero, the last
-/// one everything from 2^39 ns (9 minutes) up.
-pub const SLOTS: usize = 40;
+/// Slots of a latency histogram: four for each power of two, in units of 256 ns, the last one for everything from
+/// 15 s up. [`latency_from_ns`] tells where each begins.
+pub const SLOTS: usize = 100;
+
+/// log2 of the nanoseconds that a latency's slots can tell apart at all.
+pub const LATENCY_SHIFT: u32 = 8;
+
+/// log2 of the slots of each power of two.
+pub const LATENCY_STEPS: u32 = 2;
+
+/// The least latency that a slot counts, ns.
+#[must_use]
+pub const fn latency_from_ns(slot: usize) -> u64 {
+    let steps = 1 << LATENCY_STEPS;
+    if slot < 2 * steps {
+        return (slot as u64) << LATENCY_SHIFT;
+    }
+    let doubled = slot / steps - 1;
+    ((steps + slot % steps) as u64) << (doubled as u32 + LATENCY_SHIFT)
+}
 
 /// Deepest cgroup whose ancestors the start-up probe reports.
 pub const MAX_LEVEL: usize = 32;
 
-/// A log2 histogram of nanoseconds.
+/// A histogram of latencies.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Latency {
-    /// Values counted, by slot.
-    pub slots: [u64; SLOTS],
+    /// Values counted, by slot. The count overflows: only differences between two times mean something.
+    pub slots: [u32; SLOTS],
 }
 
 impl Latency {

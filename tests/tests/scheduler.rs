@@ -1,6 +1,6 @@
 //! Run-queue delay on this kernel: whose it is, and that nobody is forgotten. Needs root.
 
-use lifeboat::model::telemetry::{Histogram, RunQueueStats, Snapshot};
+use lifeboat::model::telemetry::{Latencies, RunQueueStats, Snapshot};
 use lifeboat_tests::scope::{Scope, container, now};
 use std::io::Write;
 use std::path::Path;
@@ -68,7 +68,7 @@ fn the_delay_of_a_wake_up_lands_on_the_woken_and_not_on_the_waker() {
     waker.falls_asleep("sleep");
     senses.sweep(&containers, now());
     let mut pipe = woken.0.stdin.take().expect("piped");
-    let (mut delay, mut of_waker) = (Histogram::default(), 0);
+    let (mut delay, mut of_waker) = (Latencies::default(), 0);
     // Where the one CPU is everybody's it takes longer.
     let end = Instant::now() + Duration::from_secs(60);
     while delay.count() < 25 || delay.percentile(99.0).is_none_or(|p99| p99 < 1e6) {

@@ -5,7 +5,7 @@
 
 use lifeboat::model::container::Container;
 use lifeboat::model::edge::Learnt;
-use lifeboat::model::telemetry::{Histogram, Snapshot};
+use lifeboat::model::telemetry::{Latencies, Snapshot};
 use lifeboat::model::units::Bytes;
 use lifeboat::telemetry::Telemetry;
 use lifeboat_tests::scope::{Scope, container, now};
@@ -357,7 +357,7 @@ fn run_queue_delay_lands_on_the_cgroup_that_waits() {
     let mut spinner = Helper::start("spin", &busy, "");
     spinner.said();
     let containers = [container("busy", spinner.pid()), container("idle", 0)];
-    let slow = |latency: &Histogram| latency.percentile(99.0).is_some_and(|p99| p99 > 500_000.0);
+    let slow = |latency: &Latencies| latency.percentile(99.0).is_some_and(|p99| p99 > 500_000.0);
     let snapshot = sweep_until(&mut senses, &containers, |snapshot| {
         let run_queue = snapshot.containers[0].run_queue.as_ref();
         run_queue.is_some_and(|stats| slow(&stats.latency) && stats.waiting > 0)

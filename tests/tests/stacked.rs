@@ -1,6 +1,6 @@
 //! Devices on devices: what is dirty, and whose the I/O is, counted once. In guests only.
 
-use lifeboat::model::telemetry::Histogram;
+use lifeboat::model::telemetry::Sizes;
 use lifeboat::telemetry::dirty::Watch;
 use lifeboat_tests::disk::output;
 use lifeboat_tests::guest::{Loop, Mapped, is_guest};
@@ -210,11 +210,7 @@ fn what_is_read_through_stacked_devices_is_counted_once_and_for_the_reader() {
         .expect("the programs run");
     let mut sizes = [0; 17];
     sizes[16] = 128; // of 64 KiB
-    assert_eq!(
-        block.reads.sizes,
-        Histogram::from_slots(&sizes),
-        "{block:?}"
-    );
+    assert_eq!(block.reads.sizes, Sizes::from_slots(&sizes), "{block:?}");
     assert!(
         snapshot.losses.iter().all(|loss| loss.lost == 0),
         "{:?}",

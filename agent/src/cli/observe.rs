@@ -4,7 +4,7 @@ use super::daemon::ask;
 use super::output::{clear, table};
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
-use crate::model::telemetry::{BlockIo, Histogram, RunQueueStats, Snapshot};
+use crate::model::telemetry::{BlockIo, Latencies, RunQueueStats, Snapshot};
 use crate::model::units::{Bytes, human_duration};
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
@@ -127,7 +127,7 @@ fn latency_row(
     ]
 }
 
-fn latency(histogram: Option<&Histogram>, percent: f64) -> String {
+fn latency(histogram: Option<&Latencies>, percent: f64) -> String {
     histogram
         .and_then(|histogram| histogram.percentile(percent))
         .map_or_else(
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn an_absent_source_is_a_dash_and_a_loss_is_said() {
-        let mut waited = Histogram::default();
+        let mut waited = Latencies::default();
         waited.record(40_000_000);
         let snapshot = Snapshot {
             samples: vec![Sample {

@@ -12,20 +12,27 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-/// A log2 histogram of whole numbers, nanoseconds if not said otherwise: slot n counts values in [2^n, 2^(n+1)), slot 0 also zero.
+/// A histogram of whole numbers. Each power of two has `STEPS` slots of the same width: slot `STEPS · n` is the first
+/// of those that count values in [2^n, 2^(n+1)), slot 0 also counts zero.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Histogram {
+pub struct Histogram<const STEPS: usize> {
     slots: Vec<u64>,
 }
 
-impl Histogram {
-    /// A histogram of slot counts, lowest slot first; slots beyond the 64th are none.
+/// Of bytes.
+pub type Sizes = Histogram<1>;
+
+/// Of nanoseconds.
+pub type Latencies = Histogram<4>;
+
+impl<const STEPS: usize> Histogram<STEPS> {
+    /// A histogram of slot counts, lowest slot first; slots beyond 2^64 are none.
     #[must_use]
     pub fn from_slots(slots: &[u64]) -> Self {
         let used = slots
             .iter()
-            .take(64)
+            .take(64 * STEPS)
             .rposition(|&count| count > 0)
             .map_or(0, |last| last + 1);
         Self {
@@ -33,13 +40,29 @@ impl Histogram {
         }
     }
 
-    /// Counts one value, in nanoseconds.
-    pub fn record(&mut self, nanoseconds: u64) {
-        let slot = nanoseconds.checked_ilog2().unwrap_or(0) as usize;
+    /// Counts one value.
+    pub fn record(&mut self, value: u64) {
+        self.record_all(value, 1);
+    }
+
+    /// Counts a value so many times.
+    pub fn record_all(&mut self, value: u64, count: u64) {
+        if count == 0 {
+            return;
+        }
+        let power = value.checked_ilog2().unwrap_or(0);
+        let steps = (u128::from(value) * STEPS as u128) >> power;
+        let slot = power as usize * STEPS + steps as usize % STEPS;
         if self.slots.len() <= slot {
             self.slots.resize(slot + 1, 0);
         }
-        self.slots[slot] += 1;
+        self.slots[slot] += count;
+    }
+
+    /// The least value that a slot counts but for zero; past the last slot the end of it.
+    fn low(slot: usize) -> f64 {
+        let step = (slot % STEPS) as f64 / STEPS as f64;
+        2f64.powi((slot / STEPS) as i32) * (1.0 + step)
     }
 
     /// Adds what `other` counted.
@@ -79,12 +102,12 @@ impl Histogram {
     pub fn sum(&self) -> f64 {
         let slots = self.slots.iter().enumerate();
         slots
-            .map(|(slot, &count)| count as f64 * 1.5 * 2f64.powi(slot as i32))
+            .map(|(slot, &count)| count as f64 * (Self::low(slot) + Self::low(slot + 1)) / 2.0)
             .sum()
     }
 
-    /// The value, in nanoseconds, below which `percent` (0–100) of the counted values lie; none when
-    /// nothing was counted. Exact to its slot (a factor of two), interpolated within it.
+    /// The value below which `percent` (0–100) of the counted values lie; none when nothing was counted. Exact to its
+    /// slot (of latencies at most 25 % wide), interpolated within it.
     #[must_use]
     pub fn percentile(&self, percent: f64) -> Option<f64> {
         let count = self.count();
@@ -96,17 +119,13 @@ impl Histogram {
         for (slot, &here) in self.slots.iter().enumerate() {
             let here = here as f64;
             if here > 0.0 && below + here >= wanted {
-                let low = if slot == 0 {
-                    0.0
-                } else {
-                    2f64.powi(slot as i32)
-                };
-                let high = 2f64.powi(slot as i32 + 1);
+                let low = if slot == 0 { 0.0 } else { Self::low(slot) };
+                let high = Self::low(slot + 1);
                 return Some(low + (high - low) * (wanted - below) / here);
             }
             below += here;
         }
-        Some(2f64.powi(self.slots.len() as i32))
+        Some(Self::low(self.slots.len()))
     }
 }
 
@@ -114,7 +133,7 @@ impl Histogram {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunQueueStats {
     /// Wait between becoming runnable and running.
-    pub latency: Histogram,
+    pub latency: Latencies,
     /// Tasks that wait now.
     pub waiting: u64,
 }
@@ -123,9 +142,9 @@ pub struct RunQueueStats {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BlockOps {
     /// Time from issue to completion, ns.
-    pub latency: Histogram,
+    pub latency: Latencies,
     /// Requests issued, by size in bytes.
-    pub sizes: Histogram,
+    pub sizes: Sizes,
     /// Requests issued that begin where the one before them, of the same cgroup on the same disk, ended.
     pub sequential: u64,
     /// Completed requests a second.
@@ -212,7 +231,7 @@ pub struct BlockIo {
 impl BlockIo {
     /// Time from issue to completion of reads and writes.
     #[must_use]
-    pub fn latency(&self) -> Histogram {
+    pub fn latency(&self) -> Latencies {
         let mut latency = self.reads.latency.clone();
         latency.merge(&self.writes.latency);
         latency
@@ -371,8 +390,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn of(values: &[u64]) -> Histogram {
-        let mut histogram = Histogram::default();
+    fn of(values: &[u64]) -> Latencies {
+        let mut histogram = Latencies::default();
         for &value in values {
             histogram.record(value);
         }
@@ -381,8 +400,8 @@ mod tests {
 
     #[test]
     fn an_empty_histogram_has_no_percentile() {
-        assert_eq!(Histogram::default().percentile(50.0), None);
-        assert_eq!(Histogram::from_slots(&[0; 40]), Histogram::default());
+        assert_eq!(Latencies::default().percentile(50.0), None);
+        assert_eq!(Latencies::from_slots(&[0; 40]), Latencies::default());
     }
 
     #[test]
@@ -401,10 +420,16 @@ mod tests {
             let found = of(&values).percentile(percent).expect("values were counted");
             values.sort_unstable();
             let rank = ((values.len() as f64 * percent / 100.0).ceil() as usize).clamp(1, values.len());
-            let exact = values[rank - 1];
-            let slot = exact.checked_ilog2().unwrap_or(0);
-            let low = if slot == 0 { 0.0 } else { 2f64.powi(slot as i32) };
-            prop_assert!(found >= low && found <= 2f64.powi(slot as i32 + 1), "{found} against {exact}");
+            let exact = values[rank - 1] as f64;
+            prop_assert!(found >= exact / 1.25 - 1.0 && found <= exact * 1.25 + 2.0, "{found} against {exact}");
+        }
+
+        #[test]
+        fn a_value_lies_in_its_slot(value in prop_oneof![0..20u64, any::<u64>()]) {
+            let slots = |latencies: Latencies| latencies.slots.len() - 1;
+            let slot = slots(of(&[value]));
+            prop_assert!(slot == 0 || Latencies::low(slot) <= value as f64);
+            prop_assert!(value as f64 <= Latencies::low(slot + 1));
         }
 
         #[test]

@@ -1,8 +1,9 @@
 //! Block I/O: from counters since the start to statistics of the interval since the last sweep. Pure.
 
 use super::host::Value;
+use super::interval::latencies;
 use crate::model::metric::Subject;
-use crate::model::telemetry::{BlockErrors, BlockIo, BlockOps, Histogram};
+use crate::model::telemetry::{BlockErrors, BlockIo, BlockOps, Latencies, Sizes};
 use lifeboat_ebpf::{BlockKey, BlockStats, SECTOR_SHIFT, error, op};
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -81,16 +82,16 @@ impl Counters {
 fn since(now: &Seen, before: &Seen) -> Interval {
     let count = |of: fn(&BlockStats) -> u64| of(&now.stats).saturating_sub(of(&before.stats));
     let failed = |class: usize| now.stats.errors[class].saturating_sub(before.stats.errors[class]);
-    let latency = |stats: &BlockStats| Histogram::from_slots(&stats.latency.slots);
+    let latency = latencies(Some(&before.stats.latency), &now.stats.latency);
     Interval {
+        requests: latency.count() + count(|stats| stats.unissued),
         ops: BlockOps {
-            latency: latency(&now.stats).since(&latency(&before.stats)),
+            latency,
             sizes: sizes(&now.stats).since(&sizes(&before.stats)),
             sequential: count(|stats| stats.sequential),
             iops: 0.0,
             bytes_per_second: 0.0,
         },
-        requests: count(requests),
         bytes: count(|stats| stats.bytes),
         busy_ns: now.busy_ns.saturating_sub(before.busy_ns),
         errors: BlockErrors {
@@ -105,16 +106,11 @@ fn since(now: &Seen, before: &Seen) -> Interval {
     }
 }
 
-/// Requests that ended.
-fn requests(stats: &BlockStats) -> u64 {
-    stats.latency.slots.iter().sum::<u64>() + stats.unissued
-}
-
 /// By bytes; the kernel counts by sectors.
-fn sizes(stats: &BlockStats) -> Histogram {
+fn sizes(stats: &BlockStats) -> Sizes {
     let mut slots = vec![0; SECTOR_SHIFT as usize];
     slots.extend(stats.sizes);
-    Histogram::from_slots(&slots)
+    Sizes::from_slots(&slots)
 }
 
 /// How long a request has been at the device; 0 while it waits in the kernel's I/O scheduler.
@@ -170,7 +166,7 @@ pub fn add(io: &mut BlockIo, key: &BlockKey, more: &Interval, interval: Duration
 
 /// The metrics of block I/O. No request is a latency of zero: the programs run and saw none under way.
 pub fn values(subject: &Subject, io: &BlockIo) -> Vec<Value> {
-    let at = |latency: &Histogram, percent| latency.percentile(percent).unwrap_or(0.0);
+    let at = |latency: &Latencies, percent| latency.percentile(percent).unwrap_or(0.0);
     let latency = io.latency();
     let bytes = io.reads.bytes_per_second + io.writes.bytes_per_second;
     let errors = &io.errors;
@@ -235,7 +231,7 @@ mod tests {
     };
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn stats(slot: usize, requests: u64, bytes: u64) -> BlockStats {
+    fn stats(slot: usize, requests: u32, bytes: u64) -> BlockStats {
         let mut stats = BlockStats::EMPTY;
         stats.latency.slots[slot] = requests;
         stats.bytes = bytes;

@@ -2,35 +2,37 @@
 
 use super::host::Value;
 use crate::model::metric::{Per, Subject};
-use crate::model::telemetry::{Histogram, RunQueueStats};
-use lifeboat_ebpf::Latency;
+use crate::model::telemetry::{Latencies, RunQueueStats};
+use lifeboat_ebpf::{Latency, latency_from_ns};
 use std::collections::HashMap;
 use std::time::Duration;
 
 /// Remembers the counters of the last sweep.
 #[derive(Default)]
 pub struct Counters {
-    run_queue: HashMap<u64, Histogram>,
+    run_queue: HashMap<u64, Latency>,
+}
+
+/// What the kernel counted between two times. A slot that went back by as much as if it had not overflowed was
+/// started anew and counts from zero.
+pub fn latencies(before: Option<&Latency>, now: &Latency) -> Latencies {
+    let mut latencies = Latencies::default();
+    for (slot, &counted) in now.slots.iter().enumerate() {
+        let earlier = before.map_or(0, |before| before.slots[slot]);
+        let more = Some(counted.wrapping_sub(earlier)).filter(|&more| more <= u32::MAX / 2);
+        latencies.record_all(latency_from_ns(slot), more.unwrap_or(counted).into());
+    }
+    latencies
 }
 
 impl Counters {
     /// Run-queue latency of the interval by cgroup2 id.
-    pub fn run_queue(&mut self, now: &[(u64, Latency)]) -> HashMap<u64, Histogram> {
-        let now: HashMap<u64, Histogram> = now
-            .iter()
-            .map(|(cgroup, latency)| (*cgroup, Histogram::from_slots(&latency.slots)))
-            .collect();
+    pub fn run_queue(&mut self, now: &[(u64, Latency)]) -> HashMap<u64, Latencies> {
         let interval = now
             .iter()
-            .map(|(cgroup, histogram)| {
-                let interval = match self.run_queue.get(cgroup) {
-                    Some(before) => histogram.since(before),
-                    None => histogram.clone(),
-                };
-                (*cgroup, interval)
-            })
+            .map(|(cgroup, now)| (*cgroup, latencies(self.run_queue.get(cgroup), now)))
             .collect();
-        self.run_queue = now;
+        self.run_queue = now.iter().copied().collect();
         interval
     }
 }
@@ -74,7 +76,7 @@ pub fn subject(per: Per, name: &str) -> Subject {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lifeboat_ebpf::Waiting;
+    use lifeboat_ebpf::{SLOTS, Waiting};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -90,6 +92,32 @@ mod tests {
         counters.run_queue(&[]);
         let back = counters.run_queue(&[(7, latency(3))]);
         assert_eq!(back[&7].count(), 3);
+    }
+
+    #[test]
+    fn a_count_that_overflows_goes_on() {
+        let mut latency = Latency::EMPTY;
+        latency.slots[20] = u32::MAX;
+        let before = latency;
+        latency.slots[20] = 2;
+        assert_eq!(latencies(Some(&before), &latency).count(), 3);
+    }
+
+    #[test]
+    fn slots_follow_each_other_and_are_at_most_a_quarter_wide() {
+        for slot in 1..SLOTS {
+            let (from, to) = (latency_from_ns(slot - 1), latency_from_ns(slot));
+            assert!(from < to, "slot {slot}");
+            assert!(
+                from < 1024 || to - from <= from / 4,
+                "slot {slot}: {from} to {to}"
+            );
+            let mut latency = Latency::EMPTY;
+            latency.slots[slot] = 1;
+            let found = latencies(None, &latency).percentile(50.0).expect("one");
+            let next = latency_from_ns(slot + 1) as f64;
+            assert!((to as f64..next).contains(&found), "slot {slot}: {found}");
+        }
     }
 
     #[test]

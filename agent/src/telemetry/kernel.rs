@@ -548,7 +548,7 @@ mod tests {
             let counted = kernel.run_queue();
             counted
                 .iter()
-                .any(|(_, latency)| latency.slots.iter().sum::<u64>() > 0)
+                .any(|(_, latency)| latency.slots.iter().any(|&count| count > 0))
         });
         until("sched_switch has a cost", || {
             let costs = kernel.costs();

@@ -31,7 +31,7 @@ use crate::model::edge::Edge;
 use crate::model::ids::ContainerName;
 use crate::model::metric::{METRICS, Metric, Per, Sample, Subject};
 use crate::model::telemetry::{
-    BlockIo, ContainerStats, Disabled, DiskStats, Histogram, HostFacts, RunQueueStats, Snapshot,
+    BlockIo, ContainerStats, Disabled, DiskStats, HostFacts, Latencies, RunQueueStats, Snapshot,
 };
 use crate::model::units::{Bytes, UnixMillis};
 use cgroups::Cgroups;
@@ -121,7 +121,7 @@ pub struct Telemetry {
 /// What the scheduler programs saw when they were last attached.
 #[derive(Default)]
 struct Queued {
-    latency: HashMap<u64, Histogram>,
+    latency: HashMap<u64, Latencies>,
     /// Who waits, and for how long, ns.
     waiting: Vec<(u64, u64)>,
     /// Waits longer than this are counted while they last.

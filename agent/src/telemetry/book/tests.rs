@@ -179,7 +179,10 @@ fn the_round_trip_time_is_the_mean_of_the_connections_that_moved_something_last(
         (client("app", POD, "10.88.0.3", 5432), trips(3_000, 3)),
         // Of an idle moment nothing is told, and of a server its client knows better.
         (client("app", POD, "10.88.0.3", 5432), totals(0, 0, 0)),
-        (met(client("app", POD, "10.88.0.9", 5432), "db", 5432), trips(9_000, 1)),
+        (
+            met(client("app", POD, "10.88.0.9", 5432), "db", 5432),
+            trips(9_000, 1),
+        ),
         (server("db", 3, 5432, "10.88.0.2"), trips(70_000, 1)),
     ];
     let edges = edges(&book(&kinds));

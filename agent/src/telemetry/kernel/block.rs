@@ -4,7 +4,7 @@ use super::Kernel;
 use super::mapped::{Mapped, Rows};
 use crate::telemetry::block::Request;
 use aya::maps::{Array, MapData, Stack};
-use lifeboat_ebpf::{BlockKey, BlockRow, BlockStats, Latency, SIZE_SLOTS, SLOTS, error};
+use lifeboat_ebpf::{BlockKey, BlockRow, BlockStats};
 use std::collections::{HashMap, HashSet};
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -111,28 +111,7 @@ impl Kernel {
 
 /// A row as its words are now.
 fn row(words: &[AtomicU64; ROW_WORDS]) -> BlockRow {
-    let mut words = words.iter().map(|word| word.load(Ordering::Relaxed));
-    let mut next = || words.next().unwrap_or(0);
-    let cgroup = next();
-    let [device, op] = {
-        let bytes = next().to_ne_bytes();
-        let half = |at: usize| [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
-        [u32::from_ne_bytes(half(0)), u32::from_ne_bytes(half(4))]
-    };
-    let latency: [u64; SLOTS] = std::array::from_fn(|_| next());
-    let sizes: [u64; SIZE_SLOTS] = std::array::from_fn(|_| next());
-    let errors: [u64; error::COUNT] = std::array::from_fn(|_| next());
-    BlockRow {
-        key: BlockKey { cgroup, device, op },
-        stats: BlockStats {
-            latency: Latency { slots: latency },
-            sizes,
-            errors,
-            busy_ns: next(),
-            bytes: next(),
-            unissued: next(),
-            sequential: next(),
-            next_sector: next(),
-        },
-    }
+    let words = words.each_ref().map(|word| word.load(Ordering::Relaxed));
+    // SAFETY: as long as the row, whose fields are integers and arrays of them: any bytes are a value.
+    unsafe { std::mem::transmute(words) }
 }

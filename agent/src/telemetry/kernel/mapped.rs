@@ -1,6 +1,7 @@
 //! Array maps in this process's memory: reading them takes no system call.
 
 use aya::maps::Map;
+use lifeboat_ebpf::Latency;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,6 +21,18 @@ pub struct Rows {
     row_bytes: usize,
     count: usize,
     mapped: Mapped,
+}
+
+/// Words of a histogram of latencies.
+pub const LATENCY_WORDS: usize = size_of::<Latency>() / 8;
+
+/// The 32-bit values of which there are two in each word.
+pub fn halves(words: &[AtomicU64]) -> impl Iterator<Item = u32> {
+    words.iter().flat_map(|word| {
+        let bytes = word.load(Ordering::Relaxed).to_ne_bytes();
+        let [a, b, c, d, e, f, g, h] = bytes;
+        [[a, b, c, d], [e, f, g, h]].map(u32::from_ne_bytes)
+    })
 }
 
 /// Rows that are in memory beyond those that were used.

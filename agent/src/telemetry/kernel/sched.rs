@@ -1,11 +1,11 @@
 //! The scheduler programs: attaching them for a while, and reading their maps.
 
-use super::mapped::{Mapped, Rows};
+use super::mapped::{LATENCY_WORDS, Mapped, Rows, halves};
 use super::{Family, Kernel, program, refused};
 use aya::maps::{Array, MapData, Stack};
 use aya::programs::BtfTracePoint;
 use aya::programs::tp_btf::BtfTracePointLinkId;
-use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SLOTS, SWITCHES_WORDS, Waiting};
+use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SWITCHES_WORDS, Waiting};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 
@@ -54,13 +54,15 @@ impl Kernel {
         let last = rows.iter().map(|(_, row)| *row).max().unwrap_or(0);
         maps.latency.reach(last as usize);
         let words = maps.latency.words();
-        let row_words = SLOTS * RUN_QUEUE_SHARDS as usize;
+        let row_words = LATENCY_WORDS * RUN_QUEUE_SHARDS as usize;
         rows.into_iter()
             .filter_map(|(cgroup, row)| {
                 let shards = words.chunks_exact(row_words).nth(row as usize)?;
                 let mut latency = Latency::EMPTY;
-                for (place, counted) in shards.iter().enumerate() {
-                    latency.slots[place % SLOTS] += counted.load(Ordering::Relaxed);
+                for shard in shards.chunks_exact(LATENCY_WORDS) {
+                    for (slot, counted) in latency.slots.iter_mut().zip(halves(shard)) {
+                        *slot = slot.wrapping_add(counted);
+                    }
                 }
                 Some((cgroup, latency))
             })
