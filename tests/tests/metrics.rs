@@ -8,8 +8,9 @@ use lifeboat::model::units::UnixMillis;
 use lifeboat::telemetry::{Telemetry, TelemetryConfig};
 use lifeboat_tests::scope::container;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -248,19 +249,32 @@ fn a_task_killed_for_memory_counts_for_its_container() {
     }
     fs::write(cgroups[1].join("memory.limit_in_bytes"), "20000000").unwrap();
     let script = format!(
-        "echo $$ > {}/cgroup.procs; echo $$ > {}/cgroup.procs; sleep 3; head -c 200000000 /dev/zero | tail; sleep 60",
+        "echo $$ > {}/cgroup.procs; echo $$ > {}/cgroup.procs; read -r _; head -c 200000000 /dev/zero | tail; sleep 60",
         cgroups[0].display(),
         cgroups[1].display()
     );
-    let process = Command::new("sh").args(["-c", &script]).spawn().unwrap();
+    let mut process = Command::new("sh")
+        .args(["-c", &script])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut begin = process.stdin.take().unwrap();
     let confined = Confined { process, cgroups };
-    sleep(Duration::from_secs(1));
     let greedy = Container {
         cgroup_path: format!("/{name}"),
         ..container("greedy", confined.process.id() as i32)
     };
     let containers = [greedy];
+    let started = Instant::now();
+    let inside = confined.cgroups[1].join("cgroup.procs");
+    while fs::read_to_string(&inside).unwrap().is_empty() {
+        assert!(started.elapsed() < Duration::from_secs(30), "it never came");
+        sleep(Duration::from_millis(10));
+    }
     let mut senses = senses(&unified);
+    // What was counted before the first reading is not new; on a busy host it comes late.
+    senses.sweep(&containers, now());
+    begin.write_all(b"\n").unwrap();
     let started = Instant::now();
     let control = confined.cgroups[1].join("memory.oom_control");
     let (mut on_device, mut in_container) = (0.0, 0.0);
