@@ -6,9 +6,8 @@
 use super::queue::lock;
 use crate::model::ids::VolumeId;
 use crate::telemetry::device::{self, Place};
-use crate::telemetry::dirty::{Watch, WatchError};
+use crate::telemetry::dirty::{Changes, Watch, WatchError};
 use crate::volume::Written;
-use crate::volume::rewritten::merged;
 use nix::sys::stat::{major, minor};
 use procfs::process::Process;
 use std::collections::BTreeMap;
@@ -39,15 +38,50 @@ pub struct Below {
     since: BTreeMap<VolumeId, Noted>,
 }
 
-/// What the kernel noted.
+/// What the kernel noted: in bits as there, at most 1 MiB, where a list of ranges could take 64.
 #[derive(Default)]
 struct Noted {
     /// The mount of the volume.
     mount: Option<u64>,
     /// Something that it could not locate.
     anywhere: bool,
-    /// Ascending, with gaps between them.
-    ranges: Vec<Range<u64>>,
+    /// Bytes of the device that a bit stands for; 0 before anything was noted.
+    granule: u64,
+    bits: Vec<u64>,
+}
+
+impl Noted {
+    fn note(&mut self, changes: &Changes) {
+        self.anywhere |= changes.everything;
+        if self.anywhere {
+            self.bits = Vec::new();
+            return;
+        }
+        self.granule = changes.granule.0;
+        for range in &changes.ranges {
+            let granules = range.start / self.granule..range.end.div_ceil(self.granule);
+            let words = usize::try_from(granules.end.div_ceil(64)).unwrap_or(0);
+            self.bits.resize(self.bits.len().max(words), 0);
+            for granule in granules {
+                if let Some(word) = self.bits.get_mut((granule / 64) as usize) {
+                    *word |= 1 << (granule % 64);
+                }
+            }
+        }
+    }
+
+    /// Whether something of these bytes was noted.
+    fn has(&self, bytes: &Range<u64>) -> bool {
+        let Some(first) = bytes.start.checked_div(self.granule) else {
+            return false;
+        };
+        let end = bytes.end.div_ceil(self.granule);
+        let is_set = |granule: u64| {
+            let word = self.bits.get((granule / 64) as usize);
+            word.is_some_and(|word| word >> (granule % 64) & 1 == 1)
+        };
+        (first..end.min(self.bits.len() as u64 * 64)).any(is_set)
+    }
 }
 
 impl Below {
@@ -70,12 +104,8 @@ impl Below {
     /// when another file system is mounted there since, or the device is another one.
     pub fn take(&mut self, volume: VolumeId, path: &Path) -> Option<Arc<dyn Written>> {
         let written = lock(&self.watch).swap();
-        for Noted {
-            anywhere, ranges, ..
-        } in self.since.values_mut()
-        {
-            *anywhere |= written.everything;
-            *ranges = merged(ranges.drain(..).chain(written.ranges.clone()).collect());
+        for noted in self.since.values_mut() {
+            noted.note(&written);
         }
         let mount = device::mount_id(path);
         let anew = Noted {
@@ -118,16 +148,44 @@ impl Written for Since {
     }
 
     fn within(&self, bytes: &Range<u64>) -> bool {
-        let ranges = &self.noted.ranges;
-        let first = ranges.partition_point(|range| range.end <= bytes.start);
-        let noted = ranges.get(first);
-        noted.is_some_and(|range| range.start < bytes.end) || lock(&self.watch).has_changed(bytes)
+        self.noted.has(bytes) || lock(&self.watch).has_changed(bytes)
     }
 }
 
 impl std::fmt::Debug for Since {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (count, device) = (self.noted.ranges.len(), self.device);
-        write!(f, "{count} ranges of device {device:#x}")
+        let granules: u32 = self.noted.bits.iter().map(|word| word.count_ones()).sum();
+        write!(f, "{granules} granules of device {:#x}", self.device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::units::Bytes;
+    use proptest::prelude::*;
+
+    const GRANULE: u64 = 8;
+
+    proptest! {
+        #[test]
+        fn every_byte_that_was_noted_is_known_and_nothing_beyond_its_granule(
+            epochs in prop::collection::vec(prop::collection::vec((0..90_u64, 1..40_u64), 0..5), 0..4),
+            start in 0..1200_u64, length in 1..300_u64,
+        ) {
+            let mut noted = Noted::default();
+            let mut all = Vec::new();
+            for (ranges, epoch) in epochs.into_iter().zip(1..) {
+                let ranges: Vec<Range<u64>> =
+                    ranges.into_iter().map(|(from, count)| from * GRANULE..(from + count) * GRANULE).collect();
+                all.extend(ranges.clone());
+                noted.note(&Changes { epoch, granule: Bytes(GRANULE), everything: false, ranges });
+            }
+            let bytes = start / GRANULE * GRANULE..(start + length).next_multiple_of(GRANULE);
+            let met = all.iter().any(|one| one.start < bytes.end && bytes.start < one.end);
+            prop_assert_eq!(noted.has(&(start..start + length)), met);
+            noted.note(&Changes { epoch: 9, granule: Bytes(GRANULE), everything: true, ranges: Vec::new() });
+            prop_assert!(noted.anywhere);
+        }
     }
 }
