@@ -109,10 +109,13 @@ pub(super) fn measure(short: bool, runs: usize, only: &[Part]) -> Result<String>
         text.push_str(&bench.million(MILLION / scale as usize)?);
     }
     let (source, target) = bench.peaks;
-    text.push_str(&format!(
-        "Highest resident memory in all of these: source {source:.0} MiB, target {target:.0} MiB ({}).\n",
-        goal("at most 256 MiB", source.max(target) <= PEAK)
-    ));
+    // Of reads on demand alone none is measured.
+    if source > 0.0 {
+        text.push_str(&format!(
+            "Highest resident memory in all of these: source {source:.0} MiB, target {target:.0} MiB ({}).\n",
+            goal("at most 256 MiB", source.max(target) <= PEAK)
+        ));
+    }
     lab.down()?;
     Ok(text)
 }
