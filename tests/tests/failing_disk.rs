@@ -7,7 +7,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::boxes;
 use lifeboat_tests::disk::{Disk, output};
-use lifeboat_tests::shop::{self, CONTAINER, DATA, SOURCE, TARGET, says};
+use lifeboat_tests::shop::{self, CONTAINER, DATA, DUPLICATOR, SOURCE, TARGET, says};
+use lifeboat_tests::stage::PREPARE_AT_ONCE;
+use xtask::crew::{Crew, Device};
 use xtask::process::wait_for;
 
 /// A file system of which the end of the file `large` cannot be read, made and mounted read-only on the
@@ -149,6 +151,77 @@ fn an_operator_who_accepts_the_loss_beforehand_is_not_asked() -> Result<()> {
     );
     let done = done.with_context(|| crew.log(SOURCE))?;
     says(&done, &["zeros on the target", "completed"])
+}
+
+#[test]
+fn what_the_disk_gave_up_before_stays_on_the_target_when_it_is_gone_and_the_source_began_anew()
+-> Result<()> {
+    let Some(lab) = shop::lab("failing-anew", &[])? else {
+        return Ok(());
+    };
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "failing-anew", 64) else {
+        return Ok(());
+    };
+    output("mkfs.ext4", &["-q", "-b", "4096", disk.device()]);
+    let at = disk.mount();
+    let fill = "cd \"$0\" && mkdir kept && head -c 24M /dev/urandom >kept/large && sync -f kept";
+    output("sh", &["-c", fill, &at]);
+    let extents = output("filefrag", &["-v", "-b4096", &format!("{at}/kept/large")]);
+    let (logical, physical, length) = last_extent(&extents).context(extents.clone())?;
+    disk.unmount();
+    let (source, target) = (lab.host(SOURCE)?, lab.host(TARGET)?);
+    source.run(["mkdir", "-p", DATA])?;
+    source.run(["mount", "-o", "ro,noload", disk.device(), DATA])?;
+    let from = Device {
+        policy: Some(PREPARE_AT_ONCE.into()),
+        migration: vec!["prepare_pause_seconds: 1".into()],
+        ..Device::new(SOURCE)
+    };
+    let mut crew = Crew::start(&lab, DUPLICATOR, &[from, Device::new(TARGET)])?;
+    let volume = format!("--volume={DATA}:/data:ro");
+    boxes::start(source, CONTAINER, &[&volume], &["sleep", "1000"])?;
+    let file = format!("{DATA}/kept/large");
+    let bytes = std::fs::read(source.path(&file))?;
+    let arrived = || std::fs::read(target.path(&file)).is_ok_and(|there| there == bytes);
+    let patience = Duration::from_secs(90);
+    let prepared = wait_for("the data in advance", patience, || {
+        let (_, status) = crew.ask(SOURCE, &["status"])?;
+        let plan = &status["plans"][0];
+        let id = plan["plan"]
+            .as_str()
+            .filter(|_| plan["phase"] == "prepared");
+        Ok(id.map(str::to_owned))
+    });
+    let plan = prepared.with_context(|| crew.log(SOURCE))?;
+    ensure!(arrived(), "it was not copied in advance");
+
+    crew.kill_agent(SOURCE)?;
+    let backing = disk.directory.join("disk");
+    let backing = OpenOptions::new().write(true).open(backing)?;
+    backing.set_len(physical + length - 600_000_u64.next_multiple_of(4096).min(length))?;
+    source.run(["dd", &format!("if={file}"), "iflag=nocache", "count=0"])?;
+    ensure!(
+        std::fs::read(source.path(&file)).is_err(),
+        "its end can be read: {logical} {physical} {length}"
+    );
+    crew.start_agent(SOURCE)?;
+    let kept = "around which the target keeps what came before";
+    wait_for("a round that finds the loss", patience, || {
+        let report = crew.tell(SOURCE, &["report", &plan])?;
+        Ok(report.contains(kept).then_some(()))
+    })
+    .with_context(|| crew.log(SOURCE))?;
+    let evacuate = ["evacuate", "--all", "--yes", "--accept-loss", DATA];
+    let done = crew.tell(SOURCE, &evacuate);
+    let done = done.with_context(|| crew.log(SOURCE))?;
+    says(&done, &[&plan, "completed", "kept/large", kept])?;
+    ensure!(!done.contains("zeros on the target"), "{done}");
+    ensure!(arrived(), "the target has less than it had");
+    let proof = crew.tell(SOURCE, &["verify", &plan])?;
+    says(
+        &proof,
+        &["agrees", "not read again", "kept/large", "bytes at offset"],
+    )
 }
 
 /// A file system of which one file's inode is damaged, as its checksum says.

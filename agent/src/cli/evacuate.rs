@@ -23,7 +23,7 @@ pub struct Arguments {
     /// Most bytes a second that the copy may read, such as 20MiB; instead of the policy's.
     #[arg(long, value_name = "RATE", value_parser = crate::health::rate)]
     limit: Option<Bytes>,
-    /// Move this volume although its disk does not give up everything: what is lost is zeros on the target, or missing there.
+    /// Move this volume although its disk does not give up everything: what is lost is as it came before, zeros or missing on the target.
     #[arg(long, value_name = "VOLUME")]
     accept_loss: Vec<String>,
     /// Do not ask.

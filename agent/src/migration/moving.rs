@@ -15,6 +15,7 @@ use crate::model::ids::{DeviceId, Epoch, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::units::{UnixMillis, human_duration};
 use crate::transfer::{LinkError, SendError};
+use crate::volume::Unreadable;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -195,6 +196,8 @@ pub(super) struct Moved {
     pub(super) rounds: u32,
     /// The last epoch of each volume there.
     pub(super) epochs: BTreeMap<VolumeId, Epoch>,
+    /// What was lost of it.
+    pub(super) lost: BTreeMap<VolumeId, Vec<Unreadable>>,
     /// Lives of the agent since the last round.
     pub(super) lives: u32,
     /// What the rounds measured.
@@ -235,6 +238,9 @@ impl Moved {
     fn sent(&mut self, volumes: &[VolumeRound]) {
         let epochs = volumes.iter().map(|volume| (volume.volume, volume.epoch));
         self.epochs.extend(epochs);
+        let lost = volumes.iter();
+        self.lost
+            .extend(lost.map(|volume| (volume.volume, volume.unreadable.clone())));
     }
 }
 

@@ -230,7 +230,8 @@ impl<'a> Allocated<'a> {
         export_images(core, &volumes, &held).await?;
         let key = *core.fleet()?.identity.fleet_key();
         let sender = core.delegator.sender(&core.plan.id, route, &key);
-        let sender = sender.keeping(accepted.times);
+        let (since, lost) = (core.plan.created, core.moved.lost.clone());
+        let sender = sender.keeping(accepted.times).after(since, lost);
         Ok(Prepared {
             core,
             target,

@@ -1,32 +1,59 @@
 //! What a failing disk does not give up at once: read last, in small pieces, and named when it is lost.
 //!
 //! Invariants: nothing is retried while there is anything good left to read; a block of which bytes are lost stays
-//! as an earlier epoch brought it whole, else those bytes are zeros on the target; all of them stand in the state
-//! of the epoch, and their file is read again in the next one.
+//! as it came before, where that was the same file's and not zeros already, else those bytes are zeros on the target;
+//! all of them stand in the state of the epoch, and their file is read again in the next one.
 
 use super::link::LinkError;
 use super::payload::SmallFiles;
 use super::queue::lock;
 use super::reading::{Reading, Unit, size_of};
-use super::source::{SourceError, add};
+use super::source::{Held, SourceError, add};
 use crate::model::ids::Signature;
+use crate::volume::one::One;
+use crate::volume::rewritten::{meet, merged};
 use crate::volume::salvage;
 use crate::volume::scan;
-use crate::volume::tree::shown;
+use crate::volume::sign::{self, ZERO};
+use crate::volume::tree::{Seen, shown};
 use crate::volume::walk::{Found, WalkError};
-use crate::volume::{Entry, Kind, Unreadable};
+use crate::volume::{Kind, Unreadable};
 use nix::sys::stat::FileStat;
 use std::collections::HashMap;
+use std::fs::File;
 use std::ops::Range;
+use std::time::UNIX_EPOCH;
+
+/// What came of a file before, and may stay on the target.
+pub(super) struct Before {
+    /// Its length then; 0 when that was another file, or nobody can tell.
+    size: u64,
+    /// Where the last complete epoch brought zeros for want of better.
+    zeros: Vec<Range<u64>>,
+}
+
+/// What was read of a file of which bytes are lost: whole blocks from `offset` on.
+pub(super) struct Salvaged<'a> {
+    pub(super) path: &'a [u8],
+    /// Length of the file.
+    pub(super) size: u64,
+    /// Blocks that the target has of it.
+    pub(super) held: &'a [Signature],
+    pub(super) before: &'a Before,
+    pub(super) offset: u64,
+    pub(super) bytes: &'a [u8],
+}
 
 impl<'s> Reading<'_, 's> {
-    /// What could not be read of a file in the epoch before.
-    pub(super) fn known_bad(&self, path: &[u8]) -> Vec<Range<u64>> {
-        let lost = self.source.held.previous().map(|state| &state.unreadable);
-        let of_file = |lost: &&Unreadable| lost.path == shown(path);
-        let lost = lost.into_iter().flatten().filter(of_file);
-        lost.map(|lost| lost.offset..lost.offset + lost.length)
-            .collect()
+    /// The bytes of a file that were lost in the last complete epoch, those that are `wanted`.
+    pub(super) fn lost_before(
+        &self,
+        path: &[u8],
+        wanted: impl Fn(&Unreadable) -> bool,
+    ) -> Vec<Range<u64>> {
+        let lost = salvage::of_file(self.source.lost, path).iter();
+        let lost = lost.filter(|lost| lost.entry.is_none() && wanted(lost));
+        merged(lost.map(Unreadable::range).collect())
     }
 
     pub(super) fn defer(&self, unit: Unit<'s>) {
@@ -67,73 +94,91 @@ impl<'s> Reading<'_, 's> {
         Ok(())
     }
 
-    /// Names what is lost of a file that has `size` bytes; the blocks around it that an earlier epoch brought whole,
-    /// which are nearer to what was there than zeros.
+    /// What came of a file before.
+    pub(super) fn before(&self, path: &[u8], file: &File, stat: &FileStat) -> Before {
+        let size = match &self.source.held {
+            Held::Previous(state) => {
+                let entry = state.get(path);
+                let same = |seen: &Seen| (seen.device, seen.inode) == (stat.st_dev, stat.st_ino);
+                entry.filter(|entry| same(&entry.seen)).map(|e| e.size())
+            }
+            held @ Held::Listed(..) => held.listed_size(path).filter(|_| self.is_older(file)),
+        };
+        Before {
+            size: size.unwrap_or(0),
+            zeros: self.lost_before(path, |lost| !lost.kept),
+        }
+    }
+
+    /// Whether a file is older than the plan, so that what came under its name was its own.
+    fn is_older(&self, file: &File) -> bool {
+        let Some(since) = self.source.since else {
+            return false;
+        };
+        if self.root.one().is_some_and(One::is_device) {
+            return true;
+        }
+        let born = file.metadata().and_then(|data| data.created()).ok();
+        let born = born.and_then(|born| born.duration_since(UNIX_EPOCH).ok());
+        born.is_some_and(|born| born.as_millis() < u128::from(since.0))
+    }
+
+    /// Names what is lost of a file; the blocks around it that stay as they came before, which are nearer to what was
+    /// there than zeros.
     pub(super) fn name_lost(
         &self,
-        path: &[u8],
-        stat: &FileStat,
-        size: u64,
+        of: &Salvaged<'_>,
         lost: &[Range<u64>],
     ) -> HashMap<u64, Signature> {
-        if lost.is_empty() {
-            return HashMap::new();
-        }
         let block_size = self.source.block_size;
-        let previous = self.source.held.previous();
-        let before = previous
-            .and_then(|state| state.get(path))
-            .filter(|entry| (entry.seen.device, entry.seen.inode) == (stat.st_dev, stat.st_ino));
-        let blocks = match before.as_ref().map(|entry| &entry.kind) {
-            Some(Kind::File { blocks, .. }) => &blocks[..],
-            _ => &[],
-        };
-        let size_before = before.as_ref().map_or(0, Entry::size);
-        let lost_before = previous.map_or(&[][..], |state| &state.unreadable);
-        let zeros = |block: &Range<u64>| {
-            lost_before.iter().any(|lost| {
-                !lost.kept
-                    && lost.path == shown(path)
-                    && lost.offset < block.end
-                    && block.start < lost.offset + lost.length
-            })
-        };
-        let whole = |index: u64| {
-            let block = index * block_size.bytes()..(index + 1) * block_size.bytes();
-            let signature = *blocks.get(usize::try_from(index).ok()?)?;
-            let as_long =
-                block_size.length_of(size_before, index) == block_size.length_of(size, index);
-            (as_long && !zeros(&block)).then_some(signature)
+        let stays = |index: u64| {
+            let signature = *of.held.get(usize::try_from(index).ok()?)?;
+            let length = block_size.length_of(of.size, index);
+            let start = index * block_size.bytes();
+            let block = start..start + length as u64;
+            if block_size.length_of(of.before.size, index) != length
+                || meet(&of.before.zeros, &block)
+            {
+                return None;
+            }
+            if self.source.held.previous().is_none() {
+                // An attempt that did not come to its end may have brought zeros for want of better too.
+                let at = usize::try_from(start - of.offset).ok()?;
+                let now = sign::signature(self.source.key, of.bytes.get(at..at + length)?);
+                return (signature != ZERO && signature != now).then_some(signature);
+            }
+            Some(signature)
         };
         let mut named: Vec<Unreadable> = Vec::new();
-        let mut kept = HashMap::new();
+        let mut blocks: HashMap<u64, Option<Signature>> = HashMap::new();
         for range in lost {
             let mut offset = range.start;
             while offset < range.end {
                 let index = offset / block_size.bytes();
                 let length = range.end.min((index + 1) * block_size.bytes()) - offset;
-                let brought = whole(index);
-                kept.extend(brought.map(|signature| (index, signature)));
+                let kept = blocks
+                    .entry(index)
+                    .or_insert_with(|| stays(index))
+                    .is_some();
                 match named.last_mut() {
-                    Some(last)
-                        if last.offset + last.length == offset
-                            && last.kept == brought.is_some() =>
-                    {
+                    Some(last) if last.range().end == offset && last.kept == kept => {
                         last.length += length;
                     }
                     _ => named.push(Unreadable {
-                        path: shown(path).into_owned(),
+                        path: shown(of.path).into_owned(),
                         offset,
                         length,
                         entry: None,
-                        kept: brought.is_some(),
+                        kept,
                     }),
                 }
                 offset += length;
             }
         }
         lock(&self.tally.unreadable).extend(named);
-        kept
+        let kept = blocks.into_iter();
+        kept.filter_map(|(index, kept)| Some((index, kept?)))
+            .collect()
     }
 
     fn salvage_small(&self, step: usize, found: &Found) -> Result<(), SourceError> {
@@ -147,7 +192,15 @@ impl<'s> Reading<'_, 's> {
         let (read, lost) = salvage::read(&file, &mut bytes, 0)
             .map_err(|e| WalkError::new(self.root, "read", &found.path, e))?;
         bytes.truncate(read);
-        let kept = self.name_lost(&found.path, &stat, read as u64, &lost);
+        let salvaged = Salvaged {
+            path: &found.path,
+            size: read as u64,
+            held: &self.source.held.blocks(&found.path),
+            before: &self.before(&found.path, &file, &stat),
+            offset: 0,
+            bytes: &bytes,
+        };
+        let kept = self.name_lost(&salvaged, &lost);
         self.source.progress.read(size);
         add(&self.tally.bytes_read, size);
         let mut entry = self.small_entry(&found.path, &file, &stat, &bytes)?;

@@ -132,6 +132,8 @@ pub struct Done {
 pub struct Have {
     /// Keyed hash of the path, so that a relay learns no names.
     pub path_hash: [u8; 32],
+    /// Length of the file, bytes.
+    pub size: u64,
     /// Index of the first block in `blocks`.
     pub first: u64,
     /// Signatures.
@@ -223,6 +225,7 @@ impl Message {
                 out.extend_from_slice(&count.to_le_bytes());
                 for have in list {
                     out.extend_from_slice(&have.path_hash);
+                    out.extend_from_slice(&have.size.to_le_bytes());
                     out.extend_from_slice(&have.first.to_le_bytes());
                     let count = u32::try_from(have.blocks.len()).unwrap_or(u32::MAX);
                     out.extend_from_slice(&count.to_le_bytes());
@@ -312,6 +315,7 @@ impl Message {
                 let mut list = Vec::with_capacity(count);
                 for _ in 0..count {
                     let path_hash = reader.array()?;
+                    let size = reader.u64()?;
                     let first = reader.u64()?;
                     let blocks = reader.u32()? as usize;
                     let bytes = reader.bytes(blocks.saturating_mul(32))?;
@@ -323,6 +327,7 @@ impl Message {
                         .collect();
                     list.push(Have {
                         path_hash,
+                        size,
                         first,
                         blocks,
                     });
@@ -365,15 +370,16 @@ impl Message {
 
 /// Splits a list of held blocks into messages of bounded size.
 pub fn have_messages(
-    files: impl IntoIterator<Item = ([u8; 32], Vec<Signature>)>,
+    files: impl IntoIterator<Item = ([u8; 32], u64, Vec<Signature>)>,
 ) -> impl Iterator<Item = Message> {
     const BLOCKS: usize = 8192;
-    let mut pieces = files.into_iter().flat_map(|(path_hash, blocks)| {
+    let mut pieces = files.into_iter().flat_map(|(path_hash, size, blocks)| {
         let chunks: Vec<Have> = blocks
             .chunks(BLOCKS)
             .zip(0_u64..)
             .map(|(chunk, index)| Have {
                 path_hash,
+                size,
                 first: index * BLOCKS as u64,
                 blocks: chunk.to_vec(),
             })
@@ -496,6 +502,7 @@ mod tests {
             },
             Message::Have(vec![Have {
                 path_hash: [5; 32],
+                size: 13,
                 first: 6,
                 blocks: vec![Signature([7; 32]); 3],
             }]),
@@ -546,7 +553,7 @@ mod tests {
     #[test]
     fn long_lists_are_split_below_the_cap_and_stay_whole() {
         let files: Vec<_> = (0..30_u8)
-            .map(|n| ([n; 32], vec![Signature([n; 32]); usize::from(n) * 1000]))
+            .map(|n| ([n; 32], 9, vec![Signature([n; 32]); usize::from(n) * 1000]))
             .collect();
         let mut seal = MessageSeal::new(&[1; 32], false);
         let mut total = 0;

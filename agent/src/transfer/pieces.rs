@@ -1,6 +1,7 @@
 //! Large files in pieces of at most a megabyte, several read at a time and past the page cache: a disk is only
 //! fast with requests waiting, and what is read once should not push out what the workload needs.
 
+use super::deferred::{Before, Salvaged};
 use super::engine::{Engine, Read};
 use super::frame::DATA_CAP;
 use super::message::Held;
@@ -27,7 +28,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// A large file while its pieces are read.
 pub(super) struct Large {
@@ -48,6 +49,8 @@ pub(super) struct Large {
     /// Where it lay before it was read.
     pub(super) extents: Option<Arc<[Extent]>>,
     pub(super) blocks: Mutex<Vec<Signature>>,
+    /// What came of it before, once something of it cannot be read.
+    pub(super) before: OnceLock<Before>,
     /// Pieces not yet read.
     pub(super) left: AtomicU64,
 }
@@ -75,7 +78,7 @@ pub(super) struct Piece {
     descriptors: usize,
     data: usize,
     blocks: Vec<(Signature, Fate)>,
-    /// Blocks that stay as an earlier epoch brought them, because the disk does not give up all of them now.
+    /// Blocks that stay as they came before, because the disk does not give up all of them now.
     kept: HashMap<u64, Signature>,
 }
 
@@ -136,10 +139,21 @@ impl Reading<'_, '_> {
                     continue;
                 }
                 let offset = piece.offset + part.start as u64;
-                let (done, lost) = salvage::read(&large.file, &mut memory[part], offset)
+                let bytes = &mut memory[part];
+                let (done, lost) = salvage::read(&large.file, bytes, offset)
                     .map_err(|e| self.unread(large, offset, &e))?;
-                let kept = self.name_lost(&large.path, &large.stat, large.size, &lost);
-                piece.kept.extend(kept);
+                if !lost.is_empty() {
+                    let before = || self.before(&large.path, &large.file, &large.stat);
+                    let salvaged = Salvaged {
+                        path: &large.path,
+                        size: large.size,
+                        held: &large.held,
+                        before: large.before.get_or_init(before),
+                        offset,
+                        bytes,
+                    };
+                    piece.kept.extend(self.name_lost(&salvaged, &lost));
+                }
                 self.source.progress.read(done as u64);
                 add(&self.tally.bytes_read, done as u64);
             }

@@ -21,6 +21,7 @@ use crate::telemetry::extents;
 use crate::volume::aligned::{ALIGNMENT, open_direct};
 use crate::volume::change::{Baseline, Step};
 use crate::volume::one::{One, stat_of};
+use crate::volume::rewritten::meet;
 use crate::volume::scan::{self, Holes};
 use crate::volume::sign::ZERO;
 use crate::volume::state::Now;
@@ -34,7 +35,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// A file up to this size travels whole in one record, with others.
 const SMALL_CAP: u64 = DATA_CAP as u64;
@@ -237,20 +238,20 @@ impl<'s> Reading<'_, 's> {
             held,
             extents,
             blocks: Mutex::new(blocks),
+            before: OnceLock::new(),
             left: AtomicU64::new(left),
         });
         if left == 0 {
             self.complete(&large)?;
         }
-        let bad = self.known_bad(&found.path);
+        let bad = self.lost_before(&found.path, |_| true);
         for run in runs {
             let mut first = run.start;
             while first < run.end {
                 let past = run.end.min(first + each * pieces::TOGETHER);
                 let is_bad = |blocks: &Range<u64>| {
                     let bytes = blocks.start * block_size.bytes()..blocks.end * block_size.bytes();
-                    bad.iter()
-                        .any(|bad| bad.start < bytes.end && bytes.start < bad.end)
+                    meet(&bad, &bytes)
                 };
                 let together = first..past;
                 let units: Vec<Range<u64>> = if is_bad(&together) {

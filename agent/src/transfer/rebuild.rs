@@ -144,11 +144,14 @@ impl Rebuild {
         }
     }
 
-    /// The signatures of every file here, each under a name that `name` makes of its path.
-    pub(super) fn held(&self, name: impl Fn(&[u8]) -> [u8; 32]) -> Vec<([u8; 32], Vec<Signature>)> {
+    /// The length and the signatures of every file here, each under a name that `name` makes of its path.
+    pub(super) fn held(
+        &self,
+        name: impl Fn(&[u8]) -> [u8; 32],
+    ) -> Vec<([u8; 32], u64, Vec<Signature>)> {
         let state = lock(&self.state);
         let files = state.tree.iter().filter_map(|entry| match entry.kind {
-            Kind::File { blocks, .. } => Some((name(&entry.path), blocks)),
+            Kind::File { size, blocks } => Some((name(&entry.path), size, blocks)),
             _ => None,
         });
         files.collect()

@@ -15,7 +15,7 @@ use super::seal::{DataKey, NoRandom, Salt, Sealer, Tagger, random};
 use super::source::{Held, Source};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
-use crate::model::units::Bytes;
+use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::scan::ScanError;
 use crate::volume::{BlockSize, Exception, FleetKey, TreeState, Unreadable};
@@ -182,6 +182,9 @@ pub struct Sender {
     fleet_key: FleetKey,
     options: Options,
     times: BTreeMap<VolumeId, TimesKept>,
+    since: Option<UnixMillis>,
+    /// What was lost of each volume's last complete epoch, in the order of path and offset.
+    lost: BTreeMap<VolumeId, Vec<Unreadable>>,
 }
 
 /// What a link keeps in any case: some records, or nothing would move.
@@ -303,6 +306,8 @@ impl Sender {
             fleet_key,
             options,
             times: BTreeMap::new(),
+            since: None,
+            lost: BTreeMap::new(),
         }
     }
 
@@ -310,6 +315,17 @@ impl Sender {
     #[must_use]
     pub fn keeping(self, times: BTreeMap<VolumeId, TimesKept>) -> Self {
         Self { times, ..self }
+    }
+
+    /// Goes on after earlier attempts of the plan, which was made at `since`: of each volume its last complete epoch
+    /// lacked what is in `lost`.
+    #[must_use]
+    pub fn after(self, since: UnixMillis, lost: BTreeMap<VolumeId, Vec<Unreadable>>) -> Self {
+        Self {
+            since: Some(since),
+            lost,
+            ..self
+        }
     }
 
     /// Sends what changed in `volume` since `previous` (everything without it) and waits until the
@@ -348,6 +364,7 @@ impl Sender {
                     report.bytes_on_wire = Bytes(wire);
                     report.source_cpu = processor_time().saturating_sub(cpu);
                     report.duration = started.elapsed();
+                    self.lost.insert(volume.id, report.unreadable.clone());
                     return Ok((state, report));
                 }
                 Err(error) => return Err(error),
@@ -384,11 +401,17 @@ impl Sender {
             (Basis::Known, Some(previous)) => Held::Previous(previous),
             _ => Held::list(&self.fleet_key, opened.have),
         };
+        let lost = match held.previous() {
+            Some(previous) => Some(&previous.unreadable),
+            None => self.lost.get(&volume.id),
+        };
         let source = Source {
             volume,
             key: &self.fleet_key,
             block_size,
             held,
+            lost: lost.map_or(&[], Vec::as_slice),
+            since: self.since,
             frozen,
             progress,
             outlet: &outlet,

@@ -15,9 +15,11 @@ use super::sender::{Outlet, SendError, path_hash};
 use super::{Options, Progress};
 use crate::model::extent::Extent;
 use crate::model::ids::{Epoch, Signature};
+use crate::model::units::UnixMillis;
 use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::change::{Ahead, Baseline, Changes, Step, Window};
 use crate::volume::rewritten::FileExtents;
+use crate::volume::salvage::of_file;
 use crate::volume::state::Builder;
 use crate::volume::tree::{Xattr, shown};
 use crate::volume::unused;
@@ -53,17 +55,26 @@ pub(super) enum Held<'a> {
     /// The tree of the epoch before.
     Previous(&'a TreeState),
     /// What the target found in its directory.
-    Listed(HashMap<[u8; 32], Vec<Signature>>, &'a FleetKey),
+    Listed(HashMap<[u8; 32], Listed>, &'a FleetKey),
+}
+
+/// A file as the target found it.
+pub(super) struct Listed {
+    size: u64,
+    blocks: Vec<Signature>,
 }
 
 impl<'a> Held<'a> {
     pub(super) fn list(key: &'a FleetKey, have: Vec<Have>) -> Self {
-        let mut listed: HashMap<[u8; 32], Vec<Signature>> = HashMap::new();
+        let mut listed: HashMap<[u8; 32], Listed> = HashMap::new();
         for piece in have {
-            let blocks = listed.entry(piece.path_hash).or_default();
+            let file = listed.entry(piece.path_hash).or_insert(Listed {
+                size: piece.size,
+                blocks: Vec::new(),
+            });
             // Pieces of one file follow each other; any other order only means sending more.
-            if blocks.len() as u64 == piece.first {
-                blocks.extend(piece.blocks);
+            if file.blocks.len() as u64 == piece.first {
+                file.blocks.extend(piece.blocks);
             }
         }
         Self::Listed(listed, key)
@@ -84,7 +95,15 @@ impl<'a> Held<'a> {
             },
             Self::Listed(listed, key) => listed
                 .get(&path_hash(key, path))
-                .map_or_else(Cow::default, Cow::from),
+                .map_or_else(Cow::default, |file| Cow::from(&file.blocks)),
+        }
+    }
+
+    /// The length of a file that the target found.
+    pub(super) fn listed_size(&self, path: &[u8]) -> Option<u64> {
+        match self {
+            Self::Previous(_) => None,
+            Self::Listed(listed, key) => Some(listed.get(&path_hash(key, path))?.size),
         }
     }
 }
@@ -122,9 +141,8 @@ impl Tally {
     fn keep(&self, entry: &Entry, previous: &TreeState) {
         if entry.seen.racy {
             // It could not be looked at: what is lost of it still is, and what is written to it goes unseen.
-            let name = shown(&entry.path);
-            let lost = previous.unreadable.iter().filter(|lost| lost.path == name);
-            lock(&self.unreadable).extend(lost.cloned());
+            let lost = of_file(&previous.unreadable, &entry.path);
+            lock(&self.unreadable).extend_from_slice(lost);
         } else if let Some(extents) = previous.extents.get(&entry.path) {
             self.keep_extents(&entry.path, extents);
         }
@@ -183,6 +201,10 @@ pub(super) struct Source<'a> {
     pub(super) key: &'a FleetKey,
     pub(super) block_size: BlockSize,
     pub(super) held: Held<'a>,
+    /// What was lost of the last complete epoch, in the order of path and offset.
+    pub(super) lost: &'a [Unreadable],
+    /// When the plan was made whose blocks the target may have; none: nobody knows.
+    pub(super) since: Option<UnixMillis>,
     pub(super) frozen: bool,
     pub(super) progress: &'a Progress,
     pub(super) outlet: &'a Outlet,

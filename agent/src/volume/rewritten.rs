@@ -144,6 +144,13 @@ pub fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     merged
 }
 
+/// Whether some of these, which [`merged`] returned, have a part of `range`.
+#[must_use]
+pub fn meet(merged: &[Range<u64>], range: &Range<u64>) -> bool {
+    let first = merged.partition_point(|one| one.end <= range.start);
+    merged.get(first).is_some_and(|one| one.start < range.end)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,6 +236,16 @@ mod tests {
                 let alike = was == is && was.is_some();
                 prop_assert!(!named || !alike || near || shared, "byte {at} for nothing");
             }
+        }
+
+        #[test]
+        fn merged_ranges_meet_what_any_of_them_meets(
+            ranges in prop::collection::vec((0..90_u64, 0..9_u64), 0..12), start in 0..90_u64, length in 1..9_u64,
+        ) {
+            let ranges: Vec<Range<u64>> = ranges.into_iter().map(|(from, length)| from..from + length).collect();
+            let met = ranges.iter().any(|one| (start..start + length).any(|byte| one.contains(&byte)));
+            let filled = ranges.into_iter().filter(|one| !one.is_empty()).collect();
+            prop_assert_eq!(meet(&merged(filled), &(start..start + length)), met);
         }
 
         #[test]

@@ -5,6 +5,7 @@
 //! `stat`, attributes) is tried twice at once, and what it hides is named too.
 
 use super::aligned::{ALIGNMENT, Aligned};
+use super::tree::shown;
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde::{Deserialize, Serialize};
@@ -29,9 +30,25 @@ pub struct Unreadable {
     /// Where it is not bytes: what cannot be read, why, and what that means for the target.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entry: Option<String>,
-    /// The target keeps the blocks around the bytes as an earlier epoch brought them; else the bytes are zeros there.
+    /// The target keeps the blocks around the bytes as they came before; else the bytes are zeros there.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kept: bool,
+}
+
+impl Unreadable {
+    /// The bytes.
+    #[must_use]
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.length)
+    }
+}
+
+/// What is lost of one file, of a list in the order of path and offset.
+#[must_use]
+pub fn of_file<'a>(lost: &'a [Unreadable], path: &[u8]) -> &'a [Unreadable] {
+    let path = shown(path);
+    let from = &lost[lost.partition_point(|one| *one.path < *path)..];
+    &from[..from.partition_point(|one| one.path == path)]
 }
 
 impl std::fmt::Display for Unreadable {
@@ -44,7 +61,7 @@ impl std::fmt::Display for Unreadable {
             kept,
         } = self;
         let there = if *kept {
-            "around which the target keeps what an earlier round brought"
+            "around which the target keeps what came before"
         } else {
             "zeros on the target"
         };
@@ -147,4 +164,25 @@ fn try_read(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_lost_of_a_file_is_found_among_that_of_others(
+            paths in prop::collection::vec("[a-c]{1,2}", 0..20), wanted in "[a-c]{1,2}",
+        ) {
+            let lost = |(path, offset): (&String, u64)| Unreadable {
+                path: path.clone(), offset, length: 1, entry: None, kept: false,
+            };
+            let mut all: Vec<Unreadable> = paths.iter().zip(0..).map(lost).collect();
+            all.sort_by_key(|one| (one.path.clone(), one.offset));
+            let found: Vec<&Unreadable> = all.iter().filter(|one| one.path == wanted).collect();
+            prop_assert_eq!(of_file(&all, wanted.as_bytes()).iter().collect::<Vec<_>>(), found);
+        }
+    }
 }

@@ -4,10 +4,11 @@ use super::aligned::Aligned;
 use super::change::Baseline;
 use super::confined::Confined;
 use super::one::{One, stat_of};
-use super::salvage::{self, insist, is_media_error};
+use super::rewritten::merged;
+use super::salvage::{self, Unreadable, insist, is_media_error};
 use super::sign::{self, BlockSize, FleetKey};
 use super::state::{Builder, TreeState};
-use super::tree::{Entry, Exception, Kind, Xattr};
+use super::tree::{Entry, Exception, Kind, Xattr, shown};
 use super::unused;
 use super::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
 use nix::fcntl::OFlag;
@@ -16,6 +17,7 @@ use nix::unistd::{Whence, lseek};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
@@ -48,7 +50,7 @@ pub fn scan_root(
 }
 
 /// The same without what a file system on a volume of one piece does not use, and without what a disk does not give
-/// up of a tree, which is named: the root of the result is that of a sender's first epoch over the same tree.
+/// up, which is named: the root of the result is that of a sender's first epoch over the same tree.
 ///
 /// # Errors
 /// As [`scan`].
@@ -70,6 +72,7 @@ fn scan_all(
     let mut walk = walk::walk(root);
     // A target's tree must be known whole.
     let mut lost = (as_sent && root.one().is_none()).then(Vec::new);
+    let mut bytes = Vec::new();
     let mut primaries: HashMap<(u64, u64), Box<[u8]>> = HashMap::new();
     let mut state = Builder::new(key, block_size, None);
     let mut memory = Aligned::default();
@@ -106,7 +109,8 @@ fn scan_all(
             continue;
         }
         match scan_file(root, &found, key, block_size, buffer, racy, as_sent) {
-            Ok((mut entry, xattrs)) => {
+            Ok((mut entry, xattrs, zeros)) => {
+                bytes.extend(zeros.into_iter().map(|bytes| unread(&found.path, &bytes)));
                 entry.xattrs = match (xattrs, &mut lost) {
                     (Err(error), Some(lost)) if error.is_loss() => {
                         lost.push(error.loss(walk::LOST_ATTRIBUTES));
@@ -124,10 +128,27 @@ fn scan_all(
     }
     let mut state = state.finish();
     state.unreadable = lost.unwrap_or_default();
+    state.unreadable.extend(bytes);
+    let place = |lost: &Unreadable| (lost.path.clone(), lost.offset);
+    state.unreadable.sort_by_cached_key(place);
     Ok((state, walk.skipped()))
 }
 
-/// A file without its attributes, and those, which a disk can refuse alone.
+/// Bytes that were read as zeros, whatever a target has of them.
+fn unread(path: &[u8], bytes: &Range<u64>) -> Unreadable {
+    let length = bytes.end - bytes.start;
+    Unreadable {
+        path: shown(path).into_owned(),
+        offset: bytes.start,
+        length,
+        entry: Some(format!("{length} bytes at offset {}", bytes.start)),
+        kept: false,
+    }
+}
+
+/// A file without its attributes, those, which a disk can refuse alone, and what is zeros because a disk refused it.
+type Scanned = (Entry, Result<Vec<Xattr>, ScanError>, Vec<Range<u64>>);
+
 fn scan_file(
     root: &Confined,
     found: &Found,
@@ -136,7 +157,7 @@ fn scan_file(
     buffer: &mut [u8],
     racy: bool,
     as_sent: bool,
-) -> Result<(Entry, Result<Vec<Xattr>, ScanError>), ScanError> {
+) -> Result<Scanned, ScanError> {
     let failed = |action, source: io::Error| WalkError::new(root, action, &found.path, source);
     let (file, stat) = open_file(root, &found.path)?;
     let size = u64::try_from(stat.st_size).unwrap_or(0);
@@ -148,7 +169,7 @@ fn scan_file(
         None
     };
     let is_unused = |index| unused.as_ref().is_some_and(|map| map.has(index));
-    let mut blocks = Vec::new();
+    let (mut blocks, mut zeros) = (Vec::new(), Vec::new());
     for index in 0..block_size.blocks_of(size) {
         let length = block_size.length_of(size, index);
         let offset = index * block_size.bytes();
@@ -159,7 +180,8 @@ fn scan_file(
             match read_full(&file, block, offset) {
                 // What a disk does not give up is zeros, as when it was sent.
                 Err(error) if is_media_error(&error) => {
-                    salvage::read(&file, block, offset).map_err(|e| failed("read", e))?;
+                    let read = salvage::read(&file, block, offset);
+                    zeros.extend(read.map_err(|e| failed("read", e))?.1);
                 }
                 other => {
                     other.map_err(|e| failed("read", e))?;
@@ -169,7 +191,8 @@ fn scan_file(
         });
     }
     let entry = bare_entry(&found.path, &stat, Kind::File { size, blocks }, racy);
-    Ok((entry, walk::read_xattrs(root, &found.path, &file)))
+    let xattrs = walk::read_xattrs(root, &found.path, &file);
+    Ok((entry, xattrs, merged(zeros)))
 }
 
 /// Opens a regular file for reading, without touching its access time where that is allowed; a device for

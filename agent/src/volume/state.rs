@@ -6,10 +6,10 @@
 
 use super::codec::{Malformed, Reader, put_number, put_short};
 use super::rewritten::{FileExtents, Written, merged, rewritten};
-use super::salvage::Unreadable;
+use super::salvage::{Unreadable, of_file};
 use super::sign::ZERO;
 use super::sign::{BlockSize, FleetKey};
-use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp, Xattr, shown};
+use super::tree::{Entry, Kind, RootHasher, Seen, Timestamp, Xattr};
 use super::unused::Map;
 use crate::model::extent::Extent;
 use crate::model::ids::Signature;
@@ -29,7 +29,8 @@ pub struct TreeState {
     pub block_size: BlockSize,
     /// Root over all entries.
     pub root: Signature,
-    /// What the source's disk did not give up: bytes are zeros here, entries missing or as they were before.
+    /// What the source's disk did not give up: bytes are zeros here, entries missing or as they were before. In the
+    /// order of path and offset.
     pub unreadable: Vec<Unreadable>,
     /// Byte ranges of a volume of one piece outside of which nothing has changed since; none: not known.
     pub changed: Option<Vec<Range<u64>>>,
@@ -118,9 +119,8 @@ impl TreeState {
             Some(_) => return None,
             None => self.rewritten(path, now)?,
         };
-        let lost = self.unreadable.iter();
-        let lost = lost.filter(|lost| lost.path == shown(path));
-        let lost = lost.map(|lost| lost.offset..lost.offset + lost.length);
+        let lost = of_file(&self.unreadable, path).iter();
+        let lost = lost.map(Unreadable::range);
         let mut blocks: Vec<Range<u64>> = changed
             .into_iter()
             .chain(lost)

@@ -1,8 +1,12 @@
 //! Real file systems that cannot take everything: each refusal names the path and what helps.
 
 use super::*;
+use crate::model::units::UnixMillis;
+use crate::volume::Unreadable;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A file system of its own on a loop device, if root may make one.
 pub(super) struct Disk {
@@ -295,6 +299,101 @@ fn what_the_disk_gave_up_once_stays_on_the_target_when_it_is_gone_later() {
             );
         }
     }
+}
+
+/// A plan that was made a moment ago: files that are there now are older.
+fn made_now() -> UnixMillis {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    UnixMillis(now.as_millis() as u64 + 1)
+}
+
+#[test]
+fn what_came_before_stays_also_when_an_end_begins_anew_and_what_is_zeros_or_younger_does_not() {
+    let mut bench = Bench::new(EngineChoice::Auto);
+    let mkfs = ["mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal"];
+    let Some(disk) = Disk::new(&bench, 64, &mkfs) else {
+        return;
+    };
+    bench.source = disk.dir.join("tree");
+    fs::create_dir(&bench.source).unwrap();
+    let make = |name: &str, size| {
+        let path = bench.source.join(name);
+        fs::write(&path, noise(size, size as usize)).unwrap();
+        fs::File::open(&path).unwrap().sync_all().unwrap();
+        path
+    };
+    let old = [("small", 200_000), ("large", 3 << 20)].map(|(name, size)| (name, make(name, size)));
+    let made = made_now();
+    // The clock by which files are born moves on in steps.
+    while SystemTime::now() < UNIX_EPOCH + Duration::from_millis(made.0 + 20) {
+        std::thread::yield_now();
+    }
+    let young = ("young", make("young", 200_000));
+    bench.admit_target(&bench.target);
+    let sender = || bench.sender(bench.path(Way::Direct));
+    let (state, _) = bench.send(&mut sender(), 1, None).unwrap();
+
+    let places = [&old[0].1, &old[1].1, &young.1].map(|path| place(path));
+    let image = disk.dir.with_file_name("disk.img");
+    let image = fs::File::options().write(true).open(image).unwrap();
+    let cut = places.into_iter().min().unwrap() + 70_000_u64.next_multiple_of(4096);
+    let before: Vec<(&str, Vec<u8>)> = [&old[0], &old[1], &young]
+        .map(|(name, path)| {
+            let bytes = fs::read(path).unwrap();
+            let file = fs::File::open(path).unwrap();
+            posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+            (*name, bytes)
+        })
+        .into();
+    image.set_len(cut).unwrap();
+    // What is lost of a file, and whether all of that is said to be kept.
+    let lost = |report: &EpochReport, name: &str| {
+        assert_eq!(report.root, report.target_root);
+        let mut lost = report.unreadable.iter().filter(|lost| lost.path == name);
+        let first = lost.next().expect(name).kept;
+        assert!(lost.all(|lost| lost.kept == first), "{name}");
+        first
+    };
+    let is_there = |name: &str, bytes: &[u8]| fs::read(bench.target.join(name)).unwrap() == bytes;
+    let [small, large, (_, born_later)] = &before[..] else {
+        unreachable!()
+    };
+
+    // The target begins anew, then the source, then both.
+    let mut after = sender().after(made, BTreeMap::new());
+    for (epoch, previous) in [(2, Some(&state)), (3, None), (4, None)] {
+        if epoch != 3 {
+            bench.admit_target(&bench.target);
+        }
+        let (_, report) = bench.send(&mut after, epoch, previous).unwrap();
+        for (name, bytes) in [small, large] {
+            assert!(lost(&report, name), "{name} in epoch {epoch}");
+            assert!(is_there(name, bytes), "{name} in epoch {epoch}");
+        }
+        assert!(!lost(&report, "young"), "epoch {epoch}");
+    }
+    let zeroed = fs::read(bench.target.join("young")).unwrap();
+    assert!(zeroed != *born_later && zeroed.ends_with(&[0; 4096]));
+
+    // By now it is older than another plan, but zeros for want of better: the journal says so, or their signature.
+    for told in [true, false] {
+        let lost_before = Unreadable {
+            path: "young".to_owned(),
+            offset: 0,
+            length: 200_000,
+            entry: None,
+            kept: false,
+        };
+        let known = told.then(|| (VolumeId(1), vec![lost_before]));
+        let mut later = sender().after(made_now(), known.into_iter().collect());
+        let (_, report) = bench.send(&mut later, 5, None).unwrap();
+        assert!(!lost(&report, "young") && is_there("young", &zeroed));
+        assert!(lost(&report, "large") && is_there("large", &large.1));
+    }
+
+    // Who does not know how old the plan is keeps nothing.
+    let (_, report) = bench.send(&mut sender(), 6, None).unwrap();
+    assert!(!lost(&report, "large") && !is_there("large", &large.1));
 }
 
 #[test]
@@ -641,7 +740,8 @@ fn what_a_damaged_file_system_hides_is_named_kept_from_before_and_all_else_arriv
     )
     .unwrap();
     assert_eq!(kept.root, state.root);
-    assert_eq!(kept.unreadable.len(), 3);
+    let told = kept.unreadable.iter().map(|lost| &lost.path);
+    assert!(told.eq(&all));
     assert_eq!(crate::volume::measure(&tree).unwrap().unreadable, 2);
     // Whoever must know a tree whole is refused.
     assert!(crate::volume::scan(&tree, &key, state.block_size).is_err());
