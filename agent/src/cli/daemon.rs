@@ -7,7 +7,7 @@ use crate::model::action::{Action, Actions};
 use crate::model::choice::Way;
 use crate::model::ids::ContainerName;
 use crate::model::plan::{MigrationEvent, PlanGuards};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 impl Failure {
     /// The failure for an answer of the agent.
@@ -52,6 +52,10 @@ pub struct Selection {
     /// Start the twins before all data is there, whatever would be chosen; where that can be done.
     #[arg(long, conflicts_with = "copy_first")]
     switch_first: bool,
+    /// A recorded access trace (`lifeboat record --trace FILE --volume DIRECTORY`): should the twins start before all
+    /// data is there, what it found hottest comes first. May be given for each directory.
+    #[arg(long, value_name = "FILE")]
+    trace: Vec<PathBuf>,
 }
 
 impl Selection {
@@ -73,6 +77,12 @@ impl Selection {
                 },
                 ..PlanGuards::default()
             },
+            // The agent reads them, and has another working directory.
+            traces: self
+                .trace
+                .iter()
+                .map(|file| std::path::absolute(file).unwrap_or_else(|_| file.clone()))
+                .collect(),
         }
     }
 }

@@ -226,6 +226,7 @@ impl Automatic {
                 evidence: evidence.map(|evidence| evidence.text.clone()).collect(),
             },
             guards,
+            traces: Vec::new(),
         }
     }
 

@@ -10,23 +10,25 @@ use super::delegator::Parts;
 use super::journal::plan_directory;
 use super::later::Arriving;
 use super::target::Target;
+use super::traces::{self, TraceUnusable};
 use crate::fleet::agent::PairedState;
 use crate::model::control::Provided;
 use crate::model::fleet::{PeerAddress, Role};
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::plan::Plan;
-use crate::model::trace::Trace;
+use crate::model::trace::FetchOrder;
 use crate::model::volume::VolumeKind;
 use crate::serve::{
-    Figures, Filler, FrontEnd, Hot, Mount, MountError, NbdAddress, NbdError, NbdServer, Store,
+    Figures, Filler, FrontEnd, Mount, MountError, NbdAddress, NbdError, NbdServer, Store,
     StoreError, UblkDevice, UblkError,
 };
 use crate::transfer::fetch::{FetchPlan, Grant};
 use crate::transfer::{DataKey, Hop, LinkKey};
 use crate::volume::FleetKey;
+use crate::volume::one::CONTENT;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -119,15 +121,8 @@ pub enum AccessError {
     #[error("{0}")]
     Ublk(#[from] UblkError),
     /// The trace.
-    #[error(
-        "cannot use the access trace {path}: {error}; record one with `lifeboat record --trace`"
-    )]
-    Trace {
-        /// File.
-        path: PathBuf,
-        /// Why.
-        error: String,
-    },
+    #[error("{0}")]
+    Trace(#[from] TraceUnusable),
     /// A thread cannot be started, or the copy cannot be removed.
     #[error("cannot {doing}: {error}")]
     System {
@@ -382,11 +377,13 @@ fn open(
         fill,
         ..
     } = request;
-    let hot = trace
-        .as_deref()
-        .map(hottest)
-        .transpose()?
-        .unwrap_or_default();
+    let mut hot = FetchOrder::default();
+    if let Some(file) = trace {
+        // A device is one file without a name in its trace, and one with a name in its volume.
+        let named = |path: &[u8]| Some(if path.is_empty() { CONTENT } else { path }.to_vec());
+        let mut room = usize::MAX;
+        hot.append(&traces::read(&file)?, named, &mut room);
+    }
     match &how {
         How::Nbd(_) => {}
         How::Mount(directory) => Mount::check(directory)?,
@@ -423,33 +420,4 @@ fn open(
         store,
         directory,
     })
-}
-
-/// What a trace found hottest, neighbours as one range.
-fn hottest(path: &Path) -> Result<Vec<Hot>, AccessError> {
-    let failed = |error: String| AccessError::Trace {
-        path: path.to_owned(),
-        error,
-    };
-    let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
-    let trace = Trace::decode(&bytes).map_err(|error| failed(error.to_string()))?;
-    let extent = trace.extent.0;
-    let mut hot: Vec<Hot> = Vec::new();
-    for (file, number, _) in trace.hottest(|_| true) {
-        let path = &trace.files[file as usize].path;
-        let offset = number.saturating_mul(extent);
-        match hot.last_mut() {
-            Some(last)
-                if last.path == *path && last.offset.saturating_add(last.length) == offset =>
-            {
-                last.length += extent;
-            }
-            _ => hot.push(Hot {
-                path: path.clone(),
-                offset,
-                length: extent,
-            }),
-        }
-    }
-    Ok(hot)
 }

@@ -15,6 +15,7 @@ use super::report::{Report, report};
 use super::settings::Settings;
 use super::source;
 use super::switch::forwardings;
+use super::traces::{self, TraceUnusable};
 use super::trusted::Network;
 use super::view::HostView;
 use crate::containers::{PauseError, Runtime, RuntimeError, Runtimes, TwinSpec, name_devices};
@@ -138,6 +139,9 @@ pub enum DelegatorError {
     /// A volume cannot be measured.
     #[error("{0}")]
     Volume(#[from] crate::volume::ScanError),
+    /// A recorded access trace cannot be used.
+    #[error("{0}")]
+    Trace(#[from] TraceUnusable),
     /// A peer did not answer.
     #[error("{0}")]
     Peer(#[from] CallError),
@@ -240,6 +244,10 @@ impl Delegator {
                 (id, volumes, epochs)
             }
         };
+        let (traces, moved) = (request.traces.clone(), volumes.clone());
+        let ordered = tokio::task::spawn_blocking(move || traces::orders(&traces, &moved));
+        let (fetch_orders, told) = ordered.await??;
+        notes.extend(told);
         let measured_rate = locked(&self.measured_rate).clone();
         let dirty = choosing::written(&view, &containers);
         Ok(planner::compose(
@@ -252,6 +260,7 @@ impl Delegator {
                 edges,
                 correlated,
                 volumes,
+                fetch_orders,
                 epochs,
                 blockers,
                 notes,

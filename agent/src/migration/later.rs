@@ -14,6 +14,7 @@ use crate::model::control::{Arrival, Whole};
 use crate::model::fleet::PeerAddress;
 use crate::model::ids::{DeviceId, PlanId, Signature, VolumeId};
 use crate::model::plan::{Plan, SignedRelease, VolumeRelease};
+use crate::model::trace::FetchOrder;
 use crate::model::units::Bytes;
 use crate::model::volume::VolumeKind;
 use crate::serve::{Filler, Mount, Store, StoreError, exchange};
@@ -214,13 +215,14 @@ impl Target {
                 continue;
             };
             let directory = place.path.clone();
+            let hot = plan.fetch_orders.get(&place.volume).cloned();
             let mounting = tokio::task::spawn_blocking(move || {
                 store
                     .mirror(MIRROR_PATIENCE)
                     .map_err(|error| error.to_string())?;
                 let mount = Mount::at(&directory, Arc::clone(&store), false);
                 let mount = mount.map_err(|error| error.to_string())?;
-                let filler = Filler::start(&store, Vec::new());
+                let filler = Filler::start(&store, hot.unwrap_or_default());
                 let filler = filler.map_err(|error| format!("cannot start a thread: {error}"))?;
                 Ok::<_, String>((mount, filler))
             });
@@ -249,7 +251,7 @@ impl Target {
                 let live = later.live.values_mut();
                 let over = live.filter(|live| live.filler.as_ref().is_some_and(Filler::is_over));
                 for live in over.filter(|live| live.store.figures().refused > 0 && unproven) {
-                    match Filler::start(&live.store, Vec::new()) {
+                    match Filler::start(&live.store, FetchOrder::default()) {
                         Ok(filler) => live.filler = Some(filler),
                         Err(error) => later.trouble = Some(error.to_string()),
                     }

@@ -10,6 +10,7 @@ use crate::model::ids::{ContainerName, DeviceId, Epoch, PlanId, VolumeId};
 use crate::model::plan::{
     Blocker, Estimate, MigrationEvent, Plan, PlanGuards, PlannedContainer, PlannedStep,
 };
+use crate::model::trace::FetchOrder;
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::relations::Graph;
@@ -30,6 +31,9 @@ pub struct Request {
     /// What the plan must have before it may evacuate.
     #[serde(default)]
     pub guards: PlanGuards,
+    /// Files of recorded access traces: what these found hottest is fetched first when the twins start first.
+    #[serde(default)]
+    pub traces: Vec<PathBuf>,
 }
 
 /// A request that cannot become a plan at all.
@@ -304,6 +308,8 @@ pub struct Gathered {
     pub correlated: Vec<Correlated>,
     /// Volumes with their measures; image volumes included.
     pub volumes: Vec<VolumeSpec>,
+    /// What of them is fetched first.
+    pub fetch_orders: BTreeMap<VolumeId, FetchOrder>,
     /// The epoch from which this device owns a volume that moved here once.
     pub epochs: BTreeMap<VolumeId, Epoch>,
     /// What blocks it so far.
@@ -460,6 +466,7 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         groups,
         edges,
         volumes,
+        fetch_orders: gathered.fetch_orders,
         epochs: gathered.epochs,
         delegated,
         notes,
@@ -597,6 +604,7 @@ mod tests {
             delegate: Actions::default(),
             event: MigrationEvent::Operator,
             guards: PlanGuards::default(),
+            traces: Vec::new(),
         }
     }
 

@@ -5,6 +5,7 @@ use super::choice::{Choice, Way};
 use super::container::Container;
 use super::edge::Edge;
 use super::ids::{ContainerName, DeviceId, Epoch, PairingId, PlanId, Signature, VolumeId};
+use super::trace::FetchOrder;
 use super::units::{Bytes, UnixMillis};
 use super::volume::VolumeSpec;
 use serde::{Deserialize, Serialize};
@@ -129,6 +130,9 @@ pub struct Plan {
     pub edges: Vec<Edge>,
     /// Volumes that move.
     pub volumes: Vec<VolumeSpec>,
+    /// What of them is fetched first when the twins start before their data is there, by recorded access traces.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fetch_orders: BTreeMap<VolumeId, FetchOrder>,
     /// The epoch from which the source owns each volume; 0 for one that never moved.
     pub epochs: BTreeMap<VolumeId, Epoch>,
     /// Actions that the paired device does.

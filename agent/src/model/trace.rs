@@ -17,8 +17,9 @@
 use super::ids::ContainerName;
 use super::units::{Bytes, UnixMillis};
 use super::varint::{get, get_signed, put, put_signed};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::{Component, Path};
 use std::time::Duration;
 
@@ -287,6 +288,79 @@ impl Trace {
     }
 }
 
+/// Ranges of the files of a volume, in the order in which they are fetched.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchOrder {
+    files: Vec<RawPath>,
+    /// Index of the file, first byte and bytes of each.
+    ranges: Vec<(u32, u64, u64)>,
+}
+
+/// Path below the volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct RawPath(#[serde(with = "hex::serde")] Vec<u8>);
+
+impl FetchOrder {
+    /// Bytes that a range takes as JSON, most often.
+    const RANGE: usize = 32;
+
+    /// Appends what was read most, neighbours as one range. `place` tells where a traced file lies in the volume; `room`
+    /// is about how many bytes all of it may take as JSON, and then what is left. What finds no room is left out.
+    pub fn append(
+        &mut self,
+        trace: &Trace,
+        place: impl Fn(&[u8]) -> Option<Vec<u8>>,
+        room: &mut usize,
+    ) {
+        let mut indices: HashMap<u32, Option<u32>> = HashMap::new();
+        for (file, extent, _) in trace.hottest(|_| true) {
+            let index = indices.entry(file).or_insert_with(|| {
+                let path = place(&trace.files[file as usize].path)?;
+                *room = room.checked_sub(2 * path.len())?;
+                let index = u32::try_from(self.files.len()).ok()?;
+                self.files.push(RawPath(path));
+                Some(index)
+            });
+            let Some(index) = *index else {
+                continue;
+            };
+            let offset = extent.saturating_mul(trace.extent.0);
+            match self.ranges.last_mut() {
+                Some((last, first, length)) if *last == index && *first + *length == offset => {
+                    *length += trace.extent.0;
+                }
+                _ => {
+                    let Some(left) = room.checked_sub(Self::RANGE) else {
+                        return;
+                    };
+                    *room = left;
+                    self.ranges.push((index, offset, trace.extent.0));
+                }
+            }
+        }
+    }
+
+    /// Whether it names nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// Bytes in all ranges.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        self.ranges.iter().map(|(.., length)| Bytes(*length)).sum()
+    }
+
+    /// Path and bytes of each range, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = (&[u8], Range<u64>)> {
+        self.ranges.iter().filter_map(|(index, first, length)| {
+            let RawPath(path) = self.files.get(*index as usize)?;
+            Some((&path[..], *first..first.saturating_add(*length)))
+        })
+    }
+}
+
 fn put_text(out: &mut Vec<u8>, text: &[u8]) {
     put(out, text.len() as u64);
     out.extend_from_slice(text);
@@ -420,6 +494,45 @@ mod tests {
         assert_eq!(all, [(0, 7, 9), (0, 3, 4), (0, 9, 1), (0, 2, 1)]);
         let of_db = trace.hottest(|cause| cause.container.is_some());
         assert_eq!(of_db, [(0, 3, 4), (0, 9, 1), (0, 2, 1)]);
+    }
+
+    #[test]
+    fn a_fetch_order_has_what_was_read_most_first_and_neighbours_together_as_far_as_there_is_room()
+    {
+        let touches = vec![
+            touch(0, 4, 1),
+            touch(1, 2, 7),
+            touch(2, 9, 8),
+            touch(0, 5, 1),
+        ];
+        let trace = trace(
+            Of::Directory("/srv".to_owned()),
+            &[b"a", b"b\xff", b"elsewhere"],
+            touches,
+        );
+        let place = |path: &[u8]| (path != b"elsewhere").then(|| [b"in/", path].concat());
+        let ordered = |mut room: usize| {
+            let mut order = FetchOrder::default();
+            order.append(&trace, place, &mut room);
+            let json = serde_json::to_string(&order).unwrap();
+            assert_eq!(serde_json::from_str::<FetchOrder>(&json).unwrap(), order);
+            order
+        };
+        const EXTENT: u64 = 64 << 10;
+        let first = (&b"in/b\xff"[..], 2 * EXTENT..3 * EXTENT);
+        let second = (&b"in/a"[..], 4 * EXTENT..6 * EXTENT);
+        let all = ordered(1000);
+        assert!(all.ranges().eq([first.clone(), second]));
+        assert_eq!(all.bytes(), Bytes(3 * EXTENT));
+        assert!(ordered(60).ranges().eq([first]));
+        assert!(ordered(0).is_empty());
+    }
+
+    #[test]
+    fn a_fetch_order_that_points_nowhere_is_no_range() {
+        let order = r#"{"files":["61"],"ranges":[[7,0,1],[0,18446744073709551615,9]]}"#;
+        let order: FetchOrder = serde_json::from_str(order).unwrap();
+        assert!(order.ranges().eq([(&b"a"[..], u64::MAX..u64::MAX)]));
     }
 
     #[test]

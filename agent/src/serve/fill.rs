@@ -5,6 +5,7 @@
 //! somebody waits for.
 
 use super::store::Store;
+use crate::model::trace::FetchOrder;
 use crate::transfer::fetch::{BLOCK, Class};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,17 +20,6 @@ const UNKEPT_PAUSE: Duration = Duration::from_secs(1);
 /// How soon a filler hears that it must stop.
 const STEP: Duration = Duration::from_millis(100);
 
-/// A range of a file of the source that is fetched first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hot {
-    /// Path below the volume.
-    pub path: Vec<u8>,
-    /// First byte.
-    pub offset: u64,
-    /// Bytes.
-    pub length: u64,
-}
-
 /// A running background.
 pub struct Filler {
     over: Arc<AtomicBool>,
@@ -37,11 +27,11 @@ pub struct Filler {
 }
 
 impl Filler {
-    /// Fills `store` until it is whole or this is dropped.
+    /// Fills `store`, what is `hot` first, until it is whole or this is dropped.
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn start(store: &Arc<Store>, hot: Vec<Hot>) -> std::io::Result<Self> {
+    pub fn start(store: &Arc<Store>, hot: FetchOrder) -> std::io::Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
         let (for_thread, store) = (Arc::clone(&over), Arc::clone(store));
         let thread = std::thread::Builder::new()
@@ -88,7 +78,7 @@ struct Fill {
 struct Stopped;
 
 impl Fill {
-    fn run(&self, hot: &[Hot]) {
+    fn run(&self, hot: &FetchOrder) {
         if matches!(self.all(hot), Ok(true)) && !self.store.proves() {
             tracing::info!(
                 "every page of a served volume is here; the source is not needed any more"
@@ -98,18 +88,17 @@ impl Fill {
     }
 
     /// Whether everything is here at the end.
-    fn all(&self, hot: &[Hot]) -> Result<bool, Stopped> {
+    fn all(&self, hot: &FetchOrder) -> Result<bool, Stopped> {
         let origins = &self.store.origins;
         let by_path: HashMap<&[u8], u32> = origins
             .iter()
             .zip(0..)
             .map(|(origin, number)| (&*origin.path, number))
             .collect();
-        for range in hot {
-            if let Some(number) = by_path.get(range.path.as_slice()) {
-                let end = range.offset.saturating_add(range.length);
+        for (path, bytes) in hot.ranges() {
+            if let Some(number) = by_path.get(path) {
                 let blocks = origins[*number as usize].blocks();
-                for block in range.offset / BLOCK..end.div_ceil(BLOCK).min(blocks) {
+                for block in bytes.start / BLOCK..bytes.end.div_ceil(BLOCK).min(blocks) {
                     self.ask(*number, block)?;
                 }
             }

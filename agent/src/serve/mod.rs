@@ -28,7 +28,7 @@ pub trait FrontEnd: Send {
 }
 
 pub use draft::Draft;
-pub use fill::{Filler, Hot};
+pub use fill::Filler;
 pub use forward::{ForwardError, Forwarder, Traffic};
 pub use fuse::{Mount, MountError};
 pub use mirror::{Intent, Mirrored};

@@ -6,11 +6,13 @@ mod nbd;
 
 use super::*;
 use crate::model::ids::{PlanId, Signature, VolumeId};
+use crate::model::trace::FetchOrder;
 use crate::transfer::fetch::{BLOCK, FetchPlan, Grant};
 use crate::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
 use crate::volume::{BlockSize, FleetKey};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
+use serde_json::json;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -262,7 +264,7 @@ fn a_tree_is_there_at_once_and_its_bytes_come_when_they_are_read() {
     let zeros = served(&store, "hole").read(&store, 1 << 20, 4096).unwrap();
     assert_eq!(zeros, [0; 4096]);
 
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("everything to be here", || store.figures().detached);
     drop(filler);
     let path = |root: &Path| {
@@ -308,7 +310,7 @@ fn what_arrived_is_proven_also_where_it_was_written_over_or_removed_before() {
         .write(&over.file, over.number, &random(4, 300_000), 0)
         .unwrap();
     fs::remove_file(bench.dir.path().join("store/data/gone")).unwrap();
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("the filler", || filler.is_over());
     let mut root = None;
     wait("the proof", || {
@@ -346,7 +348,7 @@ fn a_byte_that_is_not_the_sources_is_found_by_path_and_offset_and_fetched_again(
     bench.file("two", &random(2, 300_000));
     bench.file("three", &random(3, 10));
     let store = bench.open_volume(VolumeId(1), LONG, true);
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("the filler", || filler.is_over());
     let proven = || {
         let mut root = None;
@@ -407,7 +409,7 @@ fn what_somebody_changed_on_the_source_is_named_and_not_fetched_again() {
     bench.file("kept", &random(1, 100_000));
     bench.file("other", &random(2, 100_000));
     let store = bench.open_volume(VolumeId(1), LONG, true);
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("the filler", || filler.is_over());
     wait("the proof", || store.root().unwrap().is_some());
     let before = fs::read(bench.dir.path().join("store/data/kept")).unwrap();
@@ -438,7 +440,7 @@ fn whatever_is_written_before_during_and_after_an_arrival_wins() {
         let mut filler = None;
         for step in 0..250 {
             if step == 40 {
-                filler = Some(Filler::start(&store, Vec::new()).unwrap());
+                filler = Some(Filler::start(&store, FetchOrder::default()).unwrap());
             }
             let at = chance.random_range(0..model.len().max(1));
             let length = if chance.random_bool(0.5) {
@@ -533,7 +535,7 @@ fn what_lay_beyond_the_end_of_a_file_that_was_cut_at_a_death_does_not_come_back(
     let file = served(&store, "image");
     assert_eq!(file.read(&store, 0, 4096).unwrap(), bytes[..4096]);
     store.truncate(&file.file, file.number, 300_000).unwrap();
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("everything to be here", || store.figures().detached);
     drop(filler);
     let mut expected = bytes[..100_000].to_vec();
@@ -558,7 +560,7 @@ fn the_end_of_a_file_that_was_cut_stays_over_a_death_of_the_host() {
     let store = bench.open(LONG);
     let file = served(&store, "image");
     store.truncate(&file.file, file.number, 300_000).unwrap();
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("everything to be here", || store.figures().detached);
     drop(filler);
     let mut expected = bytes[..100_000].to_vec();
@@ -578,7 +580,7 @@ fn a_file_that_is_removed_while_it_is_open_is_read_to_its_end() {
     for name in ["open", "closed"] {
         fs::remove_file(bench.dir.path().join("store/data").join(name)).unwrap();
     }
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("the end of the source", || store.figures().detached);
     assert!(file.read(&store, 0, bytes.len()).unwrap() == bytes);
     assert!(
@@ -654,15 +656,11 @@ fn what_a_trace_found_hot_comes_first_and_what_is_read_goes_before_the_rest() {
         bench.file(name, &random(5, 8 << 20));
     }
     let store = bench.open(LONG);
-    let hot = Hot {
-        path: b"c".to_vec(),
-        offset: 4 << 20,
-        length: 1 << 20,
-    };
-    let first = served(&store, "a");
-    let filler = Filler::start(&store, vec![hot]).unwrap();
-    let last = served(&store, "c");
     let (hot_from, hot_length) = (4 << 20, 1 << 20);
+    let hot = json!({"files": [hex::encode("c")], "ranges": [[0, hot_from, hot_length]]});
+    let first = served(&store, "a");
+    let filler = Filler::start(&store, serde_json::from_value(hot).unwrap()).unwrap();
+    let last = served(&store, "c");
     wait("the hot range", || {
         !store.waits(last.number, hot_from, hot_length)
     });
@@ -731,7 +729,7 @@ fn what_cannot_be_kept_is_told_and_comes_once_it_can() {
     let aside = bench.dir.path().join("aside");
     fs::rename(&origin, &aside).unwrap();
     fs::create_dir(&origin).unwrap();
-    let mut filler = Filler::start(&store, Vec::new()).unwrap();
+    let mut filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("the filler", || filler.is_over());
     let told = store.unkept().unwrap();
     assert!(
@@ -744,7 +742,7 @@ fn what_cannot_be_kept_is_told_and_comes_once_it_can() {
     );
     fs::remove_dir(&origin).unwrap();
     fs::rename(&aside, &origin).unwrap();
-    filler = Filler::start(&store, Vec::new()).unwrap();
+    filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("everything to be here", || filler.is_over());
     assert_eq!((store.figures().absent, store.unkept()), (0, None));
 }

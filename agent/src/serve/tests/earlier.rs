@@ -4,7 +4,7 @@ use super::*;
 
 /// Fetches everything; the root that the target then proves.
 fn filled_and_proven(store: &Arc<Store>) -> Signature {
-    let filler = Filler::start(store, Vec::new()).unwrap();
+    let filler = Filler::start(store, FetchOrder::default()).unwrap();
     let mut root = None;
     wait("the proof", || {
         root = store.root().unwrap();

@@ -63,7 +63,7 @@ fn holes_are_learnt_from_the_source_without_fetching_them_and_stay_as_they_were_
         .write(&file.file, file.number, b"mine", 20 << 20)
         .unwrap();
     store.learn_holes(file.number, 0, 64 << 20);
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("the filler", || filler.is_over());
     wait("everything to be here", || store.figures().absent == 0);
     let mut expected = model;
@@ -91,7 +91,7 @@ fn what_arrives_while_the_parts_of_a_file_are_told_is_never_told_as_a_hole() {
     let store = bench.open(LONG);
     let file = served(&store, "dense");
     store.learn_holes(file.number, 0, 48 << 20);
-    let filler = Filler::start(&store, Vec::new()).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     while store.figures().absent > 0 {
         let told = store.extents(&file.file, file.number, 0..48 << 20, 4096);
         assert!(told.unwrap().iter().all(|part| !part.is_hole));
