@@ -694,9 +694,13 @@ fn silent(error: ConnectionError) -> String {
     }
 }
 
+/// Files and blocks of which it is believed that the target has them: 2 GiB, as much as the longest file takes. More
+/// is not kept, and is sent again.
+const TOLD_CAP: usize = 64 << 20;
+
 /// Waits for the peer's answer to `Begin`. Acknowledgements before it are signs of life.
 fn begun(receiver: &mut connection::Receiver) -> Result<Opened, Ended> {
-    let mut answer: Option<Opened> = None;
+    let (mut answer, mut told): (Option<Opened>, usize) = (None, 0);
     loop {
         let Incoming::Message(_, _, message) = receiver
             .next(Vec::new())
@@ -724,7 +728,12 @@ fn begun(receiver: &mut connection::Receiver) -> Result<Opened, Ended> {
                     holdings,
                 });
             }
-            (Message::Have(list), Some(opened)) => opened.have.extend(list),
+            (Message::Have(list), Some(opened)) => {
+                told += list.iter().map(|have| 1 + have.blocks.len()).sum::<usize>();
+                if told <= TOLD_CAP {
+                    opened.have.extend(list);
+                }
+            }
             (Message::HaveEnd, Some(_)) => {
                 if let Some(answer) = answer {
                     return Ok(answer);

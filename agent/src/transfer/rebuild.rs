@@ -16,7 +16,7 @@ use crate::volume::sign::{self, ZERO};
 use crate::volume::state::EntryMap;
 use crate::volume::tree::{RootHasher, shown};
 use crate::volume::{BlockMap, BlockSize, Entry, FleetKey, Kind};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::path::Path;
@@ -73,9 +73,55 @@ struct State {
 }
 
 struct Building {
-    blocks: Vec<Option<Signature>>,
+    blocks: Blocks,
     /// Made in this epoch: everything not written is a hole already.
     fresh: bool,
+}
+
+/// Signatures of the blocks of a file that arrived, by chunks: they take memory by how many these are, and not by
+/// where in the file a peer says that they belong.
+#[derive(Default)]
+struct Blocks(BTreeMap<u64, Box<[Option<Signature>]>>);
+
+/// Blocks of a chunk.
+const CHUNK: u64 = 512;
+
+impl Blocks {
+    fn get(&self, index: u64) -> Option<Signature> {
+        *self
+            .0
+            .get(&(index / CHUNK))?
+            .get((index % CHUNK) as usize)?
+    }
+
+    fn set(&mut self, index: u64, signature: Signature) {
+        let empty = || vec![None; CHUNK as usize].into();
+        let chunk = self.0.entry(index / CHUNK).or_insert_with(empty);
+        chunk[(index % CHUNK) as usize] = Some(signature);
+    }
+
+    /// The first `count` of them; none when one is missing.
+    fn whole(mut self, count: u64) -> Option<Vec<Signature>> {
+        let mut whole = Vec::new();
+        for first in (0..count).step_by(CHUNK as usize) {
+            let chunk = self.0.remove(&(first / CHUNK))?;
+            let blocks = chunk.iter().take((count - first).min(CHUNK) as usize);
+            for block in blocks {
+                whole.push((*block)?);
+            }
+        }
+        Some(whole)
+    }
+}
+
+impl FromIterator<Signature> for Blocks {
+    fn from_iter<T: IntoIterator<Item = Signature>>(signatures: T) -> Self {
+        let mut blocks = Self::default();
+        for (index, signature) in (0..).zip(signatures) {
+            blocks.set(index, signature);
+        }
+        blocks
+    }
 }
 
 impl State {
@@ -286,7 +332,7 @@ impl Rebuild {
         let mut state = lock(&self.state);
         let building = match state.tree.get(path).map(|old| old.kind) {
             Some(Kind::File { blocks, .. }) => Building {
-                blocks: blocks.into_iter().map(Some).collect(),
+                blocks: blocks.into_iter().collect(),
                 fresh: false,
             },
             old => {
@@ -303,7 +349,7 @@ impl Rebuild {
                 }
                 state.touch_parent(path);
                 Building {
-                    blocks: Vec::new(),
+                    blocks: Blocks::default(),
                     fresh: true,
                 }
             }
@@ -430,19 +476,14 @@ impl Rebuild {
         segment: &Segment<'_>,
     ) -> Result<(), RebuildError> {
         let path = &segment.path;
-        let first = usize::try_from(segment.first).unwrap_or(usize::MAX);
         let (held, fresh) = {
             let state = lock(&self.state);
             let building = state.building.get(path).ok_or_else(|| {
                 self.disagree("a piece came for a file that was not begun:", path)
             })?;
-            let held: Vec<Option<Signature>> = building
-                .blocks
-                .iter()
-                .skip(first)
-                .take(segment.blocks.len())
-                .copied()
-                .collect();
+            let places = (segment.first..).take(segment.blocks.len());
+            let held: Vec<Option<Signature>> =
+                places.map(|index| building.blocks.get(index)).collect();
             (held, building.fresh)
         };
         let here = |at: usize| held.get(at).copied().flatten();
@@ -482,12 +523,10 @@ impl Rebuild {
         self.note(path, segment.first, &segment.blocks);
         let mut state = lock(&self.state);
         if let Some(building) = state.building.get_mut(path) {
-            let end = first + signatures.len();
-            if building.blocks.len() < end {
-                building.blocks.resize(end, None);
-            }
-            for (place, signature) in building.blocks[first..end].iter_mut().zip(signatures) {
-                *place = signature.or(*place);
+            for (index, signature) in (segment.first..).zip(signatures) {
+                if let Some(signature) = signature {
+                    building.blocks.set(index, signature);
+                }
             }
         }
         Ok(())
@@ -573,19 +612,12 @@ impl Rebuild {
                     state.touch_parent(path);
                 }
                 Kind::File { size, blocks } => {
-                    let mut building = state.building.remove(path).ok_or_else(|| {
+                    let building = state.building.remove(path).ok_or_else(|| {
                         self.disagree("the end came for a file never begun:", path)
                     })?;
-                    let count = self.block_size.blocks_of(*size);
-                    let count = usize::try_from(count).unwrap_or(usize::MAX);
-                    if building.blocks.len() < count {
-                        return Err(self.disagree("blocks are missing of", path));
-                    }
-                    building.blocks.truncate(count);
                     *blocks = building
                         .blocks
-                        .into_iter()
-                        .collect::<Option<_>>()
+                        .whole(self.block_size.blocks_of(*size))
                         .ok_or_else(|| self.disagree("blocks are missing of", path))?;
                     let file = self.destination.file(parent, path, Access::InPlace)?;
                     self.destination.finish_file(&file, &entry, false)?;
@@ -681,4 +713,73 @@ fn runs<'b>(
     joined
         .into_iter()
         .map(move |(offset, memory, range)| (offset, &memories[memory][range]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::engine::{EngineChoice, engine};
+    use super::*;
+
+    #[test]
+    fn a_block_at_the_end_of_the_longest_file_there_can_be_takes_no_memory_for_those_before_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let destination = Destination::open("data", directory.path(), false).unwrap();
+        let (block_size, key) = (BlockSize::default(), FleetKey([5; 32]));
+        let tree = EntryMap::default();
+        let rebuild = Rebuild::new(destination, block_size, key, None, tree, false);
+        let mut engine = engine(EngineChoice::Threads).unwrap();
+        let mut parent = Parent::default();
+        let mut apply = |payload: &Payload<'_>| {
+            let applied = rebuild.apply(engine.as_mut(), &mut parent, [&[], &[]], payload);
+            applied.map_err(|error| error.to_string())
+        };
+        let (path, size): (Box<[u8]>, _) = (b"endless".as_slice().into(), i64::MAX as u64);
+        let start = EntryItem::Start {
+            path: path.clone(),
+            size,
+            dense: false,
+        };
+        apply(&Payload::Entries(vec![start])).unwrap();
+        let piece = Segment {
+            path: path.clone(),
+            size,
+            first: block_size.blocks_of(size) - 1,
+            blocks: vec![Block::Zero],
+        };
+        apply(&Payload::Segment(piece)).unwrap();
+        let entry = Entry {
+            path,
+            mode: 0o600,
+            uid: 0,
+            gid: 0,
+            mtime: crate::volume::Timestamp::default(),
+            xattrs: Vec::new(),
+            kind: Kind::File {
+                size,
+                blocks: Vec::new(),
+            },
+            seen: crate::volume::tree::Seen::default(),
+        };
+        let refused = apply(&Payload::Finish(vec![entry])).unwrap_err();
+        assert!(refused.contains("blocks are missing"), "{refused}");
+    }
+
+    #[test]
+    fn blocks_of_a_file_are_whole_when_each_is_there() {
+        let named = |index: u64| Signature([index as u8; 32]);
+        for count in [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK] {
+            let all = || (0..count).map(named).collect::<Blocks>();
+            let whole: Vec<Signature> = (0..count).map(named).collect();
+            assert_eq!(all().whole(count), Some(whole.clone()));
+            assert_eq!(all().whole(count + 1), None);
+            for shorter in [count / 2, count.saturating_sub(1)] {
+                let first = whole[..shorter as usize].to_vec();
+                assert_eq!(all().whole(shorter), Some(first));
+            }
+        }
+        let mut blocks = Blocks::default();
+        blocks.set(1, named(1));
+        assert_eq!((blocks.get(1), blocks.get(0)), (Some(named(1)), None));
+        assert_eq!(blocks.whole(2), None);
+    }
 }
