@@ -188,10 +188,9 @@ impl Fill {
         if !self.store.is_whole(number) && !self.store.is_removed(number) {
             return false;
         }
-        let settled = self.store.settle(number);
-        if let Err(error) = &settled {
+        self.store.settle(number).unwrap_or_else(|error| {
             tracing::error!("a served file stays apart though it is whole: {error}");
-        }
-        settled.is_ok()
+            false
+        })
     }
 }

@@ -120,6 +120,14 @@ pub struct Store {
 /// An origin that is open for as long as this lives.
 pub struct Held(Arc<Store>, u32);
 
+impl Held {
+    /// Its number.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        self.1
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         let mut held = locked(&self.0.held);
@@ -672,31 +680,39 @@ impl Store {
         self.directory.join("origins").join(number.to_string())
     }
 
-    /// Lets go of an origin that is whole and durable, or that has no name any more: it is a plain file then.
+    /// Lets go of an origin that is whole and durable, or that has no name any more: it is a plain file then. False when
+    /// somebody opened one of these meanwhile.
     ///
     /// # Errors
     /// It cannot be made durable, or its name among the origins cannot be removed.
-    pub(super) fn settle(&self, number: u32) -> io::Result<()> {
+    pub(super) fn settle(&self, number: u32) -> io::Result<bool> {
         let path = self.origin_path(number);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
             Err(error) => return Err(error),
         };
         self.sync(&file, Some(number))?;
         let inode = fstat(&file)?.st_ino;
+        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
+        if locked(&self.held).contains_key(&number) && !self.is_whole(number) {
+            return Ok(false);
+        }
         std::fs::remove_file(&path)?;
         locked(&self.open).remove(&number);
-        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
         numbers.remove(&inode);
-        Ok(())
+        Ok(true)
     }
 
-    /// An open file of an origin: its pages are wanted also when its last name is removed.
+    /// Holds the origin that the open file with this inode number is, while pages of it may be absent: these are wanted
+    /// also when its last name is removed.
     #[must_use]
-    pub fn hold(self: &Arc<Self>, number: u32) -> Held {
+    pub fn hold(self: &Arc<Self>, inode: u64) -> Option<Held> {
+        // Nobody lets go of it in between.
+        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
+        let number = numbers.get(&inode).copied()?;
         *locked(&self.held).entry(number).or_default() += 1;
-        Held(Arc::clone(self), number)
+        Some(Held(Arc::clone(self), number))
     }
 
     /// Whether an origin was removed here and is not open: nobody needs its pages.

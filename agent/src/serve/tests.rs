@@ -576,7 +576,7 @@ fn a_file_that_is_removed_while_it_is_open_is_read_to_its_end() {
     bench.file("closed", &bytes);
     let store = bench.open(LONG);
     let file = served(&store, "open");
-    let held = file.number.map(|number| store.hold(number));
+    let held = store.hold(file.file.metadata().unwrap().ino());
     for name in ["open", "closed"] {
         fs::remove_file(bench.dir.path().join("store/data").join(name)).unwrap();
     }
@@ -588,6 +588,25 @@ fn a_file_that_is_removed_while_it_is_open_is_read_to_its_end() {
         "what nobody has open was fetched"
     );
     drop((filler, held));
+}
+
+#[test]
+fn a_removed_file_that_is_opened_just_as_it_is_let_go_of_stays_with_the_source() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(12, 300_000);
+    bench.file("open", &bytes);
+    let store = bench.open(LONG);
+    let file = served(&store, "open");
+    fs::remove_file(bench.dir.path().join("store/data/open")).unwrap();
+    let number = file.number.unwrap();
+    assert!(store.is_removed(number), "who lets go of it looks first");
+    let inode = file.file.metadata().unwrap().ino();
+    let held = store.hold(inode).unwrap();
+    assert!(!store.settle(number).unwrap());
+    assert!(file.read(&store, 0, bytes.len()).unwrap() == bytes);
+    drop(held);
+    assert!(store.settle(number).unwrap());
+    assert!(store.hold(inode).is_none());
 }
 
 #[test]

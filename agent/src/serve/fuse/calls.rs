@@ -3,6 +3,7 @@
 use super::convert::decoded;
 use super::tree::{Changes, Tree, errno};
 use crate::serve::pool::Pool;
+use crate::serve::store::Held;
 use fuser::{
     BackingId, BsdFileFlags, Errno as Refusal, FileAttr, FileHandle, Filesystem, FopenFlags,
     Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
@@ -73,13 +74,13 @@ impl Calls {
     fn add(
         &self,
         inode: u64,
-        (file, number): (File, Option<u32>),
+        (file, held): (File, Option<Held>),
         back: impl FnOnce(&File) -> std::io::Result<BackingId>,
     ) -> (FileHandle, Option<Arc<BackingId>>, FopenFlags) {
         let passes = self.passthrough.load(Ordering::Acquire)
             // What goes past this process is not mirrored.
             && self.tree.store.logs_to().is_none()
-            && self.tree.is_whole(number)
+            && self.tree.is_whole(held.as_ref().map(Held::number))
             // The kernel would not take these bits away at a write.
             && fstat(&file).is_ok_and(|stat| stat.st_mode & 0o6000 == 0);
         let mut handles = self.tree.handles();
@@ -97,8 +98,7 @@ impl Calls {
             }
             opened.ok()
         });
-        let held = number.map(|number| self.tree.store.hold(number));
-        let handle = FileHandle(handles.add(inode, (file, number, held), backing.clone()));
+        let handle = FileHandle(handles.add(inode, (file, held), backing.clone()));
         // What the kernel has read of a file stays true, unless it was written past the kernel's own cache: of a file that it
         // serves by itself it takes no other word.
         let flags = if passes || backing.is_some() {

@@ -64,7 +64,7 @@ impl Handles {
     pub(super) fn add(
         &mut self,
         inode: u64,
-        (file, number, held): (File, Option<u32>, Option<Held>),
+        (file, held): (File, Option<Held>),
         backing: Option<Arc<BackingId>>,
     ) -> u64 {
         self.next += 1;
@@ -74,7 +74,7 @@ impl Handles {
         let handle = Handle {
             inode,
             file,
-            number,
+            number: held.as_ref().map(Held::number),
             _held: held,
             backing,
         };

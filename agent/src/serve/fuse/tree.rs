@@ -7,7 +7,7 @@ use super::convert::{encoded, kind, spec, system_time};
 use super::handles::{Handle, Handles, Listing};
 use super::nodes::{Nodes, ROOT};
 use crate::serve::mirror::{Intent, joined};
-use crate::serve::store::Store;
+use crate::serve::store::{Held, Store};
 use crate::volume::confined::{open_beneath, proc_path};
 use crate::volume::walk::walk;
 use fuser::{FileAttr, FileHandle, FileType, INodeNo, RenameFlags, Request, TimeOrNow};
@@ -338,15 +338,19 @@ impl Tree {
         })
     }
 
-    /// A file with the number of its origin.
-    fn numbered(&self, file: File) -> Result<(File, Option<u32>), Errno> {
-        let number = self.store.number(fstat(&file)?.st_ino);
-        Ok((file, number))
+    /// A file with its origin, so that what is absent still comes when its name is removed.
+    fn held(&self, file: File) -> Result<(File, Option<Held>), Errno> {
+        let held = self.store.hold(fstat(&file)?.st_ino);
+        // Without a name it may have been let go of before it was whole.
+        if held.is_none() && fstat(&file)?.st_nlink == 0 {
+            return Err(Errno::ENOENT);
+        }
+        Ok((file, held))
     }
 
-    pub(super) fn open(&self, inode: u64) -> Result<(File, Option<u32>), Errno> {
+    pub(super) fn open(&self, inode: u64) -> Result<(File, Option<Held>), Errno> {
         let file = self.named(inode, |directory, name| self.open_in(directory, name))?;
-        self.numbered(file)
+        self.held(file)
     }
 
     #[expect(clippy::type_complexity, reason = "what `create` answers with")]
@@ -356,7 +360,7 @@ impl Tree {
         (parent, name): (u64, &OsStr),
         mode: (u32, u32),
         exclusive: bool,
-    ) -> Result<((File, Option<u32>), (FileAttr, u64)), Errno> {
+    ) -> Result<((File, Option<Held>), (FileAttr, u64)), Errno> {
         let mut file = None;
         let make = |directory: &OwnedFd, mode| {
             let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR;
@@ -373,7 +377,7 @@ impl Tree {
             made => made?,
         };
         let file = file.ok_or(Errno::EIO)?;
-        Ok((self.numbered(file)?, entry))
+        Ok((self.held(file)?, entry))
     }
 
     /// Sets what `setattr` asks for; `asker` is the user's number.
@@ -399,9 +403,12 @@ impl Tree {
 
     /// Waits for the rest of the page at which a file will be cut, so that nobody else waits for it too.
     fn await_edges(&self, inode: u64, size: u64) -> Result<(), Errno> {
-        let number = match self.handles().of(inode) {
-            Some(open) => open.number,
-            None => self.open(inode)?.1,
+        let (number, _held) = match self.handles().of(inode) {
+            Some(open) => (open.number, None),
+            None => {
+                let held = self.open(inode)?.1;
+                (held.as_ref().map(Held::number), held)
+            }
         };
         let wanted = self.store.want_edges(number, size, 0);
         let waited = wanted.map_or(Ok(()), |wanted| self.store.wait(&wanted));
@@ -429,8 +436,8 @@ impl Tree {
             let cut = match open {
                 Some(open) => self.truncate(&open.file, open.number, size, asker),
                 None => {
-                    let (file, number) = self.open(inode)?;
-                    self.truncate(&file, number, size, asker)
+                    let (file, held) = self.open(inode)?;
+                    self.truncate(&file, held.as_ref().map(Held::number), size, asker)
                 }
             };
             cut.map_err(|error| errno(&error))?;

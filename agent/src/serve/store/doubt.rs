@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 /// Blocks that are fetched again at a time: 4 MiB.
 const WINDOW: usize = 64;
@@ -217,6 +217,8 @@ impl Store {
             return Err(io::Error::other("writes here are not mirrored any more"));
         }
         let _turn = mirror.map(Mirror::turn);
+        let cut = self.cut(place.file);
+        let _cut = cut.write().unwrap_or_else(PoisonError::into_inner);
         let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK;
         let opened = self.data.open_beneath(&origin.path, flags, Mode::empty());
         let file = File::from(opened?);
