@@ -53,7 +53,16 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         // It may be unmounted already.
-        let _ = nix::mount::umount2(&self.mount(), nix::mount::MntFlags::MNT_DETACH);
+        self.clear();
+    }
+}
+
+impl Place {
+    /// Removes what an earlier run left.
+    fn clear(&self) {
+        for mount in [self.mount(), self.log()] {
+            let _ = nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH);
+        }
         let _ = fs::remove_dir_all(&self.0);
     }
 }
@@ -190,8 +199,7 @@ impl Scene {
             println!("skipped: needs root for the mount");
             return Ok(None);
         }
-        let _ = nix::mount::umount2(&place.mount(), nix::mount::MntFlags::MNT_DETACH);
-        let _ = fs::remove_dir_all(&place.0);
+        place.clear();
         for directory in [place.source(), place.mount()] {
             fs::create_dir_all(directory)?;
         }
@@ -728,4 +736,71 @@ fn a_full_disk_refuses_writes_and_the_mirror_has_all_the_others() -> Result<()> 
             .args([&scene.place.0.join("copy"), &copy]),
     )?;
     scene.return_to(copy)
+}
+
+#[test]
+fn a_source_whose_disk_has_no_space_for_the_log_says_so_and_has_every_change_once_it_has()
+-> Result<()> {
+    if act()? {
+        return Ok(());
+    }
+    let Some(scene) = Scene::up_with(
+        "a_source_whose_disk_has_no_space_for_the_log_says_so_and_has_every_change_once_it_has",
+        "mkdir ../log; mount -t tmpfs -o size=2m tmpfs ../log",
+    )?
+    else {
+        return Ok(());
+    };
+    let file = File::create(scene.place.mount().join("made"))?;
+    for block in 0..8 {
+        file.write_all_at(&vec![7; 1 << 20], block << 20)?;
+    }
+    file.sync_all()?;
+    wait_for("the figures to say so", PATIENCE, || {
+        let said = scene.mirrored()?.unmirrored.unwrap_or_default();
+        Ok(said.contains("No space left").then_some(()))
+    })?;
+    sh(&scene.place.0, "mount -o remount,size=64m log")?;
+    scene.all_is_mirrored()?;
+    scene.return_to_copy(0)
+}
+
+#[test]
+fn a_source_that_cannot_take_its_tree_back_says_why_and_does_once_it_can() -> Result<()> {
+    if act()? {
+        return Ok(());
+    }
+    let test = "a_source_that_cannot_take_its_tree_back_says_why_and_does_once_it_can";
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "back", 64) else {
+        return Ok(());
+    };
+    disk::output("mkfs.ext4", &["-q", disk.device()]);
+    let tree = Path::new(&disk.mount()).join("tree");
+    let Some(scene) = Scene::up(test)? else {
+        return Ok(());
+    };
+    let mount = scene.place.mount();
+    fs::write(mount.join("made"), vec![7; 24 << 20])?;
+    fs::write(mount.join("d0/n0"), vec![8; 300_000])?;
+    sh(&mount, "rm d2/n2; mv n1 d0/d1/moved; sync")?;
+    scene.all_is_mirrored()?;
+    output(
+        Command::new("cp")
+            .arg("-a")
+            .args([&scene.place.0.join("copy"), &tree]),
+    )?;
+    let refused = |parts: [&str; 2]| {
+        let said = write_back(&scene.place.log(), &tree).map_err(|error| error.to_string());
+        let said = said.err().context("it was written back")?;
+        ensure!(parts.iter().all(|part| said.contains(part)), "{said}");
+        Ok(())
+    };
+    sh(&tree, "chattr +i d0/n0")?;
+    refused(["`d0/n0`", "`chattr -i -a` allows it, and it goes on"])?;
+    sh(&tree, "chattr -i d0/n0")?;
+    sh(&tree, "head -c 100M /dev/zero >../filling || true")?;
+    refused(["`made`", "no space left on the source"])?;
+    // Whatever it has done by then.
+    sh(&tree, "rm ../filling")?;
+    scene.return_to(tree)
 }

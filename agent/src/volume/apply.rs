@@ -46,6 +46,8 @@ pub struct ApplyError {
     pub no_inodes: bool,
     /// It is more than the target's file system keeps of attributes, however much is free.
     pub too_many_attributes: bool,
+    /// It is written back to the source, which goes on by itself.
+    pub back: bool,
 }
 
 impl ApplyError {
@@ -76,6 +78,11 @@ impl ApplyError {
         let free = self
             .free
             .map_or_else(|| "unknown".to_owned(), |bytes| bytes.to_string());
+        let (side, other) = if self.back {
+            ("source", ", and it goes on")
+        } else {
+            ("target", " or choose another target")
+        };
         match self.errno() {
             _ if self.too_many_attributes => {
                 "the target's file system does not keep so much of attributes for one file (ext4: one block of 4 KiB, \
@@ -83,23 +90,24 @@ impl ApplyError {
                  does (XFS)".to_owned()
             }
             Some(Errno::ENOSPC) if self.no_inodes => {
-                "no inodes left on the target; remove files there or choose another target".to_owned()
+                format!("no inodes left on the {side}; remove files there{other}")
             }
             Some(Errno::ENOSPC) => format!(
-                "no space left on the target ({} needed, {free} free); free space there or choose another target",
+                "no space left on the {side} ({} needed, {free} free); free space there{other}",
                 self.needed
             ),
             Some(Errno::EDQUOT) => format!(
-                "the target's disk quota is used up ({} needed, {free} free on the disk); raise it or choose another target",
+                "the {side}'s disk quota is used up ({} needed, {free} free on the disk); raise it{other}",
                 self.needed
             ),
-            Some(Errno::EROFS) => {
-                "the target's file system is read-only; look for disk errors there or choose another target".to_owned()
-            }
+            Some(Errno::EROFS) => format!(
+                "the {side}'s file system is read-only; look for disk errors there{other}"
+            ),
             Some(Errno::EPERM) if geteuid().is_root() => format!(
                 "{}; where `lsattr` shows it or its directory as immutable (i) or append-only (a) there, \
-                 `chattr -i -a` allows it; else choose a target whose file system does",
-                self.source
+                 `chattr -i -a` allows it{}",
+                self.source,
+                if self.back { other } else { "; else choose a target whose file system does" }
             ),
             Some(Errno::EACCES | Errno::EPERM) => format!(
                 "{}; the target's agent must run as root on a file system that allows it",
@@ -123,6 +131,7 @@ pub struct Destination {
     volume: String,
     root: Confined,
     devices: bool,
+    back: bool,
     /// Whose new files are.
     owner: (u32, u32),
 }
@@ -182,6 +191,7 @@ impl Destination {
             free: None,
             no_inodes: false,
             too_many_attributes: false,
+            back: false,
         };
         let directory = path.parent().filter(|_| one).unwrap_or(path);
         std::fs::create_dir_all(directory).map_err(|e| failed("make the directory", e))?;
@@ -194,6 +204,7 @@ impl Destination {
             volume: volume.to_owned(),
             root: root.map_err(|e| failed("open the place of the volume", e))?,
             devices: false,
+            back: false,
             owner: (geteuid().as_raw(), getegid().as_raw()),
         })
     }
@@ -202,6 +213,12 @@ impl Destination {
     #[must_use]
     pub fn taking_devices(self, devices: bool) -> Self {
         Self { devices, ..self }
+    }
+
+    /// The source's own tree, to which it is written back: errors say so.
+    #[must_use]
+    pub fn of_source(self) -> Self {
+        Self { back: true, ..self }
     }
 
     /// A new file for a small file's entry: with its own permissions at once if it is ours, else private until
@@ -290,6 +307,7 @@ impl Destination {
             // A file system that counts no inodes (btrfs) reports none at all.
             no_inodes: fs.is_some_and(|fs| fs.files() > 0 && fs.files_available() == 0),
             too_many_attributes: false,
+            back: self.back,
         }
     }
 

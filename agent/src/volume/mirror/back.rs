@@ -94,7 +94,7 @@ pub fn write_back(directory: &Path, tree: &Path) -> Result<u64, WriteBackError> 
     let none = || Err(io::ErrorKind::NotFound.into());
     let log = Log::open(&path, none).map_err(failed)?;
     let notes = directory.join("returned");
-    let root = Destination::open("mirrored", tree, false)?;
+    let root = Destination::open("mirrored", tree, false)?.of_source();
     loop {
         let next = match read_phase(&notes)? {
             Phase::Replaying => {
@@ -200,7 +200,9 @@ fn clone(root: &Destination) -> Result<Destination, WriteBackError> {
         root.directory(&mut parent, path)?;
     }
     let place = root.root().path().join(OsStr::from_bytes(NEW));
-    let new = Destination::open(root.volume(), &place, false)?.taking_devices(true);
+    let new = Destination::open(root.volume(), &place, false)?
+        .taking_devices(true)
+        .of_source();
     let mut directories: Vec<Entry> = vec![bare_entry(b"", &top, Kind::Directory, false)];
     let mut at = 0;
     while at < directories.len() {
