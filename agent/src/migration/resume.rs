@@ -6,6 +6,7 @@ use super::delegator::{Delegator, plan_ids, plan_of, target_peer};
 use super::events::SourceEvent;
 use super::journal::{Entry, Journal, plan_directory};
 use super::moving::{Done, Move, Moved};
+use super::returning::mirror_directory;
 use super::{source, switch};
 use crate::model::plan::{Plan, SignedRelease};
 use std::sync::Arc;
@@ -28,6 +29,16 @@ impl Delegator {
             let Some(plan) = plan_of(&entries) else {
                 continue;
             };
+            let is_over = |event: &SourceEvent| {
+                matches!(
+                    event,
+                    SourceEvent::Whole { .. } | SourceEvent::Aborted { .. }
+                )
+            };
+            if entries.iter().any(|entry| is_over(&entry.event)) {
+                // An earlier life may have died before it removed it; mostly there is none.
+                let _ = std::fs::remove_dir_all(mirror_directory(&self.parts.state, &id));
+            }
             match After::of(entries.iter().map(|entry| &entry.event)) {
                 After::Nothing => {}
                 After::Forward => {
