@@ -7,18 +7,22 @@
 //! them, and sides are killed in each; a source that was killed knows nothing of the epochs before. What was sent again is
 //! counted twice: by the target's own counter of bytes that it had already, and by what its network interface received
 //! beyond an undisturbed transfer. Every copy is compared by rsync, both ways.
+//!
+//! `cargo xtask soak switch` kills the real agents (`switch`).
 
+mod changes;
+pub mod switch;
 mod tree;
 
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 
 use crate::lab::{Host, HostSpec, Lab, LabSpec};
@@ -36,6 +40,8 @@ pub struct Arguments {
 enum What {
     /// Kills source, paired device, target and link of transfers at random instants
     Transfer(Transfer),
+    /// Kills the agents of source and target through plans that switch first, and their aborts
+    Switch(switch::Switch),
 }
 
 /// What to do to transfers.
@@ -59,8 +65,10 @@ pub struct Transfer {
 pub fn soak(arguments: &Arguments) -> Result<()> {
     become_root()?;
     crate::test::build()?;
-    let What::Transfer(wanted) = &arguments.what;
-    transfer(wanted).map(drop)
+    match &arguments.what {
+        What::Transfer(wanted) => transfer(wanted).map(drop),
+        What::Switch(wanted) => switch::switch(wanted).map(drop),
+    }
 }
 
 /// The ways of a block, and whether they lead over a paired device.
@@ -515,23 +523,29 @@ impl Soak<'_> {
         // Where the lab keeps /srv: rsync does not go through /proc/PID/root.
         let source = self.lab.dir().join("source/srv/data/");
         let copy = self.lab.dir().join("target/srv/copy/");
-        for (from, to) in [(&source, &copy), (&copy, &source)] {
-            let mut rsync = Command::new("rsync");
-            rsync
-                .args([
-                    "-aHAXS",
-                    "--checksum",
-                    "--dry-run",
-                    "--itemize-changes",
-                    "--delete",
-                ])
-                .arg(from)
-                .arg(to);
-            let differences = output(&mut rsync)?;
-            if !differences.is_empty() {
-                bail!("source and copy differ:\n{differences}");
-            }
-        }
-        Ok(())
+        same(&source, &copy)
     }
 }
+
+/// Compares two trees in all that they have, both ways.
+fn same(one: &Path, other: &Path) -> Result<()> {
+    for (from, to) in [(one, other), (other, one)] {
+        let differences = output(Command::new("rsync").args(WHOLLY).args([from, to]))?;
+        ensure!(
+            differences.is_empty(),
+            "{} differs from {}:\n{differences}",
+            to.display(),
+            from.display()
+        );
+    }
+    Ok(())
+}
+
+/// For rsync: says what differs, and does nothing.
+const WHOLLY: [&str; 5] = [
+    "-aHAXS",
+    "--checksum",
+    "--dry-run",
+    "--itemize-changes",
+    "--delete",
+];
