@@ -51,8 +51,8 @@ pub const RUN_QUEUE_ROWS: u32 = 1_023;
 /// Histograms of one row, so that CPUs seldom write to the same memory; their sum counts.
 pub const RUN_QUEUE_SHARDS: u32 = 4;
 
-/// Places for tasks that wait for a CPU; two of which the thread ids are equal modulo this share one.
-pub const WAITING_PLACES: u32 = 65_536;
+/// Places for tasks; two of which the thread ids are equal modulo this share one.
+pub const TASK_PLACES: u32 = 65_536;
 
 /// Places in which the switches of CPUs are counted.
 pub const SWITCHES_PLACES: u32 = 256;
@@ -64,45 +64,41 @@ pub const SWITCHES_WORDS: usize = 8;
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Waiting {
-    /// Thread id and since when it waits, in one word so that both change at once; 0: nobody waits here.
-    pub task: u64,
-    /// Row of its cgroup in the run-queue latencies.
-    pub row: u32,
-    /// Zero.
-    pub padding: u32,
+    /// Id of its cgroup2.
+    pub cgroup: u64,
+    /// For how long, ns.
+    pub age_ns: u64,
 }
 
-impl Waiting {
+/// What a task had waited in all at some time, in one word.
+pub struct Delay;
+
+impl Delay {
     /// Bits of the time; the thread id is above them and at most 22 bits wide (`PID_MAX_LIMIT`).
     const TIME_BITS: u32 = 42;
     /// Nanoseconds of the time's unit, as a power of two: 42 bits of 256 ns are 13 days.
     const UNIT_SHIFT: u32 = 8;
     const TIME_MASK: u64 = (1 << Self::TIME_BITS) - 1;
 
-    /// The word of a thread that waits since `now_ns` of the monotonic clock.
+    /// The word of a thread that had waited for so long.
     #[inline(always)]
     #[must_use]
-    pub const fn pack(pid: u32, now_ns: u64) -> u64 {
-        (pid as u64) << Self::TIME_BITS | now_ns >> Self::UNIT_SHIFT & Self::TIME_MASK
+    pub const fn pack(pid: u32, delay_ns: u64) -> u64 {
+        (pid as u64) << Self::TIME_BITS | delay_ns >> Self::UNIT_SHIFT & Self::TIME_MASK
     }
 
     /// Whether a word is of this thread.
     #[inline(always)]
     #[must_use]
-    pub const fn is_of(task: u64, pid: u32) -> bool {
-        task >> Self::TIME_BITS == pid as u64
+    pub const fn is_of(word: u64, pid: u32) -> bool {
+        word >> Self::TIME_BITS == pid as u64
     }
 
-    /// How long a word's thread has waited at `now_ns`, ns; nothing when it began only after that, which a
-    /// clock read before the word shows.
+    /// How much longer the word's thread has waited by now, ns.
     #[inline(always)]
     #[must_use]
-    pub const fn age(task: u64, now_ns: u64) -> u64 {
-        let passed = (now_ns >> Self::UNIT_SHIFT).wrapping_sub(task) & Self::TIME_MASK;
-        if passed > Self::TIME_MASK / 2 {
-            return 0;
-        }
-        passed << Self::UNIT_SHIFT
+    pub const fn until(word: u64, delay_ns: u64) -> u64 {
+        ((delay_ns >> Self::UNIT_SHIFT).wrapping_sub(word) & Self::TIME_MASK) << Self::UNIT_SHIFT
     }
 }
 
@@ -352,32 +348,30 @@ pub struct Born {
 
 /// Maps and queues whose failed inserts are counted, in the order of the `LOSSES` array.
 pub mod loss {
-    /// `WAITING`: a runnable task was not noted.
-    pub const WAITING: u32 = 0;
     /// `RUN_QUEUE`: a cgroup has no histogram.
-    pub const RUN_QUEUE: u32 = 1;
+    pub const RUN_QUEUE: u32 = 0;
     /// `IN_FLIGHT`: a request was not noted.
-    pub const IN_FLIGHT: u32 = 2;
+    pub const IN_FLIGHT: u32 = 1;
     /// `BLOCK`: a (cgroup, disk, op) has no statistics.
-    pub const BLOCK: u32 = 3;
+    pub const BLOCK: u32 = 2;
     /// `OPEN`: an open connection was not noted.
-    pub const OPEN: u32 = 4;
+    pub const OPEN: u32 = 3;
     /// `PORTS`: a kind of connection was not noted.
-    pub const PORTS: u32 = 5;
+    pub const PORTS: u32 = 4;
     /// `LISTENING`: a listening port was not noted.
-    pub const LISTENING: u32 = 6;
+    pub const LISTENING: u32 = 5;
     /// `FIRST_SEEN`: the ring buffer was full.
-    pub const FIRST_SEEN: u32 = 7;
+    pub const FIRST_SEEN: u32 = 6;
     /// `DIRTIERS`: whoever dirtied a file was not noted.
-    pub const DIRTIERS: u32 = 8;
+    pub const DIRTIERS: u32 = 7;
     /// `WRITING`: a write to a watched device was not noted; its end marks everything.
-    pub const WRITING: u32 = 9;
+    pub const WRITING: u32 = 8;
     /// `ACCESSES`: an access is missing in a trace.
-    pub const ACCESSES: u32 = 10;
+    pub const ACCESSES: u32 = 9;
     /// `BORN`: the ring buffer was full.
-    pub const BORN: u32 = 11;
+    pub const BORN: u32 = 10;
     /// How many there are.
-    pub const COUNT: u32 = 12;
+    pub const COUNT: u32 = 11;
 }
 
 /// Offsets of kernel fields, in bytes, from the running kernel's BTF; and the scope.
@@ -406,10 +400,16 @@ pub struct Layout {
     pub request_has_disk: u32,
     /// task_struct.pid
     pub task_pid: u32,
-    /// task_struct.__state, or .state before Linux 5.14
-    pub task_state: u32,
-    /// task_struct.on_cpu
-    pub task_on_cpu: u32,
+    /// task_struct.sched_info.last_queued
+    pub task_last_queued: u32,
+    /// task_struct.sched_info.run_delay
+    pub task_run_delay: u32,
+    /// task_struct.se.cfs_rq
+    pub task_cfs_rq: u32,
+    /// cfs_rq.rq
+    pub cfs_rq_rq: u32,
+    /// rq.clock
+    pub rq_clock: u32,
     /// task_struct.cgroups
     pub task_cgroups: u32,
     /// task_struct.flags
@@ -528,8 +528,6 @@ mod pod {
 
     // SAFETY: `#[repr(C)]` integers and arrays of them without implicit padding; any bytes are a value.
     unsafe impl Pod for Latency {}
-    // SAFETY: as above.
-    unsafe impl Pod for Waiting {}
     // SAFETY: as above.
     unsafe impl Pod for BlockKey {}
     // SAFETY: as above.

@@ -1,23 +1,28 @@
 //! Run-queue latency: from runnable to running, by the cgroup of the task that waited.
+//!
+//! The kernel notes itself since when a task waits (`sched_info.last_queued`, by the clock of its run queue), so nothing
+//! runs at a wake-up. A task that is moved to another CPU while it waits begins anew there; what it waited before is
+//! added to its `run_delay` then, which is therefore noted when a task leaves its CPU.
 
 use crate::kernel::{Object, layout, load, lost, record};
 use crate::scope::{cgroup_id, place_by_hash, scoped_id, task_cgroup};
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
-use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_ktime_get_ns};
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST, seq_file};
+use aya_ebpf::helpers::{bpf_get_smp_processor_id, bpf_seq_write};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::{Array, HashMap, Stack};
 use aya_ebpf::programs::BtfTracePointContext;
 use lifeboat_ebpf::{
-    Latency, RUN_QUEUE_ROWS, RUN_QUEUE_SHARDS, SWITCHES_PLACES, SWITCHES_WORDS, WAITING_PLACES,
+    Delay, Latency, RUN_QUEUE_ROWS, RUN_QUEUE_SHARDS, SWITCHES_PLACES, SWITCHES_WORDS, TASK_PLACES,
     Waiting, loss,
 };
 
-// These run at every wake-up and switch of the host, so the common path looks up arrays only: that is a
-// few instructions in line and takes no lock, where a hash map costs a call of some 50 ns each time.
+// This runs at every switch of the host, so the common path looks up arrays only: that is a few instructions in line
+// and takes no lock, where a hash map costs a call of some 50 ns each time.
 
-/// Runnable tasks that wait for a CPU now, each in the place of its thread id modulo the length.
+/// What tasks had waited in all when they last left a CPU, each in the place of its thread id modulo the length. Of
+/// two that meet there, one that is moved while it waits is known from its move on.
 #[map]
-static WAITING: Array<Waiting> = Array::with_max_entries(WAITING_PLACES, BPF_F_MMAPABLE);
+static DELAYS: Array<u64> = Array::with_max_entries(TASK_PLACES, BPF_F_MMAPABLE);
 
 /// Run-queue latency by row and shard.
 #[map]
@@ -50,54 +55,6 @@ const ROW_MASK: u64 = (1 << ROW_BITS) - 1;
 /// The row of a cgroup beyond the scope.
 const NO_ROW: u32 = RUN_QUEUE_ROWS;
 const _: () = assert!(NO_ROW as u64 == ROW_MASK);
-
-#[btf_tracepoint(function = "sched_wakeup")]
-pub fn sched_wakeup(ctx: BtfTracePointContext) -> i32 {
-    // SAFETY: the tracepoint's argument is a task.
-    unsafe { woken(ctx.arg(0)) }
-}
-
-#[btf_tracepoint(function = "sched_wakeup_new")]
-pub fn sched_wakeup_new(ctx: BtfTracePointContext) -> i32 {
-    // SAFETY: the tracepoint's argument is a task.
-    unsafe { woken(ctx.arg(0)) }
-}
-
-#[inline(always)]
-unsafe fn woken(task: Object) -> i32 {
-    // SAFETY: `task` is the tracepoint's task.
-    unsafe {
-        // A task woken before it left its CPU never waits.
-        // An int, or one byte of it since Linux 7.2.
-        let on_cpu: u8 = load(task, layout!(task_on_cpu));
-        let pid: u32 = load(task, layout!(task_pid));
-        if on_cpu == 0 && pid != 0 {
-            enqueue(task, pid, bpf_ktime_get_ns());
-        }
-    }
-    0
-}
-
-#[inline(always)]
-unsafe fn enqueue(task: Object, pid: u32, now: u64) {
-    // SAFETY: `task` is a tracepoint's task; the place is a map value, which lives for the program run.
-    unsafe {
-        let row = row(task_cgroup(task));
-        if row == NO_ROW {
-            return;
-        }
-        let Some(place) = place(pid) else {
-            lost(loss::WAITING);
-            return;
-        };
-        let before = (*place).task;
-        if before != 0 && !Waiting::is_of(before, pid) {
-            lost(loss::WAITING);
-        }
-        (*place).row = row;
-        (*place).task = Waiting::pack(pid, now);
-    }
-}
 
 /// The row of a cgroup; [`NO_ROW`] beyond the scope and when there is no room.
 #[inline(always)]
@@ -148,51 +105,105 @@ fn row_of(id: u64) -> u32 {
     unsafe { ROWS.get(&id).copied().unwrap_or(NO_ROW) }
 }
 
+/// Where [`DELAYS`] has a thread.
 #[inline(always)]
-fn place(pid: u32) -> Option<*mut Waiting> {
-    WAITING.get_ptr_mut(pid % WAITING_PLACES)
+fn place(pid: u32) -> Option<*mut u64> {
+    DELAYS.get_ptr_mut(pid % TASK_PLACES)
+}
+
+/// How long a task has waited by now, ns; none when it does not wait.
+#[inline(always)]
+unsafe fn waited(task: Object, pid: u32) -> Option<u64> {
+    // SAFETY: `task` is a task that the verifier knows; the place is one aligned word of a map.
+    unsafe {
+        let since: u64 = load(task, layout!(task_last_queued));
+        if since == 0 {
+            return None;
+        }
+        let cfs: Object = load(task, layout!(task_cfs_rq));
+        let queue: Object = load(cfs, layout!(cfs_rq_rq));
+        let now: u64 = load(queue, layout!(rq_clock));
+        let noted = *place(pid)?;
+        let before = if Delay::is_of(noted, pid) {
+            Delay::until(noted, load(task, layout!(task_run_delay)))
+        } else {
+            0
+        };
+        Some(now.saturating_sub(since) + before)
+    }
 }
 
 #[btf_tracepoint(function = "sched_switch")]
 pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
     // SAFETY: the tracepoint's arguments are (preempt, prev, next, …); map values live for the program run.
     unsafe {
-        let preempted: u64 = ctx.arg(0);
         let previous: Object = ctx.arg(1);
         let next: Object = ctx.arg(2);
         let cpu = bpf_get_smp_processor_id();
         if let Some(count) = SWITCHES.get_ptr_mut(cpu % SWITCHES_PLACES) {
             (*count)[0] += 1;
         }
-        let mut now = 0;
         let pid: u32 = load(previous, layout!(task_pid));
-        if pid != 0 {
-            // `__state` is 32 bits wide and `state` was a long whose low half holds every flag.
-            let state: u32 = load(previous, layout!(task_state));
-            if preempted & 1 != 0 || state == 0 {
-                now = bpf_ktime_get_ns();
-                enqueue(previous, pid, now);
-            }
+        if pid != 0
+            && let Some(place) = place(pid)
+        {
+            *place = Delay::pack(pid, load(previous, layout!(task_run_delay)));
         }
         let pid: u32 = load(next, layout!(task_pid));
         if pid == 0 {
             return 0;
         }
-        let Some(place) = place(pid) else {
+        let Some(waited) = waited(next, pid) else {
             return 0;
         };
-        let waiting = (*place).task;
-        if !Waiting::is_of(waiting, pid) {
+        let row = row(task_cgroup(next));
+        if row == NO_ROW {
             return 0;
         }
-        (*place).task = 0;
-        if now == 0 {
-            now = bpf_ktime_get_ns();
-        }
         let shard = cpu % RUN_QUEUE_SHARDS;
-        if let Some(latency) = RUN_QUEUE.get_ptr_mut((*place).row * RUN_QUEUE_SHARDS + shard) {
-            record(latency, Waiting::age(waiting, now));
+        if let Some(latency) = RUN_QUEUE.get_ptr_mut(row * RUN_QUEUE_SHARDS + shard) {
+            record(latency, waited);
         }
+    }
+    0
+}
+
+/// What an iterator over tasks is called with: `struct bpf_iter__task` of kernel/bpf/task_iter.c.
+#[repr(C)]
+pub struct TaskContext {
+    meta: Object,
+    task: Object,
+}
+
+/// Run on demand by the agent, for each task: writes down one that waits.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task")]
+pub extern "C" fn sched_waiting(ctx: *const TaskContext) -> i32 {
+    // SAFETY: the kernel passes the context; the verifier knows both pointers, and asks that the task is checked.
+    unsafe {
+        let task = core::ptr::read_volatile(&raw const (*ctx).task);
+        // After the last one.
+        if task.is_null() {
+            return 0;
+        }
+        let pid: u32 = load(task, layout!(task_pid));
+        let Some(age_ns) = waited(task, pid) else {
+            return 0;
+        };
+        let cgroup = task_cgroup(task);
+        if row(cgroup) == NO_ROW {
+            return 0;
+        }
+        let waiting = Waiting {
+            cgroup: cgroup_id(cgroup),
+            age_ns,
+        };
+        let meta = core::ptr::read_volatile(&raw const (*ctx).meta);
+        // `seq` is its first field.
+        let seq: *mut seq_file = load(meta, 0);
+        let length = size_of::<Waiting>() as u32;
+        // Where it finds no room, the kernel makes some and comes back to this task.
+        bpf_seq_write(seq, (&raw const waiting).cast(), length);
     }
     0
 }

@@ -41,6 +41,7 @@ const KIND_TYPEDEF: u32 = 8;
 const KIND_VOLATILE: u32 = 9;
 const KIND_CONST: u32 = 10;
 const KIND_RESTRICT: u32 = 11;
+const KIND_FUNC: u32 = 12;
 const KIND_FUNC_PROTO: u32 = 13;
 const KIND_VAR: u32 = 14;
 const KIND_DATASEC: u32 = 15;
@@ -158,23 +159,27 @@ impl KernelTypes {
         names.any(|known| known == name.as_bytes())
     }
 
-    /// BTF with the same type ids, of which only the tracepoints' types have a name and nothing has a body:
-    /// all that it takes to attach to a tracepoint, in a tenth of the memory once parsed.
+    /// BTF with the same type ids, of which only the types of tracepoints and iterators have a name and nothing has a
+    /// body: all that it takes to attach to them, in a tenth of the memory once parsed.
     ///
     /// # Errors
     /// [`BtfError::Malformed`].
-    pub fn tracepoints(&self) -> Result<Vec<u8>, BtfError> {
+    pub fn hooks(&self) -> Result<Vec<u8>, BtfError> {
         let (mut types, mut strings) = (Vec::new(), vec![0]);
         let mut end = 0;
         for &start in &self.starts[1..] {
             let ty = type_at(&self.data, start as usize)?;
             let name = self.string(ty.name);
-            let named = ty.kind == KIND_TYPEDEF && name.starts_with(b"btf_trace_");
+            let named = match ty.kind {
+                KIND_TYPEDEF => name.starts_with(b"btf_trace_"),
+                KIND_FUNC => name.starts_with(b"bpf_iter_"),
+                _ => false,
+            };
             let words = if named {
                 let at = strings.len() as u32;
                 strings.extend_from_slice(name);
                 strings.push(0);
-                [at, KIND_TYPEDEF << 24, 0]
+                [at, ty.kind << 24, 0]
             } else {
                 [0, KIND_FWD << 24, 0]
             };
@@ -375,6 +380,8 @@ mod tests {
         w.words(&[0, KIND_PTR << 24, 6]); // 7
         let trace = w.name("btf_trace_thing");
         w.words(&[trace, KIND_TYPEDEF << 24, 7]); // 8
+        let walk = w.name("bpf_iter_thing");
+        w.words(&[walk, KIND_FUNC << 24, 6]); // 9
         KernelTypes::parse(w.finish()).expect("well-formed")
     }
 
@@ -412,17 +419,16 @@ mod tests {
     }
 
     #[test]
-    fn tracepoints_alone_keep_their_type_ids() {
+    fn hooks_alone_keep_their_type_ids() {
         let types = example();
-        let alone = types.tracepoints().expect("well-formed");
+        let alone = types.hooks().expect("well-formed");
         assert!(aya::Btf::parse(&alone, aya::Endianness::default()).is_ok());
         let alone = KernelTypes::parse(alone).expect("BTF");
-        let last = alone.get(8).expect("its own id");
-        assert!(last.kind == KIND_TYPEDEF && alone.is_called(last.name, "btf_trace_thing"));
-        assert!(
-            alone.find(KIND_TYPEDEF, "alias").is_none(),
-            "it is no tracepoint"
-        );
+        let trace = alone.get(8).expect("its own id");
+        assert!(trace.kind == KIND_TYPEDEF && alone.is_called(trace.name, "btf_trace_thing"));
+        let walk = alone.get(9).expect("its own id");
+        assert!(walk.kind == KIND_FUNC && alone.is_called(walk.name, "bpf_iter_thing"));
+        assert!(alone.find(KIND_TYPEDEF, "alias").is_none(), "it is neither");
     }
 
     #[test]

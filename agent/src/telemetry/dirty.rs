@@ -8,7 +8,7 @@
 use super::btf::KernelTypes;
 use super::device::{self, Place};
 use super::kernel::mapped::Mapped;
-use super::kernel::{BTF_PATH, attach, chain, tracepoints};
+use super::kernel::{BTF_PATH, attach, chain, hooks};
 use super::layout::{self, Family};
 use crate::model::units::Bytes;
 use aya::{Ebpf, EbpfLoader};
@@ -270,7 +270,7 @@ fn load(root: &Path, watched: &Watched) -> Result<Ebpf, String> {
     if let Some((_, reason)) = missing.iter().find(|(family, _)| *family == Family::Watch) {
         return Err(reason.why.clone());
     }
-    let btf = tracepoints(&types)?;
+    let btf = hooks(&types)?;
     drop(types);
     let mut ebpf = EbpfLoader::new()
         .btf(None)

@@ -76,7 +76,7 @@ pub fn subject(per: Per, name: &str) -> Subject {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lifeboat_ebpf::{SLOTS, Waiting};
+    use lifeboat_ebpf::{Delay, SLOTS};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -121,21 +121,21 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_began_to_wait_after_the_clock_was_read_has_not_waited() {
-        let at = 50_000_000_000;
-        let waiting = |since| Waiting {
-            task: Waiting::pack(4_194_303, since),
-            row: 0,
-            padding: 0,
-        };
+    fn a_task_that_waits_longer_than_the_interval_counts_while_it_lasts() {
         let mut stats = RunQueueStats::default();
-        let age = |since| Waiting::age(waiting(since).task, at);
-        add_waiting(&mut stats, age(at + 3_000_000), SECOND);
+        add_waiting(&mut stats, 900_000_000, SECOND);
         assert_eq!((stats.waiting, stats.latency.count()), (1, 0));
-        add_waiting(&mut stats, age(at - 3_000_000_000), SECOND);
+        add_waiting(&mut stats, 3_000_000_000, SECOND);
         assert_eq!((stats.waiting, stats.latency.count()), (2, 1));
-        let age = Waiting::age(waiting(at - 3_000_000_000).task, at);
-        assert!((2_999_999_000..=3_000_001_000).contains(&age), "{age}");
-        assert!(Waiting::is_of(waiting(at).task, 4_194_303));
+    }
+
+    #[test]
+    fn what_a_task_waited_since_a_word_is_told_to_a_quarter_of_a_microsecond() {
+        let at = 50_000_000_000;
+        let word = Delay::pack(4_194_303, at);
+        assert!(Delay::is_of(word, 4_194_303) && !Delay::is_of(word, 4_194_302));
+        let more = Delay::until(word, at + 3_000_000_000);
+        assert!((2_999_999_700..=3_000_000_300).contains(&more), "{more}");
+        assert_eq!(Delay::until(word, at), 0);
     }
 }

@@ -18,7 +18,7 @@ use crate::model::telemetry::Disabled;
 use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{
-    BtfTracePoint, CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError,
+    BtfTracePoint, CgroupAttachMode, CgroupSock, CgroupSockAddr, Iter, Program, ProgramError,
     RawTracePointRunOptions, TestRun,
 };
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
@@ -46,6 +46,8 @@ enum Hook {
     Sampled,
     /// When the agent asks (`BPF_PROG_TEST_RUN`).
     OnDemand,
+    /// When the agent asks, for each task.
+    Tasks,
     /// When a socket of the scope's cgroups names a peer.
     SocketAddress,
     /// When a socket of the scope's cgroups ends.
@@ -54,9 +56,8 @@ enum Hook {
 
 /// A family runs when all of its programs do.
 const PROGRAMS: &[(Family, Hook, &str)] = &[
-    (Family::Sched, Hook::Sampled, sched::PROGRAMS[0]),
-    (Family::Sched, Hook::Sampled, sched::PROGRAMS[1]),
-    (Family::Sched, Hook::Sampled, sched::PROGRAMS[2]),
+    (Family::Sched, Hook::Sampled, sched::SWITCH),
+    (Family::Sched, Hook::Tasks, sched::WAITING),
     (Family::Births, Hook::Tracepoint, "cgroup_mkdir"),
     (Family::Block, Hook::Tracepoint, "block_rq_issue"),
     (Family::Block, Hook::Tracepoint, "block_rq_complete"),
@@ -134,7 +135,7 @@ impl Kernel {
             Err(why) => return nothing(disabled, why),
         };
         let (mut layout, missing) = layout::find(&types);
-        let btf = tracepoints(&types);
+        let btf = hooks(&types);
         drop(types);
         let btf = match btf {
             Ok(btf) => btf,
@@ -300,6 +301,7 @@ fn attach_family(
             Hook::Sampled => load(ebpf, btf, name, name).map(drop),
             Hook::OnDemand => program::<RawTracePoint>(ebpf, name)
                 .and_then(|program| program.load().map_err(|error| refused("load", &error))),
+            Hook::Tasks => load_for_tasks(ebpf, btf, name),
             Hook::SocketAddress => attach_to_cgroup::<CgroupSockAddr>(ebpf, cgroup, name),
             Hook::SocketEnd => attach_to_cgroup::<CgroupSock>(ebpf, cgroup, name),
         };
@@ -338,6 +340,13 @@ fn load<'e>(
         )
         .map_err(|error| refused("load", &error))?;
     Ok(program)
+}
+
+fn load_for_tasks(ebpf: &mut Ebpf, btf: &Btf, name: &str) -> Result<(), String> {
+    let program: &mut Iter = program(ebpf, name)?;
+    program
+        .load("task", btf)
+        .map_err(|error| refused("load", &error))
 }
 
 /// A program that runs for the tasks of a cgroup and of all below it.
@@ -461,12 +470,12 @@ pub fn allow_locked_memory() {
     }
 }
 
-/// What aya needs of the kernel's types to attach to tracepoints.
+/// What aya needs of the kernel's types to attach to tracepoints and iterators.
 ///
 /// # Errors
 /// They are malformed.
-pub fn tracepoints(types: &KernelTypes) -> Result<Btf, String> {
-    let data = types.tracepoints().map_err(|error| error.to_string())?;
+pub fn hooks(types: &KernelTypes) -> Result<Btf, String> {
+    let data = types.hooks().map_err(|error| error.to_string())?;
     Btf::parse(&data, aya::Endianness::default())
         .map_err(|error| format!("the kernel's BTF cannot be used: {error}"))
 }
@@ -557,46 +566,118 @@ mod tests {
         });
     }
 
+    /// A thread that spins until it is told to end.
+    struct Busy(Arc<AtomicBool>, Option<std::thread::JoinHandle<()>>);
+
+    impl Busy {
+        fn spin(first: impl FnOnce() + Send + 'static) -> Self {
+            let over = Arc::new(AtomicBool::new(false));
+            let told = over.clone();
+            let thread = std::thread::spawn(move || {
+                first();
+                while !told.load(Ordering::Relaxed) {}
+            });
+            Self(over, Some(thread))
+        }
+    }
+
+    impl Drop for Busy {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+            if let Some(thread) = self.1.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+
     #[test]
-    fn detached_programs_see_nothing_and_nobody_who_waited_before_a_window_counts_in_it() {
+    fn a_detached_program_sees_no_switches_and_who_waits_is_told_all_the_same() {
         let Some(mut kernel) = kernel(&[]) else {
             return;
         };
         // More than there are CPUs, so that at any time some wait.
-        let busy = Arc::new(AtomicBool::new(true));
-        let crowd: Vec<_> = (0..12)
-            .map(|_| {
-                let busy = busy.clone();
-                std::thread::spawn(move || while busy.load(Ordering::Relaxed) {})
-            })
-            .collect();
-        let now = crate::telemetry::ports::monotonic_ns;
-        until("some wait", || kernel.waiting(now()).len() > 4);
+        let _crowd: Vec<Busy> = (0..12).map(|_| Busy::spin(|| ())).collect();
+        let waiting = |kernel: &mut Kernel| kernel.waiting().expect("the tasks can be walked");
+        until("some wait", || waiting(&mut kernel).len() > 4);
         let (mut attaching, mut detaching) = (Duration::ZERO, Duration::ZERO);
         for _ in 0..5 {
             let start = Instant::now();
-            kernel.detach_sched(now());
+            kernel.detach_sched();
             detaching = detaching.max(start.elapsed());
-            let (switches, left) = (kernel.switches(), kernel.waiting(now()));
+            let switches = kernel.switches();
             std::thread::sleep(Duration::from_millis(100));
             assert_eq!(kernel.switches(), switches, "detached");
-            assert_eq!(kernel.waiting(now()), left, "who waited at the end stays");
-            let begun = now();
-            kernel.attach_sched().expect("this kernel attaches them");
-            attaching = attaching.max(Duration::from_nanos(now() - begun));
+            until("some wait", || waiting(&mut kernel).len() > 4);
+            let start = Instant::now();
+            kernel.attach_sched().expect("this kernel attaches it");
+            attaching = attaching.max(start.elapsed());
             until("switches are seen again", || kernel.switches() > switches);
-            until("some wait", || kernel.waiting(now()).len() > 4);
-            let end = now();
-            for (_, age_ns) in kernel.waiting(end) {
-                // The words have a resolution of 256 ns.
-                assert!(age_ns <= end - begun + 512, "{age_ns} ns");
-            }
         }
-        busy.store(false, Ordering::Relaxed);
-        for thread in crowd {
-            thread.join().expect("it ends");
-        }
-        println!("at most: attaching {attaching:?}, detaching {detaching:?}");
+        let start = Instant::now();
+        let waits = waiting(&mut kernel);
+        println!(
+            "at most: attaching {attaching:?}, detaching {detaching:?}; the walk {:?}",
+            start.elapsed()
+        );
+        let minute = Duration::from_secs(60).as_nanos();
+        assert!(
+            waits.iter().all(|(_, age_ns)| u128::from(*age_ns) < minute),
+            "{waits:?}"
+        );
+    }
+
+    #[test]
+    fn who_is_moved_to_another_cpu_while_he_waits_has_waited_from_the_beginning() {
+        let Some(mut kernel) = kernel(&[]) else {
+            return;
+        };
+        let cpus = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)).expect("known");
+        let mut cpus =
+            (0..nix::sched::CpuSet::count()).filter(|&cpu| cpus.is_set(cpu).unwrap_or(false));
+        let (Some(first), Some(second)) = (cpus.next(), cpus.next()) else {
+            println!("not run: it needs two CPUs");
+            return;
+        };
+        let keep_to = |thread: i32, cpu| {
+            let mut set = nix::sched::CpuSet::new();
+            set.set(cpu).expect("a CPU");
+            nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(thread), &set)
+                .expect("its own");
+        };
+        // What has waited for so long.
+        let long = |kernel: &mut Kernel| -> u64 {
+            let counted = kernel.run_queue();
+            let slots = counted
+                .iter()
+                .flat_map(|(_, latency)| latency.slots.iter().enumerate());
+            let long =
+                slots.filter(|(slot, _)| lifeboat_ebpf::latency_from_ns(*slot) > 150_000_000);
+            long.map(|(_, count)| u64::from(*count)).sum()
+        };
+        let (said, told) = std::sync::mpsc::channel();
+        let (start, begins) = std::sync::mpsc::channel::<()>();
+        let waits = Busy::spin(move || {
+            keep_to(0, first);
+            said.send(nix::unistd::gettid().as_raw()).expect("heard");
+            begins.recv().expect("told");
+        });
+        let waiter = told.recv().expect("it says who it is");
+        // Nothing of ordinary priority runs there meanwhile.
+        let real_time = Busy::spin(move || {
+            keep_to(0, first);
+            let priority = libc::sched_param { sched_priority: 1 };
+            // SAFETY: the kernel reads the structure, which lives for the call.
+            let code =
+                unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const priority) };
+            assert_eq!(code, 0, "{}", std::io::Error::last_os_error());
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        let before = long(&mut kernel);
+        start.send(()).expect("it waits for that");
+        std::thread::sleep(Duration::from_millis(300));
+        keep_to(waiter, second);
+        until("its wait is counted whole", || long(&mut kernel) > before);
+        drop((waits, real_time));
     }
 
     #[test]
@@ -608,13 +689,14 @@ mod tests {
         let types = fs::read(Path::new("/").join(BTF_PATH)).expect("this kernel has BTF");
         let types = KernelTypes::parse(types).expect("well-formed");
         let (layout, _) = layout::find(&types);
-        let btf = tracepoints(&types).expect("well-formed");
+        let btf = hooks(&types).expect("well-formed");
         let mut ebpf = Kernel::load(PLAIN, &layout, &[]).expect("an object");
         for &(_, hook, name) in PROGRAMS {
             let loaded = match hook {
                 Hook::Tracepoint | Hook::Sampled => load(&mut ebpf, &btf, name, name).map(drop),
                 Hook::OnDemand => program::<RawTracePoint>(&mut ebpf, name)
                     .and_then(|program| program.load().map_err(|error| refused("load", &error))),
+                Hook::Tasks => load_for_tasks(&mut ebpf, &btf, name),
                 Hook::SocketAddress => program::<CgroupSockAddr>(&mut ebpf, name)
                     .and_then(|program| program.load().map_err(|error| refused("load", &error))),
                 Hook::SocketEnd => program::<CgroupSock>(&mut ebpf, name)
@@ -624,16 +706,46 @@ mod tests {
         }
     }
 
+    /// A process in a cgroup of its own that wakes all the time; both end when dropped.
+    struct Apart(std::process::Child, std::path::PathBuf);
+
+    impl Apart {
+        fn start(above: &Path) -> Self {
+            let cgroup = above.join(format!("lifeboat-apart-{}", std::process::id()));
+            fs::create_dir(&cgroup).expect("a cgroup");
+            let script = "echo $$ >\"$0/cgroup.procs\"; while :; do sleep 0.02; done";
+            let mut shell = std::process::Command::new("sh");
+            let shell = shell.args(["-c", script]).arg(&cgroup).spawn();
+            Self(shell.expect("a shell"), cgroup)
+        }
+    }
+
+    impl Drop for Apart {
+        fn drop(&mut self) {
+            let _ = fs::write(self.1.join("cgroup.kill"), "1");
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+            let end = Instant::now() + Duration::from_secs(5);
+            // What sleeps in it ends by itself.
+            while fs::remove_dir(&self.1).is_err() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
     #[test]
     fn a_map_that_is_too_small_is_counted_as_loss() {
-        let Some(kernel) = kernel(&[("FREE_ROWS", 1), ("WAITING", 1)]) else {
+        let Some(kernel) = kernel(&[("FREE_ROWS", 1)]) else {
             return;
         };
-        until("a task finds no room", || {
+        let mut places = CGROUP2.iter().map(Path::new);
+        let above = places.find(|path| scope::cgroup_id(path).is_ok());
+        let _apart = Apart::start(above.expect("the programs run"));
+        until("one of two cgroups finds no room", || {
             let losses = kernel.losses();
             losses
                 .iter()
-                .any(|loss| loss.map == "waiting" && loss.lost > 0)
+                .any(|loss| loss.map == "run-queue" && loss.lost > 0)
         });
     }
 }

@@ -76,7 +76,11 @@ const FIELDS: &[Field] = fields! {
     }
     &[Family::Sched] => {
         "task_struct.pid" => task_pid,
-        "task_struct.on_cpu" => task_on_cpu,
+        "task_struct.sched_info.last_queued" => task_last_queued,
+        "task_struct.sched_info.run_delay" => task_run_delay,
+        "task_struct.se.cfs_rq" => task_cfs_rq,
+        "cfs_rq.rq" => cfs_rq_rq,
+        "rq.clock" => rq_clock,
     }
     &[Family::Block, Family::WriteBack, Family::Trace] => {
         "task_struct.flags" => task_flags,
@@ -176,14 +180,6 @@ pub fn find(types: &KernelTypes) -> (Layout, Vec<(Family, Disabled)>) {
             }
             Err(_) => miss(Family::Ports, &error),
         },
-    }
-    // Renamed in Linux 5.14.
-    match types
-        .offset("task_struct.__state")
-        .or_else(|_| types.offset("task_struct.state"))
-    {
-        Ok(offset) => layout.task_state = offset,
-        Err(error) => miss(Family::Sched, &error),
     }
     // Ids until Linux 6.0, pointers since.
     match types.offset("cgroup.ancestors") {

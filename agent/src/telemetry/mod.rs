@@ -103,7 +103,8 @@ pub struct Telemetry {
     /// Switches, and when, at the last [`Self::judge_switches`] and the last [`Self::account`].
     judged: (u64, Instant),
     accounted: Instant,
-    queued: Queued,
+    /// Of the last sweep in which switches were seen, by cgroup2 id.
+    run_queues: HashMap<u64, Latencies>,
     block: block::Counters,
     /// Numbers of disks that programs serve.
     served: BTreeSet<u32>,
@@ -116,16 +117,6 @@ pub struct Telemetry {
     last_sweep: Instant,
     sweeps: u64,
     always_measured: bool,
-}
-
-/// What the scheduler programs saw when they were last attached.
-#[derive(Default)]
-struct Queued {
-    latency: HashMap<u64, Latencies>,
-    /// Who waits, and for how long, ns.
-    waiting: Vec<(u64, u64)>,
-    /// Waits longer than this are counted while they last.
-    interval: Duration,
 }
 
 /// What is read at once, and what is common to all of a sweep.
@@ -164,7 +155,7 @@ impl Telemetry {
             sampling: Sampling::default(),
             judged: (0, Instant::now()),
             accounted: Instant::now(),
-            queued: Queued::default(),
+            run_queues: HashMap::new(),
             block,
             served: BTreeSet::new(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
@@ -196,8 +187,8 @@ impl Telemetry {
         self.heard = heard;
     }
 
-    /// Waits until `end`, when the next sweep is due. On a host that switches tasks too often the scheduler programs
-    /// are attached only for the last part of this, and a little longer when somebody waits for long.
+    /// Waits until `end`, when the next sweep is due. On a host that switches tasks too often the scheduler's program
+    /// is attached only for the last part of this.
     pub fn rest(&mut self, end: Instant) {
         let left = || end.saturating_duration_since(Instant::now());
         if self.kernel.runs(Family::Sched) {
@@ -211,17 +202,7 @@ impl Telemetry {
                 Next::Window(window) => {
                     std::thread::sleep(left().saturating_sub(window));
                     self.attach_sched();
-                    let start = Instant::now();
                     std::thread::sleep(left());
-                    loop {
-                        let waiting = self.kernel.waiting(ports::monotonic_ns());
-                        let longest = waiting.into_iter().map(|(_, age_ns)| age_ns).max();
-                        let waited = Duration::from_nanos(longest.unwrap_or(0));
-                        let Some(more) = self.sampling.prolong(start.elapsed(), waited) else {
-                            break;
-                        };
-                        std::thread::sleep(more);
-                    }
                     self.judge_switches();
                 }
             }
@@ -232,24 +213,29 @@ impl Telemetry {
     fn attach_sched(&mut self) {
         self.account();
         if let Err(why) = self.kernel.attach_sched() {
-            let what = Family::Sched.name().to_owned();
-            tracing::warn!("telemetry: {what} is disabled: {why}");
-            self.disabled.push(Disabled { what, why });
+            self.without_sched(why);
         }
         self.judged = (self.kernel.switches(), Instant::now());
     }
 
-    /// Detaches the scheduler programs if they have seen too much since this was last asked.
+    fn without_sched(&mut self, why: String) {
+        let what = Family::Sched.name().to_owned();
+        tracing::warn!("telemetry: {what} is disabled: {why}");
+        self.kernel.end_sched();
+        self.disabled.push(Disabled { what, why });
+    }
+
+    /// Detaches the scheduler's program if it has seen too much since this was last asked.
     fn judge_switches(&mut self) {
         let now = (self.kernel.switches(), Instant::now());
         let (before, at) = std::mem::replace(&mut self.judged, now);
         if !self.sampling.look(now.0 - before, now.1 - at) {
             self.account();
-            self.kernel.detach_sched(ports::monotonic_ns());
+            self.kernel.detach_sched();
         }
     }
 
-    /// Notes for how long the scheduler programs were attached, or not.
+    /// Notes for how long the scheduler's program was attached, or not.
     fn account(&mut self) {
         let now = Instant::now();
         let time = now - std::mem::replace(&mut self.accounted, now);
@@ -459,34 +445,31 @@ impl Telemetry {
         if !self.kernel.runs(Family::Sched) {
             return None;
         }
+        let waiting = match self.kernel.waiting() {
+            Ok(waiting) => waiting,
+            Err(error) => {
+                self.without_sched(error.to_string());
+                return None;
+            }
+        };
         for (run_queue, _) in stats.values_mut() {
             *run_queue = Some(RunQueueStats::default());
         }
         self.account();
         if self.sampling.sweep() {
-            self.queued = Queued {
-                latency: self.counters.run_queue(now),
-                waiting: self.kernel.waiting(sweep.now_ns),
-                // Whoever waits at the end of a window is not seen to run.
-                interval: if self.kernel.sched_attached() {
-                    sweep.interval
-                } else {
-                    Duration::ZERO
-                },
-            };
+            self.run_queues = self.counters.run_queue(now);
         }
-        let queued = &self.queued;
         let mut host = RunQueueStats::default();
-        for (&cgroup, latency) in &queued.latency {
+        for (&cgroup, latency) in &self.run_queues {
             host.latency.merge(latency);
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
                 run_queue.latency.merge(latency);
             }
         }
-        for &(cgroup, age_ns) in &queued.waiting {
-            add_waiting(&mut host, age_ns, queued.interval);
+        for (cgroup, age_ns) in waiting {
+            add_waiting(&mut host, age_ns, sweep.interval);
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
-                add_waiting(run_queue, age_ns, queued.interval);
+                add_waiting(run_queue, age_ns, sweep.interval);
             }
         }
         for (name, (run_queue, _)) in stats {

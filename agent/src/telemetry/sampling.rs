@@ -1,40 +1,30 @@
-//! When the scheduler programs are attached: always on a calm host, in a window of every sweep on one that switches
-//! tasks so often that they would slow it down. Pure.
+//! When the scheduler's program is attached to switches: always on a calm host, in a window of every sweep on one that
+//! switches tasks so often that it would slow it down. Pure.
 //!
-//! Invariants: what they see, and so what they cost, is bounded by [`BUDGET`] whatever the host does, as long as nobody
-//! waits for long; every sweep has a window, so that no verdict is later than on a calm host; a burst is seen whole for
-//! at most [`LOOK_EVERY`] and the window that it falls into.
+//! Invariants: what it sees, and so what it costs, is bounded by [`BUDGET`] whatever the host does; every sweep has a
+//! window, so that no verdict is later than on a calm host; a burst is seen whole for at most [`LOOK_EVERY`] and the
+//! window that it falls into. A wait that ends in a window counts whole, whenever it began.
 
 use std::time::Duration;
 
-/// Switches a second that the programs may see. At 250 ns for a switch and the wake-up before it, that is 0.75 %
-/// of a core.
+/// Switches a second that it may see. At 150 ns each, that is 0.45 % of a core.
 pub const BUDGET: f64 = 30_000.0;
 
-/// Beyond this much of the budget the programs are detached, so that a host near it does not go to and fro.
+/// Beyond this much of the budget it is detached, so that a host near it does not go to and fro.
 const HEADROOM: f64 = 1.25;
 
 /// Shortest window.
 const SHORTEST: Duration = Duration::from_millis(20);
 
-/// A window at whose end somebody has waited for half of it goes on for up to so long. With the time between two sweeps
-/// it is less than the second that a verdict may be late.
-const PROLONGED: Duration = Duration::from_millis(80);
-
-/// When that was too short as well, the next sweep's is this long. Longer waits are seen only as that long.
-const LONGEST: Duration = Duration::from_millis(200);
-
-/// Between two looks at the number of switches while the programs are attached.
+/// Between two looks at the number of switches while it is attached.
 pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Whether the programs are attached, and what was seen.
+/// Whether it is attached, and what was seen.
 #[derive(Debug, Default)]
 pub struct Sampling {
-    /// Of each sweep; none while they are always attached.
+    /// Of each sweep; none while it is always attached.
     window: Option<Duration>,
-    /// Somebody still waited at the end of the window before, however long it became.
-    too_short: bool,
-    /// How long the programs were attached since the last look, and how long they were not.
+    /// How long it was attached since the last look, and how long it was not.
     attached: Duration,
     detached: Duration,
     /// Share of the time attached at the last look that found any.
@@ -44,9 +34,9 @@ pub struct Sampling {
 /// What to do until the next sweep.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Next {
-    /// Leave the programs attached.
+    /// Leave it attached.
     Always,
-    /// Attach them for this long at the end.
+    /// Attach it for this long at the end.
     Window(Duration),
 }
 
@@ -57,23 +47,10 @@ impl Sampling {
         let Some(window) = self.window else {
             return Next::Always;
         };
-        let wanted = if self.too_short {
-            window.max(LONGEST)
-        } else {
-            window
-        };
-        Next::Window(wanted.min(rest))
+        Next::Window(window.min(rest))
     }
 
-    /// For how much longer a window goes on that is as long as `window` by now and in which somebody has waited for
-    /// `waited` and waits still; none when it ends.
-    pub fn prolong(&mut self, window: Duration, waited: Duration) -> Option<Duration> {
-        self.too_short = waited >= window / 2;
-        let more = window.min(PROLONGED.saturating_sub(window));
-        (self.too_short && !more.is_zero()).then_some(more)
-    }
-
-    /// Takes in `switches` that were seen in `time`; true when the programs may stay attached.
+    /// Takes in `switches` that were seen in `time`; true when it may stay attached.
     pub fn look(&mut self, switches: u64, time: Duration) -> bool {
         let rate = switches as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE);
         let limit = if self.window.is_none() {
@@ -83,11 +60,10 @@ impl Sampling {
         };
         let window = || SHORTEST.max(Duration::from_secs(1).mul_f64(BUDGET / rate));
         self.window = (rate > limit).then(window);
-        self.too_short &= self.window.is_some();
         self.window.is_none()
     }
 
-    /// Time passed, with the programs attached or not.
+    /// Time passed, with it attached or not.
     pub fn passed(&mut self, attached: bool, time: Duration) {
         if attached {
             self.attached += time;
@@ -96,7 +72,7 @@ impl Sampling {
         }
     }
 
-    /// Begins a sweep: true when the programs were attached since the sweep before that saw them so.
+    /// Begins a sweep: true when it was attached since the sweep before that saw it so.
     pub fn sweep(&mut self) -> bool {
         if self.attached.is_zero() {
             return false;
@@ -108,7 +84,7 @@ impl Sampling {
         true
     }
 
-    /// Share of the time in which the programs were attached, 0–100; none when always.
+    /// Share of the time in which it was attached, 0–100; none when always.
     #[must_use]
     pub fn percent(&self) -> Option<f64> {
         self.share.map(|share| share * 100.0)
@@ -122,7 +98,7 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    /// One second: what was done, and whether the programs are attached after it.
+    /// One second: what was done.
     fn second(sampling: &mut Sampling, rate: f64) -> Next {
         let next = sampling.next(SECOND);
         let window = match next {
@@ -152,22 +128,6 @@ mod tests {
         second(&mut sampling, 100.0);
         assert_eq!(second(&mut sampling, 100.0), Next::Always);
         assert_eq!(sampling.percent(), None);
-    }
-
-    #[test]
-    fn a_window_goes_on_while_somebody_waits_and_the_next_is_longer_when_that_was_too_short() {
-        let mut sampling = Sampling::default();
-        second(&mut sampling, 600_000.0);
-        let ms = Duration::from_millis;
-        assert_eq!(sampling.prolong(ms(50), ms(10)), None);
-        assert_eq!(sampling.next(SECOND), Next::Window(ms(50)));
-        assert_eq!(sampling.prolong(ms(50), ms(25)), Some(ms(30)));
-        assert_eq!(sampling.prolong(ms(80), ms(55)), None);
-        assert_eq!(sampling.next(SECOND), Next::Window(LONGEST));
-        assert_eq!(sampling.prolong(LONGEST, ms(150)), None);
-        assert_eq!(sampling.next(SECOND), Next::Window(LONGEST));
-        assert_eq!(sampling.prolong(LONGEST, ms(90)), None);
-        assert_eq!(sampling.next(SECOND), Next::Window(ms(50)));
     }
 
     #[test]

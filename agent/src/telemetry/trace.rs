@@ -9,9 +9,7 @@ use super::cgroups::{Cgroups, owner};
 use super::device::{self, Place};
 use super::extents;
 use super::kernel::mapped::Mapped;
-use super::kernel::{
-    BTF_PATH, allow_locked_memory, attach, chain, find_scope, forbidden, tracepoints,
-};
+use super::kernel::{BTF_PATH, allow_locked_memory, attach, chain, find_scope, forbidden, hooks};
 use super::layout::{self, Family};
 use super::ports::Clock;
 use crate::model::container::Container;
@@ -325,7 +323,7 @@ fn load(root: &Path, cgroup: &Path, traced: &Traced) -> Result<Ebpf, String> {
     let data = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let types = KernelTypes::parse(data).map_err(|error| error.to_string())?;
     let (mut layout, missing) = layout::find(&types);
-    let btf = tracepoints(&types)?;
+    let btf = hooks(&types)?;
     drop(types);
     let missing = |family| {
         let mut missing = missing.iter();

@@ -17,11 +17,11 @@ macro_rules! catalogue {
 
 catalogue! {
     "sched.run_queue_latency_p50" Nanoseconds [Device Container]
-        "median wait between wake-up and running" from "kernel programs: sched_wakeup, sched_switch";
+        "median wait between wake-up and running" from "kernel programs: sched_switch";
     "sched.run_queue_latency_p99" Nanoseconds [Device Container]
-        "99th percentile of the wait between wake-up and running" from "kernel programs: sched_wakeup, sched_switch";
+        "99th percentile of the wait between wake-up and running" from "kernel programs: sched_switch";
     "sched.waiting" Count [Device Container]
-        "runnable tasks that wait for a CPU now" from "kernel programs: sched_wakeup, sched_switch";
+        "runnable tasks that wait for a CPU now" from "kernel programs: sched_waiting";
 
     "cpu.load1" Count [Device] "1-minute load average" from "/proc/loadavg";
     "cpu.load_per_core" Count [Device] "1-minute load average divided by online CPUs" from "/proc/loadavg, /proc/stat";

@@ -12,7 +12,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// Names of the maps of `LOSSES`, in the order of [`lifeboat_ebpf::loss`].
 const LOSSES: [&str; lifeboat_ebpf::loss::COUNT as usize] = [
-    "waiting",
     "run-queue",
     "in-flight",
     "block",

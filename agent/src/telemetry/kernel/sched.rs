@@ -1,38 +1,49 @@
-//! The scheduler programs: attaching them for a while, and reading their maps.
+//! The scheduler programs: attaching the one at switches for a while, reading its maps, and asking who waits.
 
 use super::mapped::{LATENCY_WORDS, Mapped, Rows, halves};
 use super::{Family, Kernel, program, refused};
 use aya::maps::{Array, MapData, Stack};
-use aya::programs::BtfTracePoint;
+use aya::programs::links::LinkError;
 use aya::programs::tp_btf::BtfTracePointLinkId;
-use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SWITCHES_WORDS, Waiting};
-use std::collections::{HashMap, HashSet};
+use aya::programs::{BtfTracePoint, Iter, ProgramError};
+use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SWITCHES_WORDS};
+use std::collections::HashSet;
+use std::io::Read;
 use std::sync::atomic::Ordering;
 
-/// In the order in which they are attached. What is noted as waiting must be taken out again when it runs, so
-/// the program that does so is attached first and detached last.
-pub(super) const PROGRAMS: [&str; 3] = ["sched_switch", "sched_wakeup", "sched_wakeup_new"];
+/// At every switch, while it is attached.
+pub(super) const SWITCH: &str = "sched_switch";
+/// For every task, when the agent asks who waits.
+pub(super) const WAITING: &str = "sched_waiting";
+
+/// Who waits cannot be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("the kernel does not say who waits for a CPU: {0}")]
+pub struct WalkError(String);
 
 /// The scheduler's maps in memory.
 pub struct RunQueues {
-    waiting: Mapped,
+    delays: Mapped,
     latency: Rows,
     switches: Mapped,
-    links: Vec<(&'static str, BtfTracePointLinkId)>,
-    /// While nothing is attached: who waited when that began.
-    left: Option<Vec<(u64, u64)>>,
+    link: Option<BtfTracePointLinkId>,
 }
 
 impl Kernel {
     /// Makes the maps ready for the programs, which take a row for each new cgroup.
     pub(super) fn prepare_sched(&mut self) -> Result<(), String> {
+        // Before Linux 5.13 a kernel could leave them out: then no process has been given a CPU.
+        let noted = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+        if noted.split_whitespace().nth(2) == Some("0") {
+            let why = "the kernel does not note how long tasks wait; it needs CONFIG_SCHEDSTATS, or CONFIG_TASK_DELAY_ACCT and `delayacct` on its command line";
+            return Err(why.to_owned());
+        }
         let map = |name| self.map(name).ok_or("it is not in the embedded object");
         self.run_queues = Some(RunQueues {
-            waiting: Mapped::writable(map("WAITING")?)?,
+            delays: Mapped::writable(map("DELAYS")?)?,
             latency: Rows::new(map("RUN_QUEUE")?, RUN_QUEUE_SHARDS)?,
             switches: Mapped::new(map("SWITCHES")?)?,
-            links: Vec::new(),
-            left: None,
+            link: None,
         });
         let mut free = self
             .free_rows()
@@ -69,70 +80,53 @@ impl Kernel {
             .collect()
     }
 
-    /// Attaches the programs, which then know of nobody who waits.
+    /// Attaches the program to switches.
     ///
     /// # Errors
-    /// What the kernel refuses; then none of them is attached.
+    /// What the kernel refuses.
     pub fn attach_sched(&mut self) -> Result<(), String> {
         let (Some(maps), Some(ebpf)) = (&mut self.run_queues, &mut self.ebpf) else {
             return Ok(());
         };
-        // Noted when they were attached before: who of them waits still, and since when, is not known.
-        let (places, _) = maps.waiting.words().as_chunks::<2>();
-        for [task, _] in places {
-            if task.load(Ordering::Relaxed) != 0 {
-                task.store(0, Ordering::Relaxed);
+        // How long tasks had waited when they left a CPU before it was detached: others have run since.
+        for delay in maps.delays.words() {
+            if delay.load(Ordering::Relaxed) != 0 {
+                delay.store(0, Ordering::Relaxed);
             }
         }
-        maps.left = None;
-        for name in PROGRAMS {
-            let attached = program::<BtfTracePoint>(ebpf, name)
-                .and_then(|program| program.attach().map_err(|error| refused("attach", &error)));
-            match attached {
-                Ok(link) => maps.links.push((name, link)),
-                Err(why) => {
-                    self.detach_sched(0);
-                    self.running.retain(|&family| family != Family::Sched);
-                    return Err(why);
-                }
-            }
-        }
+        let program = program::<BtfTracePoint>(ebpf, SWITCH)?;
+        let link = program
+            .attach()
+            .map_err(|error| refused("attach", &error))?;
+        maps.link = Some(link);
         Ok(())
     }
 
-    /// Whether the programs are attached.
+    /// Does without the scheduler's programs from now on.
+    pub fn end_sched(&mut self) {
+        self.detach_sched();
+        self.running.retain(|&family| family != Family::Sched);
+    }
+
+    /// Whether it is attached.
     #[must_use]
     pub fn sched_attached(&self) -> bool {
         let maps = self.run_queues.as_ref();
-        maps.is_some_and(|maps| !maps.links.is_empty())
+        maps.is_some_and(|maps| maps.link.is_some())
     }
 
-    /// Detaches the programs. Who waits at that moment is kept with his time so far at `now_ns` of the
-    /// monotonic clock.
-    pub fn detach_sched(&mut self, now_ns: u64) {
-        loop {
-            let Some(maps) = &mut self.run_queues else {
-                return;
-            };
-            let Some((name, link)) = maps.links.pop() else {
-                return;
-            };
-            if maps.links.is_empty() {
-                let left = self.waiting(now_ns);
-                if let Some(maps) = &mut self.run_queues {
-                    maps.left = Some(left);
-                }
-            }
-            if let Some(ebpf) = &mut self.ebpf
-                && let Ok(program) = program::<BtfTracePoint>(ebpf, name)
-            {
-                // It was attached by this link, which nobody else takes.
-                let _ = program.detach(link);
-            }
+    /// Detaches it.
+    pub fn detach_sched(&mut self) {
+        let link = self.run_queues.as_mut().and_then(|maps| maps.link.take());
+        if let (Some(link), Some(ebpf)) = (link, &mut self.ebpf)
+            && let Ok(program) = program::<BtfTracePoint>(ebpf, SWITCH)
+        {
+            // It was attached by this link, which nobody else takes.
+            let _ = program.detach(link);
         }
     }
 
-    /// Switches of all CPUs while the programs were attached, since the start.
+    /// Switches of all CPUs while the program was attached, since the start.
     #[must_use]
     pub fn switches(&self) -> u64 {
         let counts = self.run_queues.as_ref().map(|maps| maps.switches.words());
@@ -140,30 +134,31 @@ impl Kernel {
         counts.map(|count| count[0].load(Ordering::Relaxed)).sum()
     }
 
-    /// Tasks that wait for a CPU at `now_ns` of the monotonic clock, or waited when the programs were detached:
-    /// their cgroup2 ids and for how long, ns.
-    #[must_use]
-    pub fn waiting(&self, now_ns: u64) -> Vec<(u64, u64)> {
-        let Some(maps) = &self.run_queues else {
-            return Vec::new();
+    /// Tasks that wait for a CPU now: their cgroup2 ids and for how long, ns.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn waiting(&mut self) -> Result<Vec<(u64, u64)>, WalkError> {
+        let (Some(_), Some(ebpf)) = (&self.run_queues, &mut self.ebpf) else {
+            return Ok(Vec::new());
         };
-        if let Some(left) = &maps.left {
-            return left.clone();
-        }
-        let cgroups: HashMap<u32, u64> = self
-            .entries::<u64, u32>("ROWS")
-            .into_iter()
-            .map(|(cgroup, row)| (row, cgroup))
-            .collect();
-        let (places, _) = maps.waiting.words().as_chunks::<2>();
-        places
+        let program: &mut Iter = program(ebpf, WAITING).map_err(WalkError)?;
+        let walk = program.attach().and_then(|link| program.take_link(link));
+        let mut walk = walk
+            .map_err(|error: ProgramError| WalkError(super::chain(&error)))?
+            .into_file()
+            .map_err(|error: LinkError| WalkError(super::chain(&error)))?;
+        let mut bytes = Vec::new();
+        walk.read_to_end(&mut bytes)
+            .map_err(|error| WalkError(error.to_string()))?;
+        let (words, _) = bytes.as_chunks::<8>();
+        let (tasks, _) = words.as_chunks::<2>();
+        let word = |word: [u8; 8]| u64::from_ne_bytes(word);
+        // As `lifeboat_ebpf::Waiting` is laid out.
+        Ok(tasks
             .iter()
-            .filter_map(|[task, row]| {
-                let task = task.load(Ordering::Relaxed);
-                let row = row.load(Ordering::Relaxed) as u32;
-                (task != 0).then_some((*cgroups.get(&row)?, Waiting::age(task, now_ns)))
-            })
-            .collect()
+            .map(|&[cgroup, age_ns]| (word(cgroup), word(age_ns)))
+            .collect())
     }
 
     pub(super) fn forget_sched(&mut self, gone: &HashSet<u64>) {
