@@ -100,7 +100,7 @@ fn rows(snapshot: &Snapshot, names: &[String]) -> Vec<Row> {
                 available: values.iter().any(|value| value.ended.is_none()),
                 sampled_percent: snapshot
                     .watched_percent
-                    .filter(|_| metric.name.starts_with("sched.")),
+                    .filter(|_| metric.name.starts_with("sched.run_queue_latency")),
                 why_not: why_not.map(|one| one.why.clone()),
                 values,
             }
@@ -228,7 +228,7 @@ mod tests {
         let text = render(&rows);
         assert!(text.contains("1 of 3 metrics"), "{text}");
         assert!(text.contains("cpu.temperature_limit: the sensors here publish no limit"));
-        let sampled = super::rows(&snapshot, &["sched.waiting".to_owned()]);
+        let sampled = super::rows(&snapshot, &["sched.run_queue_latency_p99".to_owned()]);
         assert!(render(&sampled).contains("sched_switch, sampled 4 %"));
         let json = serde_json::to_value(&rows).expect("JSON");
         assert_eq!(json[0]["name"], "cpu.temperature");
