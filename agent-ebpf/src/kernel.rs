@@ -22,6 +22,7 @@ pub static LAYOUT: Layout = Layout {
     bio_has_disk: 0,
     request_has_disk: 0,
     task_pid: 0,
+    task_state: 0,
     task_last_queued: 0,
     task_run_delay: 0,
     task_cfs_rq: 0,

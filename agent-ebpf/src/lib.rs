@@ -94,11 +94,16 @@ impl Delay {
         word >> Self::TIME_BITS == pid as u64
     }
 
-    /// How much longer the word's thread has waited by now, ns.
+    /// How much longer the word's thread has waited by now, ns; nothing when it has waited less, because the word is of
+    /// another thread that had the same id.
     #[inline(always)]
     #[must_use]
     pub const fn until(word: u64, delay_ns: u64) -> u64 {
-        ((delay_ns >> Self::UNIT_SHIFT).wrapping_sub(word) & Self::TIME_MASK) << Self::UNIT_SHIFT
+        let more = (delay_ns >> Self::UNIT_SHIFT).wrapping_sub(word) & Self::TIME_MASK;
+        if more > Self::TIME_MASK / 2 {
+            return 0;
+        }
+        more << Self::UNIT_SHIFT
     }
 }
 
@@ -400,6 +405,8 @@ pub struct Layout {
     pub request_has_disk: u32,
     /// task_struct.pid
     pub task_pid: u32,
+    /// task_struct.__state, or .state before Linux 5.14
+    pub task_state: u32,
     /// task_struct.sched_info.last_queued
     pub task_last_queued: u32,
     /// task_struct.sched_info.run_delay

@@ -111,25 +111,29 @@ fn place(pid: u32) -> Option<*mut u64> {
     DELAYS.get_ptr_mut(pid % TASK_PLACES)
 }
 
-/// How long a task has waited by now, ns; none when it does not wait.
+/// Since when a task waits, by the clock of its run queue; 0 when it does not.
 #[inline(always)]
-unsafe fn waited(task: Object, pid: u32) -> Option<u64> {
-    // SAFETY: `task` is a task that the verifier knows; the place is one aligned word of a map.
+unsafe fn queued(task: Object) -> u64 {
+    // SAFETY: `task` is a task that the verifier knows.
+    unsafe { load(task, layout!(task_last_queued)) }
+}
+
+/// How long a task has waited by now that waits `since` then, ns.
+#[inline(always)]
+unsafe fn waited(task: Object, pid: u32, since: u64) -> u64 {
+    // SAFETY: as for `queued`; the place is one aligned word of a map.
     unsafe {
-        let since: u64 = load(task, layout!(task_last_queued));
-        if since == 0 {
-            return None;
-        }
         let cfs: Object = load(task, layout!(task_cfs_rq));
         let queue: Object = load(cfs, layout!(cfs_rq_rq));
         let now: u64 = load(queue, layout!(rq_clock));
-        let noted = *place(pid)?;
-        let before = if Delay::is_of(noted, pid) {
-            Delay::until(noted, load(task, layout!(task_run_delay)))
-        } else {
-            0
-        };
-        Some(now.saturating_sub(since) + before)
+        let mut before = 0;
+        if let Some(place) = place(pid) {
+            let noted = *place;
+            if Delay::is_of(noted, pid) {
+                before = Delay::until(noted, load(task, layout!(task_run_delay)));
+            }
+        }
+        now.saturating_sub(since) + before
     }
 }
 
@@ -153,16 +157,17 @@ pub fn sched_switch(ctx: BtfTracePointContext) -> i32 {
         if pid == 0 {
             return 0;
         }
-        let Some(waited) = waited(next, pid) else {
+        let since = queued(next);
+        if since == 0 {
             return 0;
-        };
+        }
         let row = row(task_cgroup(next));
         if row == NO_ROW {
             return 0;
         }
         let shard = cpu % RUN_QUEUE_SHARDS;
         if let Some(latency) = RUN_QUEUE.get_ptr_mut(row * RUN_QUEUE_SHARDS + shard) {
-            record(latency, waited);
+            record(latency, waited(next, pid, since));
         }
     }
     0
@@ -186,18 +191,22 @@ pub extern "C" fn sched_waiting(ctx: *const TaskContext) -> i32 {
         if task.is_null() {
             return 0;
         }
-        let pid: u32 = load(task, layout!(task_pid));
-        let Some(age_ns) = waited(task, pid) else {
-            return 0;
-        };
-        let cgroup = task_cgroup(task);
-        if row(cgroup) == NO_ROW {
+        // Since Linux 6.12 one that was moved after it had begun to sleep may look as if it waited.
+        let state: u32 = load(task, layout!(task_state));
+        let since = queued(task);
+        if state != 0 || since == 0 {
             return 0;
         }
-        let waiting = Waiting {
-            cgroup: cgroup_id(cgroup),
-            age_ns,
+        let Some(cgroup) = scoped_id(task_cgroup(task)) else {
+            return 0;
         };
+        let pid: u32 = load(task, layout!(task_pid));
+        let age_ns = waited(task, pid, since);
+        // It was moved or began to run meanwhile.
+        if queued(task) != since {
+            return 0;
+        }
+        let waiting = Waiting { cgroup, age_ns };
         let meta = core::ptr::read_volatile(&raw const (*ctx).meta);
         // `seq` is its first field.
         let seq: *mut seq_file = load(meta, 0);

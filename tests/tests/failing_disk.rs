@@ -220,7 +220,12 @@ fn what_the_disk_gave_up_before_stays_on_the_target_when_it_is_gone_and_the_sour
     let proof = crew.tell(SOURCE, &["verify", &plan])?;
     says(
         &proof,
-        &["agrees", "not read again", "kept/large", "bytes at offset"],
+        &[
+            "unread  ",
+            "not read again",
+            "kept/large",
+            "bytes at offset",
+        ],
     )
 }
 

@@ -185,7 +185,11 @@ pub fn verify(arguments: &Arguments, context: &Context) -> Outcome {
             };
             println!(
                 "{}  {}: released {} (epoch {}), received {} (owned from epoch {}), kept on the source {}",
-                if volume.agrees { "agrees " } else { "DIFFERS" },
+                match (volume.agrees, volume.incomparable) {
+                    (true, false) => "agrees ",
+                    (true, true) => "unread ",
+                    (false, _) => "DIFFERS",
+                },
                 volume.name,
                 shown(Some(volume.released)),
                 volume.released_epoch,

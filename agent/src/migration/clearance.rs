@@ -73,7 +73,10 @@ impl Move {
             self.plan.order = plan.order;
             self.plan.groups = plan.groups;
             self.plan.edges = plan.edges;
-            self.plan.fetch_orders = plan.fetch_orders;
+            // A word without traces takes none away.
+            if !plan.fetch_orders.is_empty() {
+                self.plan.fetch_orders = plan.fetch_orders;
+            }
             self.plan.notes = plan.notes;
             self.plan.choice = plan.choice;
             self.append(SourceEvent::GoesOn {

@@ -8,9 +8,10 @@ use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes of JSON that all fetch orders of a plan may take, about: 64 Ki ranges, of 4 GiB when no two are neighbours.
@@ -36,7 +37,15 @@ impl TraceUnusable {
 /// Reads the trace in a file.
 pub(super) fn read(path: &Path) -> Result<Trace, TraceUnusable> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|error| TraceUnusable::new(path, &error))?;
+    // A FIFO would be waited for.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|error| TraceUnusable::new(path, &error))?;
+    if !file.metadata().is_ok_and(|data| data.is_file()) {
+        return Err(TraceUnusable::new(path, &"it is no regular file"));
+    }
     file.take(MAX_TRACE as u64 + 1)
         .read_to_end(&mut bytes)
         .map_err(|error| TraceUnusable::new(path, &error))?;

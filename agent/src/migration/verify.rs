@@ -31,10 +31,13 @@ pub struct VolumeProof {
     pub received: Option<Signature>,
     /// Root of the source's kept data, read again now; none when it is gone.
     pub kept: Option<Signature>,
-    /// What the source's disk does not give up of its kept data any more; it is not compared then, if it differs.
+    /// What the source's disk does not give up of its kept data any more.
     #[serde(default)]
     pub unreadable: Vec<Unreadable>,
-    /// Whether all that exist agree.
+    /// The kept data differs, and may do so for what could not be read now or when it was sent: nothing is proven of it.
+    #[serde(default)]
+    pub incomparable: bool,
+    /// Whether all that exist and can be compared agree.
     pub agrees: bool,
 }
 
@@ -94,6 +97,15 @@ impl Delegator {
             _ => None,
         });
         let proven = proven.unwrap_or_default();
+        let lost = entries.iter().rev().find_map(|entry| match &entry.event {
+            SourceEvent::Final { volumes, .. } | SourceEvent::Round { volumes, .. } => {
+                let lost = volumes.iter();
+                let lost = lost.map(|volume| (volume.volume, volume.unreadable.clone()));
+                Some(lost.collect::<BTreeMap<_, _>>())
+            }
+            _ => None,
+        });
+        let lost = lost.unwrap_or_default();
         let (mut running, mut unfenced, mut faults) = (Vec::new(), Vec::new(), Vec::new());
         for planned in &plan.containers {
             let name = &planned.container.name;
@@ -124,7 +136,7 @@ impl Delegator {
             &plan,
             &release,
             &status,
-            (&kept, &proven),
+            &Found { kept, proven, lost },
             running,
             unfenced,
             faults,
@@ -190,11 +202,20 @@ impl Delegator {
 /// Root of what is kept, and what cannot be read of it.
 type Kept = (Signature, Vec<Unreadable>);
 
+/// What is known of volumes beside the release and the target's word.
+struct Found {
+    kept: BTreeMap<String, Kept>,
+    /// Roots of those that were switched first, once all of them had arrived.
+    proven: BTreeMap<VolumeId, Signature>,
+    /// What could not be read when they were last sent.
+    lost: BTreeMap<VolumeId, Vec<Unreadable>>,
+}
+
 fn judge(
     plan: &Plan,
     release: &Release,
     status: &TargetStatus,
-    (kept, proven): (&BTreeMap<String, Kept>, &BTreeMap<VolumeId, Signature>),
+    found: &Found,
     running_on_source: Vec<ContainerName>,
     unfenced: Vec<ContainerName>,
     mut faults: Vec<String>,
@@ -206,7 +227,7 @@ fn judge(
     let mut volumes = Vec::new();
     for released in &release.volumes {
         let owned = owns.and_then(|owns| owns.volumes.iter().find(|v| v.volume == released.volume));
-        let (kept, unreadable) = kept.get(&released.name).cloned().unzip();
+        let (kept, unreadable) = found.kept.get(&released.name).cloned().unzip();
         let unreadable: Vec<Unreadable> = unreadable.unwrap_or_default();
         let taken = owned.is_some_and(|owned| {
             owned.content == released.content && owned.epoch == released.epoch.next()
@@ -220,7 +241,7 @@ fn judge(
                 (root, received, Some(root))
             }
             Content::Later(list) => {
-                let received = proven.get(&released.volume).copied();
+                let received = found.proven.get(&released.volume).copied();
                 if received.is_none() {
                     faults.push(format!(
                         "volume {}: not all of it is on the target yet",
@@ -230,6 +251,10 @@ fn judge(
                 (list, received, received)
             }
         };
+        let differs = kept.is_some_and(|kept| Some(kept) != sent);
+        let lost = found.lost.get(&released.volume);
+        let lost = lost.map_or(&[][..], Vec::as_slice);
+        let incomparable = differs && may_differ(lost, &unreadable);
         let proof = VolumeProof {
             name: released.name.clone(),
             released_epoch: released.epoch,
@@ -237,9 +262,8 @@ fn judge(
             released: root,
             received,
             kept,
-            agrees: taken
-                && sent.is_some()
-                && (kept.is_none_or(|kept| Some(kept) == sent) || !unreadable.is_empty()),
+            agrees: taken && sent.is_some() && (!differs || incomparable),
+            incomparable,
             unreadable,
         };
         if !proof.agrees {
@@ -273,5 +297,55 @@ fn judge(
         running_on_source,
         unfenced,
         faults,
+    }
+}
+
+/// Whether kept data may differ from what was sent for what could not be read, `lost` then and `now`: what was sent as
+/// zeros and cannot be read now either is zeros here too.
+fn may_differ(lost: &[Unreadable], now: &[Unreadable]) -> bool {
+    let was_lost = |one: &Unreadable| {
+        let of_file = lost.iter().filter(|lost| lost.path == one.path);
+        let mut at = one.offset;
+        let mut named = false;
+        for lost in of_file.filter(|lost| lost.entry.is_none() || one.entry.is_some()) {
+            named = true;
+            if lost.offset <= at {
+                at = at.max(lost.range().end);
+            }
+        }
+        named && at >= one.range().end
+    };
+    let stays = |lost: &Unreadable| lost.kept || lost.entry.is_some();
+    !now.is_empty() && (lost.iter().any(stays) || !now.iter().all(was_lost))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lost(path: &str, bytes: std::ops::Range<u64>, kept: bool) -> Unreadable {
+        Unreadable {
+            path: path.to_owned(),
+            offset: bytes.start,
+            length: bytes.end - bytes.start,
+            entry: None,
+            kept,
+        }
+    }
+
+    #[test]
+    fn only_what_was_not_sent_as_the_same_zeros_is_an_excuse_for_a_difference() {
+        let sent = [lost("a", 0..4096, false), lost("a", 4096..8192, false)];
+        assert!(!may_differ(&sent, &[lost("a", 0..8192, false)]));
+        assert!(!may_differ(&sent, &[lost("a", 512..1024, false)]));
+        assert!(!may_differ(&sent, &[]), "all of it is read again");
+        assert!(
+            may_differ(&sent, &[lost("a", 4096..8704, false)]),
+            "more is lost now"
+        );
+        assert!(may_differ(&sent, &[lost("b", 0..4096, false)]));
+        assert!(may_differ(&[], &[lost("a", 0..1, false)]));
+        let kept = [lost("a", 0..4096, true)];
+        assert!(may_differ(&kept, &[lost("a", 0..4096, false)]));
     }
 }

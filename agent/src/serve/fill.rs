@@ -96,7 +96,8 @@ impl Fill {
             .map(|(origin, number)| (&*origin.path, number))
             .collect();
         for (path, bytes) in hot.ranges() {
-            if let Some(number) = by_path.get(path) {
+            let number = by_path.get(path);
+            if let Some(number) = number.filter(|number| !self.store.is_removed(**number)) {
                 let blocks = origins[*number as usize].blocks();
                 for block in bytes.start / BLOCK..bytes.end.div_ceil(BLOCK).min(blocks) {
                     self.ask(*number, block)?;
@@ -110,7 +111,16 @@ impl Fill {
         self.room(0)?;
         let mut whole = true;
         for number in 0..u32::try_from(origins.len()).unwrap_or(u32::MAX) {
-            whole &= self.settle(number);
+            while !self.settle(number) {
+                if self.store.is_whole(number) || self.store.figures().refused > 0 {
+                    whole = false;
+                    break;
+                }
+                // It had been removed, and somebody opened it just then: its pages are wanted.
+                self.file(number)?;
+                self.room(0)?;
+                std::thread::sleep(STEP);
+            }
         }
         Ok(whole)
     }
@@ -147,6 +157,9 @@ impl Fill {
     }
 
     fn ask(&self, number: u32, block: u64) -> Result<(), Stopped> {
+        if self.over.load(Ordering::Acquire) {
+            return Err(Stopped);
+        }
         // What is here already waits for nothing.
         if !self.store.lacks(number, block) {
             return Ok(());

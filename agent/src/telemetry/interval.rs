@@ -137,5 +137,6 @@ mod tests {
         let more = Delay::until(word, at + 3_000_000_000);
         assert!((2_999_999_700..=3_000_000_300).contains(&more), "{more}");
         assert_eq!(Delay::until(word, at), 0);
+        assert_eq!(Delay::until(word, 0), 0, "another thread of the same id");
     }
 }

@@ -181,6 +181,14 @@ pub fn find(types: &KernelTypes) -> (Layout, Vec<(Family, Disabled)>) {
             Err(_) => miss(Family::Ports, &error),
         },
     }
+    // Renamed in Linux 5.14.
+    match types
+        .offset("task_struct.__state")
+        .or_else(|_| types.offset("task_struct.state"))
+    {
+        Ok(offset) => layout.task_state = offset,
+        Err(error) => miss(Family::Sched, &error),
+    }
     // Ids until Linux 6.0, pointers since.
     match types.offset("cgroup.ancestors") {
         Ok(offset) => layout.cgroup_ancestors = offset,

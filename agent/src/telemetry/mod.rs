@@ -51,6 +51,12 @@ use std::time::{Duration, Instant};
 /// as the programs do.
 const MEASURED_SWEEP: u64 = 60;
 
+/// What asking all tasks whether they wait may take of a sweep: where it takes longer, it is asked more rarely.
+const WALK: Duration = Duration::from_millis(5);
+
+/// The metric of those who wait.
+const WAITING: &str = "sched.waiting";
+
 /// In one sweep of so many, free memory goes back to the kernel: reading the sockets of a crowded network namespace
 /// takes some MiB for a moment.
 const TIDIED_SWEEP: u64 = 10;
@@ -105,6 +111,10 @@ pub struct Telemetry {
     accounted: Instant,
     /// Of the last sweep in which switches were seen, by cgroup2 id.
     run_queues: HashMap<u64, Latencies>,
+    /// Who waited at the last walk over all tasks: cgroup2 ids, and for how long, ns; or why it failed.
+    waiting: Result<Vec<(u64, u64)>, String>,
+    /// The sweep of the next walk.
+    next_walk: u64,
     block: block::Counters,
     /// Numbers of disks that programs serve.
     served: BTreeSet<u32>,
@@ -146,6 +156,7 @@ impl Telemetry {
         counters.run_queue(&kernel.run_queue());
         let now_ns = ports::monotonic_ns();
         block.interval(&kernel.block(), &kernel.in_flight(), now_ns);
+        let judged = (kernel.switches(), Instant::now());
         Self {
             map_memory: kernel.map_memory(),
             kernel,
@@ -153,9 +164,11 @@ impl Telemetry {
             cgroups: Cgroups::new(config.cgroup.clone()),
             counters,
             sampling: Sampling::default(),
-            judged: (0, Instant::now()),
+            judged,
             accounted: Instant::now(),
             run_queues: HashMap::new(),
+            waiting: Ok(Vec::new()),
+            next_walk: 0,
             block,
             served: BTreeSet::new(),
             ports: Ports::remembering(std::mem::take(&mut config.remembered)),
@@ -216,6 +229,17 @@ impl Telemetry {
             self.without_sched(why);
         }
         self.judged = (self.kernel.switches(), Instant::now());
+    }
+
+    /// Asks who waits, so often that it takes at most [`WALK`] of a sweep.
+    fn walk(&mut self) {
+        if self.sweeps < self.next_walk {
+            return;
+        }
+        let start = Instant::now();
+        self.waiting = self.kernel.waiting().map_err(|error| error.to_string());
+        let rests = start.elapsed().as_micros() / WALK.as_micros();
+        self.next_walk = self.sweeps + 1 + u64::try_from(rests).unwrap_or(0);
     }
 
     fn without_sched(&mut self, why: String) {
@@ -323,6 +347,9 @@ impl Telemetry {
         stats.retain(|name, _| !ended.contains(name));
 
         let mut reading = self.host.read(containers, sweep.interval);
+        if let Err(why) = &self.waiting {
+            reading.absent(&[WAITING], why);
+        }
         links::read(&mut reading);
         sweep.values.extend(reading.values);
         let absent = self.absent(reading.absent, &sweep.values);
@@ -445,13 +472,7 @@ impl Telemetry {
         if !self.kernel.runs(Family::Sched) {
             return None;
         }
-        let waiting = match self.kernel.waiting() {
-            Ok(waiting) => waiting,
-            Err(error) => {
-                self.without_sched(error.to_string());
-                return None;
-            }
-        };
+        self.walk();
         for (run_queue, _) in stats.values_mut() {
             *run_queue = Some(RunQueueStats::default());
         }
@@ -466,22 +487,22 @@ impl Telemetry {
                 run_queue.latency.merge(latency);
             }
         }
-        for (cgroup, age_ns) in waiting {
+        for &(cgroup, age_ns) in self.waiting.iter().flatten() {
             add_waiting(&mut host, age_ns, sweep.interval);
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
                 add_waiting(run_queue, age_ns, sweep.interval);
             }
         }
+        let is_known = |(metric, ..): &Value| self.waiting.is_ok() || *metric != WAITING;
         for (name, (run_queue, _)) in stats {
             let subject = interval::subject(Per::Container, name.as_str());
             let values = run_queue
                 .iter()
                 .flat_map(|stats| run_queue_values(&subject, stats));
-            sweep.values.extend(values);
+            sweep.values.extend(values.filter(is_known));
         }
-        sweep
-            .values
-            .extend(run_queue_values(&Subject::device(), &host));
+        let values = run_queue_values(&Subject::device(), &host);
+        sweep.values.extend(values.into_iter().filter(is_known));
         Some(host)
     }
 

@@ -3,7 +3,8 @@
 //!
 //! Invariants: what it sees, and so what it costs, is bounded by [`BUDGET`] whatever the host does; every sweep has a
 //! window, so that no verdict is later than on a calm host; a burst is seen whole for at most [`LOOK_EVERY`] and the
-//! window that it falls into. A wait that ends in a window counts whole, whenever it began.
+//! window that it falls into. A wait that ends in a window counts from its beginning, or from when its task was moved to
+//! another CPU before the window.
 
 use std::time::Duration;
 

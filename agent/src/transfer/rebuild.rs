@@ -78,13 +78,13 @@ struct Building {
     fresh: bool,
 }
 
-/// Signatures of the blocks of a file that arrived, by chunks: they take memory by how many these are, and not by
-/// where in the file a peer says that they belong.
+/// Signatures of the blocks of a file that arrived, by chunks: they take memory by how many these are (half a KiB each
+/// at most), and not by where in the file a peer says that they belong.
 #[derive(Default)]
 struct Blocks(BTreeMap<u64, Box<[Option<Signature>]>>);
 
 /// Blocks of a chunk.
-const CHUNK: u64 = 512;
+const CHUNK: u64 = 16;
 
 impl Blocks {
     fn get(&self, index: u64) -> Option<Signature> {

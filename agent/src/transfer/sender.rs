@@ -411,7 +411,8 @@ impl Sender {
             block_size,
             held,
             lost: lost.map_or(&[], Vec::as_slice),
-            since: self.since,
+            // Before a volume's first complete epoch, what lies on the target may be anybody's.
+            since: self.since.filter(|_| self.lost.contains_key(&volume.id)),
             frozen,
             progress,
             outlet: &outlet,

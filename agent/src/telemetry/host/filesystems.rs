@@ -210,7 +210,10 @@ fn keeps_data(mount: &MountInfo) -> bool {
         .mount_source
         .as_ref()
         .is_some_and(|source| source.starts_with("/dev/"));
-    let image = matches!(mount.fs_type.as_str(), "squashfs" | "iso9660" | "erofs");
+    let image = matches!(
+        mount.fs_type.as_str(),
+        "squashfs" | "iso9660" | "erofs" | "cramfs" | "romfs"
+    );
     (backed && !image)
         || mount.fs_type == "zfs"
         || (mount.fs_type == "overlay" && mount.mount_point == Path::new("/"))

@@ -9,6 +9,7 @@ use aya::programs::{BtfTracePoint, Iter, ProgramError};
 use lifeboat_ebpf::{Latency, RUN_QUEUE_SHARDS, SWITCHES_WORDS};
 use std::collections::HashSet;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
 /// At every switch, while it is attached.
@@ -16,9 +17,12 @@ pub(super) const SWITCH: &str = "sched_switch";
 /// For every task, when the agent asks who waits.
 pub(super) const WAITING: &str = "sched_waiting";
 
+/// `PROC_PID_INIT_INO` of linux/proc_ns.h.
+const HOST_PID_NAMESPACE: u64 = 0xefff_fffc;
+
 /// Who waits cannot be asked.
 #[derive(Debug, thiserror::Error)]
-#[error("the kernel does not say who waits for a CPU: {0}")]
+#[error("it is not known who waits for a CPU: {0}")]
 pub struct WalkError(String);
 
 /// The scheduler's maps in memory.
@@ -88,12 +92,6 @@ impl Kernel {
         let (Some(maps), Some(ebpf)) = (&mut self.run_queues, &mut self.ebpf) else {
             return Ok(());
         };
-        // How long tasks had waited when they left a CPU before it was detached: others have run since.
-        for delay in maps.delays.words() {
-            if delay.load(Ordering::Relaxed) != 0 {
-                delay.store(0, Ordering::Relaxed);
-            }
-        }
         let program = program::<BtfTracePoint>(ebpf, SWITCH)?;
         let link = program
             .attach()
@@ -124,6 +122,13 @@ impl Kernel {
             // It was attached by this link, which nobody else takes.
             let _ = program.detach(link);
         }
+        // How long tasks had waited when they left a CPU: nobody notes when they do so again.
+        let maps = self.run_queues.iter();
+        for delay in maps.flat_map(|maps| maps.delays.words()) {
+            if delay.load(Ordering::Relaxed) != 0 {
+                delay.store(0, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Switches of all CPUs while the program was attached, since the start.
@@ -142,6 +147,12 @@ impl Kernel {
         let (Some(_), Some(ebpf)) = (&self.run_queues, &mut self.ebpf) else {
             return Ok(Vec::new());
         };
+        // The kernel walks the tasks of the namespace of whoever asks.
+        let namespace = std::fs::metadata("/proc/self/ns/pid").map(|data| data.ino());
+        if namespace.is_ok_and(|inode| inode != HOST_PID_NAMESPACE) {
+            let why = "the agent does not see the host's processes; run it in the host's PID namespace (`--pid=host`)";
+            return Err(WalkError(why.to_owned()));
+        }
         let program: &mut Iter = program(ebpf, WAITING).map_err(WalkError)?;
         let walk = program.attach().and_then(|link| program.take_link(link));
         let mut walk = walk

@@ -360,7 +360,8 @@ fn what_came_before_stays_also_when_an_end_begins_anew_and_what_is_zeros_or_youn
     };
 
     // The target begins anew, then the source, then both.
-    let mut after = sender().after(made, BTreeMap::new());
+    let nothing = || BTreeMap::from([(VolumeId(1), Vec::new())]);
+    let mut after = sender().after(made, nothing());
     for (epoch, previous) in [(2, Some(&state)), (3, None), (4, None)] {
         if epoch != 3 {
             bench.admit_target(&bench.target);
@@ -384,15 +385,16 @@ fn what_came_before_stays_also_when_an_end_begins_anew_and_what_is_zeros_or_youn
             entry: None,
             kept: false,
         };
-        let known = told.then(|| (VolumeId(1), vec![lost_before]));
-        let mut later = sender().after(made_now(), known.into_iter().collect());
+        let known = if told { vec![lost_before] } else { Vec::new() };
+        let mut later = sender().after(made_now(), BTreeMap::from([(VolumeId(1), known)]));
         let (_, report) = bench.send(&mut later, 5, None).unwrap();
         assert!(!lost(&report, "young") && is_there("young", &zeroed));
         assert!(lost(&report, "large") && is_there("large", &large.1));
     }
 
-    // Who does not know how old the plan is keeps nothing.
-    let (_, report) = bench.send(&mut sender(), 6, None).unwrap();
+    // Who has not yet brought all of the volume once keeps nothing: what lies there may be anybody's.
+    let mut first = sender().after(made_now(), BTreeMap::new());
+    let (_, report) = bench.send(&mut first, 6, None).unwrap();
     assert!(!lost(&report, "large") && !is_there("large", &large.1));
 }
 
