@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 use xtask::process::{is_root, output, wait_for};
+use xtask::soak::Chance;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a sync waits for the source.
@@ -326,30 +327,18 @@ fn sh(at: &Path, script: &str) -> Result<()> {
     output(Command::new("sh").args(["-ec", script]).current_dir(at)).map(drop)
 }
 
-/// Xorshift: the same sequence every time.
-struct Chance(u64);
+fn some_path(chance: &mut Chance, root: &Path) -> PathBuf {
+    let directory = ["", "d0", "d2", "d0/d1", "d3"][chance.below(5) as usize];
+    root.join(directory).join(format!("n{}", chance.below(7)))
+}
 
-impl Chance {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-
-    fn path(&mut self, root: &Path) -> PathBuf {
-        let directory = ["", "d0", "d2", "d0/d1", "d3"][self.below(5) as usize];
-        root.join(directory).join(format!("n{}", self.below(7)))
-    }
-
-    fn directory(&mut self, root: &Path) -> PathBuf {
-        root.join(["d0", "d2", "d0/d1", "d3", "d2/d1", "d0/d4"][self.below(6) as usize])
-    }
+fn some_directory(chance: &mut Chance, root: &Path) -> PathBuf {
+    root.join(["d0", "d2", "d0/d1", "d3", "d2/d1", "d0/d4"][chance.below(6) as usize])
 }
 
 /// One random change; one that cannot be is none.
 fn change(chance: &mut Chance, root: &Path, held: &mut Vec<File>) -> std::io::Result<()> {
-    let (path, other) = (chance.path(root), chance.path(root));
+    let (path, other) = (some_path(chance, root), some_path(chance, root));
     let (offset, length) = (chance.below(900_000), 1 + chance.below(150_000));
     let mut options = OpenOptions::new();
     options.read(true).write(true);
@@ -390,13 +379,13 @@ fn change(chance: &mut Chance, root: &Path, held: &mut Vec<File>) -> std::io::Re
             renameat2(AT_FDCWD, &path, AT_FDCWD, &other, flags)?;
         }
         13 => {
-            let (from, to) = (chance.directory(root), chance.directory(root));
+            let (from, to) = (some_directory(chance, root), some_directory(chance, root));
             renameat2(AT_FDCWD, &from, AT_FDCWD, &to, RenameFlags::empty())?;
         }
         14 => fs::hard_link(&path, &other)?,
         15 => fs::remove_file(&path)?,
-        16 => fs::create_dir(chance.directory(root))?,
-        17 => fs::remove_dir(chance.directory(root))?,
+        16 => fs::create_dir(some_directory(chance, root))?,
+        17 => fs::remove_dir(some_directory(chance, root))?,
         18 => std::os::unix::fs::symlink("d0/n0", &path)?,
         19 => nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o640))?,
         20 => fs::set_permissions(
@@ -445,7 +434,7 @@ fn random_changes_on_a_mount_written_over_the_old_tree_lead_to_the_same_tree() -
 impl Scene {
     fn change_at_random(&mut self, seed: u64) -> Result<()> {
         let root = self.place.mount();
-        let mut chance = Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut chance = Chance::new("mirrored", Some(seed));
         let mut held = Vec::new();
         let mut made = 0;
         for step in 0..600 {
