@@ -1,23 +1,29 @@
 //! The mirror of a served tree: what is written on the mount is on the source when a sync was answered, and the log
 //! written over the old tree makes it the new one, whoever is killed meanwhile.
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use lifeboat::model::ids::{PlanId, VolumeId};
-use lifeboat::serve::{Mirrored, Mount, Store};
+use lifeboat::model::trace::FetchOrder;
+use lifeboat::serve::{Filler, Mirrored, Mount, Store};
 use lifeboat::transfer::fetch::{FetchPlan, Grant};
 use lifeboat::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
-use lifeboat::volume::FleetKey;
 use lifeboat::volume::mirror::write_back;
+use lifeboat::volume::{BlockSize, FleetKey, scan};
 use lifeboat_tests::disk::{self, Disk};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
 use nix::sys::stat::Mode;
 use std::env;
 use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 use xtask::process::{is_root, output, wait_for};
 use xtask::soak::Chance;
@@ -108,7 +114,23 @@ fn act() -> Result<bool> {
         write_back(&place.log(), &place.0.join("copy"))?;
         return Ok(true);
     }
-    let addr: SocketAddr = env::var(DOOR)?.parse()?;
+    let store = open(&place.store(), env::var(DOOR)?.parse()?, false)?;
+    store.mirror(SYNC_PATIENCE)?;
+    let _mount = Mount::at(&place.mount(), store.clone(), false)?;
+    let parent = nix::unistd::getppid();
+    while nix::unistd::getppid() == parent {
+        let new = place.0.join("status.new");
+        // The disk may be full.
+        if fs::write(&new, serde_json::to_vec(&store.mirrored())?).is_ok() {
+            fs::rename(new, place.status())?;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(true)
+}
+
+/// The store in `directory` of what lies at the source whose data plane is at `addr`.
+fn open(directory: &Path, addr: SocketAddr, proves: bool) -> Result<Arc<Store>> {
     let plan = FetchPlan {
         plan: PlanId::from("plan"),
         volume: VolumeId(1),
@@ -123,27 +145,10 @@ fn act() -> Result<bool> {
             })
         }),
     };
-    let store = Store::open(
-        &place.store(),
-        "tree",
-        plan,
-        &options(),
-        SYNC_PATIENCE,
-        true,
-        false,
-    )?;
-    store.mirror(SYNC_PATIENCE)?;
-    let _mount = Mount::at(&place.mount(), store.clone(), false)?;
-    let parent = nix::unistd::getppid();
-    while nix::unistd::getppid() == parent {
-        let new = place.0.join("status.new");
-        // The disk may be full.
-        if fs::write(&new, serde_json::to_vec(&store.mirrored())?).is_ok() {
-            fs::rename(new, place.status())?;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(true)
+    let (options, patience) = (options(), SYNC_PATIENCE);
+    Ok(Store::open(
+        directory, "tree", plan, &options, patience, true, proves,
+    )?)
 }
 
 fn options() -> Options {
@@ -791,5 +796,358 @@ fn a_source_that_cannot_take_its_tree_back_says_why_and_does_once_it_can() -> Re
     refused(["`made`", "no space left on the source"])?;
     // Whatever it has done by then.
     sh(&tree, "rm ../filling")?;
+    scene.return_to(tree)
+}
+
+#[test]
+fn a_file_that_is_removed_by_one_and_made_by_another_can_be_opened_at_every_instant() -> Result<()>
+{
+    if act()? {
+        return Ok(());
+    }
+    let test = "a_file_that_is_removed_by_one_and_made_by_another_can_be_opened_at_every_instant";
+    let Some(scene) = Scene::up(test)? else {
+        return Ok(());
+    };
+    let (path, other) = (
+        scene.place.mount().join("d0/fought"),
+        scene.place.mount().join("other"),
+    );
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let removes = scope.spawn(|| {
+            let mut removed = 0;
+            while !over.load(Ordering::Relaxed) {
+                removed += u32::from(fs::remove_file(&path).is_ok());
+                fs::write(&other, b"other")?;
+                // Over whatever is there.
+                fs::rename(&other, &path)?;
+            }
+            Ok::<_, std::io::Error>(removed)
+        });
+        let mut made = Ok(());
+        for _ in 0..4000 {
+            made = made.and_then(|()| {
+                let mut options = OpenOptions::new();
+                let file = options.read(true).write(true).create(true).open(&path)?;
+                file.write_all_at(b"made", 0)?;
+                let mut there = [0; 4];
+                file.read_exact_at(&mut there, 0)?;
+                file.metadata().map(drop)
+            });
+        }
+        over.store(true, Ordering::Relaxed);
+        let removed = removes.join().map_err(|_| anyhow!("it panicked"))??;
+        made.context("while another process removed it")?;
+        println!("removed {removed} times");
+        ensure!(removed > 10, "nobody was in the way");
+        Ok(())
+    })?;
+    scene.all_is_mirrored()?;
+    scene.return_to_copy(0)
+}
+
+#[test]
+fn what_is_made_below_a_default_acl_keeps_its_set_id_bits_and_names_of_trusted_are_roots_alone()
+-> Result<()> {
+    if act()? {
+        return Ok(());
+    }
+    let Some(scene) = Scene::up(
+        "what_is_made_below_a_default_acl_keeps_its_set_id_bits_and_names_of_trusted_are_roots_alone",
+    )?
+    else {
+        return Ok(());
+    };
+    let (plain, mount) = (scene.place.0.join("copy"), scene.place.mount());
+    let mut modes = Vec::new();
+    for root in [&plain, &mount] {
+        let (file, directory) = (root.join("d2/file"), root.join("d2/directory"));
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o6755)
+            .open(&file)?;
+        fs::DirBuilder::new().mode(0o1777).create(&directory)?;
+        for path in [file, directory] {
+            modes.push(fs::metadata(&path)?.permissions().mode());
+            modes.push(output(Command::new("getfacl").arg("-c").arg(&path))?.len() as u32);
+        }
+    }
+    let (on_disk, mounted) = modes.split_at(4);
+    ensure!(
+        on_disk == mounted,
+        "{on_disk:?} on the disk, {mounted:?} on the mount"
+    );
+    ensure!(mounted[0] & 0o6000 == 0o6000, "{mounted:?}");
+
+    sh(&mount, "setfattr -n trusted.secret -v x n1")?;
+    let listed = |who: &str| {
+        let list = format!("setpriv --reuid {who} --clear-groups getfattr -m - n1");
+        output(Command::new("sh").args(["-ec", &list]).current_dir(&mount))
+    };
+    let (by_root, by_another) = (listed("0")?, listed("65534")?);
+    ensure!(by_root.contains("trusted.secret"), "{by_root}");
+    ensure!(
+        by_another.contains("user.a") && !by_another.contains("trusted"),
+        "{by_another}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_capability_that_finds_no_space_on_a_full_disk_is_there_again_once_there_is_some() -> Result<()>
+{
+    if act()? {
+        return Ok(());
+    }
+    let test = "a_capability_that_finds_no_space_on_a_full_disk_is_there_again_once_there_is_some";
+    let Some(disk) = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "capability", 64) else {
+        return Ok(());
+    };
+    // Every attribute takes a block of its own, which a write frees and takes.
+    disk::output(
+        "mkfs.ext4",
+        &["-q", "-b", "4096", "-I", "128", "-m", "0", disk.device()],
+    );
+    let on_disk = Path::new(&disk.mount()).join("store");
+    fs::create_dir(&on_disk)?;
+    // Blocks of equal attributes would be one.
+    let more = format!(
+        "ln -s {} ../store; for cap in raw admin; do head -c 4000 /dev/urandom >$cap
+         setcap cap_net_$cap+ep $cap; touch -d '2001-02-03 04:05:06 UTC' $cap; done",
+        on_disk.display()
+    );
+    let Some(mut scene) = Scene::up_with(test, &more)? else {
+        return Ok(());
+    };
+    let filling = disk.directory.join("mount/filling");
+    for (name, dies) in [("raw", false), ("admin", true)] {
+        let mut file = File::create(&filling)?;
+        wait_for("a full disk", PATIENCE, || {
+            // Until nothing more can be written, and what was has its place.
+            while file.write_all(&[7; 4096]).is_ok() {}
+            file.sync_all()?;
+            let free = nix::sys::statvfs::fstatvfs(&file)?.blocks_available();
+            Ok((free == 0).then_some(()))
+        })?;
+        drop(file);
+        let (mounted, data) = (
+            scene.place.mount().join(name),
+            scene.place.store().join("data").join(name),
+        );
+        let capability = || output(Command::new("getcap").arg(&data));
+        ensure!(fs::read(&mounted).is_err(), "the disk is not full");
+        ensure!(
+            capability()?.is_empty(),
+            "the disk had space for the capability"
+        );
+        fs::remove_file(&filling)?;
+        nix::unistd::syncfs(File::open(disk.directory.join("mount"))?)?;
+        if dies {
+            scene.kill_target()?;
+        } else {
+            ensure!(fs::read(&mounted)? == fs::read(scene.place.source().join(name))?);
+        }
+        ensure!(
+            capability()?.contains(&format!("cap_net_{name}")),
+            "{name} lost its capability"
+        );
+        ensure!(
+            fs::metadata(&data)?.modified()?
+                == fs::metadata(scene.place.source().join(name))?.modified()?,
+            "{name} has another time"
+        );
+    }
+    Ok(())
+}
+
+/// Lets all of a store come, again and again, until `done` says so.
+fn filled<T>(store: &Arc<Store>, mut done: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let mut filler = Filler::start(store, FetchOrder::default())?;
+    wait_for("what arrives", PATIENCE, || {
+        if filler.is_over() {
+            filler = Filler::start(store, FetchOrder::default())?;
+        }
+        done()
+    })
+}
+
+/// A source with a tree of two files, in a directory that is removed when it is dropped, and its data plane.
+fn small_source(name: &str) -> Result<Option<(Place, DataServer)>> {
+    if !is_root() {
+        println!("skipped: needs root for the file systems");
+        return Ok(None);
+    }
+    let place = Place(Path::new(env!("CARGO_TARGET_TMPDIR")).join(name));
+    place.clear();
+    fs::create_dir_all(place.source())?;
+    sh(
+        &place.source(),
+        "head -c 6000000 /dev/urandom >one; head -c 6000000 /dev/urandom >two",
+    )?;
+    let server = source(&place, None)?;
+    Ok(Some((place, server)))
+}
+
+fn root_of(tree: &Path) -> Result<lifeboat::model::ids::Signature> {
+    let (state, _) = scan(tree, &FleetKey([3; 32]), BlockSize::for_volume(0))?;
+    Ok(state.root)
+}
+
+#[test]
+fn what_the_targets_disk_did_not_take_is_not_proven_and_comes_again_in_the_hosts_next_life()
+-> Result<()> {
+    let Some((place, server)) = small_source("thin")? else {
+        return Ok(());
+    };
+    // A disk that says that it is larger than it is.
+    let below = place.log();
+    fs::create_dir(&below)?;
+    sh(&below, "mount -t tmpfs -o size=24m tmpfs .")?;
+    let Some(disk) = Disk::new(&below, "thin", 64) else {
+        return Ok(());
+    };
+    disk::output("mkfs.ext4", &["-q", "-O", "^has_journal", disk.device()]);
+    let directory = Path::new(&disk.mount()).join("store");
+    let store = open(&directory, server.addr(), true)?;
+    nix::unistd::syncfs(File::open(&directory)?)?;
+    let filling = below.join("filling");
+    sh(&below, "cat /dev/zero >filling 2>/dev/null || true")?;
+    let said = filled(&store, || Ok(store.unsafe_here()))?;
+    println!("{said}");
+    ensure!(
+        said.contains("could not be written back") && said.contains("volume tree"),
+        "{said}"
+    );
+    fs::remove_file(filling)?;
+    for store in [&store, &open(&directory, server.addr(), true)?] {
+        let filler = Filler::start(store, FetchOrder::default())?;
+        wait_for("the filler", PATIENCE, || {
+            Ok(filler.is_over().then_some(()))
+        })?;
+        let said = store.root().map_err(|error| error.to_string());
+        let said = said.err().context("it was proven")?;
+        ensure!(said.contains("could not be written back"), "{said}");
+        ensure!(!store.figures().detached);
+    }
+    drop(store);
+    for (name, at) in [
+        ("live", 8),
+        ("signatures", 0),
+        ("unsafe", 0),
+        ("arriving", 0),
+    ] {
+        let file = File::options().write(true).open(directory.join(name))?;
+        file.write_all_at(&[b'x'; 36], at)?;
+    }
+    let store = open(&directory, server.addr(), true)?;
+    ensure!(store.figures().absent > 0, "what was lost counts as here");
+    let root = filled(&store, || Ok(store.root()?))?;
+    ensure!(root == root_of(&place.source())?);
+    ensure!(root == root_of(&directory.join("data"))?);
+    drop((store, disk));
+    Ok(())
+}
+
+/// A btrfs at a path, of which quotas are counted; none where there can be none.
+fn counted(name: &str) -> Option<(Disk, PathBuf)> {
+    if !Command::new("mkfs.btrfs")
+        .arg("--version")
+        .output()
+        .is_ok_and(|done| done.status.success())
+    {
+        println!("not run: there is no mkfs.btrfs");
+        return None;
+    }
+    let disk = Disk::new(Path::new(env!("CARGO_TARGET_TMPDIR")), name, 256)?;
+    disk::output("mkfs.btrfs", &["-q", disk.device()]);
+    let at = disk.mount();
+    disk::output("btrfs", &["quota", "enable", &at]);
+    let limited = Path::new(&at).join("limited");
+    disk::output("btrfs", &["subvolume", "create", limited.to_str()?]);
+    Some((disk, limited))
+}
+
+fn limit(to: &str, directory: &Path) {
+    disk::output(
+        "btrfs",
+        &["qgroup", "limit", to, directory.to_str().expect("plain")],
+    );
+}
+
+#[test]
+fn a_quota_of_the_target_that_is_used_up_is_named_and_the_rest_arrives_once_it_is_raised()
+-> Result<()> {
+    let Some((place, server)) = small_source("quota-target")? else {
+        return Ok(());
+    };
+    let Some((_disk, limited)) = counted("quota-target") else {
+        return Ok(());
+    };
+    limit("8M", &limited);
+    let directory = limited.join("store");
+    let store = open(&directory, server.addr(), true)?;
+    let said = filled(&store, || Ok(store.unkept()))?;
+    println!("{said}");
+    ensure!(
+        said.contains("uota exceeded") && said.contains("volume tree"),
+        "{said}"
+    );
+    ensure!(store.root()?.is_none(), "it is proven");
+    limit("none", &limited);
+    let root = filled(&store, || Ok(store.root()?))?;
+    ensure!(store.unkept().is_none());
+    ensure!(root == root_of(&place.source())?);
+    ensure!(root == root_of(&directory.join("data"))?);
+    Ok(())
+}
+
+#[test]
+fn a_source_whose_quota_is_used_up_by_the_log_has_every_change_once_it_is_raised_and_takes_its_tree_back()
+-> Result<()> {
+    if act()? {
+        return Ok(());
+    }
+    let test = "a_source_whose_quota_is_used_up_by_the_log_has_every_change_once_it_is_raised_and_takes_its_tree_back";
+    let Some((_disk, limited)) = counted("quota-log") else {
+        return Ok(());
+    };
+    limit("2M", &limited);
+    let bind = format!("mkdir ../log; mount --bind {} ../log", limited.display());
+    let Some(scene) = Scene::up_with(test, &bind)? else {
+        return Ok(());
+    };
+    let file = File::create(scene.place.mount().join("made"))?;
+    for block in 0..8 {
+        file.write_all_at(&vec![7; 1 << 20], block << 20)?;
+    }
+    file.sync_all()?;
+    wait_for("the figures to say so", PATIENCE, || {
+        let said = scene.mirrored()?.unmirrored.unwrap_or_default();
+        Ok(said.contains("uota exceeded").then_some(()))
+    })?;
+    limit("none", &limited);
+    scene.all_is_mirrored()?;
+
+    // Its tree has a quota too.
+    let Some((_disk, tree)) = counted("quota-back") else {
+        return Ok(());
+    };
+    output(
+        Command::new("cp")
+            .arg("-a")
+            .args([&scene.place.0.join("copy/."), &tree]),
+    )?;
+    limit("4M", &tree);
+    let said = write_back(&scene.place.log(), &tree).map_err(|error| error.to_string());
+    let said = said.err().context("it was written back")?;
+    println!("{said}");
+    ensure!(
+        said.contains("`made`") && said.contains("the source's disk quota is used up"),
+        "{said}"
+    );
+    ensure!(!said.contains("target"), "{said}");
+    limit("none", &tree);
     scene.return_to(tree)
 }

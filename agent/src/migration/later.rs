@@ -140,7 +140,11 @@ impl Later {
             arrival.bytes += Bytes(figures.bytes);
             arrival.absent += Bytes(figures.absent);
             arrival.held += Bytes(figures.held);
-            let trouble = || live.store.unkept().or_else(|| live.store.doubted());
+            let trouble = || {
+                let store = &live.store;
+                let first = store.unsafe_here().or_else(|| store.unkept());
+                first.or_else(|| store.doubted())
+            };
             arrival.trouble = arrival.trouble.or_else(trouble);
             let mirrored = live.store.mirrored();
             let alone = mirrored.and_then(|mirrored| mirrored.unmirrored);
@@ -250,7 +254,7 @@ impl Target {
                 let unproven = later.roots.is_empty();
                 let live = later.live.values_mut();
                 let over = live.filter(|live| live.filler.as_ref().is_some_and(Filler::is_over));
-                for live in over.filter(|live| live.store.figures().refused > 0 && unproven) {
+                for live in over.filter(|live| live.store.is_unfinished() && unproven) {
                     match Filler::start(&live.store, FetchOrder::default()) {
                         Ok(filler) => live.filler = Some(filler),
                         Err(error) => later.trouble = Some(error.to_string()),
@@ -293,12 +297,13 @@ impl Target {
                         forget_cached(&place.path, &store.take_mended());
                     }
                 }
-                Ok::<_, io::Error>(roots)
+                Ok::<_, StoreError>(roots)
             });
-            let computed = computed.await.map_err(io::Error::other).flatten();
+            let computed = computed.await.map_err(|error| error.to_string());
+            let computed = computed.and_then(|roots| roots.map_err(|error| error.to_string()));
             self.later(&plan.id, |later| match computed {
                 Ok(roots) => later.roots = roots,
-                Err(error) => later.trouble = Some(error.to_string()),
+                Err(error) => later.trouble = Some(error),
             });
             tokio::time::sleep(LOOK).await;
         }

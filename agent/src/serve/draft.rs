@@ -123,7 +123,7 @@ impl Draft<'_> {
 
 /// Removes the index, and what an opened store knows of its blocks, which may have other numbers from now on.
 fn forget(directory: &Path) -> io::Result<()> {
-    for name in ["index", "durable", "live", "signatures"] {
+    for name in ["index", "durable", "live", "signatures", "inodes"] {
         match std::fs::remove_file(directory.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}

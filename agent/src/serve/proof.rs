@@ -30,6 +30,8 @@ pub(super) struct Proof {
     file: File,
     /// What was known before it was doubted, while it is.
     doubted: PathBuf,
+    /// The inode of each file that was let go of.
+    inodes: File,
     key: FleetKey,
 }
 
@@ -42,16 +44,17 @@ impl Proof {
         presence: &Presence,
     ) -> io::Result<Self> {
         let boot = boot_id()?;
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(directory.join("signatures"))?;
+        let open = |name| {
+            let mut options = OpenOptions::new();
+            options.create(true).truncate(false).read(true).write(true);
+            options.open(directory.join(name))
+        };
+        let file = open("signatures")?;
         let mut of = [0; 36];
         let proof = Self {
             file,
             doubted: directory.join("doubted"),
+            inodes: open("inodes")?,
             key,
         };
         if proof.file.read_at(&mut of, 0)? < of.len() || of != boot {
@@ -147,6 +150,19 @@ impl Proof {
     pub(super) fn note(&self, block: u64, signature: Signature) -> io::Result<()> {
         self.file
             .write_all_at(&kept(signature).0, START + block * 32)
+    }
+
+    /// Takes note of which inode a file is that nothing else will name.
+    pub(super) fn note_inode(&self, number: u32, inode: u64) -> io::Result<()> {
+        let at = u64::from(number) * 8;
+        self.inodes.write_all_at(&inode.to_le_bytes(), at)
+    }
+
+    /// Whether a file that was let go of is this inode; not known after the host's death, no.
+    pub(super) fn is_inode(&self, number: u32, inode: u64) -> io::Result<bool> {
+        let mut known = [0; 8];
+        crate::volume::scan::read_full(&self.inodes, &mut known, u64::from(number) * 8)?;
+        Ok(u64::from_le_bytes(known) == inode)
     }
 
     fn of(&self, origin: &Origin) -> io::Result<Vec<Option<Signature>>> {

@@ -8,6 +8,7 @@
 
 mod arrivals;
 mod doubt;
+mod durable;
 mod holes;
 mod looks;
 
@@ -113,6 +114,8 @@ pub struct Store {
     refused: AtomicU64,
     /// Why what arrived last could not be kept.
     unkept: Mutex<Option<String>>,
+    /// Why nothing more counts as durable in this life of the host.
+    unsafe_here: Mutex<Option<String>>,
     /// Its files may hold what an earlier copy left.
     reuses: bool,
 }
@@ -195,6 +198,7 @@ impl Store {
             kept.map_err(failed("keep the presence"))?;
         }
         let numbers = numbers(directory).map_err(failed("list the origins"))?;
+        let unsafe_here = durable::noted(directory).map_err(failed("read what failed before"))?;
         let notes = Notes::open(directory).map_err(failed("restore what arrived last"))?;
         let data = Confined::open(&directory.join("data"))
             .map_err(|error| failed("open the data")(error.into()))?;
@@ -231,6 +235,7 @@ impl Store {
             held_before: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             unkept: Mutex::default(),
+            unsafe_here: Mutex::new(unsafe_here),
             reuses: reuses(directory),
         });
         if !is_new {
@@ -292,15 +297,21 @@ impl Store {
     /// source for such signatures: to be called again.
     ///
     /// # Errors
-    /// The disk's error.
-    pub fn root(&self) -> io::Result<Option<Signature>> {
+    /// The disk here refuses what is kept for it.
+    pub fn root(&self) -> Result<Option<Signature>, StoreError> {
+        self.prove()
+            .map_err(failed("prove what arrived", &self.directory))
+    }
+
+    fn prove(&self) -> io::Result<Option<Signature>> {
         let Some(proof) = &self.proof else {
             return Ok(None);
         };
-        let count = u32::try_from(self.origins.len()).unwrap_or(u32::MAX);
-        // A file that was settled is whole or was removed.
-        let absent = |number: u32| !self.is_whole(number) && self.origin_path(number).exists();
-        if (0..count).any(absent) {
+        if let Some(why) = self.unsafe_here() {
+            return Err(io::Error::other(why));
+        }
+        // One that was is whole and durable, or was removed.
+        if !self.is_settled() {
             return Ok(None);
         }
         let lacking = proof.lacking(&self.origins)?;
@@ -630,26 +641,6 @@ impl Store {
         Ok(())
     }
 
-    /// Makes a file durable with the presence of its pages.
-    ///
-    /// # Errors
-    /// The disk's error.
-    pub fn sync(&self, file: &File, number: Option<u32>) -> io::Result<()> {
-        let origin = number.and_then(|number| self.origins.get(number as usize));
-        let soft = origin.map(|origin| {
-            let blocks = origin.first..origin.first + origin.blocks();
-            self.presence.soft(blocks)
-        });
-        file.sync_all()?;
-        let Some(soft) = soft.filter(|soft| !soft.is_empty()) else {
-            return Ok(());
-        };
-        if let Some(proof) = &self.proof {
-            proof.sync()?;
-        }
-        self.presence.harden(&soft)
-    }
-
     fn cut(&self, number: u32) -> &RwLock<()> {
         &self.cuts[number as usize % SHARDS]
     }
@@ -678,30 +669,6 @@ impl Store {
 
     fn origin_path(&self, number: u32) -> PathBuf {
         self.directory.join("origins").join(number.to_string())
-    }
-
-    /// Lets go of an origin that is whole and durable, or that has no name any more: it is a plain file then. False when
-    /// somebody opened one of these meanwhile.
-    ///
-    /// # Errors
-    /// It cannot be made durable, or its name among the origins cannot be removed.
-    pub(super) fn settle(&self, number: u32) -> io::Result<bool> {
-        let path = self.origin_path(number);
-        let file = match OpenOptions::new().read(true).write(true).open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-            Err(error) => return Err(error),
-        };
-        self.sync(&file, Some(number))?;
-        let inode = fstat(&file)?.st_ino;
-        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
-        if locked(&self.held).contains_key(&number) && !self.is_whole(number) {
-            return Ok(false);
-        }
-        std::fs::remove_file(&path)?;
-        locked(&self.open).remove(&number);
-        numbers.remove(&inode);
-        Ok(true)
     }
 
     /// Holds the origin that the open file with this inode number is, while pages of it may be absent: these are wanted

@@ -347,6 +347,7 @@ fn a_byte_that_is_not_the_sources_is_found_by_path_and_offset_and_fetched_again(
     bench.file("one", &random(1, 700_000));
     bench.file("two", &random(2, 300_000));
     bench.file("three", &random(3, 10));
+    bench.file("four", &random(4, 100_000));
     let store = bench.open_volume(VolumeId(1), LONG, true);
     let filler = Filler::start(&store, FetchOrder::default()).unwrap();
     wait("the filler", || filler.is_over());
@@ -385,8 +386,13 @@ fn a_byte_that_is_not_the_sources_is_found_by_path_and_offset_and_fetched_again(
 
     let two = served(&store, "two");
     store.write(&two.file, two.number, b"twin", 70_000).unwrap();
+    // What has the same bytes and took the place of what came is not that.
+    let copied = fs::read(data.join("four")).unwrap();
+    fs::write(data.join("new"), &copied).unwrap();
+    fs::rename(data.join("new"), data.join("four")).unwrap();
     flip(&bench, "two", 100_000);
     flip(&bench, "three", 5);
+    flip(&bench, "four", 5);
     assert!(store.doubt().unwrap());
     let root = proven();
     assert_ne!(root, Some(scanned(&bench.source)), "a block is not proven");
@@ -395,6 +401,8 @@ fn a_byte_that_is_not_the_sources_is_found_by_path_and_offset_and_fetched_again(
         told.contains("`two` at offset 65536") && told.contains("abort"),
         "{told}"
     );
+    assert!(told.contains("`four` at offset 0"), "{told}");
+    assert_eq!(fs::read(data.join("four")).unwrap(), copied);
     assert!(is_same("three"));
     assert_eq!(
         &fs::read(data.join("two")).unwrap()[70_000..70_004],

@@ -305,9 +305,11 @@ impl Filesystem for Calls {
         reply: ReplyCreate,
     ) {
         let exclusive = OFlag::from_bits_retain(flags).contains(OFlag::O_EXCL);
-        let created = self
-            .tree
-            .create(asker, (parent.0, name), (mode, umask), exclusive);
+        let create = || {
+            let (place, mode) = ((parent.0, name), (mode, umask));
+            self.tree.create(asker, place, mode, exclusive)
+        };
+        let created = self.tree.with_space(create);
         answer!(reply, created, (opened, (attributes, generation)) => {
             let generation = Generation(generation);
             let (handle, backing, flags) =
@@ -376,11 +378,12 @@ impl Filesystem for Calls {
             let write = move |data: &[u8]| {
                 let written = wanted
                     .map_or(Ok(()), |wanted| tree.store.wait(&wanted))
-                    .and_then(|()| tree.write(&handle, data, offset, strip));
-                match written {
-                    Ok(()) => reply.written(length),
-                    Err(error) => reply.error(error.into()),
-                }
+                    .map_err(|error| errno(&error))
+                    .and_then(|()| tree.with_space(|| {
+                        let written = tree.write(&handle, data, offset, strip);
+                        written.map_err(|error| errno(&error))
+                    }));
+                answer!(reply, written, () => reply.written(length));
             };
             if waits {
                 let data = data.to_vec();
@@ -525,10 +528,12 @@ impl Filesystem for Calls {
         answer!(reply, value, value => sized(reply, size, &value));
     }
 
-    fn listxattr(&self, _: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, asker: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        // xattr(7): nobody else sees that there are any. The kernel keeps their values, not their names.
+        let hides = |name: &[u8]| asker.uid() != 0 && name.starts_with(b"trusted.");
         let names = self.tree.at_path(inode.0, |path| {
             let mut names = Vec::new();
-            for name in xattr::list(path)? {
+            for name in xattr::list(path)?.filter(|name| !hides(name.as_bytes())) {
                 names.extend_from_slice(name.as_bytes());
                 names.push(0);
             }
@@ -556,7 +561,8 @@ impl Filesystem for Calls {
     ) {
         let tree = Arc::clone(&self.tree);
         self.pool.run(move || {
-            answer!(reply, tree.allocate(handle, offset, length, mode), () => reply.ok());
+            let allocate = || tree.allocate(handle, offset, length, mode);
+            answer!(reply, tree.with_space(allocate), () => reply.ok());
         });
     }
 

@@ -4,13 +4,18 @@
 //! A number that the disk gives to a new inode while the kernel still remembers the old one gets the next
 //! generation.
 
+use crate::serve::store::Held;
 use nix::errno::Errno;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 
 /// Number of the tree's own directory, to the kernel.
 pub(super) const ROOT: u64 = 1;
+
+/// A file with its origin, so that what is absent still comes when its name is removed.
+pub(super) type Opened = (File, Option<Held>);
 
 #[derive(Default)]
 struct Node {
@@ -24,12 +29,16 @@ struct Node {
 
 /// All known inodes.
 #[derive(Default)]
-pub(super) struct Nodes(HashMap<u64, Node>);
+pub(super) struct Nodes {
+    known: HashMap<u64, Node>,
+    /// The files of those without a name, for who found them before that and opens them now.
+    kept: HashMap<u64, Opened>,
+}
 
 impl Nodes {
     /// The kernel looked up `name` in `parent` and found `inode`; gives the inode's generation.
     pub(super) fn found(&mut self, parent: u64, name: &OsStr, inode: u64) -> u64 {
-        let node = self.0.entry(inode).or_default();
+        let node = self.known.entry(inode).or_default();
         node.lookups += 1;
         if std::mem::take(&mut node.gone) {
             node.names.clear();
@@ -42,18 +51,37 @@ impl Nodes {
         node.generation
     }
 
-    pub(super) fn forget(&mut self, inode: u64, lookups: u64) {
-        if let Some(node) = self.0.get_mut(&inode) {
-            node.lookups = node.lookups.saturating_sub(lookups);
-            if node.lookups == 0 {
-                self.0.remove(&inode);
-            }
+    /// Gives the file that nobody else has.
+    pub(super) fn forget(&mut self, inode: u64, lookups: u64) -> Option<Opened> {
+        let node = self.known.get_mut(&inode)?;
+        node.lookups = node.lookups.saturating_sub(lookups);
+        if node.lookups > 0 {
+            return None;
         }
+        self.known.remove(&inode);
+        self.kept.remove(&inode)
+    }
+
+    /// `inode` has no name any more, and this is its file.
+    pub(super) fn keep(&mut self, inode: u64, file: Opened) {
+        if self.known.contains_key(&inode) {
+            self.kept.insert(inode, file);
+        }
+    }
+
+    /// The file of an inode that has no name any more.
+    pub(super) fn kept(&self, inode: u64) -> Option<&File> {
+        self.kept.get(&inode).map(|(file, _)| file)
+    }
+
+    /// All of these, which nobody finds here any more.
+    pub(super) fn take_kept(&mut self) -> HashMap<u64, Opened> {
+        std::mem::take(&mut self.kept)
     }
 
     /// `inode` is not called `name` in `parent` any more; `gone`: nor anything else.
     pub(super) fn removed(&mut self, parent: u64, name: &OsStr, inode: u64, gone: bool) {
-        if let Some(node) = self.0.get_mut(&inode) {
+        if let Some(node) = self.known.get_mut(&inode) {
             node.names
                 .retain(|(at, known)| *at != parent || known != name);
             node.gone |= gone;
@@ -63,14 +91,14 @@ impl Nodes {
     /// `inode` has another name now.
     pub(super) fn moved(&mut self, inode: u64, from: (u64, &OsStr), to: (u64, &OsStr)) {
         self.removed(from.0, from.1, inode, false);
-        if let Some(node) = self.0.get_mut(&inode) {
+        if let Some(node) = self.known.get_mut(&inode) {
             node.names.push((to.0, to.1.to_owned()));
         }
     }
 
     /// A directory and name of an inode.
     pub(super) fn name(&self, inode: u64) -> Result<(u64, &OsStr), Errno> {
-        let name = self.0.get(&inode).and_then(|node| node.names.last());
+        let name = self.known.get(&inode).and_then(|node| node.names.last());
         let (parent, name) = name.ok_or(Errno::ESTALE)?;
         Ok((*parent, name))
     }

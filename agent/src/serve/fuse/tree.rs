@@ -5,7 +5,7 @@
 
 use super::convert::{encoded, kind, spec, system_time};
 use super::handles::{Handle, Handles, Listing};
-use super::nodes::{Nodes, ROOT};
+use super::nodes::{Nodes, Opened, ROOT};
 use crate::serve::mirror::{Intent, joined};
 use crate::serve::store::{Held, Store};
 use crate::volume::confined::{open_beneath, proc_path};
@@ -21,7 +21,7 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchown, fchownat, linkat, lse
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirEntryExt;
 use std::path::Path;
@@ -34,6 +34,8 @@ pub(super) struct Tree {
     read_only: bool,
     nodes: RwLock<Nodes>,
     handles: Mutex<Handles>,
+    /// Held for reading by who frees what a removed file took.
+    freeing: RwLock<()>,
     /// Path that [`Tree::other_name`] found last.
     other: Mutex<Option<Vec<u8>>>,
 }
@@ -61,6 +63,7 @@ impl Tree {
             read_only,
             nodes: RwLock::default(),
             handles: Mutex::default(),
+            freeing: RwLock::default(),
             other: Mutex::default(),
         }
     }
@@ -204,7 +207,28 @@ impl Tree {
     }
 
     pub(super) fn forget(&self, inode: u64, lookups: u64) {
-        self.change_nodes().forget(inode, lookups);
+        let _freeing = self.freeing.read().unwrap_or_else(PoisonError::into_inner);
+        // Apart from the nodes: it may be long.
+        let kept = self.change_nodes().forget(inode, lookups);
+        drop(kept);
+    }
+
+    /// Does `act`, once more after removed files were let go of where there was no space for it: who removes a file has
+    /// its space when that is answered.
+    pub(super) fn with_space<T>(
+        &self,
+        mut act: impl FnMut() -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let done = act();
+        if !matches!(done, Err(Errno::ENOSPC | Errno::EDQUOT)) {
+            return done;
+        }
+        {
+            let _freeing = self.freeing.write().unwrap_or_else(PoisonError::into_inner);
+            let kept = self.change_nodes().take_kept();
+            drop(kept);
+        }
+        act()
     }
 
     pub(super) fn attributes(&self, inode: u64) -> Result<FileAttr, Errno> {
@@ -213,10 +237,7 @@ impl Tree {
             fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)
         });
         let stat = match named {
-            Err(Errno::ESTALE) => {
-                let open = self.handles().of(inode).ok_or(Errno::ESTALE)?;
-                fstat(&open.file)?
-            }
+            Err(Errno::ESTALE) => fstat(self.unnamed(inode)?)?,
             named => named?,
         };
         Ok(self.described(&stat, inode))
@@ -306,16 +327,18 @@ impl Tree {
         let Some((mode, umask)) = mode else {
             return Ok(());
         };
-        // With a default ACL it has inherited the mode that the ACL leaves, and the umask counts for nothing.
+        let made = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        // With a default ACL it has inherited the mode that the ACL leaves, and the umask counts for nothing; set-id bits
+        // went with the old owner.
         let inherited = xattr::get(
             proc_path(directory.as_fd(), OsStr::new(".")),
             "system.posix_acl_default",
         );
-        if matches!(inherited, Ok(Some(_))) {
-            return Ok(());
-        }
-        let mut mode = Mode::from_bits_truncate(mode & 0o7777 & !umask);
-        let made = fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let bits = match inherited {
+            Ok(Some(_)) => made.st_mode & 0o777 | mode & 0o7000,
+            _ => mode & 0o7777 & !umask,
+        };
+        let mut mode = Mode::from_bits_truncate(bits);
         if inherits && kind(made.st_mode) == FileType::Directory {
             mode |= Mode::S_ISGID;
         }
@@ -338,29 +361,56 @@ impl Tree {
         })
     }
 
-    /// A file with its origin, so that what is absent still comes when its name is removed.
-    fn held(&self, file: File) -> Result<(File, Option<Held>), Errno> {
+    /// A file with its origin, which has a name or is held: without either it may have been let go of before it was whole.
+    fn held(&self, file: File) -> Result<Opened, Errno> {
         let held = self.store.hold(fstat(&file)?.st_ino);
-        // Without a name it may have been let go of before it was whole.
-        if held.is_none() && fstat(&file)?.st_nlink == 0 {
-            return Err(Errno::ENOENT);
-        }
         Ok((file, held))
     }
 
-    pub(super) fn open(&self, inode: u64) -> Result<(File, Option<Held>), Errno> {
-        let file = self.named(inode, |directory, name| self.open_in(directory, name))?;
-        self.held(file)
+    /// Opens a file; also one that just lost its last name, as the kernel does where the disk is its own.
+    pub(super) fn open(&self, inode: u64) -> Result<Opened, Errno> {
+        let named = self.named(inode, |directory, name| {
+            self.held(self.open_in(directory, name)?)
+        });
+        match named {
+            Err(Errno::ESTALE) => {
+                let nodes = self.nodes();
+                let kept = nodes.kept(inode).ok_or(Errno::ESTALE)?;
+                let anew = format!("/proc/self/fd/{}", kept.as_raw_fd());
+                let file = File::options().read(true).write(true).open(anew);
+                self.held(file.map_err(|error| errno(&error))?)
+            }
+            named => named,
+        }
     }
 
-    #[expect(clippy::type_complexity, reason = "what `create` answers with")]
+    /// The file of an inode that has no name any more.
+    fn unnamed(&self, inode: u64) -> Result<File, Errno> {
+        let open = self.handles().of(inode);
+        let file = match &open {
+            Some(open) => open.file.try_clone(),
+            None => {
+                let nodes = self.nodes();
+                nodes.kept(inode).ok_or(Errno::ESTALE)?.try_clone()
+            }
+        };
+        file.map_err(|error| errno(&error))
+    }
+
+    /// A file of which one name is removed now, if that is its last.
+    fn last_of(&self, directory: &OwnedFd, name: &OsStr, stat: &FileStat) -> Option<Opened> {
+        let is_file = kind(stat.st_mode) == FileType::RegularFile && self.is_last(stat);
+        let opened = is_file.then(|| self.open_in(directory.as_fd(), name).ok())?;
+        self.held(opened?).ok()
+    }
+
     pub(super) fn create(
         &self,
         asker: &Request,
         (parent, name): (u64, &OsStr),
         mode: (u32, u32),
         exclusive: bool,
-    ) -> Result<((File, Option<Held>), (FileAttr, u64)), Errno> {
+    ) -> Result<(Opened, (FileAttr, u64)), Errno> {
         let mut file = None;
         let make = |directory: &OwnedFd, mode| {
             let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR;
@@ -368,16 +418,19 @@ impl Tree {
             file = Some(File::from(made));
             Ok(())
         };
-        let entry = match self.made(asker, (parent, name), Some(mode), make) {
+        match self.made(asker, (parent, name), Some(mode), make) {
+            // The kernel lets nobody change the directory meanwhile.
             Err(Errno::EEXIST) if !exclusive && file.is_none() => {
-                let directory = self.directory(parent)?;
-                file = Some(self.open_in(directory.as_fd(), name)?);
-                self.entry_in(&directory, parent, name)?
+                let entry = self.entry(parent, name)?;
+                let opened = self.open(entry.0.ino.0)?;
+                Ok((opened, entry))
             }
-            made => made?,
-        };
-        let file = file.ok_or(Errno::EIO)?;
-        Ok((self.held(file)?, entry))
+            made => {
+                let entry = made?;
+                let file = file.ok_or(Errno::EIO)?;
+                Ok(((file, None), entry))
+            }
+        }
     }
 
     /// Sets what `setattr` asks for; `asker` is the user's number.
@@ -466,16 +519,16 @@ impl Tree {
             };
             match self.named(inode, set) {
                 Err(Errno::ESTALE) => {
-                    let open = self.handles().of(inode).ok_or(Errno::ESTALE)?;
+                    let file = self.unnamed(inode)?;
                     if uid.is_some() || gid.is_some() {
                         let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
-                        fchown(&open.file, uid, gid)?;
+                        fchown(&file, uid, gid)?;
                     }
                     if let Some(mode) = mode {
-                        fchmod(&open.file, Mode::from_bits_truncate(mode & 0o7777))?;
+                        fchmod(&file, Mode::from_bits_truncate(mode & 0o7777))?;
                     }
                     if atime.is_some() || mtime.is_some() {
-                        futimens(&open.file, &spec(atime), &spec(mtime))?;
+                        futimens(&file, &spec(atime), &spec(mtime))?;
                     }
                 }
                 set => set?,
@@ -563,8 +616,12 @@ impl Tree {
         let mut nodes = self.change_nodes();
         let directory = self.directory_in(&nodes, parent)?;
         let stat = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let last = self.last_of(&directory, name, &stat);
         unlinkat(&directory, name, flag)?;
         nodes.removed(parent, name, stat.st_ino, self.is_last(&stat));
+        if let Some(last) = last {
+            nodes.keep(stat.st_ino, last);
+        }
         Ok(())
     }
 
@@ -617,16 +674,24 @@ impl Tree {
         };
         let moved = stat(&old, from.1)?.st_ino;
         let replaced = stat(&new, to.1).ok();
+        let exchanges = flags.contains(RenameFlags::RENAME_EXCHANGE);
+        let last = replaced
+            .as_ref()
+            .filter(|stat| !exchanges && stat.st_ino != moved);
+        let last = last.and_then(|stat| self.last_of(&new, to.1, stat));
         let how = nix::fcntl::RenameFlags::from_bits_truncate(flags.bits());
         renameat2(&old, from.1, &new, to.1, how)?;
         match replaced {
             // Two names of one file: `rename` does nothing.
             Some(replaced) if replaced.st_ino == moved => return Ok(()),
-            Some(replaced) if flags.contains(RenameFlags::RENAME_EXCHANGE) => {
+            Some(replaced) if exchanges => {
                 nodes.moved(replaced.st_ino, to, from);
             }
             Some(replaced) => {
                 nodes.removed(to.0, to.1, replaced.st_ino, self.is_last(&replaced));
+                if let Some(last) = last {
+                    nodes.keep(replaced.st_ino, last);
+                }
             }
             None => {}
         }

@@ -7,13 +7,14 @@
 use super::looks::Looks;
 use super::{Mirror, Store, locked};
 use crate::model::ids::Signature;
-use crate::serve::origins::{StoreError, read_list};
+use crate::serve::origins::{Origin, StoreError, read_list};
 use crate::serve::proof::Proof;
 use crate::transfer::fetch::{BLOCK, Block, Class, Content, Fetcher, Place, Refusal};
 use crate::volume::Entry;
 use crate::volume::scan::read_full;
 use crate::volume::sign::signature;
 use crate::volume::tree::shown;
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, SFlag, fstat};
 use std::collections::HashMap;
@@ -36,6 +37,8 @@ pub(super) struct Doubt {
     open: HashMap<Place, Signature>,
     mended: Named,
     lost: Named,
+    /// What the disk here does not give up or take, each with its error.
+    refused: Named,
     rounds: u32,
     /// Paths of files that were written over since somebody asked.
     fresh: Vec<Arc<[u8]>>,
@@ -83,6 +86,7 @@ impl Store {
                 return Ok(false);
             }
             doubt.rounds += 1;
+            doubt.refused = Named::default();
         }
         let failed = |error| StoreError::File {
             doing: "compare with the source",
@@ -114,6 +118,7 @@ impl Store {
         let Doubt {
             mended,
             lost,
+            refused,
             changed,
             ..
         } = &*doubt;
@@ -128,6 +133,12 @@ impl Store {
             return Some(format!(
                 "volume {name}: the source has other bytes than it sent, and what is here was changed since: {lost}; \
                  look at these files, or `lifeboat abort` on the source brings everything back there"
+            ));
+        }
+        if !refused.0.is_empty() {
+            return Some(format!(
+                "volume {name}: the source has other bytes than it sent, and the disk here refuses them: {refused}; repair \
+                 the file system there, or `lifeboat abort` on the source brings everything back there"
             ));
         }
         let mended = Some(mended).filter(|mended| !mended.0.is_empty())?;
@@ -181,7 +192,7 @@ impl Store {
             }
         };
         let (path, offset) = (shown(&origin.path), place.block * BLOCK);
-        let written = self.write_over(place, came, bytes);
+        let written = self.write_over(proof, place, came, bytes);
         // What is not mended keeps the root another one.
         let signature = if written.is_ok() { said } else { came };
         let noted = proof.settle(origin.first + place.block, signature);
@@ -199,15 +210,48 @@ impl Store {
             }
             Err(error) => {
                 tracing::error!(volume = %self.name, %path, offset, "the source has other bytes than it sent; they are not fetched again: {error}");
-                doubt.lost.add(format!("`{path}` at offset {offset}"));
+                let block = format!("`{path}` at offset {offset}");
+                if is_refused(&error) {
+                    doubt.refused.add(format!("{block} ({error})"));
+                } else {
+                    doubt.lost.add(block);
+                }
             }
         }
         doubt.open.remove(&place);
         true
     }
 
+    /// The file of an origin: by its name among these, or at its path if it still is the one that was let go of.
+    fn same_file(&self, proof: &Proof, number: u32, origin: &Origin) -> io::Result<File> {
+        match File::options()
+            .read(true)
+            .write(true)
+            .open(self.origin_path(number))
+        {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            opened => return opened,
+        }
+        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK;
+        let opened = self.data.open_beneath(&origin.path, flags, Mode::empty());
+        let file = File::from(opened?);
+        let stat = fstat(&file)?;
+        let is_regular = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+        if is_regular && proof.is_inode(number, stat.st_ino)? {
+            Ok(file)
+        } else {
+            Err(io::Error::other("it is another file, or nobody can tell"))
+        }
+    }
+
     /// Writes the bytes over those that came before, if these are still here.
-    fn write_over(&self, place: Place, came: Signature, bytes: &[u8]) -> io::Result<()> {
+    fn write_over(
+        &self,
+        proof: &Proof,
+        place: Place,
+        came: Signature,
+        bytes: &[u8],
+    ) -> io::Result<()> {
         let Some(origin) = self.origins.get(place.file as usize) else {
             return Ok(());
         };
@@ -219,13 +263,7 @@ impl Store {
         let _turn = mirror.map(Mirror::turn);
         let cut = self.cut(place.file);
         let _cut = cut.write().unwrap_or_else(PoisonError::into_inner);
-        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK;
-        let opened = self.data.open_beneath(&origin.path, flags, Mode::empty());
-        let file = File::from(opened?);
-        let stat = fstat(&file)?;
-        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-            return Err(io::Error::other("it is another file"));
-        }
+        let file = self.same_file(proof, place.file, origin)?;
         let start = place.block * BLOCK;
         let mut here = vec![0; (origin.size - start).min(BLOCK) as usize];
         let length = read_full(&file, &mut here, start)?;
@@ -244,4 +282,11 @@ impl Store {
         looks.restore(&file)?;
         file.sync_all()
     }
+}
+
+/// Whether it is the disk that does not give up or take bytes, and not that the file has another name or none.
+fn is_refused(error: &io::Error) -> bool {
+    let elsewhere = [Errno::ENOENT, Errno::ENOTDIR, Errno::ELOOP, Errno::ENXIO];
+    let code = error.raw_os_error().map(Errno::from_raw);
+    code.is_some_and(|code| !elsewhere.contains(&code))
 }

@@ -2,26 +2,33 @@
 //!
 //! Invariants: what arrives has a file to itself until the file looks as before, so that neither a change of these made
 //! here is taken back nor anybody sees them in between; what will be restored is noted first, so that the next life of a
-//! killed process does it. Non-goal: a host that dies within an arrival.
+//! killed process does it. What cannot be restored, as on a full disk, is owed: until it is, nothing more arrives under the
+//! lock of its file, and who changed the file since has the last word. Non-goal: a host that dies within an arrival.
 
-use super::{SHARDS, Store};
+use super::{SHARDS, Store, locked};
 use crate::serve::presence::boot_id;
 use crate::volume::codec::{Malformed, Reader, put_short};
+use crate::volume::scan::read_full;
+use nix::errno::Errno;
 use nix::sys::stat::{fstat, futimens};
 use nix::sys::time::TimeSpec;
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
-use std::sync::{PoisonError, RwLockReadGuard};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError, RwLockReadGuard};
+use std::time::Duration;
 use xattr::FileExt as _;
 
 /// The attribute that the kernel removes at every write (capabilities(7)).
 const CAPABILITY: &str = "security.capability";
-/// Bytes of a note; the longest capability has 24.
+/// Bytes of a note: 39 beside the capability, of which the longest has 24.
 const NOTE: usize = 64;
 /// Bytes before the notes: the boot in which they were made.
 const HEAD: usize = 64;
+/// Longer than a tick of the kernel's coarse clock, by which it notes changes.
+const TICK: Duration = Duration::from_millis(20);
 
 /// How a file looks.
 pub(super) struct Looks {
@@ -32,81 +39,184 @@ pub(super) struct Looks {
 impl Looks {
     pub(super) fn of(file: &File) -> io::Result<Self> {
         let stat = fstat(file)?;
+        let capability = match file.get_xattr(CAPABILITY) {
+            // A file system without attributes.
+            Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => None,
+            capability => capability?,
+        };
         Ok(Self {
             modified: TimeSpec::new(stat.st_mtime, stat.st_mtime_nsec),
-            capability: file.get_xattr(CAPABILITY).unwrap_or_default(),
+            capability,
         })
     }
 
     pub(super) fn restore(&self, file: &File) -> io::Result<()> {
-        futimens(file, &TimeSpec::UTIME_OMIT, &self.modified)?;
-        match &self.capability {
-            Some(capability) => file.set_xattr(CAPABILITY, capability),
-            None => Ok(()),
+        // First, as it may find no space: the file is as it was found then.
+        if let Some(capability) = &self.capability {
+            file.set_xattr(CAPABILITY, capability)?;
         }
+        Ok(futimens(file, &TimeSpec::UTIME_OMIT, &self.modified)?)
     }
+}
 
-    fn encode(&self, number: u32) -> Vec<u8> {
-        let mut note = vec![1];
-        note.extend_from_slice(&number.to_le_bytes());
-        note.extend_from_slice(&self.modified.tv_sec().to_le_bytes());
-        note.extend_from_slice(&self.modified.tv_nsec().to_le_bytes());
-        put_short(&mut note, self.capability.as_deref().unwrap_or_default());
+/// How a file is to look again.
+struct Note {
+    /// Its number.
+    number: u32,
+    looks: Looks,
+    /// Its change time when that could not be done; none while something is being written to it.
+    owed: Option<TimeSpec>,
+}
+
+fn changed(file: &File) -> io::Result<TimeSpec> {
+    let stat = fstat(file)?;
+    Ok(TimeSpec::new(stat.st_ctime, stat.st_ctime_nsec))
+}
+
+impl Note {
+    fn encode(&self) -> Vec<u8> {
+        let time = |note: &mut Vec<u8>, time: &TimeSpec| {
+            note.extend_from_slice(&time.tv_sec().to_le_bytes());
+            note.extend_from_slice(&time.tv_nsec().to_le_bytes());
+        };
+        let mut note = vec![1 + u8::from(self.owed.is_some())];
+        note.extend_from_slice(&self.number.to_le_bytes());
+        time(&mut note, &self.looks.modified);
+        put_short(
+            &mut note,
+            self.looks.capability.as_deref().unwrap_or_default(),
+        );
+        if let Some(changed) = &self.owed {
+            time(&mut note, changed);
+        }
         note.resize(NOTE, 0);
         note
     }
 
-    fn decode(note: &[u8]) -> Result<Option<(u32, Self)>, Malformed> {
+    fn decode(note: &[u8]) -> Result<Option<Self>, Malformed> {
+        let time = |reader: &mut Reader<'_>| {
+            let seconds = i64::from_le_bytes(reader.array()?);
+            let nanoseconds = i64::from_le_bytes(reader.array()?);
+            Ok::<_, Malformed>(TimeSpec::new(seconds, nanoseconds))
+        };
         let mut reader = Reader::new(note);
-        if reader.u8()? == 0 {
+        let kind = reader.u8()?;
+        if kind == 0 {
             return Ok(None);
         }
         let number = reader.u32()?;
-        let seconds = i64::from_le_bytes(reader.array()?);
-        let modified = TimeSpec::new(seconds, i64::from_le_bytes(reader.array()?));
+        let modified = time(&mut reader)?;
         let capability = Some(reader.short()?.to_vec()).filter(|bytes| !bytes.is_empty());
-        let looks = Self {
-            modified,
-            capability,
-        };
-        Ok(Some((number, looks)))
+        let owed = (kind == 2).then(|| time(&mut reader)).transpose()?;
+        Ok(Some(Self {
+            number,
+            looks: Looks {
+                modified,
+                capability,
+            },
+            owed,
+        }))
     }
 }
 
 /// How files looked into which something is being written: one for each lock that keeps others away.
-pub(super) struct Notes(File);
+pub(super) struct Notes {
+    file: File,
+    /// The names of the files.
+    origins: PathBuf,
+    /// What is owed, by its place in the file.
+    owed: Mutex<HashMap<usize, Note>>,
+}
 
 impl Notes {
     /// Opens those of the store in `directory`, and restores the files in which the process before died.
     pub(super) fn open(directory: &Path) -> io::Result<Self> {
-        let (path, boot) = (directory.join("arriving"), boot_id()?);
-        match std::fs::read(&path) {
-            Ok(bytes) if bytes.starts_with(&boot) => {
-                for note in bytes.get(HEAD..).unwrap_or_default().chunks_exact(NOTE) {
-                    if let Ok(Some((number, looks))) = Looks::decode(note) {
-                        let file = directory.join("origins").join(number.to_string());
-                        match OpenOptions::new().write(true).open(file) {
-                            Ok(file) => looks.restore(&file)?,
-                            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                            Err(error) => return Err(error),
-                        }
-                    }
-                }
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            // Of another life of the host, in which the order of writes is unknown.
-            _ => {}
-        }
-        let file = File::create(path)?;
+        let boot = boot_id()?;
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(directory.join("arriving"))?;
+        let mut bytes = vec![0; HEAD + SHARDS * NOTE];
+        read_full(&file, &mut bytes, 0)?;
+        file.set_len(bytes.len() as u64)?;
         file.write_all_at(&boot, 0)?;
-        file.set_len((HEAD + SHARDS * NOTE) as u64)?;
-        Ok(Self(file))
+        let notes = Self {
+            file,
+            origins: directory.join("origins"),
+            owed: Mutex::default(),
+        };
+        for (place, note) in bytes[HEAD..].chunks_exact(NOTE).enumerate() {
+            let Ok(Some(note)) = Note::decode(note) else {
+                continue;
+            };
+            // Of another life of the host, in which the order of writes is unknown, only what is owed.
+            let counts = bytes.starts_with(&boot) || note.owed.is_some();
+            if counts && let Err(error) = notes.restore(&note) {
+                tracing::warn!(directory = %directory.display(), "a file looks as changed by its arrival until that can be mended: {error}");
+                notes.owe(note)?;
+                continue;
+            }
+            notes.write(place, &[0])?;
+        }
+        Ok(notes)
     }
 
-    fn write(&self, number: u32, note: &[u8]) -> io::Result<()> {
-        let at = HEAD + number as usize % SHARDS * NOTE;
-        self.0.write_all_at(note, at as u64)
+    fn write(&self, place: usize, note: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(note, (HEAD + place * NOTE) as u64)
     }
+
+    /// The file of a note; none when it is not needed any more.
+    fn file(&self, note: &Note) -> io::Result<Option<File>> {
+        let path = self.origins.join(note.number.to_string());
+        match OpenOptions::new().write(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            opened => opened.map(Some),
+        }
+    }
+
+    fn restore(&self, note: &Note) -> io::Result<()> {
+        let Some(file) = self.file(note)? else {
+            return Ok(());
+        };
+        match note.owed {
+            // What somebody did to it here stays.
+            Some(owed) if changed(&file)? != owed => Ok(()),
+            _ => note.looks.restore(&file),
+        }
+    }
+
+    /// Keeps what could not be restored, until it can. Nobody else uses the file meanwhile.
+    fn owe(&self, mut note: Note) -> io::Result<()> {
+        let Some(file) = self.file(&note)? else {
+            return Ok(());
+        };
+        // Who changes it from now on does so at another time.
+        std::thread::sleep(TICK);
+        note.owed = Some(changed(&file)?);
+        let (at, encoded) = (place(note.number), note.encode());
+        locked(&self.owed).insert(at, note);
+        self.write(at, &encoded)
+    }
+
+    /// Restores what is owed under the lock of a file.
+    fn settle(&self, number: u32) -> io::Result<()> {
+        let at = place(number);
+        let mut owed = locked(&self.owed);
+        let Some(note) = owed.get(&at) else {
+            return Ok(());
+        };
+        self.restore(note)?;
+        self.write(at, &[0])?;
+        owed.remove(&at);
+        Ok(())
+    }
+}
+
+/// Where the note of a file is: as that of every other which has its lock.
+fn place(number: u32) -> usize {
+    number as usize % SHARDS
 }
 
 impl Store {
@@ -126,11 +236,19 @@ impl Store {
         file: &File,
         act: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
-        let looks = Looks::of(file)?;
-        self.notes.write(number, &looks.encode(number))?;
+        self.notes.settle(number)?;
+        let note = Note {
+            number,
+            looks: Looks::of(file)?,
+            owed: None,
+        };
+        self.notes.write(place(number), &note.encode())?;
         let acted = act();
-        looks.restore(file)?;
-        self.notes.write(number, &[0])?;
+        if let Err(error) = note.looks.restore(file) {
+            self.notes.owe(note)?;
+            return acted.and(Err(error));
+        }
+        self.notes.write(place(number), &[0])?;
         acted
     }
 }

@@ -169,12 +169,10 @@ pub(super) fn keep(
         said.map_err(|error| error.to_string())
     };
     let durable = {
-        let log = lock(log);
+        let mut log = lock(log);
         if log.id() == id {
             // It was made durable when it was opened, and since then by who asked for it.
-            log.file()
-                .and_then(|file| file.sync_data())
-                .map(|()| log.last())
+            log.sync()
         } else {
             Err(std::io::Error::other("it keeps the log of another copy"))
         }
@@ -189,11 +187,7 @@ pub(super) fn keep(
         match next.map_err(|error| error.to_string())? {
             Incoming::Message(_, _, Message::Ping) => say(Message::Ping)?,
             Incoming::Message(_, _, Message::Fetch(Fetch::Sync)) => {
-                let synced = {
-                    let log = lock(log);
-                    log.file().map(|file| (file, log.last()))
-                };
-                let synced = synced.and_then(|(file, last)| file.sync_data().map(|()| last));
+                let synced = lock(log).sync();
                 match synced {
                     Ok(last) => say(Message::Fetch(Fetch::Mirrored(last)))?,
                     Err(error) => return say(Message::Fetch(Fetch::Refused(error.to_string()))),

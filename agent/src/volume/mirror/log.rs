@@ -97,6 +97,8 @@ pub struct Log {
     id: LogId,
     start: Mark,
     end: Mark,
+    /// Up to where it is known to be durable.
+    durable: Mark,
     /// Up to where there is space.
     reserved: u64,
     frame: Vec<u8>,
@@ -133,6 +135,7 @@ impl Log {
             id,
             start,
             end: start,
+            durable: start,
             reserved: 0,
             frame: Vec::new(),
         };
@@ -147,6 +150,7 @@ impl Log {
         log.end = at;
         log.file.set_len(at.offset)?;
         log.file.sync_all()?;
+        log.durable = at;
         Ok(log)
     }
 
@@ -167,6 +171,7 @@ impl Log {
             id: *id,
             start,
             end: start,
+            durable: start,
             reserved: 0,
             frame: Vec::new(),
         };
@@ -218,12 +223,26 @@ impl Log {
         self.end.offset - self.start.offset
     }
 
-    /// Its file, to make it durable without holding up who appends.
+    /// Makes it durable and gives the number of its last record. Where that fails only those records are in it that were
+    /// durable before: the kernel tells a failure once, and then takes what it lost for written.
     ///
     /// # Errors
-    /// No descriptor is left.
-    pub fn file(&self) -> io::Result<File> {
-        self.file.try_clone()
+    /// The disk's.
+    pub fn sync(&mut self) -> io::Result<u64> {
+        let synced = self.file.sync_data();
+        self.synced(synced)?;
+        Ok(self.last())
+    }
+
+    fn synced(&mut self, synced: io::Result<()>) -> io::Result<()> {
+        if synced.is_ok() {
+            self.durable = self.end;
+        } else if self.durable != self.end {
+            self.end = self.durable;
+            self.reserved = 0;
+            self.file.set_len(self.end.offset)?;
+        }
+        synced
     }
 
     /// Sees to it that there is space for so many bytes of content.
@@ -236,6 +255,7 @@ impl Log {
             return Ok(());
         }
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        let mut refused = Errno::ENOSPC;
         for to in [needed + AHEAD, needed] {
             let (mode, from) = (FallocateFlags::FALLOC_FL_KEEP_SIZE, self.end.offset);
             let reserve = || fallocate(&self.file, mode, signed(from), signed(to - from));
@@ -244,7 +264,7 @@ impl Log {
                 reserved = reserve();
             }
             match reserved {
-                Err(Errno::ENOSPC | Errno::EDQUOT) => {}
+                Err(error @ (Errno::ENOSPC | Errno::EDQUOT)) => refused = error,
                 // A file system that gives no space ahead has none to run out of before the data does.
                 _ => {
                     self.reserved = to;
@@ -252,7 +272,7 @@ impl Log {
                 }
             }
         }
-        Err(Errno::ENOSPC.into())
+        Err(refused.into())
     }
 
     /// Appends a record and gives its number.
@@ -388,6 +408,26 @@ mod tests {
     }
 
     #[test]
+    fn what_could_not_be_made_durable_is_not_in_a_log_any_more_and_is_appended_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut log = Log::open(&path, || Ok([7; 16])).unwrap();
+        log.append(b"one").unwrap();
+        assert_eq!(log.sync().unwrap(), 1);
+        for _ in 0..2 {
+            log.append(b"lost").unwrap();
+            log.append(b"too").unwrap();
+            assert!(log.synced(Err(Errno::EIO.into())).is_err());
+            assert_eq!((log.last(), all(&log).len()), (1, 1));
+        }
+        assert_eq!(log.append(b"two").unwrap(), 2);
+        assert_eq!(log.sync().unwrap(), 2);
+        drop(log);
+        let log = Log::open(&path, || panic!("it is there")).unwrap();
+        assert_eq!(all(&log), [(1, b"one".to_vec()), (2, b"two".to_vec())]);
+    }
+
+    #[test]
     fn a_flipped_bit_ends_a_log_and_what_is_trimmed_is_gone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
@@ -403,7 +443,7 @@ mod tests {
         let log = Log::open(&path, || panic!("it is there")).unwrap();
         assert_eq!((all(&log).len(), log.last()), (2, 4));
         let at = marks[3].offset + 100;
-        let file = log.file().unwrap();
+        let file = log.file.try_clone().unwrap();
         drop(log);
         file.write_all_at(b"!", at).unwrap();
         assert_eq!(
