@@ -382,7 +382,8 @@ fn open(
         // A device is one file without a name in its trace, and one with a name in its volume.
         let named = |path: &[u8]| Some(if path.is_empty() { CONTENT } else { path }.to_vec());
         let mut room = usize::MAX;
-        hot.append(&traces::read(&file)?, named, &mut room);
+        let trace = traces::read(&file)?;
+        hot.append(&trace, &trace.hottest(|_| true), named, &mut room);
     }
     match &how {
         How::Nbd(_) => {}

@@ -15,6 +15,7 @@ use super::images::{drop_exports, export_images, held_layers, layers};
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
 use super::switch::{RETRY, Released};
+use super::verify::block_sizes;
 use crate::fleet::identity;
 use crate::fleet::pairing::{PairError, Pairing};
 use crate::model::action::{Action, Actions};
@@ -660,13 +661,15 @@ impl<'a> FinallySent<'a> {
         if !core.done.freezing.is_empty() && since.elapsed() >= FROZEN_MAX {
             return Err(MoveError::PauseTooLong(FROZEN_MAX));
         }
-        let release = Release {
+        let mut release = Release {
             plan: core.plan.id.clone(),
             source: core.plan.source.clone(),
             target: target.device.clone(),
             volumes: releases,
+            block_sizes: BTreeMap::new(),
             at: core.delegator.now(),
         };
+        release.block_sizes = block_sizes(&core.plan, &release);
         let signed = sign(core.fleet()?, &release)?;
         core.active.commit()?;
         let released = SourceEvent::Released {

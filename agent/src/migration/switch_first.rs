@@ -20,7 +20,7 @@ use crate::model::plan::{Content, Plan, PlannedContainer, Release, VolumeRelease
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::fetch::list_root;
-use crate::volume::{BlockSize, FleetKey, walk};
+use crate::volume::{BlockSize, FleetKey, Unreadable, walk};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -205,7 +205,7 @@ impl Move {
                 return false;
             }
             match self.filled(target, &mut own).await {
-                Ok(Some((roots, bytes))) => {
+                Ok(Some(Proven { roots, bytes, .. })) => {
                     self.active.returnable(false);
                     let arrival = self.active.status().arrival;
                     let held = arrival.map_or(Bytes(0), |arrival| arrival.held);
@@ -253,7 +253,11 @@ impl Move {
             }
         };
         let proven = own.clone();
-        let (expected, _) = &proven;
+        let Proven {
+            roots: expected,
+            unread,
+            ..
+        } = &proven;
         let path = format!("/v1/plans/{}/whole", self.plan.id);
         let word = Whole {
             roots: expected.clone(),
@@ -269,10 +273,10 @@ impl Move {
             let mut trees = trees(&self.plan);
             let differs = trees.find(|volume| roots.get(&volume.id) != expected.get(&volume.id));
             let volume = differs.map_or_else(String::new, |volume| volume.name.clone());
-            let answer = match told {
-                Ok(()) => String::new(),
-                Err(error) => error.to_string(),
-            };
+            let told = told.err().map(|error| error.to_string());
+            let unread = unread.get(&volume).cloned();
+            let answer: Vec<String> = unread.into_iter().chain(told).collect();
+            let answer = answer.join("; ");
             return Err(MoveError::Unproven { volume, answer });
         }
         let () = told?;
@@ -285,24 +289,44 @@ impl Move {
         let trees: Vec<VolumeSpec> = trees(&self.plan).cloned().collect();
         let times = self.active.times().unwrap_or_default();
         let read = tokio::task::spawn_blocking(move || {
-            let (mut roots, mut bytes) = (BTreeMap::new(), Bytes(0));
+            let mut proven = Proven::default();
             for volume in trees {
                 let block_size = BlockSize::for_volume(0);
                 let times = times.get(&volume.id).copied().unwrap_or_default();
                 let root = walk::open_root(&volume.source_path)?.keeping(times);
                 let (state, _) = crate::volume::scan_root(&root, &key, block_size)?;
-                bytes += state.iter().map(|entry| Bytes(entry.size())).sum();
-                roots.insert(volume.id, state.root);
+                proven.bytes += state.iter().map(|entry| Bytes(entry.size())).sum();
+                proven.roots.insert(volume.id, state.root);
+                if let Some(lost) = state.unreadable.first() {
+                    proven.unread.insert(volume.name, unread(lost));
+                }
             }
-            Ok((roots, bytes))
+            Ok(proven)
         });
         let read: Result<Proven, crate::volume::ScanError> = read.await?;
         read.map_err(|error| MoveError::Unlisted(error.to_string()))
     }
 }
 
-/// Root of each tree, and the bytes of all their files.
-type Proven = (BTreeMap<VolumeId, Signature>, Bytes);
+/// What lies frozen here.
+#[derive(Clone, Default)]
+struct Proven {
+    /// Root of each tree.
+    roots: BTreeMap<VolumeId, Signature>,
+    /// Bytes of all their files.
+    bytes: Bytes,
+    /// By name of the volume, what its disk does not give up of it, for people.
+    unread: BTreeMap<String, String>,
+}
+
+/// Says why the root here is not that of what arrived.
+fn unread(lost: &Unreadable) -> String {
+    format!(
+        "this device's disk does not give up {} bytes of `{}` at offset {} any more, with which what arrived would be \
+         compared; look for disk errors here",
+        lost.length, lost.path, lost.offset
+    )
+}
 
 /// Why nothing is delegated from the switch on.
 const ALONE: &str =

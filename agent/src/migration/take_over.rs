@@ -8,7 +8,7 @@ use crate::model::control::Owns;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{Content, Plan, Release, SignedRelease, VolumeRelease};
 use crate::model::volume::VolumeKind;
-use crate::volume::{BlockSize, FleetKey};
+use crate::volume::FleetKey;
 use std::sync::Arc;
 
 impl Target {
@@ -105,7 +105,7 @@ impl Target {
                 Some((
                     released.clone(),
                     place.path.clone(),
-                    BlockSize::for_volume(volume.size.0),
+                    super::verify::block_size(release, volume),
                 ))
             })
             .collect();

@@ -67,7 +67,7 @@ pub(super) fn orders(
             let why = "it is of a device, and only of directories something can come after the twins start";
             return Err(TraceUnusable::new(file, &why));
         };
-        let before = notes.len();
+        let (before, hottest) = (notes.len(), trace.hottest(|_| true));
         let trees = volumes
             .iter()
             .filter(|volume| matches!(volume.kind, VolumeKind::Named(_) | VolumeKind::Bind));
@@ -82,7 +82,7 @@ pub(super) fn orders(
                 let below = path.strip_prefix(&root).ok()?;
                 Some(below.as_os_str().as_bytes().to_vec())
             };
-            order.append(&trace, place, &mut room);
+            order.append(&trace, &hottest, place, &mut room);
             let more = Bytes(order.bytes().0 - known.0);
             if more > Bytes(0) {
                 notes.push(format!(

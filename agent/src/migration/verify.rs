@@ -10,7 +10,7 @@ use crate::model::fleet::PeerAddress;
 use crate::model::ids::{ContainerName, Epoch, PlanId, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, Release};
 use crate::model::units::Bytes;
-use crate::model::volume::TimesKept;
+use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::{self, BlockSize, FleetKey, Unreadable};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -162,8 +162,7 @@ impl Delegator {
     ) -> Result<BTreeMap<String, Kept>, DelegatorError> {
         let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
         let key = FleetKey(*fleet.identity.fleet_key());
-        let later = is_later(release);
-        let paths: Vec<(String, PathBuf, Bytes, TimesKept)> = plan
+        let paths: Vec<(String, PathBuf, BlockSize, TimesKept)> = plan
             .volumes
             .iter()
             .filter(|volume| {
@@ -178,7 +177,7 @@ impl Delegator {
                 (
                     volume.name.clone(),
                     volume.source_path.clone(),
-                    volume.size,
+                    block_size(release, volume),
                     kept,
                 )
             })
@@ -186,8 +185,7 @@ impl Delegator {
         let roots = tokio::task::spawn_blocking(move || {
             paths
                 .into_iter()
-                .map(|(name, path, size, times)| {
-                    let block_size = BlockSize::for_volume(if later { 0 } else { size.0 });
+                .map(|(name, path, block_size, times)| {
                     let root = volume::walk::open_root(&path)?.keeping(times);
                     let (state, _) = volume::scan_as_sent(&root, &key, block_size)?;
                     Ok((name, (state.root, state.unreadable)))
@@ -197,6 +195,25 @@ impl Delegator {
         .await??;
         Ok(roots)
     }
+}
+
+/// The blocks over which the root of a released volume's data is: those of this build where the release does not say.
+pub(super) fn block_size(release: &Release, volume: &VolumeSpec) -> BlockSize {
+    let said = release.block_sizes.get(&volume.id);
+    let said = said.and_then(|said| BlockSize::new(u32::try_from(said.0).ok()?));
+    said.unwrap_or_else(|| BlockSize::for_volume(if is_later(release) { 0 } else { volume.size.0 }))
+}
+
+/// The same of all its volumes, for the release to say.
+pub(super) fn block_sizes(plan: &Plan, release: &Release) -> BTreeMap<VolumeId, Bytes> {
+    let released = release.volumes.iter().filter_map(|released| {
+        let volume = plan
+            .volumes
+            .iter()
+            .find(|volume| volume.id == released.volume)?;
+        Some((volume.id, Bytes(block_size(release, volume).bytes())))
+    });
+    released.collect()
 }
 
 /// Root of what is kept, and what cannot be read of it.
@@ -267,7 +284,13 @@ fn judge(
             unreadable,
         };
         if !proof.agrees {
-            faults.push(format!("volume {}: roots or epochs differ", proof.name));
+            let unsaid = if differs && !release.block_sizes.contains_key(&released.volume) {
+                "; an earlier build that wrote its release may have cut it into other blocks, which it does not say"
+            } else {
+                ""
+            };
+            let name = &proof.name;
+            faults.push(format!("volume {name}: roots or epochs differ{unsaid}"));
         }
         volumes.push(proof);
     }
@@ -347,5 +370,44 @@ mod tests {
         assert!(may_differ(&[], &[lost("a", 0..1, false)]));
         let kept = [lost("a", 0..4096, true)];
         assert!(may_differ(&kept, &[lost("a", 0..4096, false)]));
+    }
+
+    #[test]
+    fn a_release_is_read_over_the_blocks_that_it_says_whatever_this_build_would_take() {
+        let volume = VolumeSpec {
+            id: VolumeId(1),
+            name: "data".into(),
+            kind: crate::model::volume::VolumeKind::Bind,
+            source_path: PathBuf::new(),
+            containers: Vec::new(),
+            size: Bytes(64 << 30),
+            entries: 0,
+            device_nodes: 0,
+            unreadable: 0,
+            changes: Default::default(),
+            unused: Default::default(),
+        };
+        let release = |more: &str| {
+            let text =
+                format!(r#"{{"plan":"p","source":"s","target":"t","volumes":[],"at":0{more}}}"#);
+            serde_json::from_str::<Release>(&text).unwrap()
+        };
+        let before = release("");
+        assert_eq!(
+            block_size(&before, &volume),
+            BlockSize::for_volume(64 << 30)
+        );
+        assert!(
+            !serde_json::to_string(&before)
+                .unwrap()
+                .contains("block_sizes")
+        );
+        let said = release(r#","block_sizes":{"1":1048576}"#);
+        assert_eq!(block_size(&said, &volume).bytes(), 1 << 20);
+        let nonsense = release(r#","block_sizes":{"1":3}"#);
+        assert_eq!(
+            block_size(&nonsense, &volume),
+            BlockSize::for_volume(64 << 30)
+        );
     }
 }

@@ -208,6 +208,9 @@ pub struct Release {
     pub target: DeviceId,
     /// What.
     pub volumes: Vec<VolumeRelease>,
+    /// Bytes of the blocks over which each root of data is; a build before this was told did not say.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub block_sizes: BTreeMap<VolumeId, Bytes>,
     /// When it was written.
     pub at: UnixMillis,
 }

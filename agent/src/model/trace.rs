@@ -305,15 +305,17 @@ impl FetchOrder {
     const RANGE: usize = 32;
 
     /// Appends what was read most, neighbours as one range. `place` tells where a traced file lies in the volume; `room`
-    /// is about how many bytes all of it may take as JSON, and then what is left. What finds no room is left out.
+    /// is about how many bytes all of it may take as JSON, and then what is left. What finds no room is left out. `hottest`
+    /// is what [`Trace::hottest`] gives.
     pub fn append(
         &mut self,
         trace: &Trace,
+        hottest: &[(u32, u64, u64)],
         place: impl Fn(&[u8]) -> Option<Vec<u8>>,
         room: &mut usize,
     ) {
         let mut indices: HashMap<u32, Option<u32>> = HashMap::new();
-        for (file, extent, _) in trace.hottest(|_| true) {
+        for &(file, extent, _) in hottest {
             let index = indices.entry(file).or_insert_with(|| {
                 let path = place(&trace.files[file as usize].path)?;
                 *room = room.checked_sub(2 * path.len())?;
@@ -513,7 +515,7 @@ mod tests {
         let place = |path: &[u8]| (path != b"elsewhere").then(|| [b"in/", path].concat());
         let ordered = |mut room: usize| {
             let mut order = FetchOrder::default();
-            order.append(&trace, place, &mut room);
+            order.append(&trace, &trace.hottest(|_| true), place, &mut room);
             let json = serde_json::to_string(&order).unwrap();
             assert_eq!(serde_json::from_str::<FetchOrder>(&json).unwrap(), order);
             order

@@ -96,13 +96,17 @@ impl<'s> Reading<'_, 's> {
 
     /// What came of a file before.
     pub(super) fn before(&self, path: &[u8], file: &File, stat: &FileStat) -> Before {
+        let same = |seen: &Seen| (seen.device, seen.inode) == (stat.st_dev, stat.st_ino);
+        let known = self.source.earlier.map(|state| {
+            let entry = state.get(path);
+            entry.filter(|entry| same(&entry.seen)).map(|e| e.size())
+        });
         let size = match &self.source.held {
-            Held::Previous(state) => {
-                let entry = state.get(path);
-                let same = |seen: &Seen| (seen.device, seen.inode) == (stat.st_dev, stat.st_ino);
-                entry.filter(|entry| same(&entry.seen)).map(|e| e.size())
-            }
-            held @ Held::Listed(..) => held.listed_size(path).filter(|_| self.is_older(file)),
+            Held::Previous(_) => known.flatten(),
+            held @ Held::Listed(..) => held.listed_size(path).filter(|_| match known {
+                Some(known) => known.is_some(),
+                None => self.is_older(file),
+            }),
         };
         Before {
             size: size.unwrap_or(0),

@@ -410,6 +410,7 @@ impl Sender {
             key: &self.fleet_key,
             block_size,
             held,
+            earlier: previous,
             lost: lost.map_or(&[], Vec::as_slice),
             // Before a volume's first complete epoch, what lies on the target may be anybody's.
             since: self.since.filter(|_| self.lost.contains_key(&volume.id)),

@@ -201,6 +201,8 @@ pub(super) struct Source<'a> {
     pub(super) key: &'a FleetKey,
     pub(super) block_size: BlockSize,
     pub(super) held: Held<'a>,
+    /// The tree of the epoch before, also where the target does not build upon it.
+    pub(super) earlier: Option<&'a TreeState>,
     /// What was lost of the last complete epoch, in the order of path and offset.
     pub(super) lost: &'a [Unreadable],
     /// When the plan was made whose blocks the target may have; none: nobody knows.

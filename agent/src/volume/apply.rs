@@ -83,12 +83,16 @@ impl ApplyError {
         } else {
             ("target", " or choose another target")
         };
+        let which = if self.back {
+            String::new()
+        } else {
+            ", or choose a target whose file system does".to_owned()
+        };
         match self.errno() {
-            _ if self.too_many_attributes => {
-                "the target's file system does not keep so much of attributes for one file (ext4: one block of 4 KiB, \
-                 unless it was made with `mkfs.ext4 -O ea_inode`); remove some, or choose a target whose file system \
-                 does (XFS)".to_owned()
-            }
+            _ if self.too_many_attributes => format!(
+                "the {side}'s file system does not keep so much of attributes for one file (ext4: one block of 4 KiB, \
+                 unless it was made with `mkfs.ext4 -O ea_inode`; XFS takes any); remove some{which}"
+            ),
             Some(Errno::ENOSPC) if self.no_inodes => {
                 format!("no inodes left on the {side}; remove files there{other}")
             }
@@ -100,26 +104,34 @@ impl ApplyError {
                 "the {side}'s disk quota is used up ({} needed, {free} free on the disk); raise it{other}",
                 self.needed
             ),
-            Some(Errno::EROFS) => format!(
-                "the {side}'s file system is read-only; look for disk errors there{other}"
-            ),
+            Some(Errno::EROFS) => {
+                format!("the {side}'s file system is read-only; look for disk errors there{other}")
+            }
             Some(Errno::EPERM) if geteuid().is_root() => format!(
                 "{}; where `lsattr` shows it or its directory as immutable (i) or append-only (a) there, \
                  `chattr -i -a` allows it{}",
                 self.source,
-                if self.back { other } else { "; else choose a target whose file system does" }
+                if self.back {
+                    other
+                } else {
+                    "; else choose a target whose file system does"
+                }
             ),
             Some(Errno::EACCES | Errno::EPERM) => format!(
-                "{}; the target's agent must run as root on a file system that allows it",
+                "{}; the {side}'s agent must run as root on a file system that allows it",
                 self.source
             ),
-            Some(Errno::ENAMETOOLONG) => {
-                "the target's file system does not take a name or path this long; choose a target whose file system does".to_owned()
-            }
+            Some(Errno::ENAMETOOLONG) => format!(
+                "the {side}'s file system does not take a name or path this long; shorten it{which}"
+            ),
             Some(Errno::EOPNOTSUPP) => format!(
-                "{}; the target's file system lacks a feature that the source uses",
-                self.source
+                "{}; the {side}'s file system lacks a feature that the {} uses",
+                self.source,
+                if self.back { "twin" } else { "source" }
             ),
+            Some(Errno::EIO) => {
+                format!("{}; look for disk errors on the {side}{other}", self.source)
+            }
             _ => self.source.to_string(),
         }
     }
@@ -682,4 +694,41 @@ fn remove_all(dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
         remove_all(inner.as_fd(), &child)?;
     }
     unlinkat(dir, name, UnlinkatFlags::RemoveDir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_back_to_the_source_fails_there_and_not_on_the_target() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = || Destination::open("data", directory.path(), false).unwrap();
+        let (back, there) = (open().of_source(), open());
+        let codes = [
+            Errno::ENOSPC,
+            Errno::EDQUOT,
+            Errno::EROFS,
+            Errno::EPERM,
+            Errno::EACCES,
+            Errno::ENAMETOOLONG,
+            Errno::EOPNOTSUPP,
+            Errno::EIO,
+            Errno::E2BIG,
+        ];
+        for code in codes {
+            let name = OsStr::new("user.a");
+            for error in [
+                back.failed("open", b"file", 1, code),
+                back.attribute_failed(b"file", name, code.into()),
+            ] {
+                let said = error.to_string();
+                assert!(!said.contains("target"), "{said}");
+            }
+        }
+        for code in codes.into_iter().filter(|code| *code != Errno::E2BIG) {
+            let said = there.failed("open", b"file", 1, code).to_string();
+            assert!(said.contains("target"), "{said}");
+        }
+    }
 }

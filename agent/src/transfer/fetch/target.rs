@@ -8,6 +8,7 @@
 use super::piece::Pieces;
 use super::wire::{Answer, Class, Fetch, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
+use crate::model::units::Bytes;
 use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
 use crate::transfer::engine::engine;
 use crate::transfer::hello::{self, HelloError};
@@ -96,6 +97,9 @@ pub enum FetchError {
     /// It lets nobody in.
     #[error("the source does not give out the volume: {0}")]
     NotAdmitted(String),
+    /// Its list is of no use.
+    #[error("the source's list of the volume is longer than {0}; copy first")]
+    TooLong(Bytes),
     /// The link failed.
     #[error("the link to the source failed: {0}; check the network and the agent there")]
     Link(String),
@@ -275,7 +279,7 @@ impl Fetcher {
         transmitter
             .message(plan.volume, Epoch(0), &Message::Fetch(question))
             .map_err(|e| link(&e))?;
-        let mut listed = Vec::new();
+        let mut listed = Listed::of(known, &pieces, LIST_CAP);
         let mut record = Vec::new();
         // Walking a large tree takes longer than a peer may be silent.
         let until = Instant::now() + LIST_TIME;
@@ -295,22 +299,9 @@ impl Fetcher {
                     let plain = opener
                         .open(&header, &mut record[HEADER_LEN..])
                         .map_err(|e| link(&e))?;
-                    match Answer::decode(plain).map_err(|e| link(&e))? {
-                        Answer::Entries { last, entries } => {
-                            listed.extend(entries);
-                            if last {
-                                return Ok(listed);
-                            }
-                        }
-                        Answer::Same(same) => {
-                            for piece in same {
-                                let range = pieces.range(&piece).ok_or_else(|| {
-                                    FetchError::Link("a piece is named that is not here".to_owned())
-                                })?;
-                                listed.extend_from_slice(&known[range]);
-                            }
-                        }
-                        _ => return Err(FetchError::Link("an answer came unasked".to_owned())),
+                    let answer = Answer::decode(plain).map_err(|e| link(&e))?;
+                    if listed.take(answer, plain.len())? {
+                        return Ok(listed.entries);
                     }
                 }
                 Ok(_) => return Err(FetchError::Link("a message came unasked".to_owned())),
@@ -322,6 +313,58 @@ impl Fetcher {
         }
     }
 }
+
+/// A list as it arrives: of what came and of what is known, each once, so that no source fills the memory here.
+struct Listed<'a> {
+    known: &'a [Entry],
+    pieces: &'a Pieces,
+    /// Bytes that may still come.
+    room: usize,
+    cap: usize,
+    /// Where the known entries begin that were not named.
+    unnamed: usize,
+    entries: Vec<Entry>,
+}
+
+impl<'a> Listed<'a> {
+    fn of(known: &'a [Entry], pieces: &'a Pieces, cap: usize) -> Self {
+        Self {
+            known,
+            pieces,
+            room: cap,
+            cap,
+            unnamed: 0,
+            entries: Vec::new(),
+        }
+    }
+
+    /// Takes an answer of so many bytes; whether it was the last.
+    fn take(&mut self, answer: Answer<'_>, bytes: usize) -> Result<bool, FetchError> {
+        let wrong = |why: &str| FetchError::Link(why.to_owned());
+        match answer {
+            Answer::Entries { last, entries } => {
+                let room = self.room.checked_sub(bytes);
+                self.room = room.ok_or(FetchError::TooLong(Bytes(self.cap as u64)))?;
+                self.entries.extend(entries);
+                Ok(last)
+            }
+            Answer::Same(same) => {
+                for piece in same {
+                    let range = self.pieces.range(&piece);
+                    let range = range.filter(|range| range.start >= self.unnamed);
+                    let range = range.ok_or_else(|| wrong("a piece is named that is not here"))?;
+                    self.unnamed = range.end;
+                    self.entries.extend_from_slice(&self.known[range]);
+                }
+                Ok(false)
+            }
+            _ => Err(wrong("an answer came unasked")),
+        }
+    }
+}
+
+/// Bytes of a list as it travels: some twenty million entries.
+const LIST_CAP: usize = 2 << 30;
 
 /// A tree of millions of files on a slow disk takes minutes to walk.
 const LIST_TIME: Duration = Duration::from_secs(1800);
@@ -663,5 +706,42 @@ fn fetching(
             Ok((socket, receiver, transmitter, opener))
         }
         _ => Err("the source answered out of order".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::Kind;
+    use crate::volume::tree::{Seen, Timestamp};
+
+    #[test]
+    fn a_list_that_never_ends_or_names_what_is_known_again_and_again_is_refused() {
+        let entry = |number: usize| Entry {
+            path: format!("{number:08}").into_bytes().into(),
+            mode: 0o644,
+            uid: 0,
+            gid: 0,
+            mtime: Timestamp::default(),
+            xattrs: Vec::new(),
+            kind: Kind::Fifo,
+            seen: Seen::default(),
+        };
+        let known: Vec<Entry> = (0..10_000).map(entry).collect();
+        let pieces = Pieces::of(&known, &FleetKey([3; 32]));
+        let all = || Answer::Same(pieces.signatures.clone());
+        let more = |last| Answer::Entries {
+            last,
+            entries: vec![entry(10_000)],
+        };
+        let mut listed = Listed::of(&known, &pieces, 1000);
+        assert!(!listed.take(all(), 10).unwrap());
+        let named = listed.entries.len();
+        assert!(named > 9000 && listed.take(more(true), 600).unwrap());
+        assert_eq!(listed.entries.len(), named + 1);
+        let said = listed.take(more(false), 600).unwrap_err().to_string();
+        assert!(said.contains("longer than 1000 B"), "{said}");
+        assert!(listed.take(all(), 10).is_err());
+        assert_eq!(listed.entries.len(), named + 1);
     }
 }

@@ -323,6 +323,8 @@ fn what_came_before_stays_also_when_an_end_begins_anew_and_what_is_zeros_or_youn
         path
     };
     let old = [("small", 200_000), ("large", 3 << 20)].map(|(name, size)| (name, make(name, size)));
+    let (over, other) = (make("over", 200_001), make("other", 200_001));
+    fs::write(&over, noise(8, 200_001)).unwrap();
     let made = made_now();
     // The clock by which files are born moves on in steps.
     while SystemTime::now() < UNIX_EPOCH + Duration::from_millis(made.0 + 20) {
@@ -332,12 +334,16 @@ fn what_came_before_stays_also_when_an_end_begins_anew_and_what_is_zeros_or_youn
     bench.admit_target(&bench.target);
     let sender = || bench.sender(bench.path(Way::Direct));
     let (state, _) = bench.send(&mut sender(), 1, None).unwrap();
+    // As old as the plan, and in the place of what came under this name.
+    fs::rename(other, &over).unwrap();
+    nix::unistd::syncfs(fs::File::open(&bench.source).unwrap()).unwrap();
 
-    let places = [&old[0].1, &old[1].1, &young.1].map(|path| place(path));
+    let places = [&old[0].1, &old[1].1, &young.1, &over].map(|path| place(path));
     let image = disk.dir.with_file_name("disk.img");
     let image = fs::File::options().write(true).open(image).unwrap();
     let cut = places.into_iter().min().unwrap() + 70_000_u64.next_multiple_of(4096);
-    let before: Vec<(&str, Vec<u8>)> = [&old[0], &old[1], &young]
+    let over = ("over", over);
+    let before: Vec<(&str, Vec<u8>)> = [&old[0], &old[1], &young, &over]
         .map(|(name, path)| {
             let bytes = fs::read(path).unwrap();
             let file = fs::File::open(path).unwrap();
@@ -355,7 +361,7 @@ fn what_came_before_stays_also_when_an_end_begins_anew_and_what_is_zeros_or_youn
         first
     };
     let is_there = |name: &str, bytes: &[u8]| fs::read(bench.target.join(name)).unwrap() == bytes;
-    let [small, large, (_, born_later)] = &before[..] else {
+    let [small, large, (_, born_later), (_, renamed)] = &before[..] else {
         unreachable!()
     };
 
@@ -371,7 +377,14 @@ fn what_came_before_stays_also_when_an_end_begins_anew_and_what_is_zeros_or_youn
             assert!(lost(&report, name), "{name} in epoch {epoch}");
             assert!(is_there(name, bytes), "{name} in epoch {epoch}");
         }
-        assert!(!lost(&report, "young"), "epoch {epoch}");
+        // While the source lives it knows which inode came.
+        if epoch == 2 {
+            assert!(!lost(&report, "over"), "what another file left is kept");
+            let there = fs::read(bench.target.join("over")).unwrap();
+            let zero_or_own = |(at, byte): (usize, &u8)| *byte == 0 || *byte == renamed[at];
+            assert!(there.iter().enumerate().all(zero_or_own));
+        }
+        assert_eq!(lost(&report, "young"), epoch == 2, "epoch {epoch}");
     }
     let zeroed = fs::read(bench.target.join("young")).unwrap();
     assert!(zeroed != *born_later && zeroed.ends_with(&[0; 4096]));
