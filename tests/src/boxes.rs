@@ -1,10 +1,10 @@
 //! Containers of busybox in lab hosts, for the tests of container runtimes.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use lifeboat::containers::{Runtime, Runtimes, Scope};
-use lifeboat::model::container::Container;
+use lifeboat::model::container::{Container, State};
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use xtask::lab::{Host, Lab, LabSpec, PODMAN_SOCKET};
 use xtask::process::{is_root, wait_for};
 
@@ -64,6 +64,37 @@ pub fn start(host: &Host, name: &str, args: &[&str], command: &[&str]) -> Result
     all.push("localhost/box:1");
     all.extend(command);
     Ok(host.podman(all)?.trim().to_owned())
+}
+
+/// Kills the container's process as a crash would, and returns its pid.
+///
+/// # Errors
+/// It does not run.
+pub async fn crash(host: &Host, api: &Runtime, name: &str) -> Result<i64> {
+    let pid = pid(api, name).await?;
+    host.run(["kill", "-9", &pid.to_string()])?;
+    Ok(pid)
+}
+
+/// Waits until the container runs again after the process `before`.
+///
+/// # Errors
+/// It does not.
+pub async fn comes_back(api: &Runtime, name: &str, before: i64) -> Result<()> {
+    let until = Instant::now() + 20 * SECOND;
+    loop {
+        let running = api.state(name).await? == State::Running;
+        if running && pid(api, name).await? != before {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "{name} was not started again");
+        tokio::time::sleep(SECOND / 20).await;
+    }
+}
+
+async fn pid(api: &Runtime, name: &str) -> Result<i64> {
+    let pid = api.inspect(name).await?["State"]["Pid"].as_i64();
+    pid.context("a container without a process")
 }
 
 /// Processes in the cgroup `/plain` that no runtime knows.

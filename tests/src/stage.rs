@@ -1,6 +1,7 @@
 //! A stage for moves: a source, a target, and small Redis services whose writes a client counts.
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,18 +25,44 @@ const OFFICE: &str = "office";
 /// Longest wait for one step on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A policy that holds at once and for good: a plan is prepared and stays so.
-pub const PREPARE_AT_ONCE: &str = "version: 1
-name: ahead
+/// What a policy of [`policy`] finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// What makes the source prepare.
+    Busy,
+    /// What makes it evacuate.
+    Starved,
+}
+
+/// A policy that finds this fault, in any machine: none has a pebibyte free, and each has a kibibyte. It costs the
+/// machine nothing, which plans need. `more` is what else the policy says.
+#[must_use]
+pub fn policy(fault: Fault, more: &str) -> String {
+    let below = |fails: bool| if fails { "1024TiB" } else { "1KiB" };
+    let (busy, starved) = (below(fault != Fault::None), below(fault == Fault::Starved));
+    format!(
+        "version: 1
+name: ladder
 thresholds:
-  alive:
-    metric: memory.used_bytes
-    above: 1MiB
+  busy:
+    metric: memory.available
+    below: {busy}
+    for: 1s
+  starved:
+    metric: memory.available
+    below: {starved}
     for: 1s
 degraded:
-  - any: [alive]
+  - any: [starved]
+  - any: [busy]
     stage: prepare
-";
+guards:
+  hold: 2s
+{more}"
+    )
+}
 
 /// `NAME=VALUE` that makes an agent kill itself with SIGKILL when it enters `phase`.
 #[must_use]
@@ -258,7 +285,17 @@ impl Stage {
         Ok(())
     }
 
-    /// The plan that the source has prepared, as [`PREPARE_AT_ONCE`] makes it do.
+    /// Lets the source's policy find this fault from now on; see [`policy`].
+    ///
+    /// # Errors
+    /// Its agent does not run.
+    pub fn find(&self, fault: Fault, more: &str) -> Result<()> {
+        let text = policy(fault, more);
+        self.source()?.write("/etc/lifeboat/policy.yaml", text)?;
+        self.crew.signal_agent(SOURCE, Signal::SIGHUP)
+    }
+
+    /// The plan that the source has prepared, as [`Fault::Busy`] makes it do.
     ///
     /// # Errors
     /// There is none in time.
@@ -288,6 +325,20 @@ impl Stage {
             .with_context(|| format!("{volumes:#?}"))
     }
 
+    /// Bytes that were copied before the switch and kept, by the source's journal.
+    ///
+    /// # Errors
+    /// The plan did not switch first.
+    pub fn held(&self, plan: &str) -> Result<u64> {
+        let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
+        let text = fs::read_to_string(self.source()?.path(&journal)).context(journal)?;
+        let entries = text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
+        let mut held = entries.filter_map(|entry: Value| entry["event"]["held"].as_u64());
+        held.next_back().context("it was not switched first")
+    }
+
     /// The newest plan that the source's agent knows as under way or just over.
     ///
     /// # Errors
@@ -301,6 +352,17 @@ impl Stage {
         })
         .with_context(|| self.crew.log(SOURCE))
     }
+}
+
+/// Lines of the report's timeline that hold `text`.
+#[must_use]
+pub fn lines(report: &Value, text: &str) -> Vec<String> {
+    let timeline = report["timeline"].as_array().into_iter().flatten();
+    let lines = timeline.filter_map(|moment| moment["text"].as_str());
+    lines
+        .filter(|line| line.contains(text))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// A device that migrates on request, whose agent dies at `phase` in its first life.

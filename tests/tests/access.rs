@@ -1,7 +1,7 @@
 //! Access before arrival: a plan's target serves a volume whose data is still on the source.
 
 use anyhow::{Context as _, Result, ensure};
-use lifeboat_tests::stage::{PREPARE_AT_ONCE, SOURCE, Service, Stage, TARGET, device};
+use lifeboat_tests::stage::{Fault, SOURCE, Service, Stage, TARGET, device, policy};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -25,7 +25,7 @@ const DATA: [u64; 3] = [0, 100 << 20, 900 << 20];
 #[test]
 fn a_volume_is_read_and_written_on_the_target_before_its_data_is_there() -> Result<()> {
     let source = Device {
-        policy: Some(PREPARE_AT_ONCE.into()),
+        policy: Some(policy(Fault::Busy, "")),
         migration: vec!["prepare_pause_seconds: 1".into()],
         ..Device::new(SOURCE)
     };

@@ -3,11 +3,13 @@
 
 use std::env;
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use lifeboat_tests::decoders::DECODERS;
+use lifeboat_tests::decoders::{DECODERS, Decoder};
 use xtask::soak::Chance;
 
 /// Changed seeds go through each decoder for so long.
@@ -47,7 +49,21 @@ fn no_decoder_breaks_on_the_corpus() -> Result<()> {
 #[test]
 fn no_decoder_breaks_on_the_corpus_changed_at_random() -> Result<()> {
     let seed = env::var(SEED).ok().map(|seed| seed.parse()).transpose()?;
-    for (name, decode) in DECODERS {
+    let share = DECODERS
+        .len()
+        .div_ceil(thread::available_parallelism()?.get());
+    thread::scope(|scope| {
+        let shares = DECODERS.chunks(share);
+        let shares: Vec<_> = shares
+            .map(|share| scope.spawn(move || change_at_random(share, seed)))
+            .collect();
+        let mut ended = shares.into_iter().map(ScopedJoinHandle::join);
+        ended.try_for_each(|end| end.unwrap_or_else(|panic| resume_unwind(panic)))
+    })
+}
+
+fn change_at_random(decoders: &[(&str, Decoder)], seed: Option<u64>) -> Result<()> {
+    for (name, decode) in decoders {
         let seeds = corpus(name)?;
         let mut chance = Chance::new(name, seed);
         let (until, mut tried) = (Instant::now() + TIME, 0);

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use lifeboat::containers::{How, Means, ReadyRules, Runtime, Runtimes, Scope};
 use lifeboat::model::container::State;
-use lifeboat_tests::boxes::{SECOND, by_name};
+use lifeboat_tests::boxes::{SECOND, by_name, comes_back, crash};
 use lifeboat_tests::dockers::{self, docker, socket};
 use std::collections::BTreeSet;
 use std::fs;
@@ -55,20 +55,12 @@ async fn a_docker_container_is_discovered_fenced_killed_and_let_back() -> Result
     ensure!(db.addresses.len() == 1);
 
     let api = Runtime::new(&socket(host));
-    let die = async || -> Result<()> {
-        let pid = api.inspect("db").await?["State"]["Pid"].to_string();
-        host.run(["kill", "-9", &pid])?;
-        tokio::time::sleep(3 * SECOND).await;
-        Ok(())
-    };
-    die().await?;
-    ensure!(
-        api.state("db").await? == State::Running,
-        "the restart policy does not work here"
-    );
+    let before = crash(host, &api, "db").await?;
+    comes_back(&api, "db", before).await?;
     let fence = api.forbid_start("db", "released by plan p1").await?;
     ensure!(matches!(fence.how, Means::RestartPolicy { .. }));
-    die().await?;
+    crash(host, &api, "db").await?;
+    tokio::time::sleep(3 * SECOND).await;
     ensure!(
         api.state("db").await? == State::Exited,
         "the fence did not hold"
@@ -76,11 +68,8 @@ async fn a_docker_container_is_discovered_fenced_killed_and_let_back() -> Result
     api.lift_fence(&fence).await?;
     ensure!(api.inspect("db").await?["HostConfig"]["RestartPolicy"]["Name"] == "always");
     api.start("db").await?;
-    die().await?;
-    ensure!(
-        api.state("db").await? == State::Running,
-        "lifting did not restore the restart policy"
-    );
+    let before = crash(host, &api, "db").await?;
+    comes_back(&api, "db", before).await?;
 
     took_pause(&all).await?;
     api.pause("db").await?;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::boxes;
 use lifeboat_tests::disk::{Disk, output};
 use lifeboat_tests::shop::{self, CONTAINER, DATA, DUPLICATOR, SOURCE, TARGET, says};
-use lifeboat_tests::stage::PREPARE_AT_ONCE;
+use lifeboat_tests::stage::{Fault, policy};
 use xtask::crew::{Crew, Device};
 use xtask::process::wait_for;
 
@@ -173,7 +173,7 @@ fn what_the_disk_gave_up_before_stays_on_the_target_when_it_is_gone_and_the_sour
     source.run(["mkdir", "-p", DATA])?;
     source.run(["mount", "-o", "ro,noload", disk.device(), DATA])?;
     let from = Device {
-        policy: Some(PREPARE_AT_ONCE.into()),
+        policy: Some(policy(Fault::Busy, "")),
         migration: vec!["prepare_pause_seconds: 1".into()],
         ..Device::new(SOURCE)
     };

@@ -2,7 +2,7 @@
 //! on the source, and ordinary programs work on it.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lifeboat_tests::stage::{PATIENCE, PREPARE_AT_ONCE, SOURCE, Service, Stage, TARGET, device};
+use lifeboat_tests::stage::{Fault, PATIENCE, SOURCE, Service, Stage, TARGET, device, policy};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -64,7 +64,7 @@ cp -a a/bb copied; rm sparse; touch -d '1955-11-05 06:00:00.75 UTC' tool; chmod 
 #[test]
 fn programs_work_on_a_mounted_volume_whose_data_is_still_on_the_source() -> Result<()> {
     let source = Device {
-        policy: Some(PREPARE_AT_ONCE.into()),
+        policy: Some(policy(Fault::Busy, "")),
         migration: vec!["prepare_pause_seconds: 1".into()],
         ..Device::new(SOURCE)
     };

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use lifeboat::containers::{Fence, Means, ResourceError, Twin, TwinError, TwinSpec};
 use lifeboat::model::container::State;
-use lifeboat_tests::boxes::{SECOND, lab, runtime, start};
-use serde_json::{Value, json};
+use lifeboat_tests::boxes::{SECOND, comes_back, crash, lab, runtime, start};
+use serde_json::json;
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -220,19 +220,8 @@ async fn a_fenced_container_does_not_come_back_and_an_unfenced_one_does() -> Res
     let host = lab.host("a")?;
     let api = runtime(host);
     let id = start(host, "db", &["--restart=always"], &["sleep", "1000"])?;
-    let pid = |inspect: &Value| inspect["State"]["Pid"].as_i64().unwrap_or(0);
-    let die = async || -> Result<()> {
-        let inspect = api.inspect("db").await?;
-        // Not through the runtime: it must look like a crash.
-        host.run(["kill", "-9", &pid(&inspect).to_string()])?;
-        tokio::time::sleep(3 * SECOND).await;
-        Ok(())
-    };
-    die().await?;
-    ensure!(
-        api.state("db").await? == State::Running,
-        "the restart policy does not work here"
-    );
+    let before = crash(host, &api, "db").await?;
+    comes_back(&api, "db", before).await?;
 
     let fence = api.forbid_start("db", "released by plan p1").await?;
     ensure!(fence.container == id);
@@ -244,7 +233,8 @@ async fn a_fenced_container_does_not_come_back_and_an_unfenced_one_does() -> Res
         api.state("db").await? == State::Running,
         "the fence must not end it"
     );
-    die().await?;
+    crash(host, &api, "db").await?;
+    tokio::time::sleep(3 * SECOND).await;
     ensure!(
         api.state("db").await? == State::Exited,
         "the fence did not hold"
@@ -272,10 +262,6 @@ async fn a_fenced_container_does_not_come_back_and_an_unfenced_one_does() -> Res
     api.lift_fence(&fence).await?;
     api.lift_fence(&fence).await?;
     api.start("db").await?;
-    die().await?;
-    ensure!(
-        api.state("db").await? == State::Running,
-        "lifting did not restore the restart policy"
-    );
-    Ok(())
+    let before = crash(host, &api, "db").await?;
+    comes_back(&api, "db", before).await
 }

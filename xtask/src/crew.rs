@@ -81,7 +81,10 @@ impl Crew {
             crew.enrol(&host, &device.name)?;
             configure(&host, device)?;
             crew.devices.insert(device.name.clone(), host);
-            crew.start_agent_with(&device.name, &device.environment)?;
+            crew.launch_agent(&device.name, &device.environment)?;
+        }
+        for device in devices {
+            crew.await_view(&device.name)?;
         }
         wait_for("heartbeats of all devices", Duration::from_secs(30), || {
             let live = crew.live_devices()?;
@@ -139,8 +142,11 @@ impl Crew {
     /// # Errors
     /// As [`Crew::start_agent`].
     pub fn start_agent_with(&mut self, device: &str, environment: &[String]) -> Result<()> {
-        let host = self.host(device)?.clone();
         self.launch_agent(device, environment)?;
+        self.await_view(device)
+    }
+
+    fn await_view(&self, device: &str) -> Result<()> {
         wait_for(
             "the agent's first view of its host",
             Duration::from_secs(60),
@@ -152,7 +158,10 @@ impl Crew {
             },
         )
         .map(drop)
-        .with_context(|| tail(&host, "agent"))
+        .with_context(|| {
+            self.host(device)
+                .map_or_else(|_| String::new(), |host| tail(host, "agent"))
+        })
     }
 
     /// Starts the agent of a device, with `NAME=VALUE`s in its environment, and waits for nothing.

@@ -89,7 +89,12 @@ pub fn run(command: &mut Command) -> Result<()> {
     bail!("`{}` ended with {status}", shown(command))
 }
 
-/// Asks until the answer is `Some`, with the given patience.
+/// Between two questions of [`wait_for`].
+const SHORTEST_WAIT: Duration = Duration::from_millis(20);
+const LONGEST_WAIT: Duration = Duration::from_millis(200);
+
+/// Asks until the answer is `Some`, with the given patience. What a question took is waited before the next, within limits:
+/// it may cost just what the answer is waiting for.
 ///
 /// # Errors
 /// The patience is over (the message names `what`), or the question itself failed.
@@ -100,13 +105,14 @@ pub fn wait_for<T>(
 ) -> Result<T> {
     let start = Instant::now();
     loop {
+        let asked = Instant::now();
         if let Some(answer) = question()? {
             return Ok(answer);
         }
         if start.elapsed() > patience {
             bail!("{what}: not within {patience:?}");
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(asked.elapsed().clamp(SHORTEST_WAIT, LONGEST_WAIT));
     }
 }
 

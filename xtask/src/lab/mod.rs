@@ -16,9 +16,12 @@ pub mod kernels;
 
 use std::fs;
 use std::io::ErrorKind;
+use std::net::Ipv4Addr;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child};
 use std::sync::{LazyLock, Mutex, Once, PoisonError};
+use std::thread::{self, ScopedJoinHandle};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -158,6 +161,24 @@ fn state(name: &str) -> Result<State> {
     })
 }
 
+/// Builds one host, plugs it in and starts Podman in it.
+fn start(
+    spec: &HostSpec,
+    address: Ipv4Addr,
+    dir: &Path,
+    cgroup: &Cgroup,
+    names: &str,
+    fabric: &Fabric,
+) -> Result<(Host, Vec<Child>)> {
+    let (host, child) = Host::start(spec, address, dir, cgroup, names)?;
+    let mut children = vec![child];
+    fabric.plug(&host)?;
+    if spec.containers {
+        children.push(host.start_podman()?);
+    }
+    Ok((host, children))
+}
+
 impl Lab {
     /// Builds the hosts, joins them and starts Podman in them.
     ///
@@ -214,14 +235,23 @@ impl Lab {
         for (index, host) in (0u8..).zip(&spec.hosts) {
             known.push_str(&format!("{} {}\n", fabric::host_address(index), host.name));
         }
-        for (index, host_spec) in (0u8..).zip(&spec.hosts) {
-            let address = fabric::host_address(index);
-            let (host, child) = Host::start(host_spec, address, &dir, &cgroup, &known)?;
-            lab.children.push(child);
-            lab.fabric.plug(&host)?;
-            if host_spec.containers {
-                lab.children.push(host.start_podman()?);
-            }
+        // Side by side: a host's start is mostly waiting.
+        let (dir, cgroup, known) = (&dir, &cgroup, &known);
+        let starts: Vec<Result<_>> = thread::scope(|scope| {
+            let starts = (0u8..).zip(&spec.hosts).map(|(index, host)| {
+                let address = fabric::host_address(index);
+                let fabric = &lab.fabric;
+                scope.spawn(move || start(host, address, dir, cgroup, known, fabric))
+            });
+            let starts: Vec<_> = starts.collect();
+            let join = |start: ScopedJoinHandle<_>| {
+                start.join().unwrap_or_else(|panic| resume_unwind(panic))
+            };
+            starts.into_iter().map(join).collect()
+        });
+        for start in starts {
+            let (host, children) = start?;
+            lab.children.extend(children);
             lab.hosts.push(host);
         }
         lab.save()?;

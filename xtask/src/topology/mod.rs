@@ -117,12 +117,17 @@ fn start_agent(host: &Host, socket: &str) -> Result<()> {
 
 /// What `lifeboat relations` says.
 fn relations(host: &Host) -> Result<Value> {
+    ask(host, "relations")
+}
+
+/// When the agent's last sweep was, by its clock.
+fn swept(host: &Host) -> Result<Option<u64>> {
+    Ok(ask(host, "status")?["view"]["snapshot"]["at"].as_u64())
+}
+
+fn ask(host: &Host, what: &str) -> Result<Value> {
     let lifeboat = workspace::binary("lifeboat");
-    let text = host.run([
-        lifeboat.as_os_str(),
-        "--json".as_ref(),
-        "relations".as_ref(),
-    ])?;
+    let text = host.run([lifeboat.as_os_str(), "--json".as_ref(), what.as_ref()])?;
     Ok(serde_json::from_str(&text)?)
 }
 
@@ -189,8 +194,13 @@ fn run_cases(runtime: &dyn Runtime, cases: &[Case]) -> Result<Vec<Outcome>> {
         let seen: BTreeSet<Edge> = edges(&relations(host)?).map(as_edge).collect();
         Ok(truth.is_subset(&seen).then_some(()))
     });
-    // One more sweep, for figures and for edges that are not true.
-    std::thread::sleep(Duration::from_secs(3));
+    // Two more sweeps, for figures and for edges that are not true.
+    for _ in 0..2 {
+        let before = swept(host)?;
+        wait_for("a sweep", Duration::from_secs(20), || {
+            Ok((swept(host)? > before).then_some(()))
+        })?;
+    }
     let seen = relations(host)?;
     Ok(cases
         .iter()
