@@ -937,7 +937,6 @@ fn a_capability_that_finds_no_space_on_a_full_disk_is_there_again_once_there_is_
             scene.place.store().join("data").join(name),
         );
         let capability = || output(Command::new("getcap").arg(&data));
-        // It cannot be kept as it is; a reader may be told so.
         // Who reads is told so, or the kernel tries once more.
         let _ = fs::read(&mounted);
         ensure!(
