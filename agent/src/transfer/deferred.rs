@@ -72,10 +72,12 @@ impl<'s> Reading<'_, 's> {
                 return Err(LinkError::Cancelled.into());
             }
             match unit {
-                Unit::Pieces(file, blocks) => {
+                Unit::Pieces(file, spans) => {
                     steps.push(file.step);
-                    let offered = self.salvage_piece(&file, blocks)?;
-                    self.settle(&mut offered.into_iter().collect(), 0)?;
+                    for span in spans {
+                        let offered = self.salvage_piece(&file, &span)?;
+                        self.settle(&mut offered.into_iter().collect(), 0)?;
+                    }
                 }
                 Unit::Small(files) => {
                     for (step, found) in files {

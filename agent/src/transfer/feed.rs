@@ -99,7 +99,10 @@ impl ReceiveError {
             Self::Protocol { .. } | Self::Rebuild(RebuildError::Disagree { .. }) => {
                 FailureCode::Protocol
             }
-            Self::Replaced { .. } => FailureCode::Forgotten,
+            // What is here is looked at anew, and what it lacks sent whole.
+            Self::Replaced { .. } | Self::Rebuild(RebuildError::Altered { .. }) => {
+                FailureCode::Forgotten
+            }
             Self::Apply(error) | Self::Rebuild(RebuildError::Apply(error)) if error.is_full() => {
                 FailureCode::NoSpace
             }
@@ -170,6 +173,8 @@ struct Hand {
     /// Where records are unpacked.
     unpacked: Aligned,
     finder: Finder,
+    /// Where blocks of which pages came are put together.
+    space: Aligned,
 }
 
 impl Hand {
@@ -179,6 +184,7 @@ impl Hand {
             parent: Parent::default(),
             unpacked: Aligned::default(),
             finder: Finder::default(),
+            space: Aligned::default(),
         })
     }
 }
@@ -364,7 +370,9 @@ impl Feed<'_> {
             payload = finder::filled(&payload, memory, found);
             memories[1] = memory;
         }
-        let held = rebuild.apply(hand.engine.as_mut(), &mut hand.parent, memories, &payload)?;
+        let engine = hand.engine.as_mut();
+        let (parent, space) = (&mut hand.parent, &mut hand.space);
+        let held = rebuild.apply(engine, parent, memories, space, &payload)?;
         if offers {
             let answer = Held::new(header.number, held);
             lock(&self.session.answers).keep(answer.clone());

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 6] = b"LIFEBT";
 /// Version of everything that follows the greeting; both ends must speak the same.
-const VERSION: u16 = 7;
+const VERSION: u16 = 8;
 const PLAN_CAP: usize = 128;
 const ACCEPTED: u8 = 1;
 

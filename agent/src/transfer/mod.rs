@@ -7,6 +7,7 @@
 //! fleet decides and hands out keys), when to pause a workload (the migration decides).
 
 pub mod below;
+mod building;
 mod connection;
 mod deferred;
 pub mod engine;
@@ -22,6 +23,7 @@ pub mod pace;
 mod packing;
 pub mod payload;
 mod pieces;
+mod placing;
 mod queue;
 mod reading;
 mod rebuild;

@@ -12,6 +12,7 @@ use crate::model::ids::Signature;
 use crate::volume::BlockSize;
 use crate::volume::aligned::ALIGNMENT;
 use crate::volume::codec::{Malformed, Reader, put_short};
+use crate::volume::pages::{self, Pages};
 use crate::volume::tree::{Entry, Kind, checked_path};
 use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
 
@@ -121,6 +122,8 @@ pub enum Block<'a> {
     Same,
     /// New bytes and their signature.
     Data(Signature, &'a [u8]),
+    /// Pages of a block that is otherwise the receiver's at this place, and the signature of the whole.
+    Pages(Signature, Pages, &'a [u8]),
     /// A signature without bytes: the receiver puts the block in its place if it holds one, and tells.
     Offered(Signature),
     /// An offered block that was found and checked; never on the wire.
@@ -136,12 +139,15 @@ impl Block<'_> {
 }
 
 /// Bytes of one block's descriptor.
-pub const DESCRIPTOR_LEN: usize = 33;
+pub const DESCRIPTOR_LEN: usize = 35;
 
 const FLAG_ZERO: u8 = 0;
 const FLAG_DATA: u8 = 1;
 const FLAG_SAME: u8 = 2;
 const FLAG_OFFERED: u8 = 3;
+const FLAG_PAGES: u8 = 4;
+/// Where the signature stands in a descriptor, after the flag and before the pages.
+const SIGNATURE: std::ops::Range<usize> = 1..33;
 
 /// A descriptor of a block in a record.
 #[must_use]
@@ -152,11 +158,16 @@ pub fn descriptor(block: Block<'_>) -> [u8; DESCRIPTOR_LEN] {
         Block::Same => bytes[0] = FLAG_SAME,
         Block::Data(signature, _) => {
             bytes[0] = FLAG_DATA;
-            bytes[1..].copy_from_slice(&signature.0);
+            bytes[SIGNATURE].copy_from_slice(&signature.0);
+        }
+        Block::Pages(signature, pages, _) => {
+            bytes[0] = FLAG_PAGES;
+            bytes[SIGNATURE].copy_from_slice(&signature.0);
+            bytes[SIGNATURE.end..].copy_from_slice(&pages.to_le_bytes());
         }
         Block::Offered(signature) | Block::Found(signature, _) => {
             bytes[0] = FLAG_OFFERED;
-            bytes[1..].copy_from_slice(&signature.0);
+            bytes[SIGNATURE].copy_from_slice(&signature.0);
         }
     }
     bytes
@@ -314,7 +325,8 @@ pub fn put_segment(record: &mut Vec<u8>, path: &[u8], size: u64, first: u64, cou
     at
 }
 
-/// Where the data of an opened segment begins; none for every other payload.
+/// Where the data of an opened segment begins, if the signatures before it vouch for all of it; none for every other
+/// payload.
 #[must_use]
 pub fn data_of_segment(payload: &[u8]) -> Option<usize> {
     let (&kind, rest) = payload.split_first()?;
@@ -328,7 +340,10 @@ pub fn data_of_segment(payload: &[u8]) -> Option<usize> {
     let padding = reader.short().ok()?;
     let head = 1 + 2 + path.len() + 16 + 4 + 2 + padding.len();
     let data = head.checked_add(count.checked_mul(DESCRIPTOR_LEN)?)?;
-    (data <= payload.len()).then_some(data)
+    let descriptors = payload.get(head..data)?.chunks(DESCRIPTOR_LEN);
+    // Of a block of which pages travel the rest is elsewhere.
+    let whole = descriptors.into_iter().all(|one| one[0] != FLAG_PAGES);
+    whole.then_some(data)
 }
 
 /// Appends the final metadata of a large file, or a hard link.
@@ -403,7 +418,11 @@ impl<'a> Payload<'a> {
                     };
                     let count = block_size.blocks_of(size);
                     let named = descriptors(&mut reader, block_size, size, 0, count)?;
-                    files.push((entry, blocks(named, &mut data, block_size, size, 0)?));
+                    let blocks = blocks(named, &mut data, block_size, size, 0)?;
+                    if blocks.iter().any(|block| matches!(block, Block::Pages(..))) {
+                        return Err(Malformed("a small file comes in pages"));
+                    }
+                    files.push((entry, blocks));
                 }
                 if !data.is_empty() {
                     return Err(Malformed("bytes of small files belong to none"));
@@ -417,6 +436,15 @@ impl<'a> Payload<'a> {
                 reader.short()?;
                 let named = descriptors(&mut reader, block_size, size, first, count)?;
                 let blocks = blocks(named, &mut reader, block_size, size, first)?;
+                // Whoever puts blocks together from pages makes room for all of them.
+                let in_pages = blocks
+                    .iter()
+                    .filter(|block| matches!(block, Block::Pages(..)));
+                if in_pages.count() as u64 * block_size.bytes() > DATA_CAP as u64 {
+                    return Err(Malformed(
+                        "more blocks come in pages than a record may carry",
+                    ));
+                }
                 Self::Segment(Segment {
                     path,
                     size,
@@ -501,7 +529,7 @@ fn blocks<'a>(
 ) -> Result<Vec<Block<'a>>, Malformed> {
     let mut blocks = Vec::with_capacity(descriptors.len());
     for (descriptor, index) in descriptors.iter().zip(first..) {
-        let (flag, signature) = (descriptor[0], &descriptor[1..]);
+        let (flag, signature) = (descriptor[0], &descriptor[SIGNATURE]);
         let named = || {
             let mut bytes = [0; 32];
             bytes.copy_from_slice(signature);
@@ -513,6 +541,18 @@ fn blocks<'a>(
             FLAG_DATA => {
                 let bytes = data.bytes(block_size.length_of(size, index))?;
                 Block::Data(named(), bytes)
+            }
+            FLAG_PAGES => {
+                let [.., low, high] = *descriptor;
+                let (changed, length) = (
+                    Pages::from_le_bytes([low, high]),
+                    block_size.length_of(size, index),
+                );
+                if changed == 0 || length as u64 != block_size.bytes() {
+                    return Err(Malformed("a block has no such pages"));
+                }
+                let lengths = pages::ranges(changed, length).map(|range| range.len());
+                Block::Pages(named(), changed, data.bytes(lengths.sum())?)
             }
             FLAG_OFFERED => Block::Offered(named()),
             _ => return Err(Malformed("a block is of an unknown kind")),
@@ -666,6 +706,55 @@ mod tests {
         let offset = record.len() - data.len() - HEADER_LEN;
         assert_eq!(offset % ALIGNMENT, 0, "the data is aligned");
         assert_eq!(segment.blocks, [Block::Zero, Block::Data(signature, &data)]);
+    }
+
+    /// A segment of a file of so many blocks, all of which come in these pages.
+    fn in_pages(changed: Pages, blocks: u32, size: u64) -> Vec<u8> {
+        let mut record = start(Vec::new(), PayloadKind::Segment);
+        let at = put_segment(&mut record, b"table", size, 0, blocks);
+        let page = vec![7; 4096 * changed.count_ones() as usize];
+        for at in (at..).step_by(DESCRIPTOR_LEN).take(blocks as usize) {
+            let named = descriptor(Block::Pages(Signature([9; 32]), changed, &page));
+            record[at..at + DESCRIPTOR_LEN].copy_from_slice(&named);
+            record.extend_from_slice(&page);
+        }
+        record
+    }
+
+    #[test]
+    fn blocks_come_back_in_their_pages() {
+        let record = in_pages(0b1001, 2, 2 << 16);
+        let payload = &record[HEADER_LEN..];
+        let Ok(Payload::Segment(segment)) = Payload::decode(payload, BlockSize::default()) else {
+            panic!("not a segment");
+        };
+        let block = Block::Pages(Signature([9; 32]), 0b1001, &[7; 8192]);
+        assert_eq!(segment.blocks, [block, block]);
+        assert_eq!(
+            data_of_segment(payload),
+            None,
+            "their signatures do not vouch for their pages"
+        );
+    }
+
+    #[test]
+    fn pages_of_a_short_block_of_none_and_of_more_than_a_record_may_carry_are_refused() {
+        for (changed, blocks, size, holds) in [
+            (1, 16, 16 << 16, true),
+            (1, 17, 17 << 16, false),
+            (0, 1, 1 << 16, false),
+            (1, 1, (1 << 16) - 1, false),
+        ] {
+            let record = in_pages(changed, blocks, size);
+            let decoded = Payload::decode(&record[HEADER_LEN..], BlockSize::default());
+            assert_eq!(decoded.is_ok(), holds, "{changed} {blocks} {size}");
+        }
+        let mut small = SmallFiles::default();
+        let block = Block::Pages(Signature([9; 32]), 1, &[7; 4096]);
+        small.put(&file(b"a", 1 << 16), &[block]);
+        small.data.extend([7; 4096]);
+        let record = small.record(Vec::new());
+        assert!(Payload::decode(&record[HEADER_LEN..], BlockSize::default()).is_err());
     }
 
     #[test]

@@ -15,10 +15,11 @@ use crate::model::extent::Extent;
 use crate::model::ids::Signature;
 use crate::telemetry::extents;
 use crate::volume::aligned::ALIGNMENT;
+use crate::volume::pages::{self, FileMarks, Marks, Pages};
 use crate::volume::rewritten::common;
 use crate::volume::salvage::{self, is_media_error};
 use crate::volume::scan::Holes;
-use crate::volume::sign::{self, ZERO};
+use crate::volume::sign::{self, BlockSize, ZERO};
 use crate::volume::unused;
 use crate::volume::walk::WalkError;
 use nix::sys::stat::FileStat;
@@ -49,9 +50,12 @@ pub(super) struct Large {
     /// Where it lay before it was read.
     pub(super) extents: Option<Arc<[Extent]>>,
     pub(super) blocks: Mutex<Vec<Signature>>,
+    /// Marks of the pages of the blocks that the target holds; none: not known.
+    pub(super) marks_before: Option<Arc<FileMarks>>,
+    pub(super) marks: Mutex<FileMarks>,
     /// What came of it before, once something of it cannot be read.
     pub(super) before: OnceLock<Before>,
-    /// Pieces not yet read.
+    /// Spans not yet read.
     pub(super) left: AtomicU64,
 }
 
@@ -63,17 +67,52 @@ impl Large {
 }
 
 /// Pieces read at a time by each thread.
-pub(super) const TOGETHER: u64 = 4;
+pub(super) const TOGETHER: usize = 4;
 
-/// A run of blocks that is read straight into its record.
+/// Most pages that travel instead of their block, which the target then has to read: half of them.
+const PAGES_CAP: u32 = pages::PAGES as u32 / 2;
+
+/// Blocks of a large file that travel in one record, and runs of them that may have changed.
+pub(super) struct Span {
+    pub(super) blocks: Range<u64>,
+    changed: Vec<Range<u64>>,
+}
+
+/// Cuts runs of blocks, which follow each other, into spans of at most `each`.
+pub(super) fn spans(runs: &[Range<u64>], each: u64) -> impl Iterator<Item = Span> {
+    let mut runs = runs
+        .iter()
+        .filter(|run| !run.is_empty())
+        .cloned()
+        .peekable();
+    std::iter::from_fn(move || {
+        let first = runs.peek()?.start;
+        let (mut past, mut changed) = (first, Vec::new());
+        while let Some(run) = runs.peek_mut()
+            && run.start < first + each
+        {
+            past = run.end.min(first + each);
+            changed.push(run.start..past);
+            run.start = past;
+            if run.is_empty() {
+                runs.next();
+            }
+        }
+        let blocks = first..past;
+        Some(Span { blocks, changed })
+    })
+}
+
+/// A span whose changed blocks are read straight into its record.
 pub(super) struct Piece {
     file: Arc<Large>,
     first: u64,
     offset: u64,
     /// Bytes of its blocks.
     length: usize,
-    hollow: bool,
-    /// A record with room for the descriptors, followed by the bytes of the blocks unless they are a hole.
+    /// Runs of blocks that are read.
+    reads: Vec<Range<u64>>,
+    /// A record with room for the descriptors, followed by room for the bytes of the blocks if any are read.
     record: Record,
     descriptors: usize,
     data: usize,
@@ -83,8 +122,19 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    fn bytes(&self) -> &[u8] {
-        &self.record[self.data..self.data + self.length]
+    /// Where the bytes of a run of blocks belong, counted from the first block's.
+    fn place(&self, block_size: BlockSize, run: &Range<u64>) -> Range<usize> {
+        // At most 1 MiB by construction.
+        let at = |block: u64| {
+            usize::try_from((block - self.first) * block_size.bytes()).unwrap_or(DATA_CAP)
+        };
+        at(run.start)..at(run.end).min(self.length)
+    }
+
+    /// Whether an answer names a block that was offered as one that the target has.
+    pub(super) fn finds(&self, answer: &Held) -> bool {
+        let mut places = self.blocks.iter().zip(0..);
+        places.any(|((_, fate), place)| *fate == Fate::Data && answer.has(place))
     }
 }
 
@@ -94,23 +144,17 @@ impl Reading<'_, '_> {
         &self,
         engine: &mut dyn Engine,
         large: &Arc<Large>,
-        blocks: Range<u64>,
+        spans: Vec<Span>,
     ) -> Result<Vec<Waiting>, SourceError> {
-        let each = DATA_CAP as u64 / self.source.block_size.bytes();
-        let mut pieces = Vec::new();
-        let mut first = blocks.start;
-        while first < blocks.end {
-            let count = each.min(blocks.end - first);
-            pieces.push(self.begin_piece(large, first, count));
-            first += count;
-        }
+        let mut pieces: Vec<Piece> = spans
+            .iter()
+            .map(|span| self.begin_piece(large, span))
+            .collect();
         let bad = self.fill(engine, large, &mut pieces)?;
         let mut waiting = Vec::new();
-        for piece in pieces {
+        for (piece, span) in pieces.into_iter().zip(spans) {
             if bad.contains(&piece.first) {
-                let count = piece.blocks.len() as u64;
-                let blocks = piece.first..piece.first + count;
-                self.defer(Unit::Pieces(Arc::clone(large), blocks));
+                self.defer(Unit::Pieces(Arc::clone(large), vec![span]));
             } else {
                 waiting.extend(self.finish_piece(piece)?);
             }
@@ -122,24 +166,21 @@ impl Reading<'_, '_> {
     pub(super) fn salvage_piece(
         &self,
         large: &Arc<Large>,
-        blocks: Range<u64>,
+        span: &Span,
     ) -> Result<Option<Waiting>, SourceError> {
-        let mut piece = self.begin_piece(large, blocks.start, blocks.end - blocks.start);
-        if !piece.hollow {
-            let memory = &mut piece.record[piece.data..piece.data + piece.length];
-            memory.fill(0);
-            // At most 1 MiB by construction.
-            let size = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
-            let mut at = 0;
-            let blocks: Vec<u64> = blocks.collect();
+        let mut piece = self.begin_piece(large, span);
+        for run in piece.reads.clone() {
+            let place = piece.place(self.source.block_size, &run);
+            piece.record[piece.data..][place].fill(0);
+            let blocks: Vec<u64> = run.collect();
             for run in blocks.chunk_by(|a, b| large.skips(*a) == large.skips(*b)) {
-                let part = at..memory.len().min(at + run.len() * size);
-                at = part.end;
                 if large.skips(run[0]) {
                     continue;
                 }
+                let part =
+                    piece.place(self.source.block_size, &(run[0]..run[0] + run.len() as u64));
                 let offset = piece.offset + part.start as u64;
-                let bytes = &mut memory[part];
+                let bytes = &mut piece.record[piece.data..][part];
                 let (done, lost) = salvage::read(&large.file, bytes, offset)
                     .map_err(|e| self.unread(large, offset, &e))?;
                 if !lost.is_empty() {
@@ -162,15 +203,37 @@ impl Reading<'_, '_> {
     }
 
     /// A piece without its bytes.
-    fn begin_piece(&self, large: &Arc<Large>, first: u64, count: u64) -> Piece {
+    fn begin_piece(&self, large: &Arc<Large>, span: &Span) -> Piece {
         let block_size = self.source.block_size;
-        let lengths = (first..first + count).map(|at| block_size.length_of(large.size, at));
-        let (offset, length) = (first * block_size.bytes(), lengths.sum::<usize>());
-        let hollow = large.holes.covers(offset, length as u64)
-            || (first..first + count).all(|block| large.skips(block));
+        let (first, count) = (span.blocks.start, span.blocks.end - span.blocks.start);
+        let length = |run: &Range<u64>| -> usize {
+            let blocks = run.clone();
+            blocks.map(|at| block_size.length_of(large.size, at)).sum()
+        };
+        let held = |index: u64| large.held.get(usize::try_from(index).ok()?);
+        let mut reads = span.changed.clone();
+        reads.retain(|run| {
+            let is_hole = large
+                .holes
+                .covers(run.start * block_size.bytes(), length(run) as u64);
+            !is_hole && !run.clone().all(|block| large.skips(block))
+        });
+        // Of blocks that are read this is not the last word.
+        let mut blocks: Vec<(Signature, Fate)> = span
+            .blocks
+            .clone()
+            .map(|index| (held(index).copied().unwrap_or(ZERO), Fate::Kept))
+            .collect();
+        let mut marks = lock(&large.marks);
+        for index in span.changed.iter().cloned().flatten() {
+            blocks[(index - first) as usize] = (ZERO, fate(&ZERO, held(index)));
+            marks.set(index, None);
+        }
+        drop(marks);
         let (head, descriptors) = head(large, first, count);
+        let (offset, length) = (first * block_size.bytes(), length(&span.blocks));
         // Direct reads are of whole sectors.
-        let room = if hollow {
+        let room = if reads.is_empty() {
             0
         } else {
             length.next_multiple_of(ALIGNMENT)
@@ -180,12 +243,11 @@ impl Reading<'_, '_> {
             first,
             offset,
             length,
-            hollow,
+            reads,
             record: Record::with_room(&self.source.outlet.slots, &head, room),
             descriptors,
             data: head.len(),
-            // Filled in when the bytes are there.
-            blocks: vec![(ZERO, Fate::Same); usize::try_from(count).unwrap_or(0)],
+            blocks,
             kept: HashMap::new(),
         }
     }
@@ -205,27 +267,40 @@ impl Reading<'_, '_> {
     ) -> Result<Vec<u64>, SourceError> {
         let mut reads: Vec<Read<'_>> = Vec::with_capacity(pieces.len());
         let mut places = Vec::with_capacity(pieces.len());
-        for piece in pieces.iter_mut().filter(|piece| !piece.hollow) {
-            let cached = || is_cached(large.file.as_fd(), piece.offset, piece.length as u64);
-            let past = large.direct.as_ref().filter(|_| large.device || !cached());
-            // The file's end cuts the last sector of a direct read short.
-            let length = if past.is_some() {
-                piece.length.next_multiple_of(ALIGNMENT)
-            } else {
-                piece.length
-            };
-            places.push((piece.first, piece.length, past.is_some()));
-            reads.push(Read {
-                file: past.unwrap_or(&large.file).as_fd(),
-                offset: piece.offset,
-                buffer: &mut piece.record[piece.data..piece.data + length],
-                length: piece.length,
-                once: past.is_none(),
-                done: Ok(0),
-            });
+        for piece in pieces {
+            let runs: Vec<Range<usize>> = piece
+                .reads
+                .iter()
+                .map(|run| piece.place(self.source.block_size, run))
+                .collect();
+            let mut memory = piece.record.get_mut(piece.data..).unwrap_or_default();
+            let mut at = 0;
+            for place in runs {
+                let (offset, length) = (piece.offset + place.start as u64, place.len());
+                let cached = || is_cached(large.file.as_fd(), offset, length as u64);
+                let past = large.direct.as_ref().filter(|_| large.device || !cached());
+                // The file's end cuts the last sector of a direct read short.
+                let whole = length.next_multiple_of(ALIGNMENT);
+                let (_, rest) = memory.split_at_mut(place.start - at);
+                let (buffer, rest) = rest.split_at_mut(whole);
+                (memory, at) = (rest, place.start + whole);
+                places.push((piece.first, length, past.is_some()));
+                reads.push(Read {
+                    file: past.unwrap_or(&large.file).as_fd(),
+                    offset,
+                    buffer: if past.is_some() {
+                        buffer
+                    } else {
+                        &mut buffer[..length]
+                    },
+                    length,
+                    once: past.is_none(),
+                    done: Ok(0),
+                });
+            }
         }
         engine.read(&mut reads);
-        let mut bad = Vec::new();
+        let (mut bad, mut good) = (Vec::new(), Vec::new());
         for (mut read, (first, length, direct)) in reads.into_iter().zip(places) {
             let refused = read
                 .done
@@ -256,9 +331,13 @@ impl Reading<'_, '_> {
             };
             // The file shrank: the rest reads as zeros now and again in the next epoch.
             read.buffer[done..length].fill(0);
-            self.source.progress.read(done as u64);
-            add(&self.tally.bytes_read, done as u64);
+            good.push((first, done as u64));
         }
+        // What belongs to a bad one is read again.
+        let good = good.iter().filter(|(first, _)| !bad.contains(first));
+        let total = good.map(|(_, done)| done).sum();
+        self.source.progress.read(total);
+        add(&self.tally.bytes_read, total);
         Ok(bad)
     }
 
@@ -268,26 +347,26 @@ impl Reading<'_, '_> {
             let index = usize::try_from(index).ok();
             index.and_then(|index| piece.file.held.get(index))
         };
-        let indices = piece.first..piece.first + piece.blocks.len() as u64;
-        piece.blocks = if piece.hollow {
-            let zeros = indices.map(|index| (ZERO, fate(&ZERO, held(index))));
-            zeros.collect()
-        } else {
-            // At most 1 MiB by construction.
-            let size = usize::try_from(self.source.block_size.bytes()).unwrap_or(DATA_CAP);
-            let signed = piece.bytes().chunks(size).zip(indices);
-            let signed = signed.map(|(bytes, index)| {
-                let signature = if piece.file.skips(index) {
-                    ZERO
-                } else if let Some(kept) = piece.kept.get(&index) {
-                    *kept
-                } else {
-                    sign::signature(self.source.key, bytes)
-                };
-                (signature, fate(&signature, held(index)))
-            });
-            signed.collect()
-        };
+        for index in piece.reads.iter().cloned().flatten() {
+            let place = piece.place(self.source.block_size, &(index..index + 1));
+            let bytes = &piece.record[piece.data..][place];
+            let signature = if piece.file.skips(index) {
+                ZERO
+            } else if let Some(kept) = piece.kept.get(&index) {
+                *kept
+            } else {
+                sign::signature(self.source.key, bytes)
+            };
+            let mut fate = fate(&signature, held(index));
+            let marks = self.mark(&piece, index, &signature, bytes);
+            if let (Fate::Data, Some(now)) = (fate, &marks)
+                && let Some(pages) = self.pages(&piece, index, held(index), now)
+            {
+                fate = Fate::Pages(pages);
+            }
+            lock(&piece.file.marks).set(index, marks);
+            piece.blocks[(index - piece.first) as usize] = (signature, fate);
+        }
         let data = piece
             .blocks
             .iter()
@@ -302,11 +381,41 @@ impl Reading<'_, '_> {
         Ok(None)
     }
 
+    /// Marks of a block's pages, if it may come in pages next time.
+    fn mark(
+        &self,
+        piece: &Piece,
+        index: u64,
+        signature: &Signature,
+        bytes: &[u8],
+    ) -> Option<Marks> {
+        let is_whole = bytes.len() as u64 == self.source.block_size.bytes();
+        let is_read = *signature != ZERO && !piece.kept.contains_key(&index);
+        (is_whole && is_read).then(|| self.source.marker.marks(bytes))
+    }
+
+    /// Pages of a block that changed since the target got it, if sending these is less than sending all.
+    fn pages(
+        &self,
+        piece: &Piece,
+        index: u64,
+        held: Option<&Signature>,
+        now: &Marks,
+    ) -> Option<Pages> {
+        held.filter(|held| **held != ZERO)?;
+        let before = piece.file.marks_before.as_ref()?.get(index)?;
+        let changed = pages::changed(before, now);
+        (1..=PAGES_CAP)
+            .contains(&changed.count_ones())
+            .then_some(changed)
+    }
+
     fn offer_piece(&self, piece: &Piece) -> Result<u64, SourceError> {
         let (mut record, descriptors) = head(&piece.file, piece.first, piece.blocks.len() as u64);
         for (at, (signature, fate)) in (descriptors..).step_by(DESCRIPTOR_LEN).zip(&piece.blocks) {
             let block = match fate {
                 Fate::Data => Block::Offered(*signature),
+                Fate::Pages(_) => Block::Same,
                 other => other.block(*signature, &[]),
             };
             record[at..at + DESCRIPTOR_LEN].copy_from_slice(&payload::descriptor(block));
@@ -319,7 +428,7 @@ impl Reading<'_, '_> {
         let Piece {
             file,
             first,
-            hollow,
+            reads,
             mut record,
             descriptors,
             data,
@@ -328,23 +437,34 @@ impl Reading<'_, '_> {
         } = piece;
         let (mut from, mut to) = (data, data);
         let mut differs = false;
+        let is_hollow = reads.is_empty();
         for ((index, (signature, fate)), place) in (first..).zip(&blocks).zip(0..) {
             let length = self.source.block_size.length_of(file.size, index);
-            let range = from..if hollow { from } else { from + length };
-            from = range.end;
-            let found = answer.has(place);
-            let block = fate.block(*signature, &record[range.clone()]);
-            self.count(block, found);
+            let start = from;
+            from += if is_hollow { 0 } else { length };
+            // Pages are not offered; their block is said to stay as it is until they come.
+            let found = answer.has(place) && !matches!(fate, Fate::Pages(_));
+            let parts: Vec<Range<usize>> = match fate {
+                Fate::Data if !found => std::iter::once(0..length).collect(),
+                Fate::Pages(changed) => pages::ranges(*changed, length).collect(),
+                _ => Vec::new(),
+            };
+            let moved = to;
+            for part in parts {
+                let bytes = start + part.start..start + part.end;
+                to += bytes.len();
+                if to != bytes.end {
+                    record.copy_within(bytes.clone(), to - bytes.len());
+                }
+            }
+            let block = fate.block(*signature, &record[moved..to]);
+            if *fate != Fate::Kept {
+                self.count(block, found);
+            }
             let block = if found { Block::Same } else { block };
             let at = descriptors + place * DESCRIPTOR_LEN;
             let descriptor = payload::descriptor(block);
             differs |= block != Block::Same;
-            if matches!(block, Block::Data(..)) {
-                if to != range.start {
-                    record.copy_within(range, to);
-                }
-                to += length;
-            }
             record[at..at + DESCRIPTOR_LEN].copy_from_slice(&descriptor);
         }
         record.truncate(to);
@@ -365,6 +485,8 @@ impl Reading<'_, '_> {
     /// The last piece of a large file is done.
     pub(super) fn complete(&self, large: &Large) -> Result<(), SourceError> {
         let blocks = std::mem::take(&mut *lock(&large.blocks));
+        let marks = std::mem::take(&mut *lock(&large.marks));
+        self.tally.keep_marks(&large.path, Arc::new(marks));
         let entry = self.entry(&large.path, &large.file, &large.stat, large.size, blocks)?;
         if self.source.differs(&entry) {
             add(&self.tally.changed_entries, 1);

@@ -8,8 +8,9 @@
 use super::engine::engine;
 use super::frame::DATA_CAP;
 use super::link::LinkError;
+use super::message::Held;
 use super::payload::Block;
-use super::pieces::{self, Large, Piece};
+use super::pieces::{self, Large, Piece, Span, spans};
 use super::queue::{Queue, lock};
 use super::record::SLOT;
 use super::small::OfferedFiles;
@@ -21,6 +22,7 @@ use crate::telemetry::extents;
 use crate::volume::aligned::{ALIGNMENT, open_direct};
 use crate::volume::change::{Baseline, Step};
 use crate::volume::one::{One, stat_of};
+use crate::volume::pages::{FileMarks, Pages};
 use crate::volume::rewritten::meet;
 use crate::volume::scan::{self, Holes};
 use crate::volume::sign::ZERO;
@@ -33,7 +35,6 @@ use nix::sys::stat::FileStat;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -52,7 +53,7 @@ const READERS: usize = 2;
 
 /// Bytes of records that the threads of an epoch hold at most before a link has them.
 pub(super) fn held_by_readers(workers: usize) -> usize {
-    let records = pieces::TOGETHER as usize + UNANSWERED_CAP;
+    let records = pieces::TOGETHER + UNANSWERED_CAP;
     workers.max(1) * READERS * records * SLOT
 }
 
@@ -99,7 +100,7 @@ pub(super) enum Unit<'s> {
     /// Small files: their steps' indices.
     Small(Vec<(usize, &'s Found)>),
     /// Blocks of a large file.
-    Pieces(Arc<Large>, Range<u64>),
+    Pieces(Arc<Large>, Vec<Span>),
 }
 
 /// What was offered and waits for the target's answer.
@@ -113,14 +114,27 @@ impl Waiting {
         let (Self::Files(number, _) | Self::Piece(number, _)) = self;
         *number
     }
+
+    /// Whether the target had something of what was offered. Of a piece it answers for all blocks; of small files none
+    /// is there unless it is whole.
+    fn pays(&self, answer: &Held) -> bool {
+        match self {
+            Self::Files(..) => answer.bits.iter().any(|&bits| bits != 0),
+            Self::Piece(_, piece) => piece.finds(answer),
+        }
+    }
 }
 
 /// How a block travels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
+    /// As it was, which is known without reading it.
+    Kept,
     Same,
     Zero,
     Data,
+    /// Only those pages.
+    Pages(Pages),
 }
 
 /// What the reading threads share.
@@ -222,9 +236,16 @@ impl<'s> Reading<'_, 's> {
             None => Vec::new(),
         };
         blocks.resize(usize::try_from(total).unwrap_or(0), ZERO);
+        let before = previous
+            .and_then(|state| state.marks.get(&found.path))
+            .cloned();
+        let mut marks = match &before {
+            Some(before) if changed.is_some() => FileMarks::clone(before),
+            _ => FileMarks::default(),
+        };
+        marks.truncate(total);
         let runs = changed.unwrap_or_else(|| std::iter::once(0..total).collect());
-        let pieces = runs.iter().map(|run| (run.end - run.start).div_ceil(each));
-        let left = pieces.sum();
+        let left = spans(&runs, each).count() as u64;
         let large = Arc::new(Large {
             step,
             path: found.path.clone(),
@@ -238,6 +259,8 @@ impl<'s> Reading<'_, 's> {
             held,
             extents,
             blocks: Mutex::new(blocks),
+            marks_before: before,
+            marks: Mutex::new(marks),
             before: OnceLock::new(),
             left: AtomicU64::new(left),
         });
@@ -245,34 +268,30 @@ impl<'s> Reading<'_, 's> {
             self.complete(&large)?;
         }
         let bad = self.lost_before(&found.path, |_| true);
-        for run in runs {
-            let mut first = run.start;
-            while first < run.end {
-                let past = run.end.min(first + each * pieces::TOGETHER);
-                let is_bad = |blocks: &Range<u64>| {
-                    let bytes = blocks.start * block_size.bytes()..blocks.end * block_size.bytes();
-                    meet(&bad, &bytes)
-                };
-                let together = first..past;
-                let units: Vec<Range<u64>> = if is_bad(&together) {
-                    let firsts = together.step_by(usize::try_from(each).unwrap_or(1));
-                    firsts.map(|at| at..past.min(at + each)).collect()
-                } else {
-                    vec![together]
-                };
-                for blocks in units {
-                    let bad = is_bad(&blocks);
-                    let unit = Unit::Pieces(Arc::clone(&large), blocks);
-                    if bad {
-                        self.defer(unit);
-                    } else if self.queue.push(unit).is_err() {
-                        return Ok(false);
-                    }
-                }
-                first = past;
+        let is_bad = |span: &Span| {
+            let bytes =
+                span.blocks.start * block_size.bytes()..span.blocks.end * block_size.bytes();
+            meet(&bad, &bytes)
+        };
+        let mut spans = spans(&runs, each);
+        loop {
+            let some = spans.by_ref().take(pieces::TOGETHER);
+            let (bad, good): (Vec<Span>, Vec<Span>) = some.partition(is_bad);
+            if bad.is_empty() && good.is_empty() {
+                return Ok(true);
+            }
+            for span in bad {
+                self.defer(Unit::Pieces(Arc::clone(&large), vec![span]));
+            }
+            if !good.is_empty()
+                && self
+                    .queue
+                    .push(Unit::Pieces(Arc::clone(&large), good))
+                    .is_err()
+            {
+                return Ok(false);
             }
         }
-        Ok(true)
     }
 
     /// Where a large file lies, if the next epoch can tell by that what was written to it.
@@ -311,7 +330,7 @@ impl<'s> Reading<'_, 's> {
         while let Some(unit) = self.queue.take() {
             let result = match unit {
                 Unit::Small(files) => self.read_small(engine.as_mut(), &files).map(Vec::from_iter),
-                Unit::Pieces(file, blocks) => self.read_pieces(engine.as_mut(), &file, blocks),
+                Unit::Pieces(file, spans) => self.read_pieces(engine.as_mut(), &file, spans),
             };
             self.queue.done();
             let settled = result.and_then(|offered| {
@@ -344,6 +363,9 @@ impl<'s> Reading<'_, 's> {
                 break;
             }
             let answer = outlet.answer(number)?;
+            if let Some(first) = waiting.front() {
+                outlet.offers.learn(first.pays(&answer));
+            }
             match waiting.pop_front() {
                 Some(Waiting::Files(_, offered)) => self.send_lacking(&offered, &answer)?,
                 Some(Waiting::Piece(_, piece)) => self.send_piece(piece, &answer)?,
@@ -420,7 +442,7 @@ impl<'s> Reading<'_, 's> {
             Block::Same => add(&self.tally.unchanged_blocks, 1),
             Block::Zero => add(&self.tally.zero_blocks, 1),
             Block::Data(..) if found => add(&self.tally.held_blocks, 1),
-            Block::Data(_, bytes) => {
+            Block::Data(_, bytes) | Block::Pages(_, _, bytes) => {
                 add(&self.tally.blocks_sent, 1);
                 add(&self.tally.changeset, bytes.len() as u64);
             }
@@ -432,9 +454,10 @@ impl<'s> Reading<'_, 's> {
 impl Fate {
     pub(super) fn block(self, signature: Signature, bytes: &[u8]) -> Block<'_> {
         match self {
-            Self::Same => Block::Same,
+            Self::Kept | Self::Same => Block::Same,
             Self::Zero => Block::Zero,
             Self::Data => Block::Data(signature, bytes),
+            Self::Pages(pages) => Block::Pages(signature, pages, bytes),
         }
     }
 }

@@ -1,14 +1,17 @@
 //! Applying opened payloads to a destination and keeping the tree that results.
 //!
-//! Invariants: every block's signature is computed here from the bytes that are written; the tree
+//! Invariants: every block's signature is computed here, from the bytes that are written or, of a block that came in
+//! pages, from all that it has then; the tree
 //! holds only what was applied; several threads may apply parallel payloads at once, the session sees
 //! to the barriers.
 
+use super::building::{Blocks, Building};
 use super::engine::{Engine, Write};
 use super::payload::{Block, EntryItem, Payload, Segment};
+use super::placing::{Memories, runs};
 use super::queue::lock;
 use crate::model::ids::Signature;
-use crate::volume::aligned::ALIGNMENT;
+use crate::volume::aligned::{ALIGNMENT, Aligned};
 use crate::volume::apply::{Access, ApplyError, Destination, Parent};
 use crate::volume::block_map::{self, Holder};
 use crate::volume::confined::split;
@@ -16,7 +19,7 @@ use crate::volume::sign::{self, ZERO};
 use crate::volume::state::EntryMap;
 use crate::volume::tree::{RootHasher, shown};
 use crate::volume::{BlockMap, BlockSize, Entry, FleetKey, Kind};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::path::Path;
@@ -30,6 +33,14 @@ pub(super) enum RebuildError {
         "volume {volume}: the block of `{path}` at offset {offset} does not have its signature: it was changed on the way"
     )]
     WrongSignature {
+        volume: String,
+        path: String,
+        offset: u64,
+    },
+    #[error(
+        "volume {volume}: the block of `{path}` at offset {offset} is not what the source expects there: it was changed on the target's disk"
+    )]
+    Altered {
         volume: String,
         path: String,
         offset: u64,
@@ -48,7 +59,7 @@ pub(super) enum RebuildError {
 pub(super) struct Rebuild {
     pub(super) destination: Destination,
     pub(super) block_size: BlockSize,
-    key: FleetKey,
+    pub(super) key: FleetKey,
     /// What this device holds of any volume; what is written here is noted there.
     pub(super) map: Option<Arc<BlockMap>>,
     root: Arc<Path>,
@@ -70,58 +81,6 @@ struct State {
     building: HashMap<Box<[u8]>, Building>,
     /// Directories whose metadata must be set at the end.
     touched: BTreeSet<Box<[u8]>>,
-}
-
-struct Building {
-    blocks: Blocks,
-    /// Made in this epoch: everything not written is a hole already.
-    fresh: bool,
-}
-
-/// Signatures of the blocks of a file that arrived, by chunks: they take memory by how many these are (half a KiB each
-/// at most), and not by where in the file a peer says that they belong.
-#[derive(Default)]
-struct Blocks(BTreeMap<u64, Box<[Option<Signature>]>>);
-
-/// Blocks of a chunk.
-const CHUNK: u64 = 16;
-
-impl Blocks {
-    fn get(&self, index: u64) -> Option<Signature> {
-        *self
-            .0
-            .get(&(index / CHUNK))?
-            .get((index % CHUNK) as usize)?
-    }
-
-    fn set(&mut self, index: u64, signature: Signature) {
-        let empty = || vec![None; CHUNK as usize].into();
-        let chunk = self.0.entry(index / CHUNK).or_insert_with(empty);
-        chunk[(index % CHUNK) as usize] = Some(signature);
-    }
-
-    /// The first `count` of them; none when one is missing.
-    fn whole(mut self, count: u64) -> Option<Vec<Signature>> {
-        let mut whole = Vec::new();
-        for first in (0..count).step_by(CHUNK as usize) {
-            let chunk = self.0.remove(&(first / CHUNK))?;
-            let blocks = chunk.iter().take((count - first).min(CHUNK) as usize);
-            for block in blocks {
-                whole.push((*block)?);
-            }
-        }
-        Some(whole)
-    }
-}
-
-impl FromIterator<Signature> for Blocks {
-    fn from_iter<T: IntoIterator<Item = Signature>>(signatures: T) -> Self {
-        let mut blocks = Self::default();
-        for (index, signature) in (0..).zip(signatures) {
-            blocks.set(index, signature);
-        }
-        blocks
-    }
 }
 
 impl State {
@@ -211,14 +170,15 @@ impl Rebuild {
         }
     }
 
-    /// Applies a payload that is not the end. `memories` is where the bytes of its blocks lie. Tells of
-    /// each block of files and segments whether it is in its place; only one that was offered and not
+    /// Applies a payload that is not the end. `memories` is where the bytes of its blocks lie, `space` has room for
+    /// blocks of which pages came. Tells of each block of files and segments whether it is in its place; only one that was offered and not
     /// found can be missing, and with it its whole file, if that is a small one.
     pub(super) fn apply(
         &self,
         engine: &mut dyn Engine,
         parent: &mut Parent,
         memories: Memories<'_>,
+        space: &mut Aligned,
         payload: &Payload<'_>,
     ) -> Result<Vec<bool>, RebuildError> {
         match payload {
@@ -234,7 +194,7 @@ impl Rebuild {
                 return Ok(held.collect());
             }
             Payload::Segment(segment) => {
-                self.segment(engine, parent, memories, segment)?;
+                self.segment(engine, parent, memories, space, segment)?;
                 let held = segment.blocks.iter().map(|block| !block.is_lacking());
                 return Ok(held.collect());
             }
@@ -258,6 +218,7 @@ impl Rebuild {
                 {
                     Some((*signature, index * self.block_size.bytes()))
                 }
+                Block::Pages(signature, ..) => Some((*signature, index * self.block_size.bytes())),
                 _ => None,
             })
             .collect();
@@ -275,8 +236,11 @@ impl Rebuild {
             parent.forget();
             self.destination.remove(parent, path)?;
             let mut state = lock(&self.state);
+            // What a peer makes up takes no memory.
+            if state.tree.get(path).is_some() {
+                state.touch_parent(path);
+            }
             state.forget(path);
-            state.touch_parent(path);
         }
         parent.forget();
         Ok(())
@@ -375,6 +339,10 @@ impl Rebuild {
                 .map(Some)
                 .ok_or_else(|| self.disagree("a block is missing here of", path)),
             Block::Found(signature, _) => Ok(Some(*signature)),
+            // Its bytes are put together and checked before any is written.
+            Block::Pages(signature, ..) => held(at)
+                .map(|_| Some(*signature))
+                .ok_or_else(|| self.disagree("a block is missing here of", path)),
             Block::Offered(_) => Ok(None),
             Block::Data(expected, bytes) => {
                 let signature = sign::signature(&self.key, bytes);
@@ -473,6 +441,7 @@ impl Rebuild {
         engine: &mut dyn Engine,
         parent: &mut Parent,
         memories: Memories<'_>,
+        space: &mut Aligned,
         segment: &Segment<'_>,
     ) -> Result<(), RebuildError> {
         let path = &segment.path;
@@ -501,22 +470,23 @@ impl Rebuild {
         } else {
             Access::InPlace
         };
-        let file = self.destination.file(parent, path, access)?;
-        if !fresh {
-            self.punch(&file, path, segment.size, segment.first, &segment.blocks)?;
-        }
-        let place = |file| {
-            let places = runs
+        let mut write = |access| {
+            let file = self.destination.file(parent, path, access)?;
+            self.put_together(engine, &file, segment, space)?;
+            if !fresh {
+                self.punch(&file, path, segment.size, segment.first, &segment.blocks)?;
+            }
+            let places: Vec<Place<'_>> = runs
                 .iter()
-                .map(move |&(offset, bytes)| (&**path, file, offset, bytes));
-            places.collect::<Vec<Place<'_>>>()
+                .map(|&(offset, bytes)| (&**path, &file, offset, bytes))
+                .collect();
+            self.write(engine, &places, access == Access::Direct)
         };
-        match self.write(engine, &place(&file), access == Access::Direct) {
+        match write(access) {
             Err(RebuildError::Apply(error)) if access == Access::Direct && error.is_alignment() => {
                 // A disk with larger sectors than 4096 bytes.
                 self.refuses_direct.store(true, Ordering::Relaxed);
-                let file = self.destination.file(parent, path, Access::InPlace)?;
-                self.write(engine, &place(&file), false)?;
+                write(Access::InPlace)?;
             }
             other => other?,
         }
@@ -680,41 +650,6 @@ type Place<'a> = (&'a [u8], &'a std::fs::File, u64, &'a [u8]);
 /// A small file in a record.
 type File<'b> = (Entry, Vec<Block<'b>>);
 
-/// Where bytes of blocks lie: the opened record, and what was found on this device.
-pub(super) type Memories<'b> = [&'b [u8]; 2];
-
-/// Runs of blocks with bytes that lie next to each other both in memory and in the file.
-fn runs<'b>(
-    block_size: BlockSize,
-    memories: Memories<'b>,
-    first: u64,
-    blocks: &[Block<'b>],
-) -> impl Iterator<Item = (u64, &'b [u8])> {
-    let mut joined: Vec<(u64, usize, std::ops::Range<usize>)> = Vec::new();
-    for (block, index) in blocks.iter().zip(first..) {
-        let (memory, bytes) = match block {
-            Block::Data(_, bytes) => (0, bytes),
-            Block::Found(_, bytes) => (1, bytes),
-            _ => continue,
-        };
-        let offset = index * block_size.bytes();
-        let start = bytes.as_ptr().addr() - memories[memory].as_ptr().addr();
-        match joined.last_mut() {
-            Some((at, same, range))
-                if *same == memory
-                    && range.end == start
-                    && *at + (range.len() as u64) == offset =>
-            {
-                range.end = start + bytes.len();
-            }
-            _ => joined.push((offset, memory, start..start + bytes.len())),
-        }
-    }
-    joined
-        .into_iter()
-        .map(move |(offset, memory, range)| (offset, &memories[memory][range]))
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::engine::{EngineChoice, engine};
@@ -728,9 +663,15 @@ mod tests {
         let tree = EntryMap::default();
         let rebuild = Rebuild::new(destination, block_size, key, None, tree, false);
         let mut engine = engine(EngineChoice::Threads).unwrap();
-        let mut parent = Parent::default();
+        let (mut parent, mut space) = (Parent::default(), Aligned::default());
         let mut apply = |payload: &Payload<'_>| {
-            let applied = rebuild.apply(engine.as_mut(), &mut parent, [&[], &[]], payload);
+            let applied = rebuild.apply(
+                engine.as_mut(),
+                &mut parent,
+                [&[], &[]],
+                &mut space,
+                payload,
+            );
             applied.map_err(|error| error.to_string())
         };
         let (path, size): (Box<[u8]>, _) = (b"endless".as_slice().into(), i64::MAX as u64);
@@ -762,24 +703,5 @@ mod tests {
         };
         let refused = apply(&Payload::Finish(vec![entry])).unwrap_err();
         assert!(refused.contains("blocks are missing"), "{refused}");
-    }
-
-    #[test]
-    fn blocks_of_a_file_are_whole_when_each_is_there() {
-        let named = |index: u64| Signature([index as u8; 32]);
-        for count in [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK] {
-            let all = || (0..count).map(named).collect::<Blocks>();
-            let whole: Vec<Signature> = (0..count).map(named).collect();
-            assert_eq!(all().whole(count), Some(whole.clone()));
-            assert_eq!(all().whole(count + 1), None);
-            for shorter in [count / 2, count.saturating_sub(1)] {
-                let first = whole[..shorter as usize].to_vec();
-                assert_eq!(all().whole(shorter), Some(first));
-            }
-        }
-        let mut blocks = Blocks::default();
-        blocks.set(1, named(1));
-        assert_eq!((blocks.get(1), blocks.get(0)), (Some(named(1)), None));
-        assert_eq!(blocks.whole(2), None);
     }
 }

@@ -161,7 +161,8 @@ fn nonce(number: u64) -> Nonce {
 
 /// Tags records on one link with keyed BLAKE3: plain ones on a trusted link, and sealed ones on their
 /// way through a device that cannot open them. The data of a plain segment is hashed once: its tag covers
-/// everything before it, the blocks' signatures included, and these cover the data.
+/// everything before it, the blocks' signatures included, and these cover the data; of one with blocks that come in
+/// pages the tag covers all.
 #[derive(Debug)]
 pub struct Tagger {
     key: LinkKey,

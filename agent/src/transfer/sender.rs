@@ -17,6 +17,7 @@ use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{TimesKept, VolumeSpec};
+use crate::volume::pages::Marker;
 use crate::volume::scan::ScanError;
 use crate::volume::{BlockSize, Exception, FleetKey, TreeState, Unreadable};
 use std::collections::BTreeMap;
@@ -138,7 +139,7 @@ pub struct EpochReport {
     pub held_blocks: u64,
     /// Blocks that were read and found to be at the target already.
     pub unchanged_blocks: u64,
-    /// Plain bytes of the blocks that were sent: the size of the changeset.
+    /// Plain bytes of the blocks that were sent, or of their pages that were: the size of the changeset.
     pub changeset: Bytes,
     /// Bytes read from files.
     pub bytes_read: Bytes,
@@ -244,9 +245,7 @@ impl Outlet {
 
     /// Waits for the answer to an offer.
     pub(super) fn answer(&self, number: u64) -> Result<Answer, LinkError> {
-        let answer = self.answering.answer(number)?;
-        self.offers.learn(&answer);
-        Ok(answer)
+        self.answering.answer(number)
     }
 
     fn push(
@@ -408,6 +407,7 @@ impl Sender {
         let source = Source {
             volume,
             key: &self.fleet_key,
+            marker: Marker::new(&self.fleet_key),
             block_size,
             held,
             earlier: previous,

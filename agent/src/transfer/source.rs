@@ -18,6 +18,7 @@ use crate::model::ids::{Epoch, Signature};
 use crate::model::units::UnixMillis;
 use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::change::{Ahead, Baseline, Changes, Step, Window};
+use crate::volume::pages::{self, FileMarks, Marker, VolumeMarks};
 use crate::volume::rewritten::FileExtents;
 use crate::volume::salvage::of_file;
 use crate::volume::state::Builder;
@@ -125,6 +126,8 @@ pub(super) struct Tally {
     pub(super) unused: Mutex<Option<Arc<unused::Map>>>,
     /// Where large files lay, and how many extents these are.
     extents: Mutex<(FileExtents, usize)>,
+    /// Marks of their pages, and how many chunks these are.
+    marks: Mutex<(VolumeMarks, usize)>,
 }
 
 impl Tally {
@@ -137,8 +140,19 @@ impl Tally {
         }
     }
 
+    pub(super) fn keep_marks(&self, path: &[u8], marks: Arc<FileMarks>) {
+        let mut kept = lock(&self.marks);
+        if marks.chunks() > 0 && kept.1 + marks.chunks() <= pages::CHUNKS_CAP {
+            kept.1 += marks.chunks();
+            kept.0.insert(path.into(), marks);
+        }
+    }
+
     /// Takes over what was known of an entry that is kept.
     fn keep(&self, entry: &Entry, previous: &TreeState) {
+        if let Some(marks) = previous.marks.get(&entry.path) {
+            self.keep_marks(&entry.path, Arc::clone(marks));
+        }
         if entry.seen.racy {
             // It could not be looked at: what is lost of it still is, and what is written to it goes unseen.
             let lost = of_file(&previous.unreadable, &entry.path);
@@ -199,6 +213,7 @@ impl From<ScanError> for SourceError {
 pub(super) struct Source<'a> {
     pub(super) volume: &'a VolumeSpec,
     pub(super) key: &'a FleetKey,
+    pub(super) marker: Marker,
     pub(super) block_size: BlockSize,
     pub(super) held: Held<'a>,
     /// The tree of the epoch before, also where the target does not build upon it.
@@ -259,6 +274,7 @@ impl Source<'_> {
         let unused = lock(&tally.unused).take();
         state.unused = unused.or_else(|| previous?.unused.clone());
         state.extents = std::mem::take(&mut lock(&tally.extents).0);
+        state.marks = std::mem::take(&mut lock(&tally.marks).0);
         Ok((state, tally))
     }
 

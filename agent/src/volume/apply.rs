@@ -643,7 +643,7 @@ fn open_existing(
     extra: OFlag,
     device: bool,
 ) -> Result<OwnedFd, Errno> {
-    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | extra;
+    let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | extra;
     let fd = open_beneath(dir, name.as_bytes(), flags, Mode::empty())?;
     let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode) & SFlag::S_IFMT;
     let wanted = if device {

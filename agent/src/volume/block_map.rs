@@ -23,7 +23,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Blocks shorter than this are neither remembered nor asked for: naming one costs 33 bytes and looking
+/// Blocks shorter than this are neither remembered nor asked for: naming one costs 35 bytes and looking
 /// it up some microseconds, which is most of what sending it costs.
 pub const LEAST: usize = 16 << 10;
 /// Entries of one generation; the map keeps two, and drops the older when the younger is full.

@@ -15,6 +15,7 @@ pub mod confined;
 pub mod measure;
 pub mod mirror;
 pub mod one;
+pub mod pages;
 pub mod rewritten;
 pub mod salvage;
 pub mod scan;

@@ -5,6 +5,7 @@
 //! kept; what was put in comes out. Non-goal: bytes from outside (see [`super::tree`]).
 
 use super::codec::{Malformed, Reader, put_number, put_short};
+use super::pages::VolumeMarks;
 use super::rewritten::{FileExtents, Written, merged, rewritten};
 use super::salvage::{Unreadable, of_file};
 use super::sign::ZERO;
@@ -38,6 +39,8 @@ pub struct TreeState {
     pub unused: Option<Arc<Map>>,
     /// Where large files lay just before they were read, by path.
     pub extents: FileExtents,
+    /// Marks of the pages of large files as they were read.
+    pub marks: VolumeMarks,
     /// What the device of those files was written to since; none: not known.
     pub written: Option<Arc<dyn Written>>,
     chunks: Vec<Arc<Chunk>>,
@@ -272,6 +275,7 @@ impl<'a> Builder<'a> {
             changed: None,
             unused: None,
             extents: FileExtents::new(),
+            marks: VolumeMarks::new(),
             written: None,
             chunks: self.chunks,
             entries: self.entries,

@@ -6,6 +6,7 @@ mod extents;
 mod faults;
 mod holds;
 mod one;
+mod pages;
 mod paths;
 
 use super::*;
