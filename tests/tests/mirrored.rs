@@ -18,7 +18,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::os::unix::fs::{
-    DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
+    DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
 };
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -1002,26 +1002,20 @@ fn what_the_targets_disk_did_not_take_is_not_proven_and_comes_again_in_the_hosts
     let Some((place, server)) = small_source("thin")? else {
         return Ok(());
     };
-    // A disk that says that it is larger than it is.
     let below = place.log();
-    fs::create_dir(&below)?;
-    sh(&below, "mount -t tmpfs -o size=24m tmpfs .")?;
-    let Some(disk) = Disk::new(&below, "thin", 64) else {
+    let Some((disk, directory)) = thin(&below)? else {
         return Ok(());
     };
-    disk::output("mkfs.ext4", &["-q", "-O", "^has_journal", disk.device()]);
-    let directory = Path::new(&disk.mount()).join("store");
     let store = open(&directory, server.addr(), true)?;
     nix::unistd::syncfs(File::open(&directory)?)?;
-    let filling = below.join("filling");
-    sh(&below, "cat /dev/zero >filling 2>/dev/null || true")?;
+    fill(&below)?;
     let said = filled(&store, || Ok(store.unsafe_here()))?;
     println!("{said}");
     ensure!(
         said.contains("could not be written back") && said.contains("volume tree"),
         "{said}"
     );
-    fs::remove_file(filling)?;
+    fs::remove_file(below.join("filling"))?;
     for store in [&store, &open(&directory, server.addr(), true)?] {
         let filler = Filler::start(store, FetchOrder::default())?;
         wait_for("the filler", PATIENCE, || {
@@ -1048,6 +1042,155 @@ fn what_the_targets_disk_did_not_take_is_not_proven_and_comes_again_in_the_hosts
     ensure!(root == root_of(&place.source())?);
     ensure!(root == root_of(&directory.join("data"))?);
     drop((store, disk));
+    Ok(())
+}
+
+/// A disk that says that it is larger than it is, as long as `below`, where it lies, has no more; with the place of a
+/// store.
+fn thin(below: &Path) -> Result<Option<(Disk, PathBuf)>> {
+    fs::create_dir(below)?;
+    sh(below, "mount -t tmpfs -o size=24m tmpfs .")?;
+    let Some(disk) = Disk::new(below, "thin", 64) else {
+        return Ok(None);
+    };
+    let make = ["-q", "-b", "4096", "-O", "^has_journal", disk.device()];
+    disk::output("mkfs.ext4", &make);
+    let directory = Path::new(&disk.mount()).join("store");
+    Ok(Some((disk, directory)))
+}
+
+/// Uses up what a file system has, in its file `filling`.
+fn fill(directory: &Path) -> Result<()> {
+    sh(directory, "cat /dev/zero >filling 2>/dev/null || true")
+}
+
+#[test]
+fn what_failed_on_the_file_system_counts_though_every_file_of_the_store_was_synced() -> Result<()> {
+    let Some((place, server)) = small_source("elsewhere")? else {
+        return Ok(());
+    };
+    let below = place.log();
+    let Some((disk, directory)) = thin(&below)? else {
+        return Ok(());
+    };
+    let store = open(&directory, server.addr(), true)?;
+    let filler = Filler::start(&store, FetchOrder::default())?;
+    wait_for("the filler", PATIENCE, || {
+        Ok(filler.is_over().then_some(()))
+    })?;
+    nix::unistd::syncfs(File::open(&directory)?)?;
+    fill(&below)?;
+    sh(
+        &disk.directory.join("mount"),
+        "head -c 8000000 /dev/urandom >other; sync -f . 2>/dev/null || true",
+    )?;
+    fs::remove_file(below.join("filling"))?;
+    ensure!(store.unsafe_here().is_none(), "a file of it failed");
+    let said = store.root().map_err(|error| error.to_string());
+    println!("{said:?}");
+    ensure!(said.is_err(), "it was proven");
+    let said = store.unsafe_here().context("nobody hears of it")?;
+    ensure!(said.contains("could not be written back"), "{said}");
+    drop((filler, store, disk));
+    Ok(())
+}
+
+#[test]
+fn a_mend_that_did_not_come_to_the_disk_is_not_believed_the_next_time() -> Result<()> {
+    let Some((place, server)) = small_source("unmended")? else {
+        return Ok(());
+    };
+    let below = place.log();
+    let Some((disk, directory)) = thin(&below)? else {
+        return Ok(());
+    };
+    let store = open(&directory, server.addr(), true)?;
+    filled(&store, || Ok(store.root()?))?;
+    nix::unistd::syncfs(File::open(&directory)?)?;
+    let one = place.source().join("one");
+    let modified = fs::metadata(&one)?.modified()?;
+    let file = File::options().read(true).write(true).open(&one)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 100)?;
+    file.write_all_at(&[!byte[0]], 100)?;
+    file.set_modified(modified)?;
+
+    // The disk has no more space for the file's beginning.
+    let extents = output(
+        Command::new("filefrag")
+            .args(["-b4096", "-v"])
+            .arg(directory.join("data/one")),
+    )?;
+    let first = extents
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("0:"));
+    let first = first.and_then(|line| line.split(':').nth(1)?.split("..").next());
+    let first: i64 = first.context("no extent")?.trim().parse()?;
+    ensure!(store.doubt()?);
+    let backing = File::options()
+        .write(true)
+        .open(disk.directory.join("disk"))?;
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&backing, hole, first * 4096, 16 * 4096)?;
+    fill(&below)?;
+    let told = wait_for("the mend", PATIENCE, || {
+        if store.unsafe_here().is_none() {
+            // What it lacks is asked for.
+            let _ = store.root();
+        }
+        Ok(store.doubted())
+    })?;
+    println!("{told}");
+    ensure!(told.contains("`one` at offset 0"), "{told}");
+    fs::remove_file(below.join("filling"))?;
+    ensure!(store.doubt()?);
+    let until = Instant::now() + Duration::from_secs(5);
+    let said = loop {
+        match store.root() {
+            // Fetched again, as long as nobody says what failed.
+            Ok(None) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+            said => break said.map_err(|error| error.to_string()),
+        }
+    };
+    let said = said.err().context("it was believed")?;
+    ensure!(said.contains("could not be written back"), "{said}");
+    drop((store, disk));
+    Ok(())
+}
+
+#[test]
+fn a_presence_that_a_full_disk_did_not_take_is_noted_and_no_sync_after_it_is_answered() -> Result<()>
+{
+    let Some((place, server)) = small_source("presence")? else {
+        return Ok(());
+    };
+    let disk = place.log();
+    fs::create_dir(&disk)?;
+    sh(&disk, "mount -t tmpfs -o size=24m tmpfs .")?;
+    let directory = disk.join("store");
+    let store = open(&directory, server.addr(), true)?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(directory.join("data/one"))?;
+    let number = store.number(file.metadata()?.ino());
+    store.write(&file, number, &[7; 4096], 0)?;
+    let durable = File::options()
+        .write(true)
+        .open(directory.join("durable"))?;
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&durable, hole, 0, 4096)?;
+    fill(&disk)?;
+    ensure!(store.sync(&file, number).is_err(), "it had space");
+    fs::remove_file(disk.join("filling"))?;
+    let again = store.sync(&file, number).err();
+    let again = again.and_then(|error| error.raw_os_error());
+    ensure!(again == Some(Errno::EIO as i32), "{again:?}");
+    let said = store.unsafe_here();
+    ensure!(said.is_some(), "nobody hears of it");
+    drop((file, store));
+    let store = open(&directory, server.addr(), true)?;
+    ensure!(store.unsafe_here() == said, "it is not noted");
     Ok(())
 }
 

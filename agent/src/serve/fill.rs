@@ -109,12 +109,22 @@ impl Fill {
         }
         // What is under way comes before the source is let go of.
         self.room(0)?;
-        let mut whole = true;
+        let (mut whole, mut failed) = (true, false);
         for number in 0..u32::try_from(origins.len()).unwrap_or(u32::MAX) {
-            while !self.settle(number) {
-                if self.store.is_whole(number) || self.store.figures().refused > 0 {
-                    whole = false;
-                    break;
+            loop {
+                match self.settle(number) {
+                    Ok(true) => break,
+                    Ok(false)
+                        if !self.store.is_whole(number) && self.store.figures().refused == 0 => {}
+                    Ok(false) => {
+                        whole = false;
+                        break;
+                    }
+                    Err(error) => {
+                        self.store.stay_apart(&error);
+                        failed = true;
+                        break;
+                    }
                 }
                 // It had been removed, and somebody opened it just then: its pages are wanted.
                 self.file(number)?;
@@ -122,7 +132,10 @@ impl Fill {
                 std::thread::sleep(STEP);
             }
         }
-        Ok(whole)
+        if !failed {
+            self.store.stay_apart_no_more();
+        }
+        Ok(whole && !failed)
     }
 
     fn file(&self, number: u32) -> Result<(), Stopped> {
@@ -197,13 +210,10 @@ impl Fill {
     }
 
     /// Whether nothing of this file is wanted from the source any more.
-    fn settle(&self, number: u32) -> bool {
+    fn settle(&self, number: u32) -> std::io::Result<bool> {
         if !self.store.is_whole(number) && !self.store.is_removed(number) {
-            return false;
+            return Ok(false);
         }
-        self.store.settle(number).unwrap_or_else(|error| {
-            tracing::error!("a served file stays apart though it is whole: {error}");
-            false
-        })
+        self.store.settle(number)
     }
 }

@@ -5,6 +5,7 @@
 //! keeps its order then; after that only `durable` does. So no bit ever outlives its bytes. Non-goal: the
 //! bytes themselves.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::ops::Range;
@@ -199,32 +200,43 @@ impl Presence {
     pub fn harden(&self, Soft(soft): &Soft) -> io::Result<()> {
         let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
         let (bits, file) = &mut *durable;
-        let mut chunks = std::collections::BTreeSet::new();
+        let mut chunks = BTreeMap::new();
         for &(word, more) in soft {
             if bits[word] | more != bits[word] {
-                bits[word] |= more;
-                chunks.insert(word / CHUNK);
+                let first = word / CHUNK * CHUNK;
+                let words = chunks
+                    .entry(first)
+                    .or_insert_with(|| bits[first..(first + CHUNK).min(bits.len())].to_vec());
+                words[word - first] |= more;
             }
         }
         if chunks.is_empty() {
             return Ok(());
         }
-        for chunk in chunks {
-            let end = ((chunk + 1) * CHUNK).min(bits.len());
-            let words = &bits[chunk * CHUNK..end];
+        for (first, words) in &chunks {
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-            file.write_all_at(&bytes, START + (chunk * CHUNK) as u64 * 8)?;
-            // Off first: a mark that comes in between turns it on again.
-            self.soft[chunk].store(false, Ordering::Release);
-            let live = self.words[chunk * CHUNK..end].iter();
-            if live
-                .zip(words)
-                .any(|(live, word)| live.load(Ordering::Acquire) != *word)
-            {
-                self.soft[chunk].store(true, Ordering::Release);
-            }
+            file.write_all_at(&bytes, START + *first as u64 * 8)?;
         }
-        file.sync_data()
+        file.sync_data()?;
+        for (first, words) in chunks {
+            // Off first: a mark that comes in between turns it on again.
+            self.soft[first / CHUNK].store(false, Ordering::Release);
+            let end = first + words.len();
+            let mut live = self.words[first..end].iter().zip(&words);
+            if live.any(|(live, word)| live.load(Ordering::Acquire) != *word) {
+                self.soft[first / CHUNK].store(true, Ordering::Release);
+            }
+            bits[first..end].copy_from_slice(&words);
+        }
+        Ok(())
+    }
+
+    /// Whether all of these bits are kept for good.
+    #[must_use]
+    pub fn is_hard(&self, Soft(soft): &Soft) -> bool {
+        let durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
+        soft.iter()
+            .all(|&(word, bits)| durable.0[word] & bits == bits)
     }
 }
 

@@ -38,7 +38,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -116,6 +116,12 @@ pub struct Store {
     unkept: Mutex<Option<String>>,
     /// Why nothing more counts as durable in this life of the host.
     unsafe_here: Mutex<Option<String>>,
+    unsafe_note: File,
+    /// Its directory, open for as long as what fails on that file system is to be heard of.
+    disk: File,
+    is_written_back: AtomicBool,
+    /// It was said that origins cannot be let go of.
+    is_apart: AtomicBool,
     /// Its files may hold what an earlier copy left.
     reuses: bool,
 }
@@ -198,7 +204,9 @@ impl Store {
             kept.map_err(failed("keep the presence"))?;
         }
         let numbers = numbers(directory).map_err(failed("list the origins"))?;
-        let unsafe_here = durable::noted(directory).map_err(failed("read what failed before"))?;
+        let (unsafe_here, unsafe_note) =
+            durable::noted(directory).map_err(failed("note what fails"))?;
+        let disk = File::open(directory).map_err(failed("open the directory"))?;
         let notes = Notes::open(directory).map_err(failed("restore what arrived last"))?;
         let data = Confined::open(&directory.join("data"))
             .map_err(|error| failed("open the data")(error.into()))?;
@@ -236,6 +244,10 @@ impl Store {
             refused: AtomicU64::new(0),
             unkept: Mutex::default(),
             unsafe_here: Mutex::new(unsafe_here),
+            unsafe_note,
+            disk,
+            is_written_back: AtomicBool::new(false),
+            is_apart: AtomicBool::new(false),
             reuses: reuses(directory),
         });
         if !is_new {
@@ -316,11 +328,11 @@ impl Store {
         }
         let lacking = proof.lacking(&self.origins)?;
         if lacking.is_empty() {
-            return if self.is_mended(proof)? {
-                proof.root(&self.directory, &self.origins)
-            } else {
-                Ok(None)
-            };
+            if !self.is_mended(proof)? {
+                return Ok(None);
+            }
+            self.write_back()?;
+            return proof.root(&self.directory, &self.origins);
         }
         let Some(fetcher) = locked(&self.fetcher).clone() else {
             return Ok(None);
@@ -687,9 +699,12 @@ impl Store {
         if locked(&self.held).contains_key(&number) {
             return false;
         }
-        self.origin_file(number)
-            .and_then(|file| Ok(fstat(&*file)?))
-            .is_ok_and(|stat| stat.st_nlink == 1)
+        let stat = self.origin_file(number).and_then(|file| Ok(fstat(&*file)?));
+        match stat {
+            Ok(stat) => stat.st_nlink == 1,
+            // It was let go of, perhaps in an earlier life of the process.
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod earlier;
 mod holes;
+mod lasting;
 mod nbd;
 
 use super::*;

@@ -4,7 +4,6 @@
 //! once more and written over what came, where that is still here. Invariant: what was written here since is never
 //! written over: such a block is named instead, and the volume stays unproven. Non-goal: who asks for it (`later`).
 
-use super::looks::Looks;
 use super::{Mirror, Store, locked};
 use crate::model::ids::Signature;
 use crate::serve::origins::{Origin, StoreError, read_list};
@@ -15,11 +14,13 @@ use crate::volume::scan::read_full;
 use crate::volume::sign::signature;
 use crate::volume::tree::shown;
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::linkat;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, PoisonError};
 
@@ -270,17 +271,27 @@ impl Store {
         let mut wanted = vec![0; length];
         let there = bytes.len().min(length);
         wanted[..there].copy_from_slice(&bytes[..there]);
-        // The host may have died before that was noted.
-        if here[..length] == wanted {
-            return Ok(());
-        }
-        if signature(&self.plan.fleet_key, &here[..length]) != came {
+        // It may have been written before and not have come to the disk, or not look as before.
+        let is_written = here[..length] == wanted;
+        if !is_written && signature(&self.plan.fleet_key, &here[..length]) != came {
             return Err(io::Error::other("it was written here since"));
         }
-        let looks = Looks::of(&file)?;
-        file.write_all_at(&wanted, start)?;
-        looks.restore(&file)?;
-        file.sync_all()
+        // The name by which the next life finds it, to make it look as before and durable.
+        let name = self.origin_path(place.file);
+        let link = AtFlags::AT_SYMLINK_FOLLOW;
+        let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+        match linkat(AT_FDCWD, &*open, AT_FDCWD, &name, link) {
+            Err(Errno::EEXIST) => {}
+            linked => linked?,
+        }
+        self.unseen(place.file, &file, || {
+            if is_written {
+                return Ok(());
+            }
+            file.write_all_at(&wanted, start)
+        })?;
+        file.sync_all().inspect_err(|error| self.fails(error))?;
+        std::fs::remove_file(name)
     }
 }
 

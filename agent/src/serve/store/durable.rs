@@ -2,27 +2,77 @@
 //!
 //! Invariant: once a write-back failed, nothing more counts as durable in this life of the host: the kernel tells that
 //! once, and what it could not write then looks as if it were on the disk. In the host's next life what was not durable is
-//! absent, and fetched again.
+//! absent, and fetched again; so a sync of it is refused.
 
 use super::{Store, locked};
 use crate::serve::presence::boot_id;
+use crate::serve::proof::Proof;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::stat::fstat;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
-/// Name of the file that keeps why something could not be written back, behind the id of the boot.
+/// Name of the file that keeps why something could not be written back, behind the id of the boot; zeros while nothing
+/// is to be noted.
 const UNSAFE: &str = "unsafe";
+/// Bytes of that file, which has its space beforehand: it is written when the disk may have no more.
+const NOTE: usize = 4096;
 
-/// Why nothing more counts as durable in this life of the host, as an earlier life of the process noted it.
-pub(super) fn noted(directory: &Path) -> io::Result<Option<String>> {
-    let bytes = match std::fs::read(directory.join(UNSAFE)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+/// Why nothing more counts as durable in this life of the host, as an earlier life of the process noted it, and the file
+/// for such a note.
+pub(super) fn noted(directory: &Path) -> io::Result<(Option<String>, File)> {
+    let path = directory.join(UNSAFE);
+    let bytes = match std::fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         read => read?,
     };
-    let why = bytes.strip_prefix(&boot_id()?);
-    Ok(why.map(|why| String::from_utf8_lossy(why).into_owned()))
+    let end = bytes.iter().rposition(|byte| *byte != 0);
+    let known = &bytes[..end.map_or(0, |last| last + 1)];
+    let boot = boot_id()?;
+    let why = match known.split_first_chunk() {
+        // A torn one may be of this life.
+        Some((of, _)) if *of != boot && !of.contains(&0) => None,
+        Some((_, why)) if !why.is_empty() => Some(String::from_utf8_lossy(why).into_owned()),
+        _ => (!known.is_empty()).then(|| {
+            format!(
+                "something could not be written back to {}, and may be lost: the note of it is not whole; repair the file \
+                 system there and start this host anew",
+                directory.display()
+            )
+        }),
+    };
+    let new = path.with_extension("new");
+    let file = File::create(&new)?;
+    match fallocate(&file, FallocateFlags::empty(), 0, NOTE as i64) {
+        Err(Errno::EOPNOTSUPP) => file.write_all_at(&[0; NOTE], 0)?,
+        allocated => allocated?,
+    }
+    if let Some(why) = &why {
+        note(&file, why)?;
+    }
+    std::fs::rename(new, path)?;
+    Ok((why, file))
+}
+
+fn note(file: &File, why: &str) -> io::Result<()> {
+    let mut bytes = [&boot_id()?, why.as_bytes()].concat();
+    bytes.truncate(NOTE);
+    file.write_all_at(&bytes, 0)
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // Before others hear of it: the kernel tells a file that is opened after that nothing.
+        if self.proof.is_some() {
+            // It is noted.
+            let _ = self.write_back();
+        }
+    }
 }
 
 impl Store {
@@ -35,7 +85,7 @@ impl Store {
     /// Makes a file durable with the presence of its pages.
     ///
     /// # Errors
-    /// The disk's error.
+    /// The disk's error; `EIO` where something of the file would be fetched again in the host's next life.
     pub fn sync(&self, file: &File, number: Option<u32>) -> io::Result<()> {
         let origin = number.and_then(|number| self.origins.get(number as usize));
         let soft = origin.map(|origin| {
@@ -46,18 +96,40 @@ impl Store {
             self.fails(&error);
             return Err(error);
         }
-        let Some(soft) = soft.filter(|soft| !soft.is_empty() && self.unsafe_here().is_none())
-        else {
+        let Some(soft) = soft.filter(|soft| !soft.is_empty()) else {
             return Ok(());
         };
-        if let Some(proof) = &self.proof {
-            proof.sync()?;
+        if self.unsafe_here().is_some() {
+            return if self.presence.is_hard(&soft) {
+                Ok(())
+            } else {
+                Err(Errno::EIO.into())
+            };
         }
-        self.presence.harden(&soft)
+        let kept = self.proof.as_ref().map_or(Ok(()), Proof::sync);
+        let kept = kept.and_then(|()| self.presence.harden(&soft));
+        // The next one would be told that all is well.
+        kept.inspect_err(|error| self.fails(error))
+    }
+
+    /// Sees to it that what arrived is on the disk, also in files that nobody has open any more: the kernel may have
+    /// forgotten these, and what became of their pages, but not that something of the file system failed (Linux 5.8).
+    pub(super) fn write_back(&self) -> io::Result<()> {
+        if self.is_written_back.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if let Err(error) = nix::unistd::syncfs(&self.disk) {
+            let error = error.into();
+            self.fails(&error);
+            return Err(error);
+        }
+        // Each later write has a sync of its own.
+        self.is_written_back.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// Takes note of a write-back that failed.
-    fn fails(&self, error: &io::Error) {
+    pub(super) fn fails(&self, error: &io::Error) {
         let mut known = locked(&self.unsafe_here);
         if known.is_some() {
             return;
@@ -70,11 +142,7 @@ impl Store {
             self.directory.display()
         );
         tracing::error!("{why}");
-        let noted = boot_id().and_then(|boot| {
-            let note = [&boot, why.as_bytes()].concat();
-            std::fs::write(self.directory.join(UNSAFE), note)
-        });
-        if let Err(error) = noted {
+        if let Err(error) = note(&self.unsafe_note, &why) {
             tracing::error!(directory = %self.directory.display(), "cannot note that: {error}");
         }
         *known = Some(why);
@@ -95,6 +163,14 @@ impl Store {
         self.sync(&file, Some(number))?;
         if let Some(why) = self.unsafe_here() {
             return Err(io::Error::other(why));
+        }
+        {
+            let _cut = self
+                .cut(number)
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            // What is owed is found by its name.
+            self.notes.settle(number)?;
         }
         let inode = fstat(&file)?.st_ino;
         let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
@@ -120,6 +196,18 @@ impl Store {
     /// could not be let go of.
     #[must_use]
     pub fn is_unfinished(&self) -> bool {
-        self.figures().refused > 0 || !self.is_settled() && self.unsafe_here().is_none()
+        self.unsafe_here().is_none() && !self.is_settled()
+    }
+
+    /// Says once that origins cannot be let go of, as each of a volume may fail, again and again.
+    pub(in crate::serve) fn stay_apart(&self, error: &io::Error) {
+        if !self.is_apart.swap(true, Ordering::AcqRel) {
+            tracing::error!(volume = %self.name, "served files stay apart though they are whole: {error}");
+        }
+    }
+
+    /// Every origin could be let go of, as far as it is whole.
+    pub(in crate::serve) fn stay_apart_no_more(&self) {
+        self.is_apart.store(false, Ordering::Release);
     }
 }

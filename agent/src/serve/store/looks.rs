@@ -31,13 +31,13 @@ const HEAD: usize = 64;
 const TICK: Duration = Duration::from_millis(20);
 
 /// How a file looks.
-pub(super) struct Looks {
+struct Looks {
     modified: TimeSpec,
     capability: Option<Vec<u8>>,
 }
 
 impl Looks {
-    pub(super) fn of(file: &File) -> io::Result<Self> {
+    fn of(file: &File) -> io::Result<Self> {
         let stat = fstat(file)?;
         let capability = match file.get_xattr(CAPABILITY) {
             // A file system without attributes.
@@ -50,7 +50,7 @@ impl Looks {
         })
     }
 
-    pub(super) fn restore(&self, file: &File) -> io::Result<()> {
+    fn restore(&self, file: &File) -> io::Result<()> {
         // First, as it may find no space: the file is as it was found then.
         if let Some(capability) = &self.capability {
             file.set_xattr(CAPABILITY, capability)?;
@@ -201,7 +201,7 @@ impl Notes {
     }
 
     /// Restores what is owed under the lock of a file.
-    fn settle(&self, number: u32) -> io::Result<()> {
+    pub(super) fn settle(&self, number: u32) -> io::Result<()> {
         let at = place(number);
         let mut owed = locked(&self.owed);
         let Some(note) = owed.get(&at) else {
