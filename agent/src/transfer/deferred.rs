@@ -22,7 +22,7 @@ use nix::sys::stat::FileStat;
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 /// What came of a file before, and may stay on the target.
 pub(super) struct Before {
@@ -98,7 +98,9 @@ impl<'s> Reading<'_, 's> {
 
     /// What came of a file before.
     pub(super) fn before(&self, path: &[u8], file: &File, stat: &FileStat) -> Before {
-        let same = |seen: &Seen| (seen.device, seen.inode) == (stat.st_dev, stat.st_ino);
+        let same = |seen: &Seen| {
+            (seen.device, seen.inode) == (stat.st_dev, stat.st_ino) && self.was_there(file, seen)
+        };
         let known = self.source.earlier.map(|state| {
             let entry = state.get(path);
             entry.filter(|entry| same(&entry.seen)).map(|e| e.size())
@@ -118,15 +120,26 @@ impl<'s> Reading<'_, 's> {
 
     /// Whether a file is older than the plan, so that what came under its name was its own.
     fn is_older(&self, file: &File) -> bool {
-        let Some(since) = self.source.since else {
-            return false;
-        };
+        let since = self.source.since;
+        since.is_some_and(|since| self.is_born(file, |born| born.as_millis() < u128::from(since.0)))
+    }
+
+    /// Whether a file was there when its inode was `seen`, which another file may have had: the disk gives numbers again.
+    fn was_there(&self, file: &File, seen: &Seen) -> bool {
+        let changed = (seen.changed.seconds, seen.changed.nanoseconds);
+        self.is_born(file, |born| {
+            i64::try_from(born.as_secs()).is_ok_and(|s| (s, born.subsec_nanos()) <= changed)
+        })
+    }
+
+    /// Whether a file was born at such a time; not where nobody can tell. A device is always there.
+    fn is_born(&self, file: &File, at: impl Fn(Duration) -> bool) -> bool {
         if self.root.one().is_some_and(One::is_device) {
             return true;
         }
         let born = file.metadata().and_then(|data| data.created()).ok();
         let born = born.and_then(|born| born.duration_since(UNIX_EPOCH).ok());
-        born.is_some_and(|born| born.as_millis() < u128::from(since.0))
+        born.is_some_and(at)
     }
 
     /// Names what is lost of a file; the blocks around it that stay as they came before, which are nearer to what was

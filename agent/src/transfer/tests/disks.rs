@@ -229,7 +229,7 @@ fn a_tree_leaves_a_file_system_that_went_read_only_after_an_error() {
 }
 
 /// Where the data of a file begins in its file system's device, in bytes.
-fn place(file: &Path) -> u64 {
+pub(super) fn place(file: &Path) -> u64 {
     let listed = Command::new("filefrag")
         .args(["-v", "-b4096"])
         .arg(file)

@@ -1,5 +1,6 @@
 //! The data plane over loopback: real files, real sockets, each path, both engines.
 
+mod anew;
 mod dedup;
 mod disks;
 mod extents;
