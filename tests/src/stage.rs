@@ -325,6 +325,20 @@ impl Stage {
             .with_context(|| format!("{volumes:#?}"))
     }
 
+    /// The release of a plan, from the source's journal.
+    ///
+    /// # Errors
+    /// It is not released.
+    pub fn release(&self, plan: &str) -> Result<Value> {
+        let journal = format!("/var/lib/lifeboat/plans/{plan}.source/journal.jsonl");
+        let text = fs::read_to_string(self.source()?.path(&journal)).context(journal)?;
+        let entries = text.lines().map(serde_json::from_str::<Value>);
+        let mut bodies = entries
+            .filter_map(|entry| Some(entry.ok()?["event"]["release"]["body"].as_str()?.to_owned()));
+        let body = bodies.next().context("it is not released")?;
+        Ok(serde_json::from_str(&body)?)
+    }
+
     /// Bytes that were copied before the switch and kept, by the source's journal.
     ///
     /// # Errors

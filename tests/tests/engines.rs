@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::stage::{SOURCE, Service, Stage, TARGET, device};
+use serde_json::Value;
 use std::fs;
 use std::io::ErrorKind;
 use xtask::process::is_root;
@@ -64,7 +65,15 @@ fn a_move_without_io_uring_passes_and_each_agent_says_so_once() -> Result<()> {
         .tell(SOURCE, &["evacuate", CACHE.name, "--yes"])?;
     stage.writes_go_on(&CACHE)?;
     stage.check_data(&CACHE)?;
-    stage.crew.tell(SOURCE, &["verify", &stage.plan()?])?;
+    let plan = stage.plan()?;
+    stage.crew.tell(SOURCE, &["verify", &plan])?;
+    let release = stage.release(&plan)?;
+    let volumes = release["volumes"].as_array().cloned().unwrap_or_default();
+    let said = |volume: &Value| release["block_sizes"][volume["volume"].to_string()].is_u64();
+    ensure!(
+        !volumes.is_empty() && volumes.iter().all(said),
+        "of which blocks its roots are is not said: {release:#}"
+    );
     for device in [SOURCE, TARGET] {
         let log = stage.crew.log(device);
         let said: Vec<&str> = log

@@ -15,7 +15,6 @@ use super::images::{drop_exports, export_images, held_layers, layers};
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
 use super::switch::{RETRY, Released};
-use super::verify::block_sizes;
 use crate::fleet::identity;
 use crate::fleet::pairing::{PairError, Pairing};
 use crate::model::action::{Action, Actions};
@@ -25,12 +24,14 @@ use crate::model::control::{
     Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
 };
 use crate::model::fleet::{DutyOutcome, PeerAddress};
+use crate::model::ids::VolumeId;
 use crate::model::plan::{
     Chosen, Content, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease,
 };
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::{DataKey, DataPath, Hop, Limit, LinkKey, Sender};
+use crate::volume::BlockSize;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -588,10 +589,15 @@ impl<'a> Paused<'a> {
         } = self;
         if way == Way::SwitchFirst {
             let releases = core.agree_on_lists(&target, since).await?;
+            let volumes = releases.iter().map(|release| release.volume);
+            // Those over which a store proves what arrived, whatever the volume's size.
+            let bytes = Bytes(BlockSize::for_volume(0).bytes());
+            let block_sizes = volumes.map(|volume| (volume, bytes)).collect();
             return Ok(FinallySent {
                 core,
                 target,
                 releases,
+                block_sizes,
                 since,
             });
         }
@@ -620,6 +626,10 @@ impl<'a> Paused<'a> {
         if !lost.is_empty() {
             return Err(MoveError::Loss(super::loss::tell(&lost)));
         }
+        let sent = replica.sent.iter();
+        let block_sizes = sent
+            .map(|(volume, state)| (*volume, Bytes(state.block_size.bytes())))
+            .collect();
         let releases = rounds
             .into_iter()
             .map(|round| VolumeRelease {
@@ -633,6 +643,7 @@ impl<'a> Paused<'a> {
             core,
             target,
             releases,
+            block_sizes,
             since,
         })
     }
@@ -643,6 +654,8 @@ struct FinallySent<'a> {
     core: &'a mut Move,
     target: PeerAddress,
     releases: Vec<VolumeRelease>,
+    /// Of the blocks over which each root is.
+    block_sizes: BTreeMap<VolumeId, Bytes>,
     since: Instant,
 }
 
@@ -653,6 +666,7 @@ impl<'a> FinallySent<'a> {
             core,
             target,
             releases,
+            block_sizes,
             since,
         } = self;
         core.enter("release")?;
@@ -661,15 +675,14 @@ impl<'a> FinallySent<'a> {
         if !core.done.freezing.is_empty() && since.elapsed() >= FROZEN_MAX {
             return Err(MoveError::PauseTooLong(FROZEN_MAX));
         }
-        let mut release = Release {
+        let release = Release {
             plan: core.plan.id.clone(),
             source: core.plan.source.clone(),
             target: target.device.clone(),
             volumes: releases,
-            block_sizes: BTreeMap::new(),
+            block_sizes,
             at: core.delegator.now(),
         };
-        release.block_sizes = block_sizes(&core.plan, &release);
         let signed = sign(core.fleet()?, &release)?;
         core.active.commit()?;
         let released = SourceEvent::Released {

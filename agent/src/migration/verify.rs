@@ -9,7 +9,6 @@ use crate::model::control::{Owns, TargetStatus};
 use crate::model::fleet::PeerAddress;
 use crate::model::ids::{ContainerName, Epoch, PlanId, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, Release};
-use crate::model::units::Bytes;
 use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::{self, BlockSize, FleetKey, Unreadable};
 use serde::{Deserialize, Serialize};
@@ -204,18 +203,6 @@ pub(super) fn block_size(release: &Release, volume: &VolumeSpec) -> BlockSize {
     said.unwrap_or_else(|| BlockSize::for_volume(if is_later(release) { 0 } else { volume.size.0 }))
 }
 
-/// The same of all its volumes, for the release to say.
-pub(super) fn block_sizes(plan: &Plan, release: &Release) -> BTreeMap<VolumeId, Bytes> {
-    let released = release.volumes.iter().filter_map(|released| {
-        let volume = plan
-            .volumes
-            .iter()
-            .find(|volume| volume.id == released.volume)?;
-        Some((volume.id, Bytes(block_size(release, volume).bytes())))
-    });
-    released.collect()
-}
-
 /// Root of what is kept, and what cannot be read of it.
 type Kept = (Signature, Vec<Unreadable>);
 
@@ -345,6 +332,7 @@ fn may_differ(lost: &[Unreadable], now: &[Unreadable]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::units::Bytes;
 
     fn lost(path: &str, bytes: std::ops::Range<u64>, kept: bool) -> Unreadable {
         Unreadable {
