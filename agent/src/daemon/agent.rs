@@ -25,6 +25,7 @@ use crate::model::ids::DeviceId;
 use crate::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
 use crate::transfer::{self, BindError, DataServer, EngineChoice};
 use crate::volume::BlockMap;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -100,6 +101,7 @@ pub enum AgentError {
 /// has one thread: those that are started later inherit what is left.
 #[must_use]
 pub fn sense(config: &AgentConfig) -> Telemetry {
+    allow_open_files();
     let telemetry = Telemetry::start(TelemetryConfig {
         root: config.root.clone(),
         cgroup: cgroup(config),
@@ -114,6 +116,17 @@ pub fn sense(config: &AgentConfig) -> Telemetry {
         tracing::warn!("{error}");
     }
     telemetry
+}
+
+/// A served tree has every open file of its users open too, and one more for each that was removed.
+fn allow_open_files() {
+    let files = Resource::RLIMIT_NOFILE;
+    let raised = getrlimit(files).and_then(|(_, most)| setrlimit(files, most, most));
+    if let Err(error) = raised {
+        tracing::warn!(
+            "cannot raise the number of files that may be open at a time: {error}; set LimitNOFILE"
+        );
+    }
 }
 
 fn cgroup(config: &AgentConfig) -> PathBuf {
