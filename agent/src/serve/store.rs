@@ -569,6 +569,7 @@ impl Store {
             self.wait(&wanted)?;
         }
         let _quiet = self.quiet(Some(number));
+        self.notes.forgive(number)?;
         if is_here {
             return act(offset, length);
         }
@@ -607,6 +608,7 @@ impl Store {
         });
         let Some((number, origin)) = known.filter(|(_, origin)| size < origin.size) else {
             let _quiet = self.quiet(number);
+            number.map_or(Ok(()), |number| self.notes.forgive(number))?;
             return file.set_len(size);
         };
         if let Some(wanted) = self.want_edges(Some(number), size, 0) {
@@ -621,6 +623,7 @@ impl Store {
             .cut(number)
             .write()
             .unwrap_or_else(PoisonError::into_inner);
+        self.notes.forgive(number)?;
         // Dead in between, the next opening marks the rest; marked first, it would read as whatever is there.
         file.set_len(size)?;
         self.mark_beyond(origin, size)

@@ -64,16 +64,39 @@ struct Note {
     /// Its number.
     number: u32,
     looks: Looks,
-    /// Its change time when that could not be done; none while something is being written to it.
-    owed: Option<TimeSpec>,
+    /// What it was when that could not be done; none while something is being written to it.
+    owed: Option<Was>,
 }
 
-fn changed(file: &File) -> io::Result<TimeSpec> {
+/// Stands for what of a file changes with its capability, and what is restored: not its names and rights, which may change
+/// without.
+type Was = [u8; 16];
+
+fn was(file: &File) -> io::Result<Was> {
     let stat = fstat(file)?;
-    Ok(TimeSpec::new(stat.st_ctime, stat.st_ctime_nsec))
+    let looks = Looks::of(file)?;
+    let mut hasher = blake3::Hasher::new();
+    for number in [stat.st_mtime, stat.st_mtime_nsec, stat.st_size] {
+        hasher.update(&number.to_le_bytes());
+    }
+    for owner in [stat.st_uid, stat.st_gid] {
+        hasher.update(&owner.to_le_bytes());
+    }
+    hasher.update(looks.capability.as_deref().unwrap_or_default());
+    let mut was = Was::default();
+    hasher.finalize_xof().fill(&mut was);
+    Ok(was)
 }
 
 impl Note {
+    fn restore(&self, file: &File) -> io::Result<()> {
+        match self.owed {
+            // What somebody did to it here stays.
+            Some(owed) if was(file)? != owed => Ok(()),
+            _ => self.looks.restore(file),
+        }
+    }
+
     fn encode(&self) -> Vec<u8> {
         let time = |note: &mut Vec<u8>, time: &TimeSpec| {
             note.extend_from_slice(&time.tv_sec().to_le_bytes());
@@ -86,9 +109,7 @@ impl Note {
             &mut note,
             self.looks.capability.as_deref().unwrap_or_default(),
         );
-        if let Some(changed) = &self.owed {
-            time(&mut note, changed);
-        }
+        note.extend_from_slice(self.owed.as_ref().map_or(&[][..], |was| was));
         note.resize(NOTE, 0);
         note
     }
@@ -107,7 +128,7 @@ impl Note {
         let number = reader.u32()?;
         let modified = time(&mut reader)?;
         let capability = Some(reader.short()?.to_vec()).filter(|bytes| !bytes.is_empty());
-        let owed = (kind == 2).then(|| time(&mut reader)).transpose()?;
+        let owed = (kind == 2).then(|| reader.array()).transpose()?;
         Ok(Some(Self {
             number,
             looks: Looks {
@@ -153,9 +174,12 @@ impl Notes {
             };
             // Of another life of the host, in which the order of writes is unknown, only what is owed.
             let counts = bytes.starts_with(&boot) || note.owed.is_some();
-            if counts && let Err(error) = notes.restore(&note) {
+            if counts
+                && let Some(file) = notes.file(&note)?
+                && let Err(error) = note.restore(&file)
+            {
                 tracing::warn!(directory = %directory.display(), "a file looks as changed by its arrival until that can be mended: {error}");
-                notes.owe(note)?;
+                notes.owe(note, &file)?;
                 continue;
             }
             notes.write(place, &[0])?;
@@ -176,28 +200,25 @@ impl Notes {
         }
     }
 
-    fn restore(&self, note: &Note) -> io::Result<()> {
-        let Some(file) = self.file(note)? else {
-            return Ok(());
-        };
-        match note.owed {
-            // What somebody did to it here stays.
-            Some(owed) if changed(&file)? != owed => Ok(()),
-            _ => note.looks.restore(&file),
-        }
-    }
-
-    /// Keeps what could not be restored, until it can. Nobody else uses the file meanwhile.
-    fn owe(&self, mut note: Note) -> io::Result<()> {
-        let Some(file) = self.file(&note)? else {
-            return Ok(());
-        };
+    /// Keeps what could not be restored of a file, until it can. Nobody else uses it meanwhile.
+    fn owe(&self, mut note: Note, file: &File) -> io::Result<()> {
         // Who changes it from now on does so at another time.
         std::thread::sleep(TICK);
-        note.owed = Some(changed(&file)?);
+        note.owed = Some(was(file)?);
         let (at, encoded) = (place(note.number), note.encode());
         locked(&self.owed).insert(at, note);
         self.write(at, &encoded)
+    }
+
+    /// Somebody writes to a file, which takes its capability away: no more is owed to it. Nothing arrives in it meanwhile.
+    pub(super) fn forgive(&self, number: u32) -> io::Result<()> {
+        let at = place(number);
+        let mut owed = locked(&self.owed);
+        if owed.get(&at).is_some_and(|note| note.number == number) {
+            self.write(at, &[0])?;
+            owed.remove(&at);
+        }
+        Ok(())
     }
 
     /// Restores what is owed under the lock of a file.
@@ -207,7 +228,9 @@ impl Notes {
         let Some(note) = owed.get(&at) else {
             return Ok(());
         };
-        self.restore(note)?;
+        if let Some(file) = self.file(note)? {
+            note.restore(&file)?;
+        }
         self.write(at, &[0])?;
         owed.remove(&at);
         Ok(())
@@ -245,10 +268,68 @@ impl Store {
         self.notes.write(place(number), &note.encode())?;
         let acted = act();
         if let Err(error) = note.looks.restore(file) {
-            self.notes.owe(note)?;
+            self.notes.owe(note, file)?;
             return acted.and(Err(error));
         }
         self.notes.write(place(number), &[0])?;
         acted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::time::SystemTime;
+
+    #[test]
+    fn what_is_owed_is_given_after_a_chmod_and_a_new_name_and_not_after_a_write_or_a_cut() {
+        let directory = tempfile::tempdir().unwrap();
+        let origins = directory.path().join("origins");
+        fs::create_dir(&origins).unwrap();
+        let (path, away) = (origins.join("3"), directory.path().join("away"));
+        let file = File::create(&path).unwrap();
+        let modified = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 30);
+        let notes = Notes::open(directory.path()).unwrap();
+        // Whether it has its time again after `act`.
+        let given = |act: &dyn Fn()| {
+            file.set_modified(modified).unwrap();
+            let note = Note {
+                number: 3,
+                looks: Looks::of(&file).unwrap(),
+                owed: None,
+            };
+            file.set_modified(SystemTime::now()).unwrap();
+            // Found by its name it may not be, as with no descriptor left.
+            fs::rename(&path, &away).unwrap();
+            notes.owe(note, &file).unwrap();
+            fs::rename(&away, &path).unwrap();
+            act();
+            notes.settle(3).unwrap();
+            file.metadata().unwrap().modified().unwrap() == modified
+        };
+        assert!(given(&|| {}));
+        assert!(given(&|| {
+            let rights = Permissions::from_mode(0o700);
+            fs::set_permissions(&path, rights).unwrap();
+            fs::hard_link(&path, directory.path().join("other")).unwrap();
+        }));
+        assert!(!given(&|| file.write_all_at(b"x", 0).unwrap()));
+        assert!(!given(&|| file.set_len(77).unwrap()));
+        let time = || file.metadata().unwrap().modified().unwrap();
+        assert!(
+            !given(&|| {
+                let known = time();
+                notes.forgive(3).unwrap();
+                file.write_all_at(b"y", 0).unwrap();
+                file.set_modified(known).unwrap();
+            }),
+            "who writes may set the time back"
+        );
+        assert!(
+            given(&|| notes.forgive(3 + SHARDS as u32).unwrap()),
+            "it is another file's"
+        );
     }
 }
