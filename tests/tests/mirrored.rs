@@ -7,12 +7,13 @@ use lifeboat::model::trace::FetchOrder;
 use lifeboat::serve::{Filler, Mirrored, Mount, Store};
 use lifeboat::transfer::fetch::{FetchPlan, Grant};
 use lifeboat::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
-use lifeboat::volume::mirror::write_back;
+use lifeboat::volume::mirror::{Log, write_back};
 use lifeboat::volume::{BlockSize, FleetKey, scan};
 use lifeboat_tests::disk::{self, Disk};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, FallocateFlags, RenameFlags, fallocate, renameat2};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AT_FDCWD, FallocateFlags, OFlag, RenameFlags, fallocate, openat, renameat2};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::symlinkat;
 use std::env;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
@@ -860,7 +861,7 @@ fn what_is_made_below_a_default_acl_keeps_its_set_id_bits_and_names_of_trusted_a
         return Ok(());
     };
     let (plain, mount) = (scene.place.0.join("copy"), scene.place.mount());
-    let mut modes = Vec::new();
+    let mut made = Vec::new();
     for root in [&plain, &mount] {
         let (file, directory) = (root.join("d2/file"), root.join("d2/directory"));
         OpenOptions::new()
@@ -870,16 +871,16 @@ fn what_is_made_below_a_default_acl_keeps_its_set_id_bits_and_names_of_trusted_a
             .open(&file)?;
         fs::DirBuilder::new().mode(0o1777).create(&directory)?;
         for path in [file, directory] {
-            modes.push(fs::metadata(&path)?.permissions().mode());
-            modes.push(output(Command::new("getfacl").arg("-c").arg(&path))?.len() as u32);
+            let mode = fs::metadata(&path)?.permissions().mode();
+            made.push((mode, output(Command::new("getfacl").arg("-c").arg(&path))?));
         }
     }
-    let (on_disk, mounted) = modes.split_at(4);
+    let (on_disk, mounted) = made.split_at(2);
     ensure!(
         on_disk == mounted,
         "{on_disk:?} on the disk, {mounted:?} on the mount"
     );
-    ensure!(mounted[0] & 0o6000 == 0o6000, "{mounted:?}");
+    ensure!(mounted[0].0 & 0o6000 == 0o6000, "{mounted:?}");
 
     sh(&mount, "setfattr -n trusted.secret -v x n1")?;
     let listed = |who: &str| {
@@ -943,6 +944,8 @@ fn a_capability_that_finds_no_space_on_a_full_disk_is_there_again_once_there_is_
             capability()?.is_empty(),
             "the disk had space for the capability"
         );
+        // It takes no capability away.
+        fs::set_permissions(&mounted, fs::Permissions::from_mode(0o711))?;
         fs::remove_file(&filling)?;
         nix::unistd::syncfs(File::open(disk.directory.join("mount"))?)?;
         if dies {
@@ -989,6 +992,88 @@ fn small_source(name: &str) -> Result<Option<(Place, DataServer)>> {
     )?;
     let server = source(&place, None)?;
     Ok(Some((place, server)))
+}
+
+#[test]
+fn what_cannot_be_given_to_who_makes_it_is_not_made() -> Result<()> {
+    let Some((place, server)) = small_source("not-given")? else {
+        return Ok(());
+    };
+    fs::set_permissions(place.source(), fs::Permissions::from_mode(0o777))?;
+    fs::create_dir(place.mount())?;
+    let store = open(&place.store(), server.addr(), false)?;
+    let mount = std::thread::scope(|scope| {
+        // Its threads have what this one has: no owner can be given.
+        let mounted = scope.spawn(|| -> Result<Mount> {
+            caps::drop(None, caps::CapSet::Effective, caps::Capability::CAP_CHOWN)?;
+            Ok(Mount::at(&place.mount(), Arc::clone(&store), false)?)
+        });
+        mounted.join().expect("no panic")
+    })?;
+    let names = || -> Result<Vec<_>> {
+        let names = fs::read_dir(place.mount())?.map(|name| Ok(name?.file_name()));
+        let mut names = names.collect::<Result<Vec<_>>>()?;
+        names.sort();
+        Ok(names)
+    };
+    let before = names()?;
+    let directory = File::open(place.mount())?;
+    let refused = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            nix::unistd::setfsuid(65534.into());
+            let flags = OFlag::O_CREAT | OFlag::O_WRONLY;
+            let made = openat(&directory, "file", flags, Mode::from_bits_truncate(0o644));
+            let linked = symlinkat("file", &directory, "link");
+            let mode = Mode::from_bits_truncate(0o755);
+            [
+                made.map(drop),
+                mkdirat(&directory, "directory", mode),
+                linked,
+            ]
+        });
+        asked.join().expect("no panic")
+    });
+    ensure!(refused == [Err(Errno::EPERM); 3], "{refused:?}");
+    ensure!(names()? == before, "{:?}", names()?);
+    drop(mount);
+    Ok(())
+}
+
+#[test]
+fn a_log_that_could_not_be_written_back_keeps_what_is_on_the_disk_however_often_it_is_opened()
+-> Result<()> {
+    let Some((place, _server)) = small_source("lost-log")? else {
+        return Ok(());
+    };
+    // A disk that says that it is larger than it is.
+    let below = place.log();
+    fs::create_dir(&below)?;
+    sh(&below, "mount -t tmpfs -o size=24m tmpfs .")?;
+    let Some(disk) = Disk::new(&below, "log", 64) else {
+        return Ok(());
+    };
+    disk::output("mkfs.ext4", &["-q", "-O", "^has_journal", disk.device()]);
+    let path = Path::new(&disk.mount()).join("log");
+    let anew = || Ok([7; 16]);
+    let mut log = Log::open(&path, anew)?;
+    log.append(b"here")?;
+    ensure!(log.sync()? == 1);
+    nix::unistd::syncfs(File::open(&path)?)?;
+    sh(&below, "cat /dev/zero >filling 2>/dev/null || true")?;
+    // No more than what the inode itself can say the place of.
+    log.append(&[7; 1 << 20])?;
+    drop(log);
+    // As the kernel does after a while: nobody is told yet.
+    let _ = nix::unistd::syncfs(File::open(&path)?);
+    for opened in 1..=3 {
+        let log = Log::open(&path, anew)?;
+        ensure!(
+            log.last() == 1,
+            "{} records when opened {opened}",
+            log.last()
+        );
+    }
+    Ok(())
 }
 
 fn root_of(tree: &Path) -> Result<lifeboat::model::ids::Signature> {

@@ -304,7 +304,16 @@ impl Tree {
         let plain = Mode::from_bits_truncate(mode.map_or(0, |(mode, _)| mode) & 0o7777);
         let made = || {
             make(&directory, plain)?;
-            self.give(asker, &directory, name, mode)
+            self.give(asker, &directory, name, mode).or_else(|error| {
+                // Who tries again must not meet it; where it cannot be removed nobody tries.
+                let removed = unlinkat(&directory, name, UnlinkatFlags::NoRemoveDir);
+                let removed = match removed {
+                    Err(Errno::EISDIR) => unlinkat(&directory, name, UnlinkatFlags::RemoveDir),
+                    removed => removed,
+                };
+                removed.map_err(|_| Errno::EIO)?;
+                Err(error)
+            })
         };
         let intent = || Ok(Some(Intent::Made(self.path_in(parent, name)?)));
         self.mirrored(intent, None, made)?;
@@ -422,8 +431,10 @@ impl Tree {
             // The kernel lets nobody change the directory meanwhile.
             Err(Errno::EEXIST) if !exclusive && file.is_none() => {
                 let entry = self.entry(parent, name)?;
-                let opened = self.open(entry.0.ino.0)?;
-                Ok((opened, entry))
+                let inode = entry.0.ino.0;
+                // The kernel never forgets what it was not told of.
+                let opened = self.open(inode).inspect_err(|_| self.forget(inode, 1));
+                Ok((opened?, entry))
             }
             made => {
                 let entry = made?;

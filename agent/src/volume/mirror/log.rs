@@ -5,7 +5,7 @@
 
 use super::super::codec::{Malformed, Reader};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -118,6 +118,12 @@ impl Log {
             }
             opened => opened?,
         };
+        // What could not be written back is clean memory from then on, and the kernel tells of it once: perhaps now, perhaps
+        // it told who died before. So nothing is believed but what the disk gives.
+        if let Err(error) = file.sync_all() {
+            tracing::warn!(log = %path.display(), "not all of it is on the disk: {error}; it goes on with what is");
+        }
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
         let mut head = [0; 40];
         file.read_exact_at(&mut head, 0)?;
         let broken = || io::Error::new(io::ErrorKind::InvalidData, "it is no log of a mirror");
