@@ -1244,6 +1244,83 @@ fn a_mend_that_did_not_come_to_the_disk_is_not_believed_the_next_time() -> Resul
 }
 
 #[test]
+fn a_mend_on_a_full_disk_takes_no_capability_away_for_good() -> Result<()> {
+    let Some((place, server)) = small_source("mended")? else {
+        return Ok(());
+    };
+    // Of zeros, so that what is written over takes the space of the capability, which it removes.
+    sh(
+        &place.source(),
+        "head -c 4000 /dev/zero >three; setcap cap_net_raw+ep three
+         touch -d '2001-02-03 04:05:06 UTC' three",
+    )?;
+    let Some(disk) = Disk::new(&place.0, "mended", 64) else {
+        return Ok(());
+    };
+    // Every attribute takes a block of its own.
+    let make = ["-q", "-b", "4096", "-I", "128", "-m", "0", disk.device()];
+    disk::output("mkfs.ext4", &make);
+    let mount = disk.mount();
+    let directory = Path::new(&mount).join("store");
+    let store = open(&directory, server.addr(), true)?;
+    filled(&store, || Ok(store.root()?))?;
+    let (three, here) = (place.source().join("three"), directory.join("data/three"));
+    let capability = || output(Command::new("getcap").arg(&here));
+    ensure!(capability()?.contains("cap_net_raw"));
+    let modified = fs::metadata(&three)?.modified()?;
+    let file = File::options().write(true).open(&three)?;
+    file.write_all_at(b"x", 100)?;
+    sh(&place.source(), "setcap cap_net_raw+ep three")?;
+    file.set_modified(modified)?;
+
+    ensure!(store.doubt()?, "{:?}", store.doubted());
+    // Their signatures have space still.
+    ensure!(store.root()?.is_none());
+    let blocks = 2 * 6_000_000_usize.div_ceil(65536) + 1;
+    wait_for("signatures", PATIENCE, || {
+        let known = fs::read(directory.join("signatures"))?;
+        let mut known = known.get(64..).unwrap_or_default().chunks(32);
+        let all = known.len() == blocks && known.all(|known| known != [0; 32]);
+        Ok(all.then_some(()))
+    })?;
+    let filling = Path::new(&mount).join("filling");
+    let mut file = File::create(&filling)?;
+    wait_for("a full disk", PATIENCE, || {
+        while file.write_all(&[7; 4096]).is_ok() {}
+        file.sync_all()?;
+        let free = nix::sys::statvfs::fstatvfs(&file)?.blocks_available();
+        Ok((free == 0).then_some(()))
+    })?;
+    drop(file);
+    let told = wait_for("the mend", PATIENCE, || {
+        store.root()?;
+        Ok(store.doubted())
+    })?;
+    ensure!(
+        told.contains("`three` at offset 0") && told.contains("refuses"),
+        "{told}"
+    );
+    ensure!(
+        capability()?.is_empty(),
+        "the disk had space for the capability"
+    );
+    fs::remove_file(&filling)?;
+    nix::unistd::syncfs(File::open(&mount)?)?;
+    ensure!(store.doubt()?);
+    let root = wait_for("the proof", PATIENCE, || Ok(store.root()?))?;
+    ensure!(root == root_of(&place.source())?);
+    ensure!(fs::read(&here)? == fs::read(&three)?);
+    ensure!(capability()?.contains("cap_net_raw"), "it is lost");
+    ensure!(fs::metadata(&here)?.modified()? == modified);
+    ensure!(
+        fs::metadata(&here)?.nlink() == 1,
+        "a name of the store is left"
+    );
+    drop((store, disk));
+    Ok(())
+}
+
+#[test]
 fn a_presence_that_a_full_disk_did_not_take_is_noted_and_no_sync_after_it_is_answered() -> Result<()>
 {
     let Some((place, server)) = small_source("presence")? else {
