@@ -944,8 +944,6 @@ fn a_capability_that_finds_no_space_on_a_full_disk_is_there_again_once_there_is_
             capability()?.is_empty(),
             "the disk had space for the capability"
         );
-        // It takes no capability away.
-        fs::set_permissions(&mounted, fs::Permissions::from_mode(0o711))?;
         fs::remove_file(&filling)?;
         nix::unistd::syncfs(File::open(disk.directory.join("mount"))?)?;
         if dies {
