@@ -46,16 +46,23 @@ pub(super) fn noted(directory: &Path) -> io::Result<(Option<String>, File)> {
             )
         }),
     };
-    let new = path.with_extension("new");
-    let file = File::create(&new)?;
-    match fallocate(&file, FallocateFlags::empty(), 0, NOTE as i64) {
-        Err(Errno::EOPNOTSUPP) => file.write_all_at(&[0; NOTE], 0)?,
-        allocated => allocated?,
+    let mut options = OpenOptions::new();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)?;
+    if bytes.len() < NOTE {
+        match fallocate(&file, FallocateFlags::empty(), 0, NOTE as i64) {
+            // A full disk keeps no store from being opened.
+            Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSPC | Errno::EDQUOT) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    if let Some(why) = &why {
-        note(&file, why)?;
+    // What an earlier life of the host noted is over.
+    if why.is_none() && !known.is_empty() {
+        file.write_all_at(&vec![0; known.len()], 0)?;
     }
-    std::fs::rename(new, path)?;
     Ok((why, file))
 }
 
