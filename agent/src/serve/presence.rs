@@ -217,7 +217,8 @@ impl Presence {
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
             file.write_all_at(&bytes, START + *first as u64 * 8)?;
         }
-        file.sync_data()?;
+        // Not the error of a write: what the disk did not take is lost then.
+        file.sync_data().map_err(io::Error::other)?;
         for (first, words) in chunks {
             // Off first: a mark that comes in between turns it on again.
             self.soft[first / CHUNK].store(false, Ordering::Release);

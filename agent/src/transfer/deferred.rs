@@ -10,6 +10,7 @@ use super::queue::lock;
 use super::reading::{Reading, Unit, size_of};
 use super::source::{Held, SourceError, add};
 use crate::model::ids::Signature;
+use crate::model::units::UnixMillis;
 use crate::volume::one::One;
 use crate::volume::rewritten::{meet, merged};
 use crate::volume::salvage;
@@ -121,25 +122,31 @@ impl<'s> Reading<'_, 's> {
     /// Whether a file is older than the plan, so that what came under its name was its own.
     fn is_older(&self, file: &File) -> bool {
         let since = self.source.since;
-        since.is_some_and(|since| self.is_born(file, |born| born.as_millis() < u128::from(since.0)))
+        let before = |born: Option<Duration>, since: UnixMillis| {
+            born.is_some_and(|born| born.as_millis() < u128::from(since.0))
+        };
+        since.is_some_and(|since| self.is_born(file, |born| before(born, since)))
     }
 
     /// Whether a file was there when its inode was `seen`, which another file may have had: the disk gives numbers again.
     fn was_there(&self, file: &File, seen: &Seen) -> bool {
         let changed = (seen.changed.seconds, seen.changed.nanoseconds);
         self.is_born(file, |born| {
-            i64::try_from(born.as_secs()).is_ok_and(|s| (s, born.subsec_nanos()) <= changed)
+            // Where nobody can tell, its number has to do.
+            born.is_none_or(|born| {
+                i64::try_from(born.as_secs()).is_ok_and(|s| (s, born.subsec_nanos()) <= changed)
+            })
         })
     }
 
-    /// Whether a file was born at such a time; not where nobody can tell. A device is always there.
-    fn is_born(&self, file: &File, at: impl Fn(Duration) -> bool) -> bool {
+    /// Whether a file was born at such a time; none where nobody can tell. A device is always there.
+    fn is_born(&self, file: &File, at: impl Fn(Option<Duration>) -> bool) -> bool {
         if self.root.one().is_some_and(One::is_device) {
             return true;
         }
         let born = file.metadata().and_then(|data| data.created()).ok();
         let born = born.and_then(|born| born.duration_since(UNIX_EPOCH).ok());
-        born.is_some_and(at)
+        at(born)
     }
 
     /// Names what is lost of a file; the blocks around it that stay as they came before, which are nearer to what was

@@ -256,6 +256,11 @@ impl Shared {
             note(&directory.join(LOST), why)?;
             lost = Some(why.to_owned());
         }
+        if lost.is_none() && log.is_torn() {
+            let why = "the disk did not take all of its log, and changes that were made here are not in it any more";
+            note(&directory.join(LOST), why)?;
+            lost = Some(why.to_owned());
+        }
         note(&directory.join(BOOT), &boot)?;
         let unmirrored = read_note(&directory.join(UNMIRRORED))?;
         let pending = OpenOptions::new()

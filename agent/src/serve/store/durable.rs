@@ -59,11 +59,21 @@ pub(super) fn noted(directory: &Path) -> io::Result<(Option<String>, File)> {
             Err(error) => return Err(error.into()),
         }
     }
-    // What an earlier life of the host noted is over.
-    if why.is_none() && !known.is_empty() {
-        file.write_all_at(&vec![0; known.len()], 0)?;
+    // A torn one is made whole, so that the host's next life sees that it is over; what an earlier life noted is. Where
+    // that finds no space, it says the same as before.
+    let noted = match &why {
+        Some(why) => note(&file, why),
+        None => file.write_all_at(&vec![0; known.len()], 0),
+    };
+    match noted {
+        Err(error) if !is_full(&error) => return Err(error),
+        _ => {}
     }
     Ok((why, file))
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }
 
 fn note(file: &File, why: &str) -> io::Result<()> {
@@ -114,9 +124,14 @@ impl Store {
             };
         }
         let kept = self.proof.as_ref().map_or(Ok(()), Proof::sync);
+        let kept = kept.map_err(io::Error::other);
         let kept = kept.and_then(|()| self.presence.harden(&soft));
-        // The next one would be told that all is well.
-        kept.inspect_err(|error| self.fails(error))
+        // The next one would be told that all is well; not where nothing was written for want of space.
+        kept.inspect_err(|error| {
+            if !is_full(error) {
+                self.fails(error);
+            }
+        })
     }
 
     /// Sees to it that what arrived is on the disk, also in files that nobody has open any more: the kernel may have

@@ -102,6 +102,8 @@ pub struct Log {
     /// Up to where there is space.
     reserved: u64,
     frame: Vec<u8>,
+    /// Not all of it had come to the disk when it was opened.
+    is_torn: bool,
 }
 
 impl Log {
@@ -120,7 +122,8 @@ impl Log {
         };
         // What could not be written back is clean memory from then on, and the kernel tells of it once: perhaps now, perhaps
         // it told who died before. So nothing is believed but what the disk gives.
-        if let Err(error) = file.sync_all() {
+        let synced = file.sync_all();
+        if let Err(error) = &synced {
             tracing::warn!(log = %path.display(), "not all of it is on the disk: {error}; it goes on with what is");
         }
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
@@ -144,6 +147,7 @@ impl Log {
             durable: start,
             reserved: 0,
             frame: Vec::new(),
+            is_torn: synced.is_err(),
         };
         let length = log.file.metadata()?.len();
         let mut batch = Vec::new();
@@ -158,6 +162,12 @@ impl Log {
         log.file.sync_all()?;
         log.durable = at;
         Ok(log)
+    }
+
+    /// Whether the disk had not taken all of it when it was opened: records may be gone.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.is_torn
     }
 
     fn make(path: &Path, id: &LogId) -> io::Result<Self> {
@@ -180,6 +190,7 @@ impl Log {
             durable: start,
             reserved: 0,
             frame: Vec::new(),
+            is_torn: false,
         };
         log.head()?;
         log.file.set_len(HEAD)?;
