@@ -57,7 +57,10 @@ pub struct Context {
 pub struct Status {
     /// Device.
     pub device: String,
-    /// View without its bulk is not worth a second type: the whole view.
+    /// When this was told: the time of the view's sweep and what has passed since.
+    #[serde(default)]
+    pub now: UnixMillis,
+    /// View without its bulk is not worth a second type: the whole view. Its verdict is that of now.
     pub view: HostView,
     /// Plans of this agent's life.
     pub plans: Vec<PlanStatus>,
@@ -246,15 +249,23 @@ fn router(context: Context) -> Router {
 
 async fn status(State(context): State<Context>) -> Json<Status> {
     let mut view = (**context.view.borrow()).clone();
+    let policy = (context.policy)();
+    view.verdict = view.verdict_now(
+        policy
+            .as_ref()
+            .map_or(Duration::ZERO, |policy| policy.stale_after),
+    );
     view.problems.extend(context.delegator.troubles());
+    let age = view.age().map_or(0, |age| age.as_millis() as u64);
     Json(Status {
         device: context.device,
+        now: UnixMillis(view.snapshot.at.0 + age),
         view,
         plans: context.delegator.status(),
         arriving: context
             .access
             .map_or_else(Vec::new, |access| access.arriving()),
-        judgement: (context.policy)().map(|policy| Judgement {
+        judgement: policy.map(|policy| Judgement {
             policy: policy.name,
             thresholds: policy.thresholds.len(),
             degraded: policy

@@ -32,7 +32,7 @@ pub fn run(_: &Arguments, context: &Context) -> Outcome {
 }
 
 fn explain(status: &Status) -> String {
-    let now = status.view.snapshot.at;
+    let now = status.now;
     let Some(judgement) = &status.judgement else {
         return format!(
             "{}: no policy is loaded, so there is no verdict.\nSet `policy` in the agent's configuration and restart it.",
@@ -102,7 +102,7 @@ fn summary(device: &str, verdict: &Verdict, judgement: &Judgement, now: UnixMill
 
 /// What will happen, sentence by sentence.
 fn next(status: &Status) -> Vec<String> {
-    let now = status.view.snapshot.at;
+    let now = status.now;
     let (Some(verdict), Some(judgement)) = (&status.view.verdict, &status.judgement) else {
         return Vec::new();
     };

@@ -60,7 +60,7 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
             }
         )),
         Some(verdict) => {
-            let age = human_duration(snapshot.at.since(verdict.since));
+            let age = human_duration(status.now.since(verdict.since));
             let watched = match verdict.stage {
                 Some(Stage::Watch) => ", to be watched",
                 Some(Stage::Prepare) => ", to be prepared",
@@ -70,7 +70,7 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
                 format!(
                     ", held by the policy's `hold` until {} ({} more)",
                     utc(until),
-                    human_duration(until.since(snapshot.at))
+                    human_duration(until.since(status.now))
                 )
             });
             lines.push(format!(
@@ -184,6 +184,7 @@ mod tests {
         let minutes = |minutes: u64| UnixMillis(1_750_000_000_000 + minutes * 60_000);
         let mut status = Status {
             device: "h1".into(),
+            now: minutes(7),
             view: Default::default(),
             plans: Vec::new(),
             arriving: Vec::new(),

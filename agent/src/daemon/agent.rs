@@ -15,6 +15,7 @@ use crate::fleet::compare::Compared;
 use crate::fleet::identity::Identity;
 use crate::fleet::registry::Heartbeat;
 use crate::fleet::server::{ControlServer, ServeError};
+use crate::health::Policy;
 use crate::migration::access::Access;
 use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
@@ -92,6 +93,9 @@ pub enum AgentError {
     /// Pairings.
     #[error("cannot read the pairings in the state directory: {0}")]
     Pairings(String),
+    /// The sweep's thread panicked.
+    #[error("nothing is swept any more, so no verdict would ever change; the panic above is a bug to report")]
+    Blind,
     /// Signals.
     #[error("cannot handle signals: {0}")]
     Signals(std::io::Error),
@@ -274,6 +278,7 @@ async fn wait(
                 Ok(policy) => tracing::info!(policy = policy.name, "policy reloaded"),
                 Err(error) => tracing::error!("policy not reloaded, the old one stays: {error}"),
             },
+            () = senses.ended() => return Err(AgentError::Blind),
             ended = &mut api => {
                 let error = match ended {
                     Ok(Err(error)) => error.to_string(),
@@ -362,7 +367,7 @@ async fn serve_fleet(
         let view = parts.view.borrow().clone();
         let beat = Heartbeat {
             compared: telling.compared(policy.as_ref(), &view, fleet::now()),
-            ..heartbeat(&parts, &beating, started)
+            ..heartbeat(&parts, &beating, policy.as_ref(), started)
         };
         async move { beat }
     };
@@ -383,7 +388,13 @@ async fn serve_fleet(
     Ok((delegator, Some(access)))
 }
 
-fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbeat {
+fn heartbeat(
+    parts: &Parts,
+    delegator: &Delegator,
+    policy: Option<&Policy>,
+    started: Instant,
+) -> Heartbeat {
+    let stale_after = policy.map_or(Duration::ZERO, |policy| policy.stale_after);
     let view = parts.view.borrow().clone();
     let plans: Vec<_> = delegator
         .status()
@@ -403,7 +414,7 @@ fn heartbeat(parts: &Parts, delegator: &Delegator, started: Instant) -> Heartbea
             || host::configuration(Path::new("/"), &parts.state),
             |fleet| fleet.configuration.clone(),
         ),
-        utilisation: host::utilisation(&view, &parts.state, duties),
+        utilisation: host::utilisation(&view, stale_after, &parts.state, duties),
         plans: plans.into_iter().map(|plan| plan.plan).collect(),
         compared: Compared::default(),
     }

@@ -8,6 +8,7 @@ use crate::model::units::Bytes;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 /// What the device is made of; `state` lies on the file system that takes volumes.
 #[must_use]
@@ -50,9 +51,14 @@ pub fn configuration(root: &Path, state: &Path) -> Configuration {
     }
 }
 
-/// What the device does now, from the latest view.
+/// What the device does now, from the latest view; its verdict counts for `stale_after`.
 #[must_use]
-pub fn utilisation(view: &HostView, state: &Path, duties: u32) -> Utilisation {
+pub fn utilisation(
+    view: &HostView,
+    stale_after: Duration,
+    state: &Path,
+    duties: u32,
+) -> Utilisation {
     let metric = |name: &str| {
         let mut samples = view.snapshot.samples.iter();
         let of_device = samples.find(|s| s.metric == name && s.subject.per == Per::Device);
@@ -75,7 +81,7 @@ pub fn utilisation(view: &HostView, state: &Path, duties: u32) -> Utilisation {
         memory_free: Bytes(metric("memory.available") as u64),
         disk_percent: 100.0 * (total.saturating_sub(free)) as f64 / total.max(1) as f64,
         storage_free: Bytes(free),
-        verdict: match view.verdict.as_ref().map(|verdict| verdict.kind) {
+        verdict: match view.verdict_now(stale_after).map(|verdict| verdict.kind) {
             Some(VerdictKind::Healthy) => DeviceVerdict::Healthy,
             Some(VerdictKind::Suspect) => DeviceVerdict::Suspect,
             Some(VerdictKind::Degraded) => DeviceVerdict::Degraded,

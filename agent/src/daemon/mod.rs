@@ -9,3 +9,4 @@ mod host;
 pub mod logging;
 pub mod privileges;
 mod senses;
+mod writer;

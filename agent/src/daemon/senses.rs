@@ -1,10 +1,12 @@
 //! The sweep: discover containers, read the kernel, judge, publish a view, about once a second.
 //!
 //! Invariants: a broken policy never replaces a good one that is loaded; the verdict's state is on disk
-//! within seconds, so that a restart does not forget a degradation. Non-goals: acting on a verdict.
+//! within seconds, so that a restart does not forget a degradation; a state directory that hangs stops no sweep.
+//! Non-goals: acting on a verdict.
 
 use super::comparison::Comparison;
 use super::config::AgentConfig;
+use super::writer::Writer;
 use crate::containers::Runtimes;
 use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
 use crate::migration::view::HostView;
@@ -61,6 +63,8 @@ impl Senses {
         let shared = judge.clone();
         let comparison = Arc::new(Comparison::default());
         let heard = comparison.clone();
+        let cannot = |error| format!("cannot start the sweep's threads: {error}");
+        let writer = Writer::start(write).map_err(cannot)?;
         let handle = tokio::runtime::Handle::current();
         // A thread of its own: sweeping blocks, and must go on when the async runtime is busy.
         let sweep = move || {
@@ -77,29 +81,33 @@ impl Senses {
                 let verdict = locked(&shared).as_mut().map(|judge| {
                     judge.observe(&snapshot.samples, now);
                     let verdict = judge.verdict(now);
-                    save(judge, &verdict, &mut saved, &saved_at);
+                    if is_due(&verdict, &mut saved) {
+                        put(&writer, &saved_at, judge.saved());
+                    }
                     if let Some(due) = judge.due() {
                         next = next.min(sampled + due.max(SHORTEST_INTERVAL));
                     }
                     verdict
                 });
-                save_edges(&snapshot.edges, &mut edges_saved, &edges_at);
                 let view = HostView {
                     containers: discovery.containers,
                     problems: discovery.problems,
                     snapshot,
                     verdict,
+                    swept: Some(sampled),
                 };
-                if publish.send(Arc::new(view)).is_err() {
+                let view = Arc::new(view);
+                if publish.send(view.clone()).is_err() {
                     return;
                 }
+                save_edges(&view.snapshot.edges, &mut edges_saved, &edges_at, &writer);
                 telemetry.rest(next);
             }
         };
         std::thread::Builder::new()
             .name("senses".into())
             .spawn(sweep)
-            .map_err(|error| format!("cannot start the sweep's thread: {error}"))?;
+            .map_err(cannot)?;
         Ok(Self {
             view,
             judge,
@@ -112,6 +120,12 @@ impl Senses {
     #[must_use]
     pub fn view(&self) -> watch::Receiver<Arc<HostView>> {
         self.view.clone()
+    }
+
+    /// Returns when nothing is swept any more, which only a panic of the sweep's thread leads to.
+    pub async fn ended(&self) {
+        let mut view = self.view();
+        while view.changed().await.is_ok() {}
     }
 
     /// What this device and its fleet tell each other to compare.
@@ -178,9 +192,10 @@ fn load_saved<T: DeserializeOwned>(path: &Path) -> Option<T> {
     }
 }
 
-fn save(judge: &Judge, verdict: &Verdict, last: &mut (VerdictKind, Instant), path: &Path) {
+/// Whether the judge's state should be kept now; tells a verdict that changed.
+fn is_due(verdict: &Verdict, last: &mut (VerdictKind, Instant)) -> bool {
     if verdict.kind == last.0 && last.1.elapsed() < SAVE_EVERY {
-        return;
+        return false;
     }
     if verdict.kind != last.0 {
         let because: Vec<&str> = verdict
@@ -191,25 +206,27 @@ fn save(judge: &Judge, verdict: &Verdict, last: &mut (VerdictKind, Instant), pat
         tracing::info!(verdict = %verdict.kind, "{}", because.join("; "));
     }
     *last = (verdict.kind, Instant::now());
-    write(judge.saved(), path);
+    true
 }
 
-/// Writes the edges when there is one more or less, and now and then their figures.
-fn save_edges(edges: &[Edge], last: &mut (usize, Instant), path: &Path) {
+/// Keeps the edges when there is one more or less, and now and then their figures.
+fn save_edges(edges: &[Edge], last: &mut (usize, Instant), path: &Path, writer: &Writer) {
     if edges.len() == last.0 && (edges.is_empty() || last.1.elapsed() < SAVE_EDGES_EVERY) {
         return;
     }
     *last = (edges.len(), Instant::now());
-    write(&edges, path);
+    put(writer, path, &edges);
 }
 
-fn write(what: &impl Serialize, path: &Path) {
-    let written = serde_json::to_vec(what)
-        .map_err(std::io::Error::from)
-        .and_then(|bytes| {
-            crate::fleet::files::write_private(path, &bytes).map_err(std::io::Error::other)
-        });
-    if let Err(error) = written {
+fn put(writer: &Writer, path: &Path, what: &impl Serialize) {
+    match serde_json::to_vec(what) {
+        Ok(bytes) => writer.put(path, bytes),
+        Err(error) => tracing::error!("cannot save {}: {error}", path.display()),
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) {
+    if let Err(error) = crate::fleet::files::write_private(path, bytes) {
         tracing::error!("cannot save {}: {error}", path.display());
     }
 }

@@ -3,7 +3,7 @@
 use super::policy::{Severity, Stage};
 use crate::model::action::Actions;
 use crate::model::metric::Subject;
-use crate::model::units::UnixMillis;
+use crate::model::units::{UnixMillis, human_duration};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
@@ -65,7 +65,7 @@ pub struct Evidence {
 /// Data that the policy needs and does not have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Missing {
-    /// The threshold's name.
+    /// The threshold's name; empty, like the metric's, when the whole sweep is missing.
     pub threshold: String,
     /// The metric's name.
     pub metric: String,
@@ -97,6 +97,28 @@ pub struct Verdict {
     pub delegate: Actions,
     /// When `guards.hold` ends, while it alone keeps the verdict from changing.
     pub held_until: Option<UnixMillis>,
+}
+
+impl Verdict {
+    /// What is to be thought when nothing was swept for `silence` since the sweep of this verdict, at `at`.
+    pub(crate) fn unseen(&self, at: UnixMillis, silence: Duration) -> Self {
+        Self {
+            since: at,
+            missing: vec![Missing {
+                threshold: String::new(),
+                metric: String::new(),
+                subject: None,
+                last_sample: Some(at),
+                text: format!(
+                    "no sweep for {}, after which it was {}: something on this host hangs; see the agent's log, and \
+                     the kernel's for a disk or a mount",
+                    human_duration(silence),
+                    self.kind
+                ),
+            }],
+            ..Self::default()
+        }
+    }
 }
 
 impl fmt::Display for Verdict {

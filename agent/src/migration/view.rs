@@ -7,6 +7,7 @@ use crate::model::ids::ContainerName;
 use crate::model::telemetry::Snapshot;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 /// The latest view.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -19,9 +20,34 @@ pub struct HostView {
     pub snapshot: Snapshot,
     /// Verdict; none without a policy.
     pub verdict: Option<Verdict>,
+    /// When it was swept; told to nobody else.
+    #[serde(skip)]
+    pub swept: Option<Instant>,
 }
 
+/// A sweep of a crowded host may take seconds: one that is younger is never called late.
+const SWEPT_LATELY: Duration = Duration::from_secs(5);
+
 impl HostView {
+    /// How long ago this was swept; none before the first sweep.
+    #[must_use]
+    pub fn age(&self) -> Option<Duration> {
+        self.swept.map(|at| at.elapsed())
+    }
+
+    /// The verdict of now: that of the sweep, or `unknown` when that is older than `stale_after`.
+    #[must_use]
+    pub fn verdict_now(&self, stale_after: Duration) -> Option<Verdict> {
+        let silence = self
+            .age()
+            .filter(|age| *age > stale_after.max(SWEPT_LATELY));
+        let verdict = self.verdict.as_ref()?;
+        Some(match silence {
+            None => verdict.clone(),
+            Some(silence) => verdict.unseen(self.snapshot.at, silence),
+        })
+    }
+
     /// Pairs of containers with the same registration id.
     #[must_use]
     pub fn correlated(&self) -> Vec<Correlated> {
@@ -72,5 +98,32 @@ impl HostView {
         }
         ports.remove(&0);
         ports
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::health::VerdictKind;
+
+    #[test]
+    fn a_verdict_of_a_sweep_that_is_too_old_is_unknown_and_says_what_it_was() {
+        let stale = Duration::from_secs(10);
+        let mut view = HostView {
+            verdict: Some(Verdict {
+                kind: VerdictKind::Healthy,
+                ..Verdict::default()
+            }),
+            swept: Some(Instant::now()),
+            ..HostView::default()
+        };
+        assert_eq!(view.verdict_now(stale), view.verdict);
+        view.swept = Instant::now().checked_sub(Duration::from_secs(42));
+        assert_eq!(view.verdict_now(Duration::from_mins(5)), view.verdict);
+        let late = view.verdict_now(stale).unwrap();
+        assert_eq!(late.kind, VerdictKind::Unknown);
+        let text = &late.missing[0].text;
+        assert!(text.starts_with("no sweep for 42"), "{text}");
+        assert!(text.contains("healthy"), "{text}");
     }
 }
