@@ -4,6 +4,7 @@ use super::automatic::Automatic;
 use super::config::{AgentConfig, FleetConfig};
 use super::host;
 use super::privileges;
+use super::refusal::Refusal;
 use super::senses::Senses;
 use crate::api::control::Roles;
 use crate::api::{control, local};
@@ -94,7 +95,9 @@ pub enum AgentError {
     #[error("cannot read the pairings in the state directory: {0}")]
     Pairings(String),
     /// The sweep's thread panicked.
-    #[error("nothing is swept any more, so no verdict would ever change; the panic above is a bug to report")]
+    #[error(
+        "nothing is swept any more, so no verdict would ever change; the panic above is a bug to report"
+    )]
     Blind,
     /// Signals.
     #[error("cannot handle signals: {0}")]
@@ -209,7 +212,12 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     let pauses = Arc::new(Pauses::load(&config.state));
     let automatic = config.migration.automatic && config.fleet.is_some();
     if automatic {
-        let automatic = Automatic::new(delegator.clone(), pauses.clone(), senses.policy());
+        let automatic = Automatic::new(
+            delegator.clone(),
+            pauses.clone(),
+            senses.policy(),
+            Refusal::load(&config.state),
+        );
         tokio::spawn(automatic.run(view.clone()));
     }
     let driver = delegator.clone();

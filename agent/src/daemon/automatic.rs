@@ -1,8 +1,9 @@
 //! What the verdict leads to: data copied in advance at stage `prepare`, plans at stage `evacuate`.
 //!
 //! Invariants: one plan at a time; nothing is started while an operator paused the policy; what an operator
-//! aborted or a role did not approve is not tried again before the stage changes. Non-goals: judging.
+//! aborted or a role did not approve is not tried again before the stage changes, nor after a restart. Non-goals: judging.
 
+use super::refusal::Refusal;
 use crate::api::local::OPERATOR_ABORT;
 use crate::health::{OnTimeout, Policy, Stage, Verdict, VerdictKind};
 use crate::migration::NOT_APPROVED;
@@ -32,8 +33,7 @@ pub struct Automatic {
     policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
     /// The plan that this driver started and has not seen end.
     own: Option<Own>,
-    /// The stage at which a person said no.
-    refused: Option<Stage>,
+    refusal: Refusal,
     not_before: Option<Instant>,
     pause: Duration,
     told: String,
@@ -71,13 +71,14 @@ impl Automatic {
         delegator: Arc<Delegator>,
         pauses: Arc<Pauses>,
         policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
+        refusal: Refusal,
     ) -> Self {
         Self {
             delegator,
             pauses,
             policy,
             own: None,
-            refused: None,
+            refusal,
             not_before: None,
             pause: RETRY,
             told: String::new(),
@@ -113,16 +114,14 @@ impl Automatic {
             };
             return;
         }
-        if self.refused != wanted {
-            self.refused = None;
-        }
+        self.refusal.follow(verdict);
         // Containers that a release took from us are dead here; only what still lives can leave.
         let alive = view
             .containers
             .iter()
             .any(|container| container.runtime.is_some() && container.state == State::Running);
         let busy = || self.delegator.status().iter().any(|plan| !plan.over);
-        let Some(stage) = wanted.filter(|_| self.refused.is_none()) else {
+        let Some(stage) = wanted.filter(|_| self.refusal.stage().is_none()) else {
             return;
         };
         if !alive || self.too_early() || self.paused() || busy() {
@@ -233,7 +232,7 @@ impl Automatic {
     fn rolled_back(&mut self, own: &Own, reason: String) {
         if reason.contains(OPERATOR_ABORT) || reason.contains(NOT_APPROVED) {
             tracing::warn!("{reason}: no automatic plan before the stage of the verdict changes");
-            self.refused = Some(own.stage);
+            self.refusal.set(own.stage);
         } else if !reason.contains(RECOVERED) {
             self.failed(own.stage, reason);
         }

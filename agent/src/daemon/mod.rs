@@ -8,5 +8,6 @@ pub mod duplicator;
 mod host;
 pub mod logging;
 pub mod privileges;
+mod refusal;
 mod senses;
 mod writer;
