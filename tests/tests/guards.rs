@@ -133,8 +133,11 @@ fn a_pause_missing_approvals_and_the_storm_guard_hold_an_automatic_evacuation_ba
     // Another device evacuates, by the duplicator's registry, and one of two is all that may.
     let office = stage.lab.host("office")?;
     evacuates(office, TARGET)?;
+    crew.tell(SOURCE, &["policy", "pause", "--for", "2h", "--why", "fans"])?;
     let told = crew.tell(SOURCE, &["approve", &plan, "--as", "oncall"])?;
     says(&told, &["approved as oncall by user root"])?;
+    waits_in(crew, "await the end of the pause")?;
+    crew.tell(SOURCE, &["policy", "resume"])?;
     waits_in(crew, "await the storm guard")?;
     says(
         &crew.tell(SOURCE, &["explain"])?,

@@ -177,6 +177,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         device_nodes: config.migration.device_nodes,
         ..transfer::Options::default()
     };
+    let pauses = Arc::new(Pauses::load(&config.state));
     let mut parts = Parts {
         device: DeviceId(config.device.clone()),
         state: config.state.clone(),
@@ -187,6 +188,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         data: None,
         fleet: None,
         view: view.clone(),
+        pauses: pauses.clone(),
         beat: Arc::default(),
         troubles: Mutex::default(),
         unheard: Mutex::default(),
@@ -209,7 +211,6 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
             serve_fleet(&config, fleet_config, Arc::new(parts), &senses, &stop).await?
         }
     };
-    let pauses = Arc::new(Pauses::load(&config.state));
     let automatic = config.migration.automatic && config.fleet.is_some();
     if automatic {
         let automatic = Automatic::new(

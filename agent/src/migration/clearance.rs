@@ -1,4 +1,5 @@
-//! What stands between a plan and its evacuation: the policy's approvals and the fleet's storm guard.
+//! What stands between a plan and its evacuation: the policy's approvals, the operator's pause and the fleet's
+//! storm guard.
 //!
 //! Invariants: an approval is in the journal before it counts; while a plan waits here, giving it up costs
 //! nothing but what was copied in advance. Non-goals: who may approve (whoever may use the local API).
@@ -20,6 +21,10 @@ pub(super) struct Clearance {
     approved: Vec<String>,
     /// Nobody is waited for any longer.
     proceeds: bool,
+    /// Whether it was begun to copy in advance.
+    in_advance: bool,
+    /// An earlier life of the agent cleared it: a plan that runs goes on in a pause.
+    begun: bool,
     /// When the storm guard was asked last, and for what.
     tried: Option<(Instant, PlanGuards)>,
     told: String,
@@ -31,6 +36,9 @@ impl Clearance {
         match event {
             SourceEvent::Approved { approval } => self.approved.push(approval.role.clone()),
             SourceEvent::NotApproved { .. } => self.proceeds = true,
+            SourceEvent::Planned { held, .. } => self.in_advance = *held,
+            SourceEvent::TargetChosen { .. } => self.begun |= !self.in_advance,
+            SourceEvent::GoesOn { .. } => self.begun = true,
             _ => {}
         }
     }
@@ -59,7 +67,7 @@ impl Move {
     /// Whether the plan may evacuate now. Asks for what is missing.
     pub(super) async fn cleared(&mut self) -> Result<bool, MoveError> {
         let guards = self.active.guards();
-        if !self.approved(&guards)? || !self.admitted(&guards).await? {
+        if !self.approved(&guards)? || self.paused()? || !self.admitted(&guards).await? {
             return Ok(false);
         }
         let Some(renewed) = self.active.clear() else {
@@ -126,6 +134,18 @@ impl Move {
         self.active.awaits(&[]);
         self.clearance.proceeds = true;
         Ok(true)
+    }
+
+    /// Whether an operator's pause keeps what a verdict asked for from moving.
+    fn paused(&self) -> Result<bool, MoveError> {
+        let pauses = &self.delegator.parts().pauses;
+        let paused = !self.clearance.begun
+            && self.active.by_verdict()
+            && pauses.now(self.delegator.now()).is_some();
+        if paused {
+            self.stay("await the end of the pause")?;
+        }
+        Ok(paused)
     }
 
     /// Journals the approvals that came.

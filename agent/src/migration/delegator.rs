@@ -10,6 +10,7 @@ use super::clearance::Clearance;
 use super::events::{Approval, Forwarding, SourceEvent};
 use super::journal::{Journal, JournalError, plan_directory};
 use super::moving::{Done, Move, Moved};
+use super::pause::Pauses;
 use super::planner::{self, Gathered, Origin, PlanError, Request};
 use super::report::{Report, report};
 use super::settings::Settings;
@@ -71,6 +72,8 @@ pub struct Parts {
     pub fleet: Option<FleetContext>,
     /// Latest view of the host.
     pub view: watch::Receiver<Arc<HostView>>,
+    /// The operator's pause.
+    pub pauses: Arc<Pauses>,
     /// Sends the next heartbeat at once.
     pub beat: Arc<Notify>,
     /// What an operator must see to: journals that cannot be read.

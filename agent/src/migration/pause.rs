@@ -41,11 +41,13 @@ impl Pauses {
     #[must_use]
     pub fn load(state: &std::path::Path) -> Self {
         let path = state.join("pause.json");
-        let read = std::fs::read(&path).map(|bytes| serde_json::from_slice(&bytes));
+        let read = std::fs::read(&path)
+            .and_then(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::from));
         let pause = match read {
-            Ok(Ok(pause)) => Some(pause),
+            Ok(pause) => Some(pause),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             // Somebody wanted nothing to move: what cannot be read must not end that silently.
-            Ok(Err(error)) => {
+            Err(error) => {
                 tracing::error!(
                     "{} cannot be read ({error}): paused until `lifeboat policy resume`",
                     path.display()
@@ -56,7 +58,6 @@ impl Pauses {
                     why: format!("{} cannot be read", path.display()),
                 })
             }
-            Err(_) => None,
         };
         Self {
             path,
@@ -136,5 +137,9 @@ mod tests {
         assert!(pauses.now(UnixMillis(1)).is_some());
         pauses.end(UnixMillis(1)).unwrap();
         assert_eq!(pauses.now(UnixMillis(1)), None);
+        // Not a file that is not there: the read itself fails.
+        std::fs::create_dir(state.path().join("pause.json")).unwrap();
+        let pauses = Pauses::load(state.path());
+        assert!(pauses.now(UnixMillis(1)).is_some());
     }
 }
