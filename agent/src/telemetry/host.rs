@@ -252,6 +252,14 @@ mod tests {
             .map(|(_, _, value)| *value)
     }
 
+    /// Of two values of one metric and subject only one would ever be judged.
+    pub(super) fn none_twice(reading: &HostReading) {
+        let mut seen = std::collections::BTreeSet::new();
+        for (metric, subject, _) in &reading.values {
+            assert!(seen.insert((metric, subject)), "{metric} of {subject:?}");
+        }
+    }
+
     /// Longer than any source is left unread.
     pub(super) const LATER: Duration = Duration::from_secs(100);
 
@@ -286,6 +294,7 @@ mod tests {
             assert!(metric.per.contains(&subject.per), "{name} per {subject:?}");
             assert!(value.is_finite(), "{name} of {subject} is {value}");
         }
+        none_twice(&reading);
         assert!(reading.load1.is_some_and(|load| load >= 0.0));
         assert!(reading.memory_total > reading.memory_available);
         let used = value(&reading, "memory.used", "").expect("this host has memory");

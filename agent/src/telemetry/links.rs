@@ -83,13 +83,19 @@ pub fn measure(peer: IpAddr, device: Option<&str>, socket: BorrowedFd) -> Option
 pub(super) fn read(reading: &mut HostReading) {
     let links = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
     let now = Instant::now();
+    // A device that is reached at several addresses is as good as the worst way to it.
+    let mut worst: BTreeMap<(&str, String), f64> = BTreeMap::new();
     for (address, link) in links.iter() {
         let name = link.device.clone().unwrap_or_else(|| address.to_string());
         for (metric, value) in METRICS.into_iter().zip(link.values(now)) {
             if let Some(value) = value {
-                reading.of(metric, Per::Peer, &name, value);
+                let worst = worst.entry((metric, name.clone())).or_insert(value);
+                *worst = worst.max(value);
             }
         }
+    }
+    for ((metric, name), value) in worst {
+        reading.of(metric, Per::Peer, &name, value);
     }
     for metric in &METRICS[..3] {
         reading.device_from_parts(metric, f64::max);

@@ -4,9 +4,9 @@
 use super::files::{entries, name, number, text, why};
 use super::{HostReading, Look};
 use crate::model::metric::Per;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Chips inside drives; what they say belongs to the disk.
 const DRIVES: [&str; 2] = ["nvme", "drivetemp"];
@@ -32,6 +32,8 @@ pub const DISK: [&str; 3] = [
 ];
 
 struct Sensor {
+    /// `temp1` and so on.
+    input: String,
     label: String,
     celsius: f64,
     critical: Option<f64>,
@@ -41,14 +43,26 @@ struct Sensor {
 /// Processors, their boards and other parts.
 pub fn parts(look: Look, reading: &mut HostReading) {
     let class = look.path("sys/class/hwmon");
-    for chip in entries(&class) {
-        let kind = kind(&chip);
-        if DRIVES.contains(&kind.as_str()) {
-            continue;
-        }
+    let chips: Vec<(PathBuf, String)> = entries(&class)
+        .into_iter()
+        .map(|chip| (kind(&chip), chip))
+        .filter(|(kind, _)| !DRIVES.contains(&kind.as_str()))
+        .map(|(kind, chip)| (chip, kind))
+        .collect();
+    let mut told = BTreeSet::new();
+    for (chip, kind) in &chips {
         let other = OTHERS.iter().any(|other| kind.starts_with(other));
-        for sensor in sensors(&chip) {
-            let subject = format!("{kind}/{}", sensor.label);
+        let alike = chips.iter().filter(|(_, other)| other == kind).count();
+        let part = if alike > 1 {
+            part(chip, kind)
+        } else {
+            kind.clone()
+        };
+        for sensor in sensors(chip) {
+            let mut subject = format!("{part}/{}", sensor.label);
+            if !told.insert(subject.clone()) {
+                subject = format!("{subject} ({} {})", name(chip), sensor.input);
+            }
             // Of a processor, `max` is often where the fan should turn faster; `crit` is its limit.
             let limit = sensor.critical.or(sensor.high);
             push(reading, other, &subject, sensor.celsius, limit);
@@ -137,6 +151,18 @@ fn kind(chip: &Path) -> String {
     text(&chip.join("name")).unwrap_or_else(|| name(chip))
 }
 
+/// One chip of several of a kind, such as those of two sockets: its device's name, for the number of its directory
+/// changes from one start of the host to the next.
+fn part(chip: &Path, kind: &str) -> String {
+    let device = chip.join("device").canonicalize();
+    let device = device.map_or_else(|_| name(chip), |device| name(&device));
+    if device.starts_with(kind) {
+        device
+    } else {
+        format!("{kind}-{device}")
+    }
+}
+
 fn sensors(chip: &Path) -> Vec<Sensor> {
     let inputs = entries(chip);
     let sensor = |input: &Path| {
@@ -149,6 +175,7 @@ fn sensors(chip: &Path) -> Vec<Sensor> {
             critical: limit("crit"),
             high: limit("max"),
             label: text(&of("label")).unwrap_or_else(|| format!("temp{index}")),
+            input: format!("temp{index}"),
         })
     };
     inputs.iter().filter_map(|input| sensor(input)).collect()
@@ -184,7 +211,7 @@ fn millidegrees(path: &Path) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{LATER, recorded, value};
+    use super::super::tests::{LATER, none_twice, recorded, value};
 
     #[test]
     fn each_sensor_stands_beside_its_own_limit_and_the_hottest_is_the_devices() {
@@ -248,5 +275,43 @@ mod tests {
         assert_eq!(of("disk.temperature_limit", "sda"), None);
         assert_eq!(of("sensor.temperature", "mlx5/temp1"), Some(97.0));
         assert_eq!(of("sensor.temperature_limit", "mlx5/temp1"), Some(105.0));
+    }
+
+    #[test]
+    fn two_chips_of_a_kind_are_two_parts_named_by_their_devices() {
+        let (root, mut host) = recorded(&[
+            ("sys/class/hwmon/hwmon0/name", "coretemp\n"),
+            ("sys/class/hwmon/hwmon0/temp1_input", "61000\n"),
+            ("sys/class/hwmon/hwmon0/temp1_label", "Core 0\n"),
+            ("sys/class/hwmon/hwmon1/name", "coretemp\n"),
+            ("sys/class/hwmon/hwmon1/temp1_input", "97000\n"),
+            ("sys/class/hwmon/hwmon1/temp1_label", "Core 0\n"),
+            ("sys/class/hwmon/hwmon2/name", "jc42\n"),
+            ("sys/class/hwmon/hwmon2/temp1_input", "31000\n"),
+            ("sys/class/hwmon/hwmon3/name", "jc42\n"),
+            ("sys/class/hwmon/hwmon3/temp1_input", "32000\n"),
+            ("sys/class/hwmon/hwmon4/name", "acpi\n"),
+            ("sys/class/hwmon/hwmon4/temp1_input", "33000\n"),
+            ("sys/class/hwmon/hwmon4/temp1_label", "Board\n"),
+            ("sys/class/hwmon/hwmon4/temp2_input", "34000\n"),
+            ("sys/class/hwmon/hwmon4/temp2_label", "Board\n"),
+            ("sys/devices/coretemp.0/uevent", ""),
+            ("sys/devices/coretemp.1/uevent", ""),
+            ("sys/devices/3-0018/uevent", ""),
+        ]);
+        for (chip, device) in [(0, "coretemp.0"), (1, "coretemp.1"), (2, "3-0018")] {
+            let device = root.path().join("sys/devices").join(device);
+            let chip = format!("sys/class/hwmon/hwmon{chip}/device");
+            std::os::unix::fs::symlink(device, root.path().join(chip)).expect("linked");
+        }
+        let reading = host.read(&[], LATER);
+        none_twice(&reading);
+        let of = |name| value(&reading, "cpu.temperature", name);
+        assert_eq!(of("coretemp.0/Core 0"), Some(61.0));
+        assert_eq!(of("coretemp.1/Core 0"), Some(97.0));
+        assert_eq!(of("jc42-3-0018/temp1"), Some(31.0));
+        assert_eq!(of("jc42-hwmon3/temp1"), Some(32.0), "it has no device");
+        assert_eq!(of("acpi/Board"), Some(33.0));
+        assert_eq!(of("acpi/Board (hwmon4 temp2)"), Some(34.0));
     }
 }
