@@ -12,6 +12,7 @@ use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
 use crate::migration::view::HostView;
 use crate::model::edge::Edge;
 use crate::telemetry::Telemetry;
+use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
@@ -70,15 +71,19 @@ impl Senses {
         let sweep = move || {
             let mut saved = (VerdictKind::Unknown, Instant::now());
             let mut edges_saved = (0, Instant::now());
+            let mut before = None;
             loop {
                 let started = Instant::now();
                 let discovery = handle.block_on(runtimes.follow());
-                let (now, sampled) = (crate::fleet::now(), Instant::now());
+                let (now, sampled, up) = (crate::fleet::now(), Instant::now(), up());
                 telemetry.hear(discovery.heard);
                 let mut snapshot = telemetry.sweep(&discovery.containers, now);
                 snapshot.samples.extend(heard.samples(now));
                 let mut next = started + INTERVAL;
                 let verdict = locked(&shared).as_mut().map(|judge| {
+                    if let Some((before, up)) = before.zip(up) {
+                        judge.pass(now, up.saturating_sub(before));
+                    }
                     judge.observe(&snapshot.samples, now);
                     let verdict = judge.verdict(now);
                     if is_due(&verdict, &mut saved) {
@@ -100,6 +105,7 @@ impl Senses {
                 if publish.send(view.clone()).is_err() {
                     return;
                 }
+                before = up;
                 save_edges(&view.snapshot.edges, &mut edges_saved, &edges_at, &writer);
                 telemetry.rest(next);
             }
@@ -160,6 +166,13 @@ impl Senses {
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How long the host has been up, its sleep included: no step of the wall clock changes that.
+fn up() -> Option<Duration> {
+    clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .ok()
+        .map(Duration::from)
 }
 
 fn load_policy(path: &Path) -> Result<Policy, String> {

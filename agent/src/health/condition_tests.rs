@@ -493,3 +493,93 @@ fn it_is_known_when_the_next_threshold_will_have_been_passed_for_its_time() {
     }
     assert_eq!(judge.due(), None, "it failed");
 }
+
+#[test]
+fn too_little_load_is_not_made_much_by_a_short_first_sample() {
+    let text = "metric: network.retransmits\nrelative_to_load: { metric: network.bytes_per_second, at_least: 100000, over: 10s }\nabove: 0.001";
+    let mut judge = judge(text);
+    let mut at = |second, rate: f64| {
+        sweep(
+            &mut judge,
+            second,
+            &[
+                ("network.retransmits", Per::Device, "", 200.0),
+                ("network.bytes_per_second", Per::Device, "", rate),
+            ],
+        )
+    };
+    for second in 0..20 {
+        assert_eq!(at(second, 10_000.0).kind, VerdictKind::Healthy, "{second}");
+    }
+    for second in 20..35 {
+        at(second, 110_000.0);
+    }
+    assert_eq!(at(35, 110_000.0).kind, VerdictKind::Degraded);
+}
+
+#[test]
+fn a_wall_clock_that_is_set_ends_no_failure_no_hold_and_no_count() {
+    let text = "metric: block.latency_p99\nabove: 40ms\nfor: 5s";
+    let hour = 3600;
+    for step in [hour, -hour] {
+        let mut judge = judge(text);
+        let mut wall = i64::try_from(START).unwrap();
+        let mut next = |judge: &mut Judge, step: i64, ms: f64| {
+            wall += 1000 + step * 1000;
+            let now = UnixMillis(wall.unsigned_abs());
+            let mut sample = sample("block.latency_p99", Per::Device, "", ms * MS, 0);
+            sample.at = now;
+            judge.pass(now, Duration::from_secs(1));
+            judge.observe(&[sample], now);
+            judge.verdict(now)
+        };
+        for _ in 0..3 {
+            assert_eq!(next(&mut judge, 0, 50.0).kind, VerdictKind::Healthy);
+        }
+        // It is set in the middle of `for`, which starts neither anew nor is over.
+        assert_eq!(next(&mut judge, step, 50.0).kind, VerdictKind::Healthy);
+        assert_eq!(next(&mut judge, 0, 50.0).kind, VerdictKind::Healthy);
+        let degraded = next(&mut judge, 0, 50.0);
+        assert_eq!(degraded.kind, VerdictKind::Degraded, "{step}");
+        let before = judge.saved().clone();
+        let now = UnixMillis(wall.unsigned_abs());
+        assert_eq!(judge.saved().wall_time(before.ticks), now);
+    }
+}
+
+#[test]
+fn the_last_container_and_the_last_link_end_their_failures_and_a_disk_does_not() {
+    let cases = [
+        ("memory.used_bytes", "above: 1MiB", Per::Container, true),
+        ("peer.latency", "above: 10ms", Per::Peer, true),
+        ("block.latency_p99", "above: 10ms", Per::Disk, false),
+    ];
+    for (metric, limit, per, ends) in cases {
+        let text = format!(
+            "metric: {metric}\nper: {}\n{limit}\noptional: true",
+            per.word()
+        );
+        let mut judge = judge(&text);
+        let other = ("cpu.used", Per::Device, "", 1.0);
+        let failing = sweep(&mut judge, 0, &[(metric, per, "a", 1e12), other]);
+        assert_eq!(failing.kind, VerdictKind::Degraded, "{metric}");
+        assert_eq!(sweep(&mut judge, 50, &[other]).kind, VerdictKind::Unknown);
+        let later = sweep(&mut judge, 101, &[other]);
+        let expected = if ends {
+            VerdictKind::Healthy
+        } else {
+            VerdictKind::Unknown
+        };
+        assert_eq!(later.kind, expected, "{metric}: {later}");
+    }
+}
+
+#[test]
+fn a_container_that_is_still_measured_otherwise_has_only_lost_that_sensor() {
+    let text = "metric: memory.used_bytes\nper: container\nabove: 1MiB\noptional: true";
+    let mut judge = judge(text);
+    let rest = ("pressure.io_some", Per::Container, "a", 1.0);
+    let all = [("memory.used_bytes", Per::Container, "a", 1e12), rest];
+    sweep(&mut judge, 0, &all);
+    assert_eq!(sweep(&mut judge, 500, &[rest]).kind, VerdictKind::Unknown);
+}

@@ -16,7 +16,8 @@ use std::time::Duration;
 
 /// A subject other than the device that is silent for this many times `stale_after`, while another
 /// subject of the same threshold is measured, is taken as removed (a container that ended, a disk
-/// that was pulled) and no longer makes the verdict unknown.
+/// that was pulled) and no longer makes the verdict unknown. So is a container or peer of which nothing
+/// at all is measured any more.
 const REMOVED_AFTER: u32 = 10;
 
 /// Applies a policy to samples.
@@ -54,6 +55,12 @@ impl Judge {
         &self.state
     }
 
+    /// Tells how much time truly passed from the sweep before to the one at `now`, also where the wall clock was
+    /// set in between. Call it before [`Self::observe`]; without it the wall clock counts.
+    pub fn pass(&mut self, now: UnixMillis, passed: Duration) {
+        self.state.pass(now, passed);
+    }
+
     /// Takes in the samples of one sweep. Samples of metrics or subjects that no threshold names, not
     /// newer than the last of their kind, or that are no number, change nothing.
     pub fn observe(&mut self, samples: &[Sample], now: UnixMillis) {
@@ -69,6 +76,9 @@ impl Judge {
                 series.retain(|name, _| mounted.contains(name.as_str()) || measured(name));
             }
             if readings.is_empty() {
+                if let Some(remembered) = self.state.thresholds.get_mut(&threshold.name) {
+                    forget_removed(threshold, remembered, samples, tick, stale);
+                }
                 continue;
             }
             let times: Vec<Ticks> = readings
@@ -90,7 +100,7 @@ impl Judge {
                     series.take(threshold, stale, &reading, at);
                 }
             }
-            forget_removed(threshold, remembered, tick, stale);
+            forget_removed(threshold, remembered, samples, tick, stale);
         }
     }
 
@@ -393,14 +403,27 @@ fn within(hold: Duration, since: Ticks, tick: Ticks) -> bool {
     u128::from(tick.saturating_sub(since)) < hold.as_millis()
 }
 
-fn forget_removed(threshold: &Threshold, state: &mut Remembered, tick: Ticks, stale: Duration) {
+fn forget_removed(
+    threshold: &Threshold,
+    state: &mut Remembered,
+    samples: &[Sample],
+    tick: Ticks,
+    stale: Duration,
+) {
+    let per = threshold.per;
+    // Containers end and links are closed, the last one too: then nothing at all is measured of them.
+    let gone = |name: &str| {
+        let mut subjects = samples.iter().map(|sample| &sample.subject);
+        matches!(per, Per::Container | Per::Peer)
+            && !subjects.any(|subject| subject.per == per && subject.name == name)
+    };
+    state.blind.retain(|name, _| !gone(name));
     let series = &mut state.series;
-    if threshold.per == Per::Device || !series.values().any(|one| one.is_fresh(tick, stale)) {
-        return;
-    }
+    let measured = per != Per::Device && series.values().any(|one| one.is_fresh(tick, stale));
     // A failing part that falls silent may be dead rather than gone; only a container's end is
     // ordinary enough to be taken as the end of its failure.
-    series.retain(|_, one| {
-        one.is_fresh(tick, stale * REMOVED_AFTER) || (one.failed && threshold.per != Per::Container)
+    series.retain(|name, one| {
+        one.is_fresh(tick, stale * REMOVED_AFTER)
+            || !(gone(name) || measured && (!one.failed || per == Per::Container))
     });
 }

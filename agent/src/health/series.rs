@@ -132,7 +132,7 @@ impl Series {
 
     fn slope(&mut self, span: Duration, value: f64, at: Ticks) -> f64 {
         let trend = self.trend.get_or_insert_default();
-        trend.add(span, at, value, 0.0);
+        trend.add(span, at, value);
         trend.line(at).and_then(|line| line.slope).unwrap_or(0.0)
     }
 
@@ -148,7 +148,7 @@ impl Series {
             return None;
         };
         let trend = self.trend.get_or_insert_default();
-        trend.add(over, at, value, 0.0);
+        trend.add(over, at, value);
         let aim = reaches.at(self.against);
         let sign = if falling { -1.0 } else { 1.0 };
         if sign * (aim - value) <= 0.0 {
@@ -216,12 +216,12 @@ impl Series {
             _ => load,
         };
         let window = self.load.get_or_insert_default();
-        window.add(over, at, value, amount);
+        window.add_load(over, at, since, value, amount);
         let (value, amount, samples) = window.sums();
         let mean = match (events, loads) {
             (_, true) => amount,
             (true, false) if metric.unit == Unit::PerSecond => {
-                amount * 1000.0 / window.covers(at).as_millis().max(1) as f64
+                amount * 1000.0 / window.lasts(at).as_millis().max(1) as f64
             }
             _ => amount / samples,
         };

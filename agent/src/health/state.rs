@@ -7,12 +7,14 @@ use crate::model::action::Actions;
 use crate::model::units::UnixMillis;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// The judge's memory, to be kept over a restart. Its form is private to this version; state that
 /// does not fit the policy any more is dropped when it is loaded.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SavedState {
-    /// The judge's own clock: advances with the wall clock and stands still when that steps back.
+    /// The judge's own clock: advances with what passed where that is known, else with the wall clock, and
+    /// stands still when that steps back.
     pub(super) ticks: Ticks,
     /// Wall clock when it was last advanced.
     pub(super) wall: Option<UnixMillis>,
@@ -53,6 +55,15 @@ impl SavedState {
         };
         self.wall = Some(now);
         self.ticks
+    }
+
+    /// Moves the judge's clock by what `passed` until `now`, whatever the wall clock did in between.
+    pub(super) fn pass(&mut self, now: UnixMillis, passed: Duration) {
+        if self.wall.is_some() {
+            let passed = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX);
+            self.ticks = self.ticks.saturating_add(passed.max(1));
+            self.wall = Some(now);
+        }
     }
 
     /// When a sample of `at` was measured, on the judge's clock.

@@ -24,6 +24,9 @@ struct Group {
     number: u64,
     /// Time of the first sample; the others are counted from it.
     first: Ticks,
+    /// The time until that sample for which it stands.
+    #[serde(default)]
+    before: Ticks,
     samples: u32,
     after: f64,
     value: f64,
@@ -41,7 +44,19 @@ pub(super) struct Line {
 
 impl Trend {
     /// Adds a sample and drops what is older than `span`.
-    pub(super) fn add(&mut self, span: Duration, at: Ticks, value: f64, load: f64) {
+    pub(super) fn add(&mut self, span: Duration, at: Ticks, value: f64) {
+        self.add_load(span, at, 0, value, 0.0);
+    }
+
+    /// Adds a sample that stands for the time of `lasting` until it, with its load.
+    pub(super) fn add_load(
+        &mut self,
+        span: Duration,
+        at: Ticks,
+        lasting: Ticks,
+        value: f64,
+        load: f64,
+    ) {
         let span = u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
         let number = at / (span / GROUPS).max(1);
         match self.0.back_mut().filter(|last| last.number == number) {
@@ -54,6 +69,7 @@ impl Trend {
             None => self.0.push_back(Group {
                 number,
                 first: at,
+                before: lasting,
                 samples: 1,
                 after: 0.0,
                 value,
@@ -73,6 +89,12 @@ impl Trend {
     pub(super) fn covers(&self, now: Ticks) -> Duration {
         let first = self.0.front().map_or(now, |group| group.first);
         Duration::from_millis(now.saturating_sub(first))
+    }
+
+    /// The time that the samples' rates stand for: [`Self::covers`] and that of the first sample.
+    pub(super) fn lasts(&self, now: Ticks) -> Duration {
+        let before = self.0.front().map_or(0, |group| group.before);
+        self.covers(now) + Duration::from_millis(before)
     }
 
     /// Sum of the values, sum of the loads, and the number of samples.
@@ -140,13 +162,8 @@ mod tests {
         let (mut flat, mut ramp) = (Trend::default(), Trend::default());
         for second in 0..7200_u64 {
             // Noise that repeats has no trend over whole periods.
-            flat.add(HOUR, second * 1000, (second % 7) as f64, 0.0);
-            ramp.add(
-                HOUR,
-                second * 1000,
-                second as f64 + (second % 7) as f64,
-                0.0,
-            );
+            flat.add(HOUR, second * 1000, (second % 7) as f64);
+            ramp.add(HOUR, second * 1000, second as f64 + (second % 7) as f64);
         }
         let now = 7_199_000;
         assert_eq!(flat.line(now).unwrap().slope, None);
@@ -163,7 +180,7 @@ mod tests {
             let mut at = 1_000_000;
             for pause in pauses {
                 at += pause;
-                trend.add(HOUR, at, slope * at as f64, 0.0);
+                trend.add(HOUR, at, slope * at as f64);
             }
             prop_assert!(trend.0.len() <= GROUPS as usize + 2);
             if let Some(line) = trend.line(at) {
