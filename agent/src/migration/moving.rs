@@ -14,7 +14,7 @@ use crate::model::fleet::{PeerAddress, Role};
 use crate::model::ids::{DeviceId, Epoch, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::units::{UnixMillis, human_duration};
-use crate::transfer::{LinkError, SendError};
+use crate::transfer::SendError;
 use crate::volume::Unreadable;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -153,15 +153,12 @@ impl MoveError {
     /// Whether a paired device that went away can be the cause. Whose end of a link is dead shows only when the
     /// target is asked without it.
     pub(super) fn may_be_of_paired(&self) -> bool {
-        let lost = |error: &SendError| {
-            let SendError::Link { source, .. } = error else {
-                return false;
-            };
-            matches!(source, LinkError::Lost { .. })
-        };
         match self {
             Self::Paired { .. } => true,
-            Self::Send { error, .. } => lost(error),
+            Self::Send {
+                error: SendError::Link { source, .. },
+                ..
+            } => source.may_be_of_relay(),
             _ => false,
         }
     }

@@ -73,6 +73,18 @@ impl LinkError {
     pub(super) fn is_forgotten(&self) -> bool {
         matches!(self, Self::Failed(failure) if failure.code == FailureCode::Forgotten)
     }
+
+    /// Whether a relay can be the cause: it is away, it cannot reach the next device, or its own disk fails.
+    #[must_use]
+    pub fn may_be_of_relay(&self) -> bool {
+        match self {
+            Self::Lost { .. } => true,
+            Self::Failed(failure) => {
+                matches!(failure.code, FailureCode::Unreachable | FailureCode::Spool)
+            }
+            _ => false,
+        }
+    }
 }
 
 /// What the peer says while records flow.

@@ -26,6 +26,8 @@ pub enum FailureCode {
     Protocol,
     /// A device behind the relay could not be reached.
     Unreachable,
+    /// The relay's own disk does not take what it is to forward.
+    Spool,
     /// A device on the path was started anew and does not know the attempt; what it holds it says when the
     /// epoch is begun again.
     Forgotten,
@@ -254,6 +256,7 @@ impl Message {
                     FailureCode::Protocol => 3,
                     FailureCode::Unreachable => 4,
                     FailureCode::Forgotten => 5,
+                    FailureCode::Spool => 6,
                 });
                 put_short(out, failure.text.as_bytes());
             }
@@ -349,6 +352,7 @@ impl Message {
                     3 => FailureCode::Protocol,
                     4 => FailureCode::Unreachable,
                     5 => FailureCode::Forgotten,
+                    6 => FailureCode::Spool,
                     _ => return Err(Malformed("an unknown failure code")),
                 },
                 text: String::from_utf8_lossy(reader.short()?).into_owned(),

@@ -18,7 +18,6 @@ use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, VolumeId};
 use crate::volume::{BlockSize, FleetKey};
 use std::collections::HashMap;
-use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -302,7 +301,7 @@ impl Relay {
             (Some(_), false) => {
                 let name = format!("{epoch}-{}", hex::encode(session));
                 let spool = Spool::open(&plan.spool.join(id.to_string()), &name);
-                Some(Arc::new(spool.map_err(|e| full(&e, &e.source))?))
+                Some(Arc::new(spool.map_err(|e| full(&e))?))
             }
             (None, false) => {
                 return Err(protocol("neither encrypt nor transfer is delegated here"));
@@ -343,7 +342,7 @@ impl Relay {
         *lock(&upstream.arrived) = Arrived::below(watermark);
         upstream.watermark.store(watermark, Ordering::Relaxed);
         if let (Some(spool), Some(link)) = (&spool, &link) {
-            let arrived = spool.go_on_at(watermark).map_err(|e| full(&e, &e.source))?;
+            let arrived = spool.go_on_at(watermark).map_err(|e| full(&e))?;
             let durable = arrived.watermark();
             *lock(&upstream.arrived) = arrived;
             upstream.watermark.store(durable, Ordering::Relaxed);
@@ -441,9 +440,7 @@ impl Relay {
             }
             match (&session.spool, &session.link) {
                 (Some(spool), _) => {
-                    spool
-                        .put(number, &record)
-                        .map_err(|e| full(&e, &e.source))?;
+                    spool.put(number, &record).map_err(|e| full(&e))?;
                     buffer = record;
                 }
                 (None, Some(link)) => {
@@ -484,7 +481,7 @@ fn carry_on(spool: &Arc<Spool>, link: &Arc<Link>, upstream: &Arc<Upstream>) -> R
                         }
                     }
                     Ok(None) => return,
-                    Err(error) => return back.give_up(full(&error, &error.source)),
+                    Err(error) => return back.give_up(full(&error)),
                 }
             }
         }),
@@ -497,7 +494,7 @@ fn carry_on(spool: &Arc<Spool>, link: &Arc<Link>, upstream: &Arc<Upstream>) -> R
                 match from.flush() {
                     Ok(Some(watermark)) => back.acknowledge(watermark),
                     Ok(None) => return,
-                    Err(error) => return back.give_up(full(&error, &error.source)),
+                    Err(error) => return back.give_up(full(&error)),
                 }
             }
         }),
@@ -525,17 +522,9 @@ fn corrupt(error: &dyn std::error::Error) -> Failure {
     }
 }
 
-fn full(error: &dyn std::error::Error, source: &io::Error) -> Failure {
-    let code = if matches!(
-        source.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    ) {
-        FailureCode::NoSpace
-    } else {
-        FailureCode::Write
-    };
+fn full(error: &dyn std::error::Error) -> Failure {
     Failure {
-        code,
+        code: FailureCode::Spool,
         text: format!("the paired device reports: {error}"),
     }
 }

@@ -1,5 +1,6 @@
 //! Bad links, bad peers, bad disks: clear errors, nothing silently wrong.
 
+use super::disks::{Disk, tool};
 use super::*;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -456,4 +457,34 @@ fn a_symlink_planted_in_the_target_leads_nowhere() {
     bench.send(&mut sender, 1, None).unwrap();
     bench.assert_equal();
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+}
+
+#[test]
+fn a_paired_device_without_space_for_its_spool_is_told_from_a_target_without_space() {
+    let bench = Bench::new(EngineChoice::Auto);
+    fs::create_dir(&bench.spool).unwrap();
+    if !tool(
+        "mount",
+        &["-t", "tmpfs", "-o", "size=1m", "tmpfs"],
+        &[&bench.spool],
+    ) {
+        println!("no tmpfs can be mounted here: not tested");
+        return;
+    }
+    let _mounted = Disk {
+        dir: bench.spool.clone(),
+    };
+    fs::write(bench.source.join("large"), noise(1, 8 << 20)).unwrap();
+    let mut sender = bench.sender(bench.path(Way::ViaSpool));
+    match bench.send(&mut sender, 1, None).unwrap_err() {
+        SendError::Link { source, .. } => {
+            let told = source.to_string();
+            assert!(told.contains("paired device reports"), "{told}");
+            assert!(source.may_be_of_relay(), "{told}");
+        }
+        other => panic!("{other}"),
+    }
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    bench.send(&mut sender, 2, None).unwrap();
+    bench.assert_equal();
 }
