@@ -8,7 +8,7 @@ use crate::model::control::Owns;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{Content, Plan, Release, SignedRelease, VolumeRelease};
 use crate::model::volume::VolumeKind;
-use crate::volume::FleetKey;
+use crate::volume::{FleetKey, scan_root, walk};
 use std::sync::Arc;
 
 impl Target {
@@ -106,13 +106,16 @@ impl Target {
                     released.clone(),
                     place.path.clone(),
                     super::verify::block_size(release, volume),
+                    volume.size.0,
                 ))
             })
             .collect();
         tokio::task::spawn_blocking(move || {
             jobs.into_iter()
-                .map(|(released, path, block_size)| {
-                    let (state, _) = crate::volume::scan(&path, &key, block_size)
+                .map(|(released, path, block_size, size)| {
+                    // The counterpart of a device may be larger than it.
+                    let root = walk::open_root(&path).map_err(|error| error.to_string())?;
+                    let (state, _) = scan_root(&root.holding(size), &key, block_size)
                         .map_err(|error| error.to_string())?;
                     Ok(VolumeRelease {
                         content: Content::Sealed(state.root),

@@ -75,6 +75,13 @@ impl Confined {
         })
     }
 
+    /// The same volume, of a device only its first `bytes`: those that came to a larger one.
+    #[must_use]
+    pub fn holding(self, bytes: u64) -> Self {
+        let one = self.one.map(|one| one.holding(bytes));
+        Self { one, ..self }
+    }
+
     /// The piece, when the volume is of one.
     #[must_use]
     pub fn one(&self) -> Option<&One> {

@@ -74,6 +74,11 @@ impl One {
         self.device.is_some()
     }
 
+    pub(super) fn holding(self, bytes: u64) -> Self {
+        let device = self.device.map(|size| size.min(bytes));
+        Self { device, ..self }
+    }
+
     pub(super) fn shown(&self, mut stat: FileStat) -> FileStat {
         stat.st_nlink = 1;
         if let Some(size) = self.device {

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
+use std::sync::LazyLock;
 use xattr::FileExt;
 
 /// Something that carries attributes: an open file, or a path that is not followed.
@@ -59,9 +60,19 @@ fn unsupported(error: &io::Error) -> bool {
 /// (`xfs_xattr_put_listent` in fs/xfs/xfs_xattr.c).
 const XFS_ACLS: [&str; 2] = ["trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"];
 
+const SELINUX: &str = "security.selinux";
+
+/// Whether this host's kernel labels every file by its own policy.
+static LABELS: LazyLock<bool> = LazyLock::new(|| Path::new("/sys/fs/selinux/enforce").exists());
+
+/// Whether an attribute is not the volume's, but its host's: of one that labels every file by itself, or of one that does not.
+fn is_of_host(name: &OsStr, labels: bool) -> bool {
+    XFS_ACLS.iter().any(|acl| name == *acl) || labels && name == SELINUX
+}
+
 fn names<C: Carrier + ?Sized>(carrier: &C) -> io::Result<Vec<OsString>> {
     let mut names = carrier.list()?;
-    names.retain(|name| !XFS_ACLS.iter().any(|acl| name == acl));
+    names.retain(|name| !is_of_host(name, *LABELS));
     Ok(names)
 }
 
@@ -91,7 +102,7 @@ pub fn read<C: Carrier + ?Sized>(carrier: &C) -> io::Result<Vec<Xattr>> {
 
 /// Makes the attributes of `carrier` equal to `wanted`.
 ///
-/// A security label that the target's own policy gave stays: the kernel forbids removing it.
+/// Labels that the host's own policy gives stay as they are.
 ///
 /// # Errors
 /// The name that could not be set or removed, with the I/O error.
@@ -105,9 +116,7 @@ pub fn write<C: Carrier + ?Sized>(
         Err(error) => return Err((OsString::from("(list)"), error)),
     };
     for name in present {
-        let keep = name == "security.selinux"
-            || wanted.iter().any(|xattr| *xattr.name == *name.as_bytes());
-        if !keep {
+        if !wanted.iter().any(|xattr| *xattr.name == *name.as_bytes()) {
             carrier
                 .remove(&name)
                 .map_err(|error| (name.clone(), error))?;
@@ -115,9 +124,25 @@ pub fn write<C: Carrier + ?Sized>(
     }
     for xattr in wanted {
         let name = OsStr::from_bytes(&xattr.name);
+        if is_of_host(name, *LABELS) {
+            continue;
+        }
         carrier
             .set(name, &xattr.value)
             .map_err(|error| (name.to_owned(), error))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_the_volumes_own_only_where_the_host_gives_none_itself() {
+        let is_of_host = |name: &str, labels| is_of_host(OsStr::new(name), labels);
+        assert!(is_of_host(SELINUX, true) && !is_of_host(SELINUX, false));
+        assert!(!is_of_host("security.capability", true) && !is_of_host("user.selinux", true));
+        assert!(is_of_host(XFS_ACLS[0], false));
+    }
 }
