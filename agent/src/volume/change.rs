@@ -5,7 +5,8 @@
 //! The change time moves on every write, also through a mapping: the write-back made the pages
 //! read-only, so the next store faults and is noticed. It moves when a write begins, so of a file that was written
 //! to just before, a part may be still to come: it is read again next time; of large files whose device is watched,
-//! whenever a write to it has ended. So is every file where there is no write-back (tmpfs), or where it failed.
+//! whenever a write to it has ended. So is every file where there is no write-back (tmpfs), or where it failed, and all
+//! that are looked at after the clock was set back meanwhile.
 
 use super::confined::{Confined, split};
 use super::one::One;
@@ -16,13 +17,15 @@ use super::walk::{Found, WalkError, kind_of, timestamp};
 use nix::errno::Errno;
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime};
 use procfs::process::Process;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::iter::Peekable;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Distance from the baseline below which a change time proves nothing: coarse kernel time moves
 /// once a tick (10 ms at the lowest usual HZ), doubled.
@@ -37,6 +40,8 @@ const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 #[derive(Clone, Debug)]
 pub struct Baseline {
     at: Timestamp,
+    /// How far wall time was ahead of the time since the boot.
+    ahead: i128,
     longest_write: Duration,
     /// File systems on which change times prove that a file is unchanged.
     proven: Vec<u64>,
@@ -49,13 +54,9 @@ impl Baseline {
     /// last `longest_write` at most.
     #[must_use]
     pub fn establish(root: &Confined, frozen: bool, longest_write: Duration) -> Self {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let at = timestamp(
-            i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
-            i64::from(now.subsec_nanos()),
-        );
+        let now = clock(ClockId::CLOCK_REALTIME);
+        let at = timestamp(now.tv_sec(), now.tv_nsec());
+        let ahead = nanos(at) - since_boot();
         let mut proven = Vec::new();
         // A device has no change time of its own.
         if !frozen && !root.one().is_some_and(One::is_device) {
@@ -71,6 +72,7 @@ impl Baseline {
         }
         Self {
             at,
+            ahead,
             longest_write,
             proven,
         }
@@ -79,8 +81,13 @@ impl Baseline {
     /// Whether a change after the baseline could hide behind this change time.
     #[must_use]
     pub fn is_racy(&self, stat: &FileStat) -> bool {
-        let nanos =
-            |t: Timestamp| i128::from(t.seconds) * 1_000_000_000 + i128::from(t.nanoseconds);
+        // Read in this order, a halt between two readings never looks like a step back.
+        let boot = since_boot();
+        let now = clock(ClockId::CLOCK_REALTIME);
+        let ahead = nanos(timestamp(now.tv_sec(), now.tv_nsec())) - boot;
+        if ahead + GRANULARITY_NS < self.ahead {
+            return true;
+        }
         let changed = timestamp(stat.st_ctime, stat.st_ctime_nsec);
         let granularity = if changed.nanoseconds == 0 {
             COARSE_GRANULARITY_NS
@@ -96,6 +103,21 @@ impl Baseline {
         }
         nanos(changed) + margin >= nanos(self.at)
     }
+}
+
+fn nanos(time: Timestamp) -> i128 {
+    i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanoseconds)
+}
+
+/// Nanoseconds since the boot: a clock that nobody sets, and that is slewed as wall time is.
+fn since_boot() -> i128 {
+    let now = clock(ClockId::CLOCK_BOOTTIME);
+    nanos(timestamp(now.tv_sec(), now.tv_nsec()))
+}
+
+/// Zero, which makes every file a changed one, should the kernel lack the clock.
+fn clock(id: ClockId) -> TimeSpec {
+    clock_gettime(id).unwrap_or(TimeSpec::new(0, 0))
 }
 
 /// Writes the dirty pages of a file system back; its number, if change times prove something there from now on.
@@ -343,6 +365,11 @@ mod tests {
             assert!(!baseline(false, 0).is_racy(&file), "{age} s");
             assert!(baseline(true, 0).is_racy(&file), "frozen, {age} s");
         }
+        let mut stepped = known.clone();
+        stepped.ahead += 1_000_000_000;
+        assert!(stepped.is_racy(&file), "the clock was set back by a second");
+        stepped.ahead -= 2_000_000_000;
+        assert!(!stepped.is_racy(&file), "it was set ahead");
         file.st_dev += 1;
         assert!(
             known.is_racy(&file),
