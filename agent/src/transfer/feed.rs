@@ -213,6 +213,7 @@ impl Feed<'_> {
             queue.close();
         };
         let worker = || {
+            let _end = queue.ending_on_panic();
             let mut hand = match Hand::new(self.reception.options.engine) {
                 Ok(hand) => hand,
                 Err(error) => return fail(error),

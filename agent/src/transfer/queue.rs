@@ -98,4 +98,46 @@ impl<T> Queue<T> {
         lock(&self.state).closed = true;
         self.changed.notify_all();
     }
+
+    /// To be held by a thread that takes items: when it panics nobody waits for what it took.
+    pub(super) fn ending_on_panic(&self) -> EndOnPanic<'_, T> {
+        EndOnPanic(self)
+    }
+}
+
+/// Ends its queue when it is dropped by a panic.
+pub(super) struct EndOnPanic<'q, T>(&'q Queue<T>);
+
+impl<T> Drop for EndOnPanic<'_, T> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut state = lock(&self.0.state);
+            (state.closed, state.busy) = (true, 0);
+            state.items.clear();
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_panicked() {
+        let queue: Queue<u8> = Queue::new(1);
+        let ended = std::panic::catch_unwind(|| {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let _end = queue.ending_on_panic();
+                    queue.take();
+                    panic!("as a reader might");
+                });
+                while queue.push(1).is_ok() {}
+                queue.drain();
+            });
+        });
+        assert!(ended.is_err(), "the panic is passed on");
+        assert_eq!(queue.take(), None);
+    }
 }

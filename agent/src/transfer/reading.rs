@@ -317,11 +317,12 @@ impl<'s> Reading<'_, 's> {
             None
         });
         let map = map.map(Arc::new);
-        lock(&self.tally.unused).clone_from(&map);
+        *lock(&self.tally.unused) = Some(map.clone());
         map
     }
 
     fn work(&self) {
+        let _end = self.queue.ending_on_panic();
         let mut engine = match engine(self.source.options.engine) {
             Ok(engine) => engine,
             Err(error) => return self.fail(LinkError::Local(error.to_string()).into()),

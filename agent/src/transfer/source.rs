@@ -122,8 +122,8 @@ pub(super) struct Tally {
     pub(super) bytes_read: AtomicU64,
     pub(super) skipped: Vec<Exception>,
     pub(super) unreadable: Mutex<Vec<Unreadable>>,
-    /// What the file system of a volume of one piece does not use.
-    pub(super) unused: Mutex<Option<Arc<unused::Map>>>,
+    /// What the file system of a volume of one piece does not use, as far as anybody asked.
+    pub(super) unused: Mutex<Option<Option<Arc<unused::Map>>>>,
     /// Where large files lay, and how many extents these are.
     extents: Mutex<(FileExtents, usize)>,
     /// Marks of their pages, and how many chunks these are.
@@ -271,8 +271,8 @@ impl Source<'_> {
         let place = |lost: &Unreadable| (lost.path.clone(), lost.offset);
         state.unreadable.sort_by_cached_key(place);
         // Of a file that is kept nothing was asked.
-        let unused = lock(&tally.unused).take();
-        state.unused = unused.or_else(|| previous?.unused.clone());
+        let asked = lock(&tally.unused).take();
+        state.unused = asked.unwrap_or_else(|| previous?.unused.clone());
         state.extents = std::mem::take(&mut lock(&tally.extents).0);
         state.marks = std::mem::take(&mut lock(&tally.marks).0);
         Ok((state, tally))
@@ -333,8 +333,12 @@ impl Source<'_> {
                     let entry = match walk::special_entry(root, found, racy) {
                         Err(error) if error.vanished() && !found.path.is_empty() => {
                             self.frozen_change(&found.path)?;
-                            done.insert(index, None);
-                            continue;
+                            if kind_of(&found.stat) != SFlag::S_IFDIR {
+                                done.insert(index, None);
+                                continue;
+                            }
+                            // What was found in it needs it; the next epoch removes both.
+                            bare_entry(&found.path, &found.stat, Kind::Directory, true)
                         }
                         Err(error) if error.is_loss() => {
                             let Some(entry) = self.lose_special(found, &error, tally) else {

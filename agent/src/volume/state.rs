@@ -132,7 +132,11 @@ impl TreeState {
             .filter(|range| !range.is_empty())
             .collect();
         let maps = self.unused.as_deref().into_iter().chain(now.unused);
-        blocks.extend(maps.flat_map(Map::runs));
+        // A map of before may reach further than what is a shorter file by now.
+        let total = self.block_size.blocks_of(size);
+        let runs = maps.flat_map(Map::runs);
+        let runs = runs.map(|run| run.start..run.end.min(total));
+        blocks.extend(runs.filter(|run| !run.is_empty()));
         Some(merged(blocks))
     }
 

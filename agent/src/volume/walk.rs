@@ -508,7 +508,11 @@ pub fn special_entry(root: &Confined, found: &Found, racy: bool) -> Result<Entry
         .map_err(|e| failed("open the directory of", e.into()))?;
     let kind = match kind_bits {
         SFlag::S_IFLNK => {
-            let read = || nix::fcntl::readlinkat(parent.as_fd(), name).map_err(Into::into);
+            let read = || match nix::fcntl::readlinkat(parent.as_fd(), name) {
+                // Something else has this name by now.
+                Err(Errno::EINVAL) => Err(Errno::ENOENT.into()),
+                read => read.map_err(Into::into),
+            };
             let target = insist(read).map_err(|e| failed("read the link", e))?;
             if target.is_empty() {
                 let nowhere = io::Error::new(io::ErrorKind::InvalidData, "it leads nowhere");

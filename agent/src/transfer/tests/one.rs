@@ -1,7 +1,12 @@
 //! Volumes of one piece: files, disk images and block devices.
 
+use super::disks::tool;
+use super::pages::Everywhere;
 use super::*;
+use crate::model::volume::ChangesBy;
 use crate::transfer::sender::EpochReport;
+use crate::volume::Confined;
+use std::os::unix::fs::MetadataExt;
 
 /// A loop device over a file; detached when dropped.
 pub(super) struct Loop {
@@ -329,4 +334,61 @@ fn epochs_by_dirty_extents_miss_nothing_of_a_storm_on_ext4() {
 #[test]
 fn epochs_by_dirty_extents_miss_nothing_of_a_storm_on_xfs() {
     follow_a_storm(&["mkfs.xfs", "-q", "-f"]);
+}
+
+#[test]
+fn an_image_made_anew_and_smaller_is_sent_up_to_its_end() {
+    let bench = Bench::new(EngineChoice::Auto);
+    let (from, to) = (bench.source.join("disk.img"), bench.target.join("disk.img"));
+    fs::create_dir(&bench.target).unwrap();
+    let image = fs::File::create_new(&from).unwrap();
+    image.set_len(256 << 20).unwrap();
+    if !tool("mkfs.ext4", &["-q", "-F"], &[&from]) {
+        println!("mkfs.ext4 does not run here: not tested");
+        return;
+    }
+    bench.admit(&to, true);
+    let volume = VolumeSpec {
+        source_path: from.clone(),
+        changes: ChangesBy::WrittenExtents,
+        ..bench.volume()
+    };
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let mut send = |epoch, previous: Option<&TreeState>| {
+        let sent = sender.send_epoch(&volume, Epoch(epoch), false, previous, &Arc::default());
+        sent.unwrap().0
+    };
+    let mut state = send(1, None);
+    assert!(state.unused.is_some(), "its file system was not understood");
+    state.written = Some(Arc::new(Everywhere(fs::metadata(&from).unwrap().dev())));
+    image.set_len(0).unwrap();
+    image.write_all_at(&noise(1, 5 << 20), 0).unwrap();
+    let state = send(2, Some(&state));
+    assert!(
+        state.unused.is_none(),
+        "nobody can tell any more what is unused"
+    );
+    assert_eq!(fs::read(&from).unwrap(), fs::read(&to).unwrap());
+}
+
+#[test]
+fn the_counterpart_of_a_device_may_be_larger_than_what_came_to_it() {
+    let bench = Bench::new(EngineChoice::Auto);
+    let (from, to) = (bench.source.join("disk"), bench.source.join("larger"));
+    let larger = image(&from, 8);
+    fs::write(&to, noise(7, 9 << 20)).unwrap();
+    let (Some(source), Some(target)) = (Loop::over(&from), Loop::over(&to)) else {
+        return;
+    };
+    drop(larger);
+    bench.admit(&target.device, true);
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let (state, _) = bench.send_one(&mut sender, &source.device, 1, None);
+    let root_of = |root: Confined| {
+        let scanned = crate::volume::scan_root(&root, &FleetKey(FLEET), state.block_size);
+        scanned.unwrap().0.root
+    };
+    let open = || crate::volume::walk::open_root(&target.device).unwrap();
+    assert_ne!(root_of(open()), state.root);
+    assert_eq!(root_of(open().holding(8 << 20)), state.root);
 }

@@ -135,7 +135,7 @@ fn any_changes_arrive_in_pages() {
 
 /// Says of one device that everything on it was written, but not without saying where.
 #[derive(Debug)]
-struct Everywhere(u64);
+pub(super) struct Everywhere(pub(super) u64);
 
 impl Written for Everywhere {
     fn device(&self) -> u64 {

@@ -292,6 +292,48 @@ fn a_file_that_vanishes_or_changes_while_being_read_is_put_right_in_the_next_epo
 }
 
 #[test]
+fn directories_with_large_files_that_come_and_go_while_a_round_runs_do_not_end_it() {
+    let bench = Bench::new(EngineChoice::Threads);
+    for n in 0..3000 {
+        fs::write(bench.source.join(format!("a{n}")), noise(n, 5000)).unwrap();
+    }
+    let busy = bench.source.clone();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let writer = std::thread::spawn(move || {
+        let mut n = 0_u64;
+        while !stopped.load(Ordering::Relaxed) {
+            let place = busy.join(format!("b{n}.tmp"));
+            fs::create_dir(&place).unwrap();
+            fs::write(place.join("small"), noise(n, 500)).unwrap();
+            fs::write(place.join("chunk"), noise(n, 1_100_000)).unwrap();
+            fs::hard_link(busy.join("a1"), place.join("name")).unwrap();
+            if n.is_multiple_of(2) {
+                fs::remove_dir_all(&place).unwrap();
+            } else {
+                fs::rename(&place, busy.join(format!("c{}", n % 8))).ok();
+                fs::remove_dir_all(busy.join(format!("c{}", (n + 4) % 8))).ok();
+                fs::remove_dir_all(&place).ok();
+            }
+            n += 1;
+        }
+    });
+    let mut sender = bench.sender(bench.path(Way::Direct));
+    let mut previous = None;
+    let sent = (1..=6).try_for_each(|epoch| {
+        let (state, report) = bench.send(&mut sender, epoch, previous.as_ref())?;
+        assert_eq!(report.root, report.target_root);
+        previous = Some(state);
+        Ok::<_, SendError>(())
+    });
+    stop.store(true, Ordering::Relaxed);
+    writer.join().unwrap();
+    sent.unwrap();
+    bench.send(&mut sender, 7, previous.as_ref()).unwrap();
+    bench.assert_equal();
+}
+
+#[test]
 fn a_change_under_frozen_containers_is_an_error_that_names_the_file() {
     let bench = Bench::new(EngineChoice::Threads);
     let path = bench.source.join("log");
