@@ -5,6 +5,7 @@
 //! `bpf_get_current_cgroup_id()` give for cgroup2.
 //! Non-goals: cgroup v1 hierarchies (on hybrid hosts only their cgroup2 half is looked at).
 
+use crate::model::mounts;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -173,32 +174,14 @@ fn container_part<'a>(path: &'a str, container_id: &str) -> &'a str {
 fn mount_of(mountinfo: &str, directory: &Path) -> Option<Mounted> {
     mountinfo
         .lines()
-        .filter_map(|line| {
-            let (left, right) = line.split_once(" - ")?;
-            if right.split(' ').next()? != "cgroup2" {
-                return None;
-            }
-            let mut fields = left.split(' ').skip(3);
-            let root = unescape(fields.next()?);
-            let point = PathBuf::from(unescape(fields.next()?));
-            directory
-                .starts_with(&point)
-                .then_some(Mounted { root, point })
+        .filter_map(mounts::parse)
+        .filter(|mount| mount.file_system == "cgroup2" && directory.starts_with(&mount.point))
+        .map(|mount| Mounted {
+            root: mount.root,
+            point: mount.point,
         })
         // The last of equal mount points is the one on top.
         .max_by_key(|mounted| mounted.point.components().count())
-}
-
-/// mountinfo writes space, tab, newline and backslash as octal escapes.
-fn unescape(text: &str) -> String {
-    [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ]
-    .iter()
-    .fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 /// Podman's monitor processes have cgroups of their own beside the container's.

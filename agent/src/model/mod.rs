@@ -14,6 +14,7 @@ pub mod fleet;
 pub mod ids;
 pub mod locate;
 pub mod metric;
+pub mod mounts;
 pub mod nearest;
 pub mod places;
 pub mod plan;

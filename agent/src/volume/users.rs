@@ -1,5 +1,6 @@
 //! Who uses a block device or an image: file systems mounted from it, in any mount namespace, and loop devices.
 
+use crate::model::mounts;
 use nix::sys::stat::{SFlag, fstat, major, minor};
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -77,33 +78,8 @@ pub fn mounted(major: u64, minor: u64) -> io::Result<Option<Mounted>> {
 
 /// Mount point and type of a line of mountinfo (proc(5)) that is of the device with this number.
 fn mount_of(line: &str, number: &str) -> Option<(PathBuf, String)> {
-    let mut fields = line.split(' ');
-    let is_of = fields.nth(2)? == number;
-    let at = fields.nth(1).filter(|_| is_of)?;
-    let file_system = fields.skip_while(|field| *field != "-").nth(1)?;
-    Some((unescaped(at).into(), file_system.to_owned()))
-}
-
-/// Blanks and the like are written as three octal digits.
-fn unescaped(text: &str) -> String {
-    let mut parts = text.split('\\');
-    let mut plain = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let code = part
-            .get(..3)
-            .and_then(|code| u8::from_str_radix(code, 8).ok());
-        match code {
-            Some(code) => {
-                plain.push(char::from(code));
-                plain.push_str(&part[3..]);
-            }
-            None => {
-                plain.push('\\');
-                plain.push_str(part);
-            }
-        }
-    }
-    plain
+    let mount = mounts::parse(line).filter(|mount| mount.device == number)?;
+    Some((mount.point, mount.file_system.to_owned()))
 }
 
 /// Loop devices over a file; none over one that is missing.

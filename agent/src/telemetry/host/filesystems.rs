@@ -4,6 +4,7 @@ use super::counters::Counters;
 use super::files::{entries, name, number, text, why};
 use super::{HostReading, Look, queues, sum};
 use crate::model::metric::Per;
+use crate::model::mounts::unescaped;
 use nix::sys::statvfs::{Statvfs, statvfs};
 use procfs::FromRead;
 use procfs::process::{MountInfo, MountInfos};
@@ -42,8 +43,6 @@ pub struct Filesystems {
 
 #[derive(Default)]
 struct Mount {
-    /// It has been seen taking writes: a later read-only state is then no choice of the operator.
-    was_writable: bool,
     /// The mount's id when the log told that it went read-only: Linux 6.12, and older kernels that took over
     /// its d3476f3dad4a, show it in no option until 6.14 brought `emergency_ro`.
     told: Option<i32>,
@@ -74,7 +73,7 @@ impl Filesystems {
             if !keeps_data(mount) || !devices.insert(&mount.majmin) {
                 continue;
             }
-            let point = mount.mount_point.to_string_lossy().into_owned();
+            let point = unescaped(&mount.mount_point.to_string_lossy());
             for name in kernel_names(look, mount) {
                 if self.told.remove(&name) {
                     let state = self.mounts.entry(point.clone()).or_default();
@@ -110,15 +109,16 @@ impl Filesystems {
 
     fn mount(&mut self, look: Look, reading: &mut HostReading, mount: &MountInfo, point: &str) {
         let state = self.mounts.entry(point.to_owned()).or_default();
-        let read_only = is_read_only(mount) || state.told == Some(mount.mnt_id);
-        // Whoever mounts it read-only says so of the mount too; the kernel, which gives up writing, does not. So one
-        // that did before the agent's start is known as well.
-        state.was_writable |= !read_only || !mount.mount_options.contains_key("ro");
-        if !state.was_writable {
+        let read_only = gave_up(mount) || state.told == Some(mount.mnt_id);
+        if !read_only && mount.mount_options.contains_key("ro") {
             return; // meant to be read only
         }
         let value = f64::from(u8::from(read_only));
         reading.of("filesystem.read_only", Per::Mount, point, value);
+        // The program that serves it may not answer, and asking would wait for that.
+        if mount.fs_type.starts_with("fuse") {
+            return;
+        }
         let below = point.strip_prefix('/').unwrap_or(point);
         let Ok(stat) = statvfs(&look.path(below)) else {
             return;
@@ -198,10 +198,10 @@ impl Filesystems {
 /// `/dev/mapper/vg-data` for `dm-0`. The number of a btrfs is none of a device.
 fn kernel_names(look: Look, mount: &MountInfo) -> impl Iterator<Item = String> {
     let linked = |path: PathBuf| fs::read_link(path).ok().map(|to| name(&to));
-    let source = mount.mount_source.as_deref().unwrap_or_default();
+    let source = unescaped(mount.mount_source.as_deref().unwrap_or_default());
     let by_number = linked(look.path("sys/dev/block").join(&mount.majmin));
     let by_link = linked(look.path(source.trim_start_matches('/')));
-    let itself = Some(name(Path::new(source)));
+    let itself = Some(name(Path::new(&source)));
     [by_number, by_link, itself].into_iter().flatten()
 }
 
@@ -219,12 +219,15 @@ fn keeps_data(mount: &MountInfo) -> bool {
         || (mount.fs_type == "overlay" && mount.mount_point == Path::new("/"))
 }
 
-/// `emergency_ro` and `shutdown` are what ext4 and XFS show since Linux 6.14 and 6.8.
-fn is_read_only(mount: &MountInfo) -> bool {
+/// Whether the file system takes no writes any more though nobody wanted that: whoever mounts it read-only, or anew so,
+/// says so of the mount too; the kernel, which gives up writing, does not. `emergency_ro` and `shutdown` are what ext4
+/// and XFS show since Linux 6.14 and 6.8.
+fn gave_up(mount: &MountInfo) -> bool {
     let has = |option| {
         mount.super_options.contains_key(option) || mount.mount_options.contains_key(option)
     };
-    has("ro") || has("emergency_ro") || has("shutdown")
+    let is_meant = mount.mount_options.contains_key("ro");
+    has("emergency_ro") || has("shutdown") || (mount.super_options.contains_key("ro") && !is_meant)
 }
 
 fn of_btrfs(stats: &str) -> u64 {
@@ -344,6 +347,43 @@ mod tests {
         let first = host.read(&[], LATER);
         assert_eq!(value(&first, "filesystem.read_only", "/"), None);
         assert_eq!(value(&first, "filesystem.mounted", "/"), Some(1.0));
+    }
+
+    #[test]
+    fn one_that_the_operator_mounts_anew_to_be_read_only_did_not_give_up() {
+        let mounts = MOUNTS.replace("SUPER", "rw");
+        let (root, mut host) = recorded(&[("proc/self/mountinfo", &mounts)]);
+        host.read(&[], LATER);
+        // As `mount -o remount,ro` leaves it.
+        let anew = mounts
+            .replace("/ / rw", "/ / ro")
+            .replace("sda1 rw", "sda1 ro");
+        write(root.path(), &[("proc/self/mountinfo", &anew)]);
+        let reading = host.read(&[], LATER);
+        assert_eq!(value(&reading, "filesystem.read_only", "/"), None);
+        assert_eq!(value(&reading, "filesystem.read_only", ""), Some(0.0));
+        // What it shows of an emergency counts however it is mounted.
+        let emergency = anew.replace("sda1 ro", "sda1 ro,emergency_ro");
+        write(root.path(), &[("proc/self/mountinfo", &emergency)]);
+        let reading = host.read(&[], LATER);
+        assert_eq!(value(&reading, "filesystem.read_only", "/"), Some(1.0));
+    }
+
+    #[test]
+    fn a_mount_point_with_a_blank_is_measured_and_a_file_system_of_a_program_is_not_asked() {
+        let mounts = "22 1 8:1 / /srv/two\\040words rw - ext4 /dev/sda1 rw
+23 1 8:2 / /srv/windows rw - fuseblk /dev/sda2 rw
+";
+        let (root, mut host) = recorded(&[("proc/self/mountinfo", mounts)]);
+        for point in ["srv/two words", "srv/windows"] {
+            fs::create_dir_all(root.path().join(point)).expect("made");
+        }
+        let reading = host.read(&[], LATER);
+        let capacity = |point| value(&reading, "disk.capacity", point);
+        assert!(capacity("/srv/two words").is_some_and(|bytes| bytes > 0.0));
+        assert_eq!(capacity("/srv/windows"), None);
+        let mounted = value(&reading, "filesystem.mounted", "/srv/windows");
+        assert_eq!(mounted, Some(1.0));
     }
 
     #[test]
