@@ -137,9 +137,13 @@ impl<'a> Map<'a> {
                 }
             }
         };
-        let (parent, port, how) = match self.behind(&parent, kind.protocol, port) {
-            Some((parent, port)) => (parent, port, How::Proxy),
-            None => (parent, port, learnt_from),
+        let (parent, port, how) = if self.holds(&parent, kind.protocol, port) {
+            match self.behind(kind, port)? {
+                Behind::Only(parent, port) => (parent, port, How::Proxy),
+                Behind::Nobody => (parent, port, learnt_from),
+            }
+        } else {
+            (parent, port, learnt_from)
         };
         if child == parent || self.is_proxy_of(&child, &parent, kind.protocol, port) {
             return Some((Meaning::Nothing, how));
@@ -199,39 +203,42 @@ impl<'a> Map<'a> {
         if peer.is_loopback() && kind.netns != self.world.host_netns {
             return None;
         }
-        let (parent, port) = self.publisher(kind.protocol, kind.port, Some(peer))?;
-        Some(Service::Container(parent, port))
+        let mut published = self.publishers(kind.protocol, kind.port, Some(peer));
+        let (parent, port) = published.next()?;
+        Some(Service::Container(parent.clone(), port))
     }
 
     /// Who publishes a port of the host, at one of its addresses or at any.
-    fn publisher(
+    fn publishers(
         &self,
         protocol: Protocol,
         host_port: u16,
         at: Option<IpAddr>,
-    ) -> Option<(ContainerName, u16)> {
-        self.world.containers.iter().find_map(|container| {
+    ) -> impl Iterator<Item = (&ContainerName, u16)> {
+        self.world.containers.iter().filter_map(move |container| {
             let published = container.published.iter().find(|published| {
                 published.udp == (protocol == Protocol::Udp)
                     && published.host_port == host_port
                     && (published.host_ip.is_unspecified()
                         || at.is_none_or(|address| published.host_ip == address))
             })?;
-            Some((container.name.clone(), published.container_port))
+            Some((&container.name, published.container_port))
         })
     }
 
-    /// The container behind a proxy's listening port: a process of no runtime that holds a published port.
-    fn behind(
-        &self,
-        proxy: &ContainerName,
-        protocol: Protocol,
-        port: u16,
-    ) -> Option<(ContainerName, u16)> {
-        if !self.holds(proxy, protocol, port) {
-            return None;
+    /// The container behind a proxy's listening port. Several may publish it, each at an address of its own: which of
+    /// them is only known of a client, which names the address; none when it is not.
+    fn behind(&self, kind: &Kind, port: u16) -> Option<Behind> {
+        let asked = kind.peer.filter(|_| kind.role == Role::Client);
+        let at = asked.and_then(|_| self.publishers(kind.protocol, port, asked).next());
+        let mut all = self.publishers(kind.protocol, port, None);
+        match (at, all.next(), all.next()) {
+            (Some((name, port)), ..) | (None, Some((name, port)), None) => {
+                Some(Behind::Only(name.clone(), port))
+            }
+            (None, None, _) => Some(Behind::Nobody),
+            (None, Some(_), Some(_)) => None,
         }
-        self.publisher(protocol, port, None)
     }
 
     /// Whether `child` holds a port that `parent` publishes for this very service.
@@ -273,6 +280,13 @@ impl<'a> Map<'a> {
     fn is_host(&self, address: IpAddr) -> bool {
         self.world.host_addresses.contains(&address)
     }
+}
+
+/// Who is behind a proxy.
+enum Behind {
+    Only(ContainerName, u16),
+    /// It is no proxy: nobody publishes its port.
+    Nobody,
 }
 
 enum Service {

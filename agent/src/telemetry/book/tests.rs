@@ -236,6 +236,38 @@ fn the_hop_of_a_proxy_is_left_out() {
 }
 
 #[test]
+fn of_two_that_publish_a_port_at_addresses_of_their_own_the_one_that_was_asked_is_meant() {
+    let mut all = containers();
+    for (name, address, port) in [("db", "192.0.2.1", 5432), ("web", "192.0.2.2", 80)] {
+        let one = all.iter_mut().find(|one| one.name.as_str() == name);
+        one.expect("it is there").published = vec![PublishedPort {
+            host_ip: ip(address),
+            host_port: 5433,
+            container_port: port,
+            udp: false,
+        }];
+    }
+    let edge_of = |kind: Kind| {
+        let mut book = EdgeBook::default();
+        book.add(kind, totals(1, 2, 3));
+        book.resolve(&world(&all), UnixMillis(20));
+        let mut edges = edges(&book);
+        assert!(edges.len() < 2, "{edges:?}");
+        edges.pop().map(|edge| (edge.parent.to_string(), edge.port))
+    };
+    let asks = |peer| met(client("app", POD, peer, 5433), "/docker", 5433);
+    let one = |name: &str, port| Some((name.to_owned(), port));
+    assert_eq!(edge_of(asks("192.0.2.1")), one("db", 5432));
+    assert_eq!(edge_of(asks("192.0.2.2")), one("web", 80));
+    // The proxy's own end does not tell at which address it was asked, and it may be another's.
+    let served = Kind {
+        role: Role::Server,
+        ..met(client("/docker", HOST, "10.88.0.2", 5433), "app", 0)
+    };
+    assert_eq!(edge_of(served), None);
+}
+
+#[test]
 fn loopback_in_a_shared_namespace_leads_to_who_listens_there() {
     assert_eq!(
         one_edge(client("app", POD, "127.0.0.1", 6379)),
