@@ -39,11 +39,11 @@ catalogue! {
         "times a core or its package was slowed down for its heat" from "/sys/devices/system/cpu/cpu*/thermal_throttle";
     "cpu.instructions_per_second" PerSecond [Device Container] "instructions retired a second, all CPUs" from "perf_event_open";
     "cpu.cycles_per_instruction" Count [Device Container] "unhalted cycles for each instruction retired" from "perf_event_open";
-    "cpu.temperature" Celsius [Device Sensor] "temperature of the hottest, or of each, sensor of a processor or its board" from "hwmon, thermal zones";
+    "cpu.temperature" Celsius [Device Sensor] "temperature of the hottest, or of each, sensor of a processor" from "hwmon, thermal zones";
     "cpu.temperature_limit" Celsius [Device Sensor]
         "the part's own limit for that sensor" from "hwmon tempN_crit or tempN_max, thermal trip points";
     "cpu.temperature_margin" Celsius [Device Sensor] "limit less temperature; the smallest of the device" from "as the two above";
-    "sensor.temperature" Celsius [Sensor] "temperature of other parts: network cards, graphics, power supplies" from "hwmon";
+    "sensor.temperature" Celsius [Sensor] "temperature of other parts: boards, network cards, graphics, power supplies" from "hwmon";
     "sensor.temperature_limit" Celsius [Sensor] "their own limit" from "hwmon";
 
     "pressure.cpu_some" Percent [Device Container]

@@ -10,14 +10,29 @@ use std::path::{Path, PathBuf};
 
 /// Chips inside drives; what they say belongs to the disk.
 const DRIVES: [&str; 2] = ["nvme", "drivetemp"];
-/// Chips whose temperature is not that of the processor or its board. They run hotter by design, so they
-/// must not fire a threshold that is meant for a processor.
-const OTHERS: [&str; 16] = [
-    "amdgpu", "nouveau", "radeon", "i915", "xe", "iwlwifi", "ath10k", "ath11k", "mlx5", "mlx4",
-    "bnxt_en", "ixgbe", "i40e", "ice", "sfp", "pmbus",
+/// How the names of chips and zones begin that measure the processor. All else goes by its own name: it is hotter by
+/// design, as network cards are, or of inputs to which nobody connected a sensor, as on motherboards, and must not fire
+/// a threshold that is meant for a processor.
+const PROCESSORS: [&str; 13] = [
+    "coretemp",
+    "k8temp",
+    "k10temp",
+    "zenpower",
+    "via_cputemp",
+    "x86_pkg_temp",
+    "acpitz",
+    "TCPU",
+    "B0D4",
+    // ARM: cpu_thermal, cpu0-thermal, soc_thermal, bigcore0-thermal, littlecore-thermal.
+    "cpu",
+    "soc",
+    "bigcore",
+    "littlecore",
 ];
 /// Limits beyond this are place-holders (some NVMe drives tell 65261 °C).
 const CREDIBLE_C: RangeInclusive<f64> = 1.0..=150.0;
+/// What a sensor may read: beyond it, nothing is connected (-128 and 255 °C are usual).
+const READABLE_C: RangeInclusive<f64> = -40.0..=150.0;
 
 const CPU: [&str; 3] = [
     "cpu.temperature",
@@ -40,7 +55,7 @@ struct Sensor {
     high: Option<f64>,
 }
 
-/// Processors, their boards and other parts.
+/// Processors and other parts.
 pub fn parts(look: Look, reading: &mut HostReading) {
     let class = look.path("sys/class/hwmon");
     let chips: Vec<(PathBuf, String)> = entries(&class)
@@ -51,7 +66,7 @@ pub fn parts(look: Look, reading: &mut HostReading) {
         .collect();
     let mut told = BTreeSet::new();
     for (chip, kind) in &chips {
-        let other = OTHERS.iter().any(|other| kind.starts_with(other));
+        let other = !is_processor(kind);
         let alike = chips.iter().filter(|(_, other)| other == kind).count();
         let part = if alike > 1 {
             part(chip, kind)
@@ -74,9 +89,9 @@ pub fn parts(look: Look, reading: &mut HostReading) {
         if !file.starts_with("thermal_zone") {
             continue;
         }
-        if let Some(celsius) = millidegrees(&zone.join("temp")) {
+        if let Some(celsius) = readable(&zone.join("temp")) {
             let kind = text(&zone.join("type")).unwrap_or_default();
-            let other = OTHERS.iter().any(|other| kind.starts_with(other));
+            let other = !is_processor(&kind);
             let subject = if kind.is_empty() {
                 file
             } else {
@@ -140,6 +155,9 @@ pub fn drives(look: Look, reading: &mut HostReading) {
 
 /// A drive's temperature beside its own limit.
 pub fn temperature(reading: &mut HostReading, disk: &str, celsius: f64, limit: Option<f64>) {
+    if !READABLE_C.contains(&celsius) {
+        return;
+    }
     reading.of(DISK[0], Per::Disk, disk, celsius);
     if let Some(limit) = limit.filter(|limit| CREDIBLE_C.contains(limit)) {
         reading.of(DISK[1], Per::Disk, disk, limit);
@@ -169,9 +187,10 @@ fn sensors(chip: &Path) -> Vec<Sensor> {
         let file = name(input);
         let index = file.strip_prefix("temp")?.strip_suffix("_input")?;
         let of = |what: &str| chip.join(format!("temp{index}_{what}"));
+        let is_faulty = number::<u8>(&of("fault")) == Some(1);
         let limit = |what| millidegrees(&of(what)).filter(|limit| CREDIBLE_C.contains(limit));
         Some(Sensor {
-            celsius: millidegrees(input)?,
+            celsius: readable(input).filter(|_| !is_faulty)?,
             critical: limit("crit"),
             high: limit("max"),
             label: text(&of("label")).unwrap_or_else(|| format!("temp{index}")),
@@ -205,6 +224,14 @@ fn disk_of(chip: &Path) -> String {
         .unwrap_or_else(|| name(chip))
 }
 
+fn is_processor(kind: &str) -> bool {
+    PROCESSORS.iter().any(|known| kind.starts_with(known))
+}
+
+fn readable(path: &Path) -> Option<f64> {
+    millidegrees(path).filter(|celsius| READABLE_C.contains(celsius))
+}
+
 fn millidegrees(path: &Path) -> Option<f64> {
     Some(number::<f64>(path)? / 1000.0)
 }
@@ -235,6 +262,16 @@ mod tests {
             ("sys/class/hwmon/hwmon3/name", "mlx5\n"),
             ("sys/class/hwmon/hwmon3/temp1_input", "97000\n"),
             ("sys/class/hwmon/hwmon3/temp1_crit", "105000\n"),
+            // A motherboard: nothing is connected to most of its inputs.
+            ("sys/class/hwmon/hwmon4/name", "nct6775\n"),
+            ("sys/class/hwmon/hwmon4/temp1_input", "127500\n"),
+            ("sys/class/hwmon/hwmon4/temp2_input", "-128000\n"),
+            ("sys/class/hwmon/hwmon4/temp3_input", "90000\n"),
+            ("sys/class/hwmon/hwmon4/temp3_fault", "1\n"),
+            ("sys/class/hwmon/hwmon4/temp4_input", "31000\n"),
+            ("sys/class/hwmon/hwmon4/temp4_fault", "0\n"),
+            ("sys/class/thermal/thermal_zone1/temp", "160000\n"),
+            ("sys/class/thermal/thermal_zone1/type", "cpu-thermal\n"),
             ("sys/class/thermal/thermal_zone0/temp", "55500\n"),
             ("sys/class/thermal/thermal_zone0/type", "acpitz\n"),
             (
@@ -275,6 +312,12 @@ mod tests {
         assert_eq!(of("disk.temperature_limit", "sda"), None);
         assert_eq!(of("sensor.temperature", "mlx5/temp1"), Some(97.0));
         assert_eq!(of("sensor.temperature_limit", "mlx5/temp1"), Some(105.0));
+        let board = |input| of("sensor.temperature", input);
+        assert_eq!(board("nct6775/temp1"), Some(127.5));
+        assert_eq!(board("nct6775/temp2"), None);
+        assert_eq!(board("nct6775/temp3"), None);
+        assert_eq!(board("nct6775/temp4"), Some(31.0));
+        assert_eq!(of("cpu.temperature", "thermal_zone1/cpu-thermal"), None);
     }
 
     #[test]
@@ -307,11 +350,12 @@ mod tests {
         let reading = host.read(&[], LATER);
         none_twice(&reading);
         let of = |name| value(&reading, "cpu.temperature", name);
+        let part = |name| value(&reading, "sensor.temperature", name);
         assert_eq!(of("coretemp.0/Core 0"), Some(61.0));
         assert_eq!(of("coretemp.1/Core 0"), Some(97.0));
-        assert_eq!(of("jc42-3-0018/temp1"), Some(31.0));
-        assert_eq!(of("jc42-hwmon3/temp1"), Some(32.0), "it has no device");
-        assert_eq!(of("acpi/Board"), Some(33.0));
-        assert_eq!(of("acpi/Board (hwmon4 temp2)"), Some(34.0));
+        assert_eq!(part("jc42-3-0018/temp1"), Some(31.0));
+        assert_eq!(part("jc42-hwmon3/temp1"), Some(32.0), "it has no device");
+        assert_eq!(part("acpi/Board"), Some(33.0));
+        assert_eq!(part("acpi/Board (hwmon4 temp2)"), Some(34.0));
     }
 }
