@@ -12,6 +12,8 @@ pub struct Place {
     /// Its directory in sysfs.
     sysfs: PathBuf,
     is_part: bool,
+    /// The name of its disk.
+    pub disk_name: String,
     /// Its disk, as the kernel's dev_t: major << 20 | minor.
     pub disk: u32,
     /// First sector on the disk.
@@ -87,7 +89,12 @@ impl Place {
             text.parse::<u64>()
                 .map_err(|_| format!("its {path} is {text}"))
         };
+        // A link such as `../../devices/virtual/block/md0/md0p1`.
+        let link = fs::read_link(&sysfs).unwrap_or_default();
+        let directory = link.ancestors().nth(usize::from(is_part));
+        let disk_name = directory.and_then(Path::file_name).unwrap_or_default();
         let place = Self {
+            disk_name: disk_name.to_string_lossy().into_owned(),
             disk: major << 20 | minor,
             first_sector: if is_part { sectors("start")? } else { 0 },
             sectors: sectors("size")?,
@@ -101,21 +108,33 @@ impl Place {
         Ok(place)
     }
 
-    /// A setting of the disk's queue; empty when it has none of this name.
+    /// A file of the disk in sysfs, as `queue/zoned`; empty when it has none of this name.
     #[must_use]
-    pub fn queue(&self, name: &str) -> String {
+    pub fn of_disk(&self, name: &str) -> String {
         let disk = if self.is_part { ".." } else { "." };
-        let path = self.sysfs.join(disk).join("queue").join(name);
-        let text = fs::read_to_string(path).unwrap_or_default();
+        let text = fs::read_to_string(self.sysfs.join(disk).join(name)).unwrap_or_default();
         text.trim().to_owned()
+    }
+
+    /// Whether the end of each of its writes is traced as one of its own: it takes requests, or makes bios of its own
+    /// for what is below. Where the very same bio is handed down, its end is only that of a request there.
+    #[must_use]
+    pub fn ends_its_writes(&self) -> bool {
+        // The device mapper and DRBD clone; memory has nothing below; a zvol writes its own.
+        const OWN: [&str; 6] = ["dm-", "drbd", "zram", "ram", "pmem", "zd"];
+        let name = self.disk_name.as_str();
+        let is_array = name.starts_with("md");
+        // raid0 and linear hand bios down: always before Linux 5.14, then where `iostats` is off.
+        let clones = is_array
+            && ["raid1", "raid4", "raid5", "raid6", "raid10"]
+                .contains(&self.of_disk("md/level").as_str());
+        self.takes_requests || clones || OWN.iter().any(|own| name.starts_with(own))
     }
 
     /// What is another when another disk has its number, or when it has another size.
     #[must_use]
     pub fn incarnation(&self) -> (u64, String) {
-        let disk = if self.is_part { ".." } else { "." };
-        let number = fs::read_to_string(self.sysfs.join(disk).join("diskseq"));
-        (self.sectors, number.unwrap_or_default())
+        (self.sectors, self.of_disk("diskseq"))
     }
 
     /// Whether a write is between its beginning and its end.
@@ -125,5 +144,50 @@ impl Place {
         text.split_whitespace()
             .nth(1)
             .is_some_and(|writes| writes != "0")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the writes of a device are ended as its own, whose disk has this name and these files.
+    fn ends(disk: &str, part: &str, files: &[(&str, &str)]) -> bool {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("sys/devices/virtual/block").join(disk);
+        let own = [("dev", "9:0\n"), ("size", "16\n")];
+        let mut all = [&own, files].concat();
+        let of_part = ["partition", "start", "size"].map(|file| format!("{part}/{file}"));
+        if !part.is_empty() {
+            all.extend(of_part.iter().map(|file| (file.as_str(), "8\n")));
+        }
+        for (file, text) in all {
+            let file = directory.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
+        let numbers = root.path().join("sys/dev/block");
+        fs::create_dir_all(&numbers).unwrap();
+        let to = Path::new("../../devices/virtual/block").join(disk);
+        std::os::unix::fs::symlink(to.join(part), numbers.join("9:1")).unwrap();
+        let place = Place::find(root.path(), nix::sys::stat::makedev(9, 1)).unwrap();
+        assert_eq!(place.disk_name, disk);
+        place.ends_its_writes()
+    }
+
+    #[test]
+    fn a_device_that_may_hand_its_bios_down_as_they_are_does_not_end_its_writes() {
+        let requests = [("mq/0/nr_tags", "1")];
+        assert!(ends("nvme0n1", "", &requests));
+        assert!(ends("sda", "sda1", &requests));
+        assert!(!ends("nvme0n1", "", &[]), "several paths");
+        assert!(!ends("nvme0n1", "nvme0n1p1", &[]));
+        assert!(ends("dm-0", "", &[]));
+        assert!(ends("md0", "", &[("md/level", "raid1\n")]));
+        assert!(ends("md0", "md0p1", &[("md/level", "raid5\n")]));
+        for level in ["raid0\n", "linear\n", "\n"] {
+            assert!(!ends("md0", "", &[("md/level", level)]), "{level}");
+        }
+        assert!(!ends("bcache0", "", &[]));
     }
 }

@@ -242,14 +242,19 @@ fn place(root: &Path, number: u64, device: &Path) -> Result<Place, WatchError> {
         device: device.to_owned(),
         why,
     };
-    if !matches!(place.queue("zoned").as_str(), "" | "none") {
+    if !matches!(place.of_disk("queue/zoned").as_str(), "" | "none") {
         return Err(unseen(
             "it is zoned, and where an append lands is only known to it",
         ));
     }
-    if place.queue("dax") == "1" {
+    if place.of_disk("queue/dax") == "1" {
         return Err(unseen(
             "memory mapped from it (DAX) is written past the block layer",
+        ));
+    }
+    if !place.ends_its_writes() {
+        return Err(unseen(
+            "it hands its writes down as they are, so that their end is not told of it (an NVMe namespace with several paths, md raid0 and linear, bcache)",
         ));
     }
     Ok(place)
