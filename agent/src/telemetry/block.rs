@@ -5,9 +5,7 @@ use super::interval::latencies;
 use crate::model::metric::Subject;
 use crate::model::telemetry::{BlockErrors, BlockIo, BlockOps, Latencies, Sizes};
 use lifeboat_ebpf::{BlockKey, BlockStats, SECTOR_SHIFT, error, op};
-use std::collections::{BTreeSet, HashMap};
-use std::fs;
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 /// A request between issue and completion.
@@ -17,6 +15,10 @@ pub struct Request {
     pub key: BlockKey,
     /// When it was issued, ns of the monotonic clock; 0 while it waits in the kernel's I/O scheduler.
     pub since_ns: u64,
+    /// What stands for it, and where in the map.
+    pub number: u64,
+    /// Its place in the map.
+    pub place: usize,
 }
 
 /// Remembers the counters of the last sweep.
@@ -130,6 +132,33 @@ fn ops(io: &mut BlockIo, operation: u32) -> Option<&mut BlockOps> {
     }
 }
 
+/// Those of the requests under way whose end was missed: of what is older than the interval the oldest, as far as
+/// their disk says that it has fewer under way. The kernel leaves a program out that another one interrupted, and some
+/// requests are given up without an end.
+pub fn ended_unseen(
+    in_flight: &[Request],
+    now_ns: u64,
+    interval: Duration,
+    under_way: impl Fn(u32) -> Option<u64>,
+) -> Vec<Request> {
+    let mut old: Vec<Request> = in_flight
+        .iter()
+        .filter(|request| u128::from(age(request, now_ns)) > interval.as_nanos())
+        // The kernel does not count these among what is under way; nor do they have a latency.
+        .filter(|request| request.key.op != op::FLUSH)
+        .copied()
+        .collect();
+    old.sort_by_key(|request| request.since_ns);
+    let disks: HashSet<u32> = old.iter().map(|request| request.key.device).collect();
+    let ended = disks.into_iter().flat_map(|device| {
+        let of_disk = old.iter().filter(move |one| one.key.device == device);
+        let known = under_way(device).and_then(|count| usize::try_from(count).ok());
+        let more = known.map_or(0, |count| of_disk.clone().count().saturating_sub(count));
+        of_disk.take(more)
+    });
+    ended.copied().collect()
+}
+
 /// Adds a request under way; a disk that answers nothing any more must not look idle.
 pub fn add_in_flight(io: &mut BlockIo, request: &Request, now_ns: u64, interval: Duration) {
     let age = age(request, now_ns);
@@ -195,31 +224,6 @@ pub fn values(subject: &Subject, io: &BlockIo) -> Vec<Value> {
         .collect()
 }
 
-/// A disk's name in sysfs; `major:minor` where sysfs does not know it (any more).
-fn disk_name(root: &Path, device: u32) -> String {
-    let number = format!("{}:{}", device >> 20, device & 0xf_ffff);
-    let link = fs::read_link(root.join("sys/dev/block").join(&number)).ok();
-    link.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
-        .unwrap_or(number)
-}
-
-/// Whether a disk of this name is a program's (ublk): its latency and errors are of that program and its network, and
-/// say nothing of this host.
-pub(super) fn is_served(disk: &str) -> bool {
-    disk.starts_with("ublkb")
-}
-
-/// The name of a disk that no program serves; `served` is which are known to be, for one that is gone says no more.
-pub(super) fn own_disk(root: &Path, device: u32, served: &mut BTreeSet<u32>) -> Option<String> {
-    let name = disk_name(root, device);
-    if is_served(&name) {
-        served.insert(device);
-    } else if !name.contains(':') {
-        served.remove(&device);
-    }
-    (!served.contains(&device)).then_some(name)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,24 +242,46 @@ mod tests {
         stats
     }
 
+    fn request(key: BlockKey, since_ns: u64) -> Request {
+        Request {
+            key,
+            since_ns,
+            number: since_ns + 1,
+            place: 0,
+        }
+    }
+
     #[test]
-    fn a_disk_that_a_program_serves_is_none_of_this_host_also_when_it_is_gone() {
-        let root = tempfile::tempdir().unwrap();
-        let numbers = root.path().join("sys/dev/block");
-        fs::create_dir_all(&numbers).unwrap();
-        let number = numbers.join("259:3");
-        let name = |name: &str| {
-            std::os::unix::fs::symlink(format!("../../devices/virtual/block/{name}"), &number)
+    fn a_request_whose_end_was_missed_does_not_age_for_ever() {
+        let of =
+            |device, op, since: u64| request(BlockKey { device, op, ..KEY }, since * 1_000_000_000);
+        let under_way = [
+            of(1, op::READ, 50),
+            of(1, op::READ, 20),
+            of(1, op::WRITE, 30),
+            of(1, op::READ, 100),
+            of(1, op::READ, 0),
+            of(1, op::FLUSH, 10),
+            of(2, op::READ, 10),
+            of(3, op::READ, 10),
+        ];
+        let ended = |of_first| {
+            let count = |device| match device {
+                1 => Some(of_first),
+                2 => Some(1),
+                _ => None,
+            };
+            let ended = ended_unseen(&under_way, 100_500_000_000, SECOND, count);
+            let since = ended.iter().map(|one| one.since_ns / 1_000_000_000);
+            since.collect::<Vec<u64>>()
         };
-        let mut served = BTreeSet::new();
-        let mut own = || own_disk(root.path(), 259 << 20 | 3, &mut served);
-        assert_eq!(own().as_deref(), Some("259:3"));
-        name("ublkb0").unwrap();
-        assert_eq!(own(), None);
-        fs::remove_file(&number).unwrap();
-        assert_eq!(own(), None);
-        name("nvme0n1p3").unwrap();
-        assert_eq!(own().as_deref(), Some("nvme0n1p3"));
+        assert_eq!(ended(3), [0; 0]);
+        assert_eq!(
+            ended(2),
+            [20],
+            "the oldest; what waits and what is young is none"
+        );
+        assert_eq!(ended(0), [20, 30, 50]);
     }
 
     #[test]
@@ -283,10 +309,7 @@ mod tests {
     #[test]
     fn a_request_that_never_completes_is_slow_and_not_idle() {
         let mut counters = Counters::default();
-        let request = Request {
-            key: KEY,
-            since_ns: 1_000_000_000,
-        };
+        let request = request(KEY, 1_000_000_000);
         let issued = [(KEY, BlockStats::EMPTY)];
         counters.interval(&issued, &[], 1_000_000_000);
         let mut now_ns = 1_000_000_000;

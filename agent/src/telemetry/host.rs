@@ -23,6 +23,7 @@ mod rare;
 mod sensors;
 
 pub use drives::understands;
+pub(super) use files::{entries, text};
 pub use kernel_log::Heard;
 
 use crate::model::container::Container;

@@ -517,6 +517,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write as _;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
@@ -545,6 +546,30 @@ mod tests {
             assert!(Instant::now() < end, "not within 10 s: {what}");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    #[test]
+    fn a_request_that_is_given_up_is_under_way_no_more_unless_its_place_is_anothers() {
+        let Some(mut kernel) = kernel(&[]) else {
+            return;
+        };
+        let mut file = tempfile::tempfile().expect("a file");
+        until("a row of somebody", || {
+            let synced = file.write_all(b"x").and_then(|()| file.sync_all());
+            synced.expect("written");
+            !kernel.block().is_empty()
+        });
+        let find = |kernel: &Kernel| {
+            let mut all = kernel.in_flight().into_iter();
+            all.find(|one| one.number == 42)
+        };
+        kernel.put_in_flight(42, 7);
+        let missed = find(&kernel).expect("it is under way");
+        kernel.put_in_flight(42, 8);
+        kernel.forget_request(&missed);
+        let again = find(&kernel).expect("it began anew");
+        kernel.forget_request(&again);
+        assert!(find(&kernel).is_none());
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod btf;
 mod cgroups;
 pub mod device;
 pub mod dirty;
+mod disks;
 mod edges;
 pub mod extents;
 mod host;
@@ -35,6 +36,7 @@ use crate::model::telemetry::{
 };
 use crate::model::units::{Bytes, UnixMillis};
 use cgroups::Cgroups;
+use disks::Again;
 pub use host::{Heard, understands};
 use host::{Host, Value};
 use interval::{Counters, add_waiting, run_queue_values};
@@ -320,7 +322,7 @@ impl Telemetry {
         }
         sweep.owners.extend(owners_of_gone);
         let host_run_queue = self.run_queue(&run_queue, &mut sweep, &mut stats);
-        let (host_block, devices) = self.block(&block, &mut sweep, &mut stats);
+        let (host_block, devices) = self.block(&block, containers, &mut sweep, &mut stats);
         self.ports.sweep(
             &self.config.root,
             &self.config.cgroup,
@@ -509,6 +511,7 @@ impl Telemetry {
     fn block(
         &mut self,
         now: &[(lifeboat_ebpf::BlockKey, lifeboat_ebpf::BlockStats)],
+        containers: &[Container],
         sweep: &mut Sweep,
         stats: &mut BTreeMap<ContainerName, (Option<RunQueueStats>, Option<BlockIo>)>,
     ) -> (Option<BlockIo>, Vec<DiskStats>) {
@@ -519,36 +522,59 @@ impl Telemetry {
             *block = Some(BlockIo::default());
         }
         let mut host = BlockIo::default();
-        let mut disks: BTreeMap<u32, Option<DiskStats>> = BTreeMap::new();
+        let mut disks: BTreeMap<u32, Option<(Again, DiskStats)>> = BTreeMap::new();
         let (root, served) = (&self.config.root, &mut self.served);
         let mut disk_of = |device| {
-            let name = block::own_disk(root, device, served)?;
+            let name = disks::own(root, device, served)?;
             let block = BlockIo::default();
-            Some(DiskStats { name, block })
+            Some((disks::counted_again(root, &name), DiskStats { name, block }))
         };
-        let in_flight = self.kernel.in_flight();
-        for (key, more) in self.block.interval(now, &in_flight, sweep.now_ns) {
-            let disk = disks.entry(key.device);
-            let Some(disk) = disk.or_insert_with(|| disk_of(key.device)) else {
-                continue;
-            };
-            let of = sweep.stats_of(key.cgroup, stats);
-            let of = of.and_then(|(_, block)| block.as_mut());
-            let all = [Some(&mut host), Some(&mut disk.block), of];
-            for io in all.into_iter().flatten() {
-                block::add(io, &key, &more, sweep.interval);
-            }
+        let scope = &self.config.cgroup;
+        let in_scope = disks::is_charged(scope);
+        let mut charged: BTreeMap<ContainerName, bool> = BTreeMap::new();
+        // Whether the sums of the host, and of a container, have it from another disk.
+        let mut has_again = |again: Again, owner: Option<&ContainerName>| match (again, owner) {
+            (Again::No, _) => false,
+            (Again::AsPath, _) => true,
+            (Again::ByItsFile, None) => in_scope,
+            (Again::ByItsFile, Some(name)) => *charged.entry(name.clone()).or_insert_with(|| {
+                let mut known = containers.iter().filter(|one| one.name == *name);
+                known.any(|one| {
+                    let below = one.cgroup_path.trim_start_matches('/');
+                    disks::is_charged(&scope.join(below))
+                })
+            }),
+        };
+        let mut in_flight = self.kernel.in_flight();
+        let ended = block::ended_unseen(&in_flight, sweep.now_ns, sweep.interval, |device| {
+            disks::under_way(root, device)
+        });
+        for request in &ended {
+            self.kernel.forget_request(request);
         }
-        for request in &in_flight {
-            let disk = disks.entry(request.key.device);
-            let Some(disk) = disk.or_insert_with(|| disk_of(request.key.device)) else {
+        in_flight.retain(|request| ended.iter().all(|one| one.place != request.place));
+        let of_interval = self.block.interval(now, &in_flight, sweep.now_ns);
+        let counted = of_interval
+            .iter()
+            .map(|(key, more)| (key, What::Counted(more)));
+        let under_way = in_flight.iter().map(|one| (&one.key, What::UnderWay(one)));
+        for (key, what) in counted.chain(under_way) {
+            let disk = disks.entry(key.device);
+            let Some((again, disk)) = disk.or_insert_with(|| disk_of(key.device)) else {
                 continue;
             };
-            let of = sweep.stats_of(request.key.cgroup, stats);
-            let of = of.and_then(|(_, block)| block.as_mut());
-            let all = [Some(&mut host), Some(&mut disk.block), of];
+            let owner = sweep.owners.get(&key.cgroup);
+            let of_host = (!has_again(*again, None)).then_some(&mut host);
+            let of_owner = owner.filter(|name| !has_again(*again, Some(name)));
+            let of_owner = of_owner.and_then(|name| stats.get_mut(name)?.1.as_mut());
+            let all = [of_host, Some(&mut disk.block), of_owner];
             for io in all.into_iter().flatten() {
-                block::add_in_flight(io, request, sweep.now_ns, sweep.interval);
+                match what {
+                    What::Counted(more) => block::add(io, key, more, sweep.interval),
+                    What::UnderWay(one) => {
+                        block::add_in_flight(io, one, sweep.now_ns, sweep.interval);
+                    }
+                }
             }
         }
         for (name, (_, block)) in stats {
@@ -559,7 +585,8 @@ impl Telemetry {
         sweep
             .values
             .extend(block::values(&Subject::device(), &host));
-        let devices: Vec<DiskStats> = disks.into_values().flatten().collect();
+        let devices = disks.into_values().flatten().map(|(_, disk)| disk);
+        let devices: Vec<DiskStats> = devices.collect();
         for disk in &devices {
             let subject = interval::subject(Per::Disk, &disk.name);
             sweep.values.extend(block::values(&subject, &disk.block));
@@ -586,6 +613,13 @@ impl Telemetry {
             self.disabled.push(Disabled { what, why });
         }
     }
+}
+
+/// What is added to block I/O.
+#[derive(Clone, Copy)]
+enum What<'a> {
+    Counted(&'a block::Interval),
+    UnderWay(&'a block::Request),
 }
 
 impl Sweep {

@@ -24,7 +24,7 @@ impl Queues {
                 continue;
             };
             // A disk that nobody ever used (ram0, loop7) says nothing.
-            let is_used = disk.requests != 0 && !crate::telemetry::block::is_served(disk.name);
+            let is_used = disk.requests != 0 && !crate::telemetry::disks::is_served(disk.name);
             if !is_used || !look.path("sys/block").join(disk.name).exists() {
                 continue;
             }

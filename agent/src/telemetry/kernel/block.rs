@@ -28,7 +28,7 @@ impl Kernel {
         let map = |name| self.map(name).ok_or("it is not in the embedded object");
         self.blocks = Some(Blocks {
             rows: Rows::new(map("BLOCK")?, 1)?,
-            in_flight: Mapped::new(map("IN_FLIGHT")?)?,
+            in_flight: Mapped::writable(map("IN_FLIGHT")?)?,
         });
         let rows = self.blocks.as_ref().map_or(0, |blocks| blocks.rows.count());
         let mut free = self
@@ -69,16 +69,47 @@ impl Kernel {
         let (places, _) = blocks.in_flight.words().as_chunks::<3>();
         places
             .iter()
-            .filter(|[request, ..]| request.load(Ordering::Relaxed) != 0)
-            .filter_map(|[_, since_ns, row_number]| {
-                let number = row_number.load(Ordering::Relaxed) as u32;
-                let key = row(rows.get(number as usize)?).key;
+            .enumerate()
+            .filter_map(|(place, [request, since_ns, row_number])| {
+                let number = request.load(Ordering::Relaxed);
+                if number == 0 {
+                    return None;
+                }
+                let row_number = row_number.load(Ordering::Relaxed) as u32;
+                let key = row(rows.get(row_number as usize)?).key;
                 (key.device != 0).then_some(Request {
                     key,
                     since_ns: since_ns.load(Ordering::Relaxed),
+                    number,
+                    place,
                 })
             })
             .collect()
+    }
+
+    /// Gives up a request whose end was missed, unless its place has become another's.
+    pub fn forget_request(&self, request: &Request) {
+        let Some(blocks) = &self.blocks else {
+            return;
+        };
+        let (places, _) = blocks.in_flight.words().as_chunks::<3>();
+        if let Some([number, since_ns, _]) = places.get(request.place)
+            && since_ns.load(Ordering::Relaxed) == request.since_ns
+        {
+            let _ =
+                number.compare_exchange(request.number, 0, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    /// Puts a request of the first row into the last place.
+    #[cfg(test)]
+    pub(super) fn put_in_flight(&self, number: u64, since_ns: u64) {
+        let blocks = self.blocks.as_ref().expect("the programs run");
+        let (places, _) = blocks.in_flight.words().as_chunks::<3>();
+        let place = places.last().expect("places");
+        for (word, value) in place.iter().zip([number, since_ns, 0]) {
+            word.store(value, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn forget_block(&mut self, gone: &HashSet<u64>) {

@@ -7,7 +7,7 @@
 pub fn of(message: &str) -> Option<(&'static str, Option<&str>)> {
     let has = |part: &str| message.contains(part);
     if let Some(disk) = failed_request(message) {
-        let own = !crate::telemetry::block::is_served(disk);
+        let own = !crate::telemetry::disks::is_served(disk);
         return own.then_some(("kernel.io_errors", Some(disk)));
     }
     if let Some(found) = of_filesystem(message) {
