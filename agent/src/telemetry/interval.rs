@@ -1,10 +1,11 @@
 //! From counters since the start to statistics of the interval since the last sweep. Pure.
 
 use super::host::Value;
+use crate::model::ids::ContainerName;
 use crate::model::metric::{Per, Subject};
 use crate::model::telemetry::{Latencies, RunQueueStats};
 use lifeboat_ebpf::{Latency, latency_from_ns};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 /// Remembers the counters of the last sweep.
@@ -44,6 +45,16 @@ pub fn add_waiting(stats: &mut RunQueueStats, age_ns: u64, interval: Duration) {
     if u128::from(age_ns) > interval.as_nanos() {
         stats.latency.record(age_ns);
     }
+}
+
+/// Whose wait is none of the device's: containers that were kept off the CPUs for having used their quota since the
+/// reading before. Their tasks stand in the run queue then, which says nothing of how busy the device is.
+pub fn throttled(values: &[Value]) -> HashSet<ContainerName> {
+    let stopped = values
+        .iter()
+        .filter(|(metric, _, share)| *metric == "cpu.quota_throttled" && *share > 0.0);
+    let names = stopped.map(|(_, subject, _)| ContainerName(subject.name.clone()));
+    names.collect()
 }
 
 /// The metrics of a run queue. Nobody who waited is a latency of zero: the programs run and saw it.
@@ -127,6 +138,20 @@ mod tests {
         assert_eq!((stats.waiting, stats.latency.count()), (1, 0));
         add_waiting(&mut stats, 3_000_000_000, SECOND);
         assert_eq!((stats.waiting, stats.latency.count()), (2, 1));
+    }
+
+    #[test]
+    fn a_container_that_its_quota_stopped_is_known_as_throttled() {
+        let of = |metric, name: &str, share| (metric, subject(Per::Container, name), share);
+        let values = [
+            of("cpu.quota_throttled", "stopped", 12.5),
+            of("cpu.quota_throttled", "within", 0.0),
+            of("cpu.used", "busy", 90.0),
+        ];
+        assert_eq!(
+            throttled(&values),
+            [ContainerName("stopped".to_owned())].into()
+        );
     }
 
     #[test]

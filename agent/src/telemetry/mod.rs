@@ -321,7 +321,9 @@ impl Telemetry {
             stats.insert(name.clone(), (None, None));
         }
         sweep.owners.extend(owners_of_gone);
-        let host_run_queue = self.run_queue(&run_queue, &mut sweep, &mut stats);
+        let mut reading = self.host.read(containers, sweep.interval);
+        let throttled = interval::throttled(&reading.values);
+        let host_run_queue = self.run_queue(&run_queue, &throttled, &mut sweep, &mut stats);
         let (host_block, devices) = self.block(&block, containers, &mut sweep, &mut stats);
         self.ports.sweep(
             &self.config.root,
@@ -348,7 +350,6 @@ impl Telemetry {
         self.keep_ended(&ended, &mut sweep, &stats, now);
         stats.retain(|name, _| !ended.contains(name));
 
-        let mut reading = self.host.read(containers, sweep.interval);
         if let Err(why) = &self.waiting {
             reading.absent(&[WAITING], why);
         }
@@ -468,6 +469,7 @@ impl Telemetry {
     fn run_queue(
         &mut self,
         now: &[(u64, lifeboat_ebpf::Latency)],
+        throttled: &HashSet<ContainerName>,
         sweep: &mut Sweep,
         stats: &mut BTreeMap<ContainerName, (Option<RunQueueStats>, Option<BlockIo>)>,
     ) -> Option<RunQueueStats> {
@@ -482,15 +484,23 @@ impl Telemetry {
         if self.sampling.sweep() {
             self.run_queues = self.counters.run_queue(now);
         }
+        let is_of_host = |sweep: &Sweep, cgroup| {
+            let owner = sweep.owners.get(&cgroup);
+            owner.is_none_or(|name| !throttled.contains(name))
+        };
         let mut host = RunQueueStats::default();
         for (&cgroup, latency) in &self.run_queues {
-            host.latency.merge(latency);
+            if is_of_host(sweep, cgroup) {
+                host.latency.merge(latency);
+            }
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
                 run_queue.latency.merge(latency);
             }
         }
         for &(cgroup, age_ns) in self.waiting.iter().flatten() {
-            add_waiting(&mut host, age_ns, sweep.interval);
+            if is_of_host(sweep, cgroup) {
+                add_waiting(&mut host, age_ns, sweep.interval);
+            }
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
                 add_waiting(run_queue, age_ns, sweep.interval);
             }
