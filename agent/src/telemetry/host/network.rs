@@ -1,12 +1,13 @@
 //! Network interfaces, TCP, and the table of tracked connections.
 
 use super::counters::Counters;
-use super::files::{number, text, why};
-use super::{HostReading, Look, sum};
+use super::files::{entries, name as file_name, number, text, why};
+use super::{HostReading, Look, Value, sum};
 use crate::model::metric::Per;
 use procfs::FromRead;
 use procfs::net::{DeviceStatus, InterfaceDeviceStatus, Snmp};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// Carrier, speed and the like are files of each interface: read in one sweep of so many.
 const LINKS_EVERY: u32 = 5;
@@ -24,6 +25,19 @@ struct Link {
     down: Option<bool>,
     losses: Option<u64>,
     bits_per_second: Option<f64>,
+    outwards: Outwards,
+}
+
+/// Whether what an interface carries leaves the host there, and is not told by another one again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Outwards {
+    /// What it carries goes through another one: a bond, a bridge, a VLAN, or what is plugged into a bridge.
+    Through,
+    /// Nothing is known below it; of a host with hardware it ends in a container.
+    #[default]
+    Perhaps,
+    /// Hardware.
+    Yes,
 }
 
 impl Network {
@@ -73,6 +87,8 @@ impl Network {
             self.interface(look, reading, name, status);
             self.link(look, reading, name, status, link);
         }
+        let known = self.links.values().map(|link| link.outwards);
+        let furthest = known.max().unwrap_or_default();
         for metric in [
             "network.errors",
             "network.drops",
@@ -81,7 +97,13 @@ impl Network {
             "network.link_down",
             "network.link_losses",
         ] {
-            reading.device_from_parts(metric, sum);
+            let of_host = |(name, subject, value): &Value| {
+                let link = self.links.get(&subject.name).copied().unwrap_or_default();
+                (*name == metric && link.outwards == furthest).then_some(*value)
+            };
+            if let Some(value) = reading.values.iter().filter_map(of_host).reduce(sum) {
+                reading.device(metric, value);
+            }
         }
         let why = "no interface here has a link whose state or speed its driver tells";
         let speed = ["network.link_speed", "network.link_used"];
@@ -170,9 +192,21 @@ impl Network {
 impl Link {
     fn read(look: Look, name: &str) -> Self {
         let directory = look.path("sys/class/net").join(name);
+        let has_device = directory.join("device").exists();
+        let is_below = |entry: &PathBuf| file_name(entry).starts_with("lower_");
+        let is_through = entries(&directory).iter().any(is_below);
+        let outwards = match (has_device, is_through) {
+            (_, true) => Outwards::Through,
+            (true, false) => Outwards::Yes,
+            (false, false) if directory.join("master").exists() => Outwards::Through,
+            (false, false) => Outwards::Perhaps,
+        };
         // A bridge has no carrier while nothing is plugged in, which is no fault.
         if directory.join("bridge").exists() {
-            return Self::default();
+            return Self {
+                outwards: Outwards::Through,
+                ..Self::default()
+            };
         }
         let flags = text(&directory.join("flags"))
             .and_then(|flags| u32::from_str_radix(flags.strip_prefix("0x")?, 16).ok());
@@ -180,14 +214,14 @@ impl Link {
         let up = flags.is_some_and(|flags| flags & 1 == 1);
         let carrier = up.then(|| text(&directory.join("carrier"))).flatten();
         // -1 and refusals stand for a speed that is not known; a virtual link invents one.
-        let virtual_link = !directory.join("device").exists();
         let mbits: Option<i64> = number(&directory.join("speed"));
         Self {
             down: carrier.map(|carrier| carrier == "0"),
             losses: number(&directory.join("carrier_down_count")),
             bits_per_second: mbits
-                .filter(|&mbits| mbits > 0 && !virtual_link)
+                .filter(|&mbits| mbits > 0 && has_device)
                 .map(|mbits| mbits as f64 * 1e6),
+            outwards,
         }
     }
 }
@@ -260,6 +294,47 @@ mod tests {
             })
             .collect();
         assert_eq!(later, [0.0, 0.0, 0.0, 2.0]);
+    }
+
+    #[test]
+    fn what_several_interfaces_carry_one_through_another_is_counted_once_in_the_hosts_sum() {
+        let lines = |names: &[&str], bytes: u64| {
+            let line = |name: &&str| format!("  {name}: {bytes} 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n");
+            let head: String = DEV
+                .lines()
+                .take(2)
+                .map(|line| format!("{line}\n"))
+                .collect();
+            head + &names.iter().map(line).collect::<String>()
+        };
+        let sum_of = |names: &[&str], files: &[(&str, &str)]| {
+            let (root, mut host) = recorded(files);
+            write(root.path(), &[("proc/net/dev", &lines(names, 0))]);
+            host.read(&[], Duration::from_secs(1));
+            write(root.path(), &[("proc/net/dev", &lines(names, 100))]);
+            let reading = host.read(&[], Duration::from_secs(1));
+            let each = value(&reading, "network.bytes_per_second", names[0]);
+            assert_eq!(each, Some(100.0));
+            value(&reading, "network.bytes_per_second", "")
+        };
+        let [eth0, eth1, bond0] = ["eth0", "eth1", "bond0"];
+        let files = [
+            ("sys/class/net/eth0/device/vendor", ""),
+            ("sys/class/net/eth1/device/vendor", ""),
+            ("sys/class/net/eth0/master/ifindex", ""),
+            ("sys/class/net/bond0/lower_eth0/ifindex", ""),
+            ("sys/class/net/br0/bridge/bridge_id", ""),
+            ("sys/class/net/br0/lower_veth1/ifindex", ""),
+            ("sys/class/net/veth1/master/ifindex", ""),
+            ("sys/class/net/veth0/ifindex", ""),
+        ];
+        assert_eq!(
+            sum_of(&[eth0, eth1, bond0, "br0", "veth1", "veth0"], &files),
+            Some(200.0)
+        );
+        // A network namespace without hardware: the way out of it.
+        assert_eq!(sum_of(&["veth0", "br0", "veth1"], &files), Some(100.0));
+        assert_eq!(sum_of(&["br0", "veth1"], &files), Some(200.0));
     }
 
     #[test]
