@@ -8,7 +8,7 @@ use super::identity::{Fingerprint, Identity};
 use super::server::BODY_LIMIT;
 use super::tls;
 use crate::model::fleet::PeerAddress;
-use crate::telemetry::links;
+use crate::telemetry::links::{self, Sent};
 use axum::http::{Method, Request, StatusCode, header};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -235,7 +235,8 @@ impl ControlClient {
                 .await
                 .map_err(|_| CallFailure::RequestTimeout(self.request_timeout))??;
             if let Ok(socket) = measured {
-                links::measure(to.addr.ip(), Some(to.device.as_str()), socket.as_fd());
+                let device = Some(to.device.as_str());
+                links::measure(to.addr.ip(), device, socket.as_fd(), &mut Sent::default());
             }
             understand(status, &body)
         };

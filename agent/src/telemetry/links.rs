@@ -49,6 +49,13 @@ struct Info {
     waits: Waits,
 }
 
+/// What a connection had sent when it was measured last.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sent {
+    segments: u32,
+    again: u32,
+}
+
 /// For how long a connection has waited, in microseconds since it began.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Waits {
@@ -59,10 +66,15 @@ pub struct Waits {
 }
 
 /// Measures the way to `peer` on a connection of the agent to it. `device` is who is proven to be there.
-/// A connection counts once when it is measured at its end, or as it is now; one that is measured often
-/// counts with its latest state of each minute. Returns what it waits for, where the kernel tells.
-pub fn measure(peer: IpAddr, device: Option<&str>, socket: BorrowedFd) -> Option<Waits> {
-    let info = info(socket).ok()?;
+/// What it lost counts since `before`, which is nothing the first time and then what this left there. Returns what it
+/// waits for, where the kernel tells.
+pub fn measure(
+    peer: IpAddr,
+    device: Option<&str>,
+    socket: BorrowedFd,
+    before: &mut Sent,
+) -> Option<Waits> {
+    let info = info(socket).ok()?.since(before);
     let mut links = LINKS.lock().unwrap_or_else(PoisonError::into_inner);
     if links.len() >= MOST_PEERS {
         let now = Instant::now();
@@ -177,6 +189,17 @@ fn info(socket: BorrowedFd) -> io::Result<Info> {
 }
 
 impl Info {
+    /// With what was sent since `before`; the kernel's counts are 32 bits of their own.
+    fn since(self, before: &mut Sent) -> Self {
+        let (segments, again) = (self.sent, self.sent_again);
+        let before = std::mem::replace(before, Sent { segments, again });
+        Self {
+            sent: segments.wrapping_sub(before.segments),
+            sent_again: again.wrapping_sub(before.again),
+            ..self
+        }
+    }
+
     fn decode(bytes: &[u8; LENGTH]) -> Self {
         let word = |at: usize| {
             let mut word = [0; 4];
@@ -232,6 +255,23 @@ mod tests {
             "{info:?}"
         );
         assert_eq!((info.sent, info.sent_again), (10, 0), "{info:?}");
+    }
+
+    #[test]
+    fn a_long_link_lost_what_it_lost_since_it_was_measured_last() {
+        let start = Instant::now();
+        let (mut link, mut before) = (Link::default(), Sent::default());
+        for (seconds, sent, sent_again) in [(0, 1_000, 500), (100, 1_100, 500), (101, 1_200, 502)] {
+            let info = Info {
+                sent,
+                sent_again,
+                ..Info::default()
+            };
+            let now = start + Duration::from_secs(seconds);
+            link.take(now, None, info.since(&mut before));
+        }
+        let [_, _, loss, _] = link.values(start + Duration::from_secs(102));
+        assert_eq!(loss, Some(1.0), "2 of 200");
     }
 
     #[test]

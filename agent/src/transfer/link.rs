@@ -15,7 +15,7 @@ use super::record::Record;
 use super::seal::{LinkKey, OpenFailed, Salt};
 use super::{Options, Progress};
 use crate::model::ids::{Epoch, PlanId, VolumeId};
-use crate::telemetry::links::{self, Waits};
+use crate::telemetry::links::{self, Sent, Waits};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -578,7 +578,8 @@ impl Shared {
             quiet_since = Instant::now();
             let mut limit = None;
             if quiet_since - measured.since >= MEASURED_EVERY {
-                let waits = links::measure(self.setup.hop.addr.ip(), None, socket.as_fd());
+                let (peer, sent) = (self.setup.hop.addr.ip(), &mut measured.sent);
+                let waits = links::measure(peer, None, socket.as_fd(), sent);
                 limit = measured.limit(quiet_since, waits.unwrap_or_default());
             }
             state = lock(&self.state);
@@ -648,6 +649,7 @@ struct Measured {
     /// Nothing was there to be sent.
     idle: Duration,
     waits: Waits,
+    sent: Sent,
 }
 
 impl Measured {
@@ -657,6 +659,7 @@ impl Measured {
             bytes: 0,
             idle: Duration::ZERO,
             waits: Waits::default(),
+            sent: Sent::default(),
         }
     }
 
@@ -674,6 +677,7 @@ impl Measured {
             bytes: 0,
             idle: Duration::ZERO,
             waits,
+            ..*self
         };
         limited.then_some(rate)
     }
