@@ -119,7 +119,18 @@ impl Drives {
             }
         };
         for metric in ["disk.smart_failed", "disk.media_errors"] {
-            reading.device_from_parts(metric, sum);
+            let mut drives: BTreeMap<String, f64> = BTreeMap::new();
+            for (name, subject, value) in &reading.values {
+                if *name == metric {
+                    let known = drives
+                        .entry(identity(look, &subject.name))
+                        .or_insert(*value);
+                    *known = known.max(*value);
+                }
+            }
+            if let Some(of_all) = drives.into_values().reduce(sum) {
+                reading.device(metric, of_all);
+            }
         }
         reading.device_from_parts("disk.wear", f64::max);
         reading.device_from_parts(sensors::DISK[0], f64::max);
@@ -188,6 +199,16 @@ impl Health {
             sensors::temperature(reading, disk, celsius, self.limit_celsius);
         }
     }
+}
+
+/// What a drive is known by that is several disks: by the paths to it, or by the namespaces of one controller.
+fn identity(look: Look, disk: &str) -> String {
+    let device = look.path("sys/block").join(disk).join("device");
+    let told = ["serial", "wwid"]
+        .iter()
+        .filter_map(|file| text(&device.join(file)));
+    let mut told = told.filter(|told| !told.is_empty());
+    told.next().unwrap_or_else(|| disk.to_owned())
 }
 
 /// Wear of eMMC, in steps of 10 % (Linux, Documentation/driver-api/mmc/mmc-dev-attrs.rst, `life_time`).
@@ -311,6 +332,45 @@ mod tests {
         let between = value(&reading, "disk.time_between_failures", "sda");
         assert_eq!(between, Some(250.0 * HOUR_NS));
         assert_eq!(value(&reading, "disk.media_errors", ""), Some(4.0));
+    }
+
+    #[test]
+    fn a_drive_with_several_paths_fails_once() {
+        let root = tempfile::tempdir().expect("a directory");
+        let mut known = Known {
+            asked: true,
+            ..Known::default()
+        };
+        for (disk, file, told) in [
+            ("sda", "wwid", "naa.5000c500"),
+            ("sdb", "wwid", "naa.5000c500"),
+            ("sdc", "wwid", "naa.5000c501"),
+            ("nvme0n1", "serial", "S1"),
+            ("nvme0n2", "serial", "S1"),
+            ("sdd", "model", "that tells neither"),
+        ] {
+            let device = root.path().join("sys/block").join(disk).join("device");
+            std::fs::create_dir_all(&device).expect("made");
+            std::fs::write(device.join(file), told).expect("written");
+            let health = Health {
+                media_errors: Some(2),
+                ..Health::default()
+            };
+            let told = (Instant::now(), Ok(health));
+            known.drives.insert(disk.to_owned(), told);
+        }
+        let mut drives = Drives {
+            root: None,
+            known: Some(Arc::new(Mutex::new(known))),
+        };
+        let look = Look {
+            root: root.path(),
+            elapsed: Duration::ZERO,
+        };
+        let mut reading = HostReading::default();
+        drives.read(look, &mut reading);
+        assert_eq!(value(&reading, "disk.media_errors", "sdb"), Some(2.0));
+        assert_eq!(value(&reading, "disk.media_errors", ""), Some(8.0));
     }
 
     #[test]

@@ -77,7 +77,10 @@ fn of_md(md: &Path) -> Option<Array> {
     if state == "clear" || level == "container" {
         return None; // nothing assembled, or only metadata
     }
-    let disks = number::<u64>(&md.join("raid_disks")).unwrap_or(0);
+    // While it is reshaped, how many there were follows: `4 (3)`.
+    let disks = text(&md.join("raid_disks")).unwrap_or_default();
+    let disks = disks.split(' ').next().and_then(|disks| disks.parse().ok());
+    let disks: u64 = disks.unwrap_or(0);
     // Levels without redundancy have no `degraded`: a member that is gone has failed the array.
     let missing = number::<u64>(&md.join("degraded")).unwrap_or(0);
     let beyond = tolerates(&level, disks).is_some_and(|most| missing > most);
@@ -92,7 +95,7 @@ fn of_md(md: &Path) -> Option<Array> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{LATER, recorded, value};
+    use super::super::tests::{LATER, recorded, value, write};
 
     #[test]
     fn md_arrays_tell_missing_members_rebuilding_and_failure() {
@@ -113,6 +116,7 @@ mod tests {
             md("md1", "raid6", "active", 6, 1, "recover"),
             md("md2", "raid5", "active", 4, 2, "idle"),
             md("md3", "raid1", "inactive", 2, 0, "idle"),
+            md("md4", "raid1", "clean", 3, 1, "reshape"),
         ]
         .into_iter()
         .flatten()
@@ -121,7 +125,8 @@ mod tests {
             .iter()
             .map(|(a, b)| (a.as_str(), b.as_str()))
             .collect();
-        let (_root, mut host) = recorded(&files);
+        let (root, mut host) = recorded(&files);
+        write(root.path(), &[("sys/block/md4/md/raid_disks", "3 (2)\n")]);
         let reading = host.read(&[], LATER);
         let of = |array| {
             ["raid.missing_disks", "raid.failed", "raid.rebuilding"]
@@ -131,8 +136,24 @@ mod tests {
         assert_eq!(of("md1"), [1.0, 0.0, 1.0]);
         assert_eq!(of("md2"), [2.0, 1.0, 0.0]);
         assert_eq!(of("md3"), [0.0, 1.0, 0.0]);
-        assert_eq!(of(""), [3.0, 2.0, 1.0]);
+        assert_eq!(of("md4"), [1.0, 0.0, 1.0]);
+        assert_eq!(of(""), [4.0, 2.0, 2.0]);
         assert_eq!(value(&reading, "raid.mismatches", "md0"), Some(128.0));
         assert!(reading.absent["lun.failed_paths"].contains("multipath"));
+    }
+
+    #[test]
+    fn a_mapped_device_that_tells_nothing_does_not_keep_the_next_from_being_asked() {
+        let (_root, mut host) = recorded(&[
+            // No device mapper: it answers no question.
+            ("dev/mapper/control", ""),
+            ("sys/block/dm-0/dm/uuid", "LVM-one\n"),
+            ("sys/block/dm-0/dm/name", "one\n"),
+            ("sys/block/dm-1/dm/uuid", "mpath-two\n"),
+            ("sys/block/dm-1/dm/name", "two\n"),
+        ]);
+        let reading = host.read(&[], LATER);
+        let why = &reading.absent["lun.failed_paths"];
+        assert!(why.contains("tells nothing of two"), "{why}");
     }
 }

@@ -84,8 +84,7 @@ pub fn ask(device: &Path) -> Result<Answer, String> {
         })
     };
     let power = told(run(&file, CHECK_POWER_MODE, 0, None))?;
-    // Standby; everything else answers without spinning up.
-    if power.is_some_and(|power| power.count == 0) {
+    if power.is_some_and(|power| is_standby(power.count)) {
         return Ok(Answer::Sleeps);
     }
     let (mut data, mut thresholds) = ([0; SECTOR], [0; SECTOR]);
@@ -99,6 +98,12 @@ pub fn ask(device: &Path) -> Result<Answer, String> {
         _ => None,
     });
     Ok(Answer::Told(Box::new(health)))
+}
+
+/// Whether a power mode is standby (ACS-4, CHECK POWER MODE: 00h, and 01h for Standby_y); in every other one a drive
+/// answers without spinning up.
+fn is_standby(mode: u8) -> bool {
+    matches!(mode, 0 | 1)
 }
 
 /// Runs a command: one that reads a sector, or one whose answer are its registers.
@@ -324,6 +329,12 @@ mod tests {
         let mut refused = [0; SENSE];
         refused[..3].copy_from_slice(&[0x70, 0, 5]);
         assert_eq!((registers(&refused), sense_key(&refused)), (None, 5));
+    }
+
+    #[test]
+    fn a_drive_in_either_standby_is_left_asleep_and_one_that_idles_is_asked() {
+        assert!([0x00, 0x01].into_iter().all(is_standby));
+        assert!(![0x40, 0x80, 0x83, 0xff].into_iter().any(is_standby));
     }
 
     #[test]

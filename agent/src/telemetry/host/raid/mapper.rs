@@ -28,6 +28,7 @@ const NO_FLUSH: u32 = 1 << 11;
 /// Reads every mapped device that LVM or multipath made.
 pub fn read(look: Look, reading: &mut HostReading) -> Result<(), String> {
     let mut control = None;
+    let mut told = Ok(());
     for block in entries(&look.path("sys/block")) {
         let Some(uuid) = text(&block.join("dm/uuid")) else {
             continue;
@@ -47,15 +48,22 @@ pub fn read(look: Look, reading: &mut HostReading) -> Result<(), String> {
                 control.insert(opened)
             }
         };
-        let answer = status(control, &device).map_err(|error| match error.raw_os_error() {
-            Some(libc::EACCES | libc::EPERM) => {
-                "the device mapper answers only with CAP_SYS_ADMIN".to_owned()
-            }
-            _ => format!("the device mapper tells nothing of {device}: {error}"),
-        })?;
-        of_targets(reading, &device, &targets(&answer));
+        match status(control, &device) {
+            Ok(answer) => of_targets(reading, &device, &targets(&answer)),
+            // It may have gone meanwhile; of the others it is told all the same.
+            Err(error) => told = Err(why(&device, &error)),
+        }
     }
-    Ok(())
+    told
+}
+
+fn why(device: &str, error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => {
+            "the device mapper answers only with CAP_SYS_ADMIN".to_owned()
+        }
+        _ => format!("the device mapper tells nothing of {device}: {error}"),
+    }
 }
 
 fn of_targets(reading: &mut HostReading, device: &str, targets: &[(String, String)]) {
