@@ -46,7 +46,7 @@ pub(super) struct FilePolicy {
     /// Stands in verdicts and logs.
     pub name: String,
     /// A value older than this counts as missing; at least 1s. Default: 10s.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     #[schemars(with = "Option<Span>")]
     pub stale_after: Option<Scalar>,
     /// Named signals with their limits: a failure is a limit passed for its time.
@@ -55,10 +55,10 @@ pub(super) struct FilePolicy {
     /// Any entry that holds makes the device degraded.
     pub degraded: Vec<FileDegraded>,
     /// The first entry that holds chooses the delegated actions.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "filled")]
     pub delegate: Vec<FileDelegation>,
     /// Brakes.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "filled")]
     pub guards: FileGuards,
 }
 
@@ -71,36 +71,36 @@ pub(super) struct FileThreshold {
     #[schemars(with = "MetricName")]
     pub metric: String,
     /// What it is measured on. Default: device.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     #[schemars(with = "Option<PerName>")]
     pub per: Option<Per>,
     /// Fails above this; `device-limit - 5C` is relative to the part's own limit.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub above: Option<Scalar>,
     /// Fails below this.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub below: Option<Scalar>,
     /// Over at this value or better; for a forecast, when it takes longer than this. Default: the limit.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub clear: Option<Scalar>,
     /// How long without a break the limit must be passed.
-    #[serde(default, rename = "for")]
+    #[serde(default, rename = "for", deserialize_with = "given")]
     #[schemars(with = "Option<Span>")]
     pub lasting: Option<Scalar>,
     /// Only when the value also rose during `for`.
     #[serde(default)]
     pub rising: bool,
     /// Fails when so many events came within a span.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub count: Option<FileCount>,
     /// Fails when a straight line through the last samples reaches a value soon.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub forecast: Option<FileForecast>,
     /// Judge the value divided by a load.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub relative_to_load: Option<FileLoad>,
     /// Judge how many times the median of its peers the value is; limits are written as 3x.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub relative_to_peers: Option<FilePeers>,
     /// How bad it is; shown with the evidence.
     #[serde(default)]
@@ -129,16 +129,16 @@ pub(super) struct FileCount {
 #[schemars(rename = "Forecast")]
 pub(super) struct FileForecast {
     /// A value above.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub reaches: Option<Scalar>,
     /// A value below.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub falls_to: Option<Scalar>,
     /// Fails when it is reached within this time.
     #[schemars(with = "Span")]
     pub within: Scalar,
     /// Span of the samples that the line is drawn through. Default: a quarter of `within`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     #[schemars(with = "Option<Span>")]
     pub over: Option<Scalar>,
 }
@@ -152,10 +152,10 @@ pub(super) struct FileLoad {
     #[schemars(with = "MetricName")]
     pub metric: String,
     /// With less load than this nothing is judged. Default: with none.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub at_least: Option<Scalar>,
     /// Both are taken over this span. Default: 1m.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     #[schemars(with = "Option<Span>")]
     pub over: Option<Scalar>,
 }
@@ -169,10 +169,10 @@ pub(super) struct FilePeers {
     #[serde(default)]
     pub among: Among,
     /// A smaller value is no failure, however it compares.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub at_least: Option<Scalar>,
     /// Fewer peers than this say nothing. Default: 2.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub peers: Option<usize>,
 }
 
@@ -182,16 +182,16 @@ pub(super) struct FilePeers {
 #[schemars(rename = "Condition")]
 pub(super) struct FileCondition {
     /// At least so many thresholds fail.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub failures: Option<usize>,
     /// One of these fails or holds.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub any: Option<Vec<FileTerm>>,
     /// All of these fail or hold.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub all: Option<Vec<FileTerm>>,
     /// This is known not to fail or hold.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub not: Option<Box<FileTerm>>,
 }
 
@@ -201,16 +201,16 @@ pub(super) struct FileCondition {
 #[schemars(rename = "Degraded")]
 pub(super) struct FileDegraded {
     /// At least so many thresholds fail.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub failures: Option<usize>,
     /// One of these fails or holds.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub any: Option<Vec<FileTerm>>,
     /// All of these fail or hold.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub all: Option<Vec<FileTerm>>,
     /// This is known not to fail or hold.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub not: Option<Box<FileTerm>>,
     /// `watch` shows the device as degraded; `prepare` also copies the data in advance; `evacuate` moves
     /// the containers.
@@ -260,6 +260,7 @@ pub(super) struct FileDelegation {
     /// The condition.
     pub when: FileCondition,
     /// The delegated actions.
+    #[serde(deserialize_with = "filled")]
     #[schemars(with = "Vec<ActionName>")]
     pub actions: Vec<Action>,
 }
@@ -270,24 +271,24 @@ pub(super) struct FileDelegation {
 #[schemars(rename = "Guards")]
 pub(super) struct FileGuards {
     /// Least time between two changes into or out of degraded. Default: 10m.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     #[schemars(with = "Option<Span>")]
     pub hold: Option<Scalar>,
     /// Share of the fleet that may evacuate by itself at a time, such as 30%.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub fleet_max_evacuating: Option<Scalar>,
     /// Roles of which each must approve an automatic plan.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "filled")]
     pub approvals: Vec<String>,
     /// How long to wait for them. Default: 15m.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     #[schemars(with = "Option<Span>")]
     pub approval_timeout: Option<Scalar>,
     /// What to do then. Default: abort.
     #[serde(default)]
     pub on_timeout: OnTimeout,
     /// Most bytes a second that a copy may read, such as 20MiB. Default: no limit.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "given")]
     pub limit: Option<Scalar>,
 }
 
@@ -300,6 +301,19 @@ impl<'de> Deserialize<'de> for Scalar {
         // YAML scalars may be read as text whatever they look like.
         String::deserialize(deserializer).map(Self)
     }
+}
+
+/// What stands behind a key: one without a value is a slip of the pen, and no wish for the default.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    filled(deserializer).map(Some)
+}
+
+/// The same, of what has a default that is a value.
+fn filled<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    let empty = || de::Error::custom("has no value: write one, or remove the key");
+    Option::deserialize(deserializer)?.ok_or_else(empty)
 }
 
 /// A mapping in the file's order in which no key may stand twice.

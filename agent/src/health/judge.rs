@@ -289,7 +289,8 @@ impl Judge {
                 }
             } else if series.failed || !threshold.optional {
                 // A sensor that fails and then falls silent has not got well, optional or not.
-                missing.push(self.silent(threshold, subject, series, tick));
+                let blind = remembered.and_then(|state| state.blind.get(name));
+                missing.push(self.silent(threshold, subject, series, blind, tick));
             }
         }
         if threshold.optional {
@@ -333,6 +334,7 @@ impl Judge {
             metric: threshold.metric.name.to_owned(),
             last_sample: series.map(|series| self.state.wall_time(series.last_at)),
             subject,
+            failing: false,
             text: format!("{}: {}{of} {why}", threshold.name, threshold.metric.name),
         }
     }
@@ -374,6 +376,7 @@ impl Judge {
         threshold: &Threshold,
         subject: Subject,
         series: &Series,
+        blind: Option<&String>,
         tick: Ticks,
     ) -> Missing {
         let age = human_duration(Duration::from_millis(tick.saturating_sub(series.last_at)));
@@ -385,11 +388,17 @@ impl Judge {
         } else {
             String::new()
         };
-        Missing {
-            text: format!(
+        let text = match blind {
+            // It is measured, and something else that it is judged by is missing.
+            Some(why) => self.unjudged(threshold, Some(subject.clone()), why).text + &failed,
+            None => format!(
                 "{}: {} of {subject} has been silent for {age}{failed}",
                 threshold.name, threshold.metric.name
             ),
+        };
+        Missing {
+            text,
+            failing: series.failed,
             threshold: threshold.name.clone(),
             metric: threshold.metric.name.to_owned(),
             subject: Some(subject),

@@ -18,6 +18,9 @@ const PEERS: usize = 2;
 /// Fewer other devices than this are no fleet to compare with: the median of two is either's accident.
 pub const FLEET_PEERS: usize = 3;
 
+/// Shortest `for` of `rising`: the line through a value takes five sweeps at least.
+const RISES_IN: Duration = Duration::from_secs(5);
+
 /// A forecast looks ahead four times as far as it looks back, as the file system alerts of the
 /// node_exporter mixin do (6 h of samples for 24 h).
 const AHEAD: u32 = 4;
@@ -35,10 +38,10 @@ impl Check<'_> {
         let measure = self.measure(field, entry, metric, per);
         let lasting = self.span(&field.at("for"), entry.lasting.as_ref(), Duration::ZERO);
         let rule = self.rule(field, entry, metric, unit);
-        if entry.rising && lasting.is_zero() {
+        if entry.rising && lasting < RISES_IN {
             self.key(
                 &field.at("rising"),
-                "needs a span in which the value rose: write for instance `for: 30s` beside it",
+                "needs a span in which the value can be seen to rise: write `for: 5s` or more beside it",
             );
         }
         (self.faults.len() == before).then_some(())?;
@@ -279,16 +282,21 @@ impl Check<'_> {
             return None;
         }
         let at = self.limit(&field.at(side), enter, entry, metric, unit);
-        // The one share of something that may be used up and go on.
-        let may_pass = metric.name == "disk.wear" || entry.is_relative();
         if unit == Unit::Percent
             && side == "above"
-            && !may_pass
+            && !passes_whole(metric, entry)
             && at.is_some_and(|at| at.number >= 100.0)
         {
             self.value(
                 &field.at(side),
                 format!("{} is never above 100%: write a smaller limit", metric.name),
+            );
+        }
+        let negative = unit == Unit::Celsius || metric.name.ends_with("_margin");
+        if side == "below" && !negative && at.is_some_and(|at| at.number <= 0.0) {
+            self.value(
+                &field.at(side),
+                format!("{} is never below 0: write a larger limit", metric.name),
             );
         }
         let clear_field = field.at("clear");
@@ -344,7 +352,8 @@ impl Check<'_> {
         metric: &Metric,
         unit: Unit,
     ) -> Option<Limit> {
-        let limit = self.ok(field, limit(&scalar.0, unit))?;
+        let passes = passes_whole(metric, entry);
+        let limit = self.ok(field, limit(&scalar.0, unit, passes))?;
         if limit.of_device && (own_limit(metric).is_none() || entry.is_relative()) {
             let known: Vec<&str> = METRICS
                 .iter()
@@ -494,6 +503,11 @@ impl FileThreshold {
             _ => metric.unit,
         }
     }
+}
+
+/// Whether what is judged may be more than the whole: a ratio to a load is no share.
+fn passes_whole(metric: &Metric, entry: &FileThreshold) -> bool {
+    metric.passes_whole() || entry.is_relative()
 }
 
 /// The metric of the limit that a part publishes for `metric`.

@@ -383,3 +383,67 @@ fn values_are_shown_in_the_units_of_policies() {
     assert_eq!(in_unit(85.0, Unit::Percent), "85 %");
     assert_eq!(in_unit(3.0 * 1_073_741_824.0, Unit::Bytes), "3.0 GiB");
 }
+
+#[test]
+fn a_key_without_a_value_is_refused_at_its_place_and_by_the_schema() {
+    let cases = [
+        ("    for: 20s", "    for:", "f:9:"),
+        ("    per: disk", "    per:", "f:6:"),
+        ("    clear: 15ms", "    clear: ~", "f:8:"),
+        (
+            "    count: { at_least: 3, within: 10m }",
+            "    count:",
+            "f:12:",
+        ),
+        ("    optional: true", "    optional:", "f:17:"),
+        ("    severity: critical", "    severity:", "f:13:"),
+        ("  - failures: 2", "  - failures:", "f:19:"),
+        ("  - any: [disk-errors]", "  - any:", "f:20:"),
+        ("  hold: 1h30m", "  hold:", "f:25:"),
+        (
+            "  fleet_max_evacuating: 30%",
+            "  fleet_max_evacuating:",
+            "f:26:",
+        ),
+        ("  approvals: [oncall]", "  approvals:", "f:27:"),
+        ("  on_timeout: proceed", "  on_timeout:", "f:29:"),
+        ("  on_timeout: proceed", "  limit:", "f:29:"),
+        ("    actions: [encrypt, transfer]", "    actions:", "f:23:"),
+        (&GOOD[GOOD.find("guards:").unwrap()..], "guards:", "f:24:"),
+        (
+            "delegate:\n  - when: { all: [disk-slow, disk-errors] }\n    actions: [encrypt, transfer]",
+            "delegate:",
+            "f:21:",
+        ),
+    ];
+    for (from, to, place) in cases {
+        wrong(from, to, place);
+    }
+    assert!(!policy_schema().to_string().contains("null"));
+}
+
+#[test]
+fn a_limit_that_can_never_be_passed_is_refused_and_one_that_can_is_not() {
+    let level = "block.latency_p99\n    per: disk\n    above: 40ms\n    clear: 15ms\n    for: 20s";
+    let may = |to: &str| Policy::parse(&GOOD.replacen(level, to, 1), "f").map(|_| ());
+    wrong(
+        level,
+        "memory.available\n    below: 0B",
+        "f:6:12: thresholds.disk-slow.below: memory.available is never below 0",
+    );
+    wrong(
+        "    for: 20s",
+        "    for: 4s\n    rising: true",
+        "f:10:5: thresholds.disk-slow.rising: needs a span",
+    );
+    assert_eq!(may("cpu.temperature\n    below: 0C"), Ok(()));
+    assert_eq!(may("disk.spare_margin\n    below: 0%"), Ok(()));
+    assert_eq!(may("disk.wear\n    above: 150%"), Ok(()));
+    assert_eq!(
+        may("disk.power_on\n    per: disk\n    above: 1826d"),
+        Ok(())
+    );
+    let share =
+        "block.iops\n    relative_to_load: { metric: block.bytes_per_second }\n    above: 250%";
+    assert_eq!(may(share), Ok(()));
+}

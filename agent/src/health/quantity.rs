@@ -1,7 +1,7 @@
 //! Quantities and spans of time as policies write them, checked against the metric's unit.
 
 use super::policy::Limit;
-use crate::model::metric::Unit;
+use crate::model::metric::{Metric, Unit};
 use crate::model::units::{Bytes, human_duration};
 use std::time::Duration;
 
@@ -49,6 +49,11 @@ pub fn span(text: &str) -> Result<Duration, String> {
 /// # Errors
 /// What would be right.
 pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
+    within(text, unit, most(unit))
+}
+
+/// The same, at most as much as `most`, which is also told in words.
+fn within(text: &str, unit: Unit, (most, shown): (f64, &str)) -> Result<f64, String> {
     let text = text.trim();
     let (known, example) = units(unit);
     let wrong = || format!("`{text}` does not fit this metric's unit: write {example}");
@@ -64,13 +69,12 @@ pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
     if number < 0.0 && unit != Unit::Celsius {
         return Err(format!("`{text}` is negative: write {example}"));
     }
-    if unit == Unit::Percent && number > 100.0 {
+    if unit == Unit::Percent && number > 100.0 && most <= 100.0 {
         return Err(format!(
             "`{text}` is more than 100%, which is never reached"
         ));
     }
     let value = number * factor;
-    let (most, shown) = most(unit);
     if value > most {
         return Err(format!(
             "`{text}` is beyond anything there is: write at most {shown}"
@@ -79,10 +83,14 @@ pub(super) fn quantity(text: &str, unit: Unit) -> Result<f64, String> {
     Ok(value)
 }
 
+/// The most of a share that may pass the whole.
+const RATIO: (f64, &str) = (1e6, "1000000%");
+
 /// The most that a policy may say: what is beyond is a slip of the pen.
 fn most(unit: Unit) -> (f64, &'static str) {
     match unit {
-        Unit::Nanoseconds => (366.0 * 8.64e13, "366d"),
+        // A drive's age is a time, too: a hundred years.
+        Unit::Nanoseconds => (36_525.0 * 8.64e13, "36525d"),
         // The largest number of bytes that a file system or a device tells.
         Unit::Bytes => ((1_u64 << 63) as f64, "8388608TiB"),
         Unit::Celsius => (1e4, "10000C"),
@@ -105,13 +113,29 @@ pub fn rate(text: &str) -> Result<Bytes, String> {
     Ok(Bytes(bytes as u64))
 }
 
-/// Reads a quantity, or one relative to the part's own limit: `device-limit - 5C`.
+/// Reads a value that `metric` may have.
 ///
 /// # Errors
 /// What would be right.
-pub(super) fn limit(text: &str, unit: Unit) -> Result<Limit, String> {
+pub(super) fn value_of(text: &str, metric: &Metric) -> Result<f64, String> {
+    let share = metric.passes_whole();
+    within(
+        text,
+        metric.unit,
+        if share { RATIO } else { most(metric.unit) },
+    )
+}
+
+/// Reads a quantity, or one relative to the part's own limit: `device-limit - 5C`. A share that `passes` the whole
+/// may be more than 100%.
+///
+/// # Errors
+/// What would be right.
+pub(super) fn limit(text: &str, unit: Unit, passes: bool) -> Result<Limit, String> {
     let Some(rest) = text.trim().strip_prefix("device-limit") else {
-        return quantity(text, unit).map(Limit::of);
+        let share = passes && unit == Unit::Percent;
+        let most = if share { RATIO } else { most(unit) };
+        return within(text, unit, most).map(Limit::of);
     };
     let (sign, rest) = match rest.trim_start() {
         "" => {

@@ -5,7 +5,7 @@
 //! or in the policy's verdict, has its line and column. Non-goals: reading files.
 
 use super::policy::{Policy, Stage};
-use super::quantity::{quantity, span};
+use super::quantity::{span, value_of};
 use super::verdict::{Verdict, VerdictKind};
 use super::{Judge, Threshold};
 use crate::model::action::{Action, Actions};
@@ -386,7 +386,7 @@ fn segment(text: &str, metric: &Metric) -> Result<Segment, String> {
     if lasts.is_some_and(|lasts| lasts.is_zero()) {
         return Err("lasts for nothing: write at least 1s".into());
     }
-    let value = |text: &str| quantity(text, metric.unit);
+    let value = |text: &str| value_of(text, metric);
     let values = match what.split_once(" to ") {
         _ if what.trim() == "absent" => None,
         Some(_) if lasts.is_none() => {

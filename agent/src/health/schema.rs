@@ -2,6 +2,8 @@
 
 use super::form::{FilePolicy, Scalar};
 use crate::model::metric::METRICS;
+use schemars::generate::SchemaSettings;
+use schemars::transform::RecursiveTransform;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde_json::Value;
 use std::borrow::Cow;
@@ -10,7 +12,36 @@ use std::borrow::Cow;
 /// cannot say (units, names of thresholds, the healthy side) `Policy::parse` says.
 #[must_use]
 pub fn policy_schema() -> Value {
-    schemars::schema_for!(FilePolicy).to_value()
+    let settings = SchemaSettings::draft2020_12().with_transform(RecursiveTransform(without_null));
+    let schema = settings
+        .into_generator()
+        .into_root_schema_for::<FilePolicy>();
+    schema.to_value()
+}
+
+/// A key without a value is refused, so no value may be null.
+fn without_null(schema: &mut Schema) {
+    let Some(object) = schema.as_object_mut() else {
+        return;
+    };
+    if object.get("default") == Some(&Value::Null) {
+        object.remove("default");
+    }
+    if let Some(Value::Array(types)) = object.get_mut("type") {
+        types.retain(|one| one != "null");
+        if let [one] = types.as_slice() {
+            let one = one.clone();
+            object.insert("type".into(), one);
+        }
+    }
+    if let Some(Value::Array(any)) = object.get_mut("anyOf") {
+        any.retain(|one| one.get("type").is_none_or(|of| of != "null"));
+        if let [Value::Object(one)] = any.as_slice() {
+            let one = one.clone();
+            object.remove("anyOf");
+            object.extend(one);
+        }
+    }
 }
 
 macro_rules! schema {

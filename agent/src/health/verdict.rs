@@ -73,6 +73,9 @@ pub struct Missing {
     pub subject: Option<Subject>,
     /// When the last value was measured, if there ever was one.
     pub last_sample: Option<UnixMillis>,
+    /// Whether it was failing then.
+    #[serde(default)]
+    pub failing: bool,
     /// All of it as one sentence.
     pub text: String,
 }
@@ -109,6 +112,7 @@ impl Verdict {
                 metric: String::new(),
                 subject: None,
                 last_sample: Some(at),
+                failing: false,
                 text: format!(
                     "no sweep for {}, after which it was {}: something on this host hangs; see the agent's log, and \
                      the kernel's for a disk or a mount",

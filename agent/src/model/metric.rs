@@ -117,6 +117,12 @@ impl Metric {
     pub fn named(name: &str) -> Option<&'static Self> {
         METRICS.iter().find(|metric| metric.name == name)
     }
+
+    /// Whether it is a share of something that may be used up and go on.
+    #[must_use]
+    pub fn passes_whole(&self) -> bool {
+        self.name == "disk.wear"
+    }
 }
 
 /// What one sample was measured on.
