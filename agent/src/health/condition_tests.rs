@@ -583,3 +583,36 @@ fn a_container_that_is_still_measured_otherwise_has_only_lost_that_sensor() {
     sweep(&mut judge, 0, &all);
     assert_eq!(sweep(&mut judge, 500, &[rest]).kind, VerdictKind::Unknown);
 }
+
+#[test]
+fn what_is_measured_and_cannot_be_judged_any_more_is_not_called_silent() {
+    let text = "metric: block.latency_p99\nper: disk\nrelative_to_peers: {}\nabove: 3x";
+    let mut judge = judge(text);
+    let disk = |name, ms: f64| ("block.latency_p99", Per::Disk, name, ms * MS);
+    let all = [disk("sda", 90.0), disk("sdb", 5.0), disk("sdc", 5.0)];
+    assert_eq!(sweep(&mut judge, 0, &all).kind, VerdictKind::Degraded);
+    let verdict = sweep(&mut judge, 20, &all[..1]);
+    let of_it = |one: &&Missing| one.subject.as_ref().is_some_and(|of| of.name == "sda");
+    let missing = verdict.missing.iter().find(of_it).unwrap();
+    assert!(missing.failing);
+    assert!(
+        missing
+            .text
+            .contains("has 0 peer(s) here, 2 are needed, and was failing at 18x"),
+        "{}",
+        missing.text
+    );
+}
+
+#[test]
+fn a_time_that_was_told_stays_as_it_is_while_the_wall_clock_is_only_kept_right() {
+    let mut judge = judge("metric: block.latency_p99\nabove: 40ms");
+    let first = device(&mut judge, 0, "block.latency_p99", 50.0 * MS);
+    for second in 1..50 {
+        let now = UnixMillis(START + second * 1000);
+        judge.pass(now, Duration::from_millis(999));
+        let verdict = device(&mut judge, second, "block.latency_p99", 50.0 * MS);
+        assert_eq!(verdict.since, first.since);
+        assert_eq!(verdict.evidence[0].since, first.evidence[0].since);
+    }
+}

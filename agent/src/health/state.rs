@@ -43,6 +43,10 @@ pub(super) struct Remembered {
     pub blind: BTreeMap<String, String>,
 }
 
+/// What the wall clock is off by less than this is how it is kept right: followed, so that times that were told stay
+/// as they are.
+const STEP_MS: u64 = 500;
+
 impl SavedState {
     /// Moves the judge's clock to `now`. A step back moves it by the least it can, so that the next
     /// samples still count as newer ones.
@@ -59,8 +63,12 @@ impl SavedState {
 
     /// Moves the judge's clock by what `passed` until `now`, whatever the wall clock did in between.
     pub(super) fn pass(&mut self, now: UnixMillis, passed: Duration) {
-        if self.wall.is_some() {
-            let passed = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX);
+        let Some(wall) = self.wall else {
+            return;
+        };
+        let passed = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX);
+        let by_wall = now.0.checked_sub(wall.0);
+        if by_wall.is_none_or(|by_wall| by_wall.abs_diff(passed) > STEP_MS) {
             self.ticks = self.ticks.saturating_add(passed.max(1));
             self.wall = Some(now);
         }
