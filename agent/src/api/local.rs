@@ -46,8 +46,8 @@ pub struct Context {
     pub policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
     /// The operator's pause.
     pub pauses: Arc<Pauses>,
-    /// Whether a degraded verdict starts a plan by itself.
-    pub automatic: bool,
+    /// What the driver that starts plans by the verdict thinks; none when nothing does.
+    pub automatic: Option<watch::Receiver<Acting>>,
     /// What is served of plans of which this device is the target; none outside of a fleet.
     pub access: Option<Arc<Access>>,
 }
@@ -84,6 +84,27 @@ pub struct Judgement {
     pub automatic: bool,
     /// The pause in force.
     pub paused: Option<Pause>,
+    /// What else keeps it from acting.
+    #[serde(default)]
+    pub acting: Acting,
+}
+
+/// What keeps a degraded verdict from starting a plan by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acting {
+    /// The stage at which a person said no.
+    pub refused: Option<Stage>,
+    /// The last try, when it failed.
+    pub failed: Option<FailedTry>,
+}
+
+/// A plan that could not start, or was rolled back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedTry {
+    /// Why.
+    pub why: String,
+    /// When it is tried again, at the earliest.
+    pub again: UnixMillis,
 }
 
 /// The samples of one sweep.
@@ -273,7 +294,9 @@ async fn status(State(context): State<Context>) -> Json<Status> {
                 .iter()
                 .map(|entry| (entry.when.to_string(), entry.stage))
                 .collect(),
-            automatic: context.automatic,
+            automatic: context.automatic.is_some(),
+            acting: (context.automatic.as_ref())
+                .map_or_else(Acting::default, |acting| acting.borrow().clone()),
             paused: context.pauses.now(context.delegator.now()),
         }),
     })

@@ -3,9 +3,9 @@
 use super::daemon::ask;
 use super::output::say;
 use super::{Context, Failure, Outcome};
-use crate::api::local::{Judgement, Status};
-use crate::health::{Stage, Verdict, VerdictKind};
-use crate::model::metric::Metric;
+use crate::api::local::{FailedTry, Judgement, Status};
+use crate::health::{Missing, Stage, Verdict, VerdictKind};
+use crate::model::metric::{Metric, Per};
 use crate::model::units::{UnixMillis, human_duration, utc};
 
 /// Explains the verdict: which thresholds, which samples, since when, what would clear them, what happens next.
@@ -62,16 +62,23 @@ fn explain(status: &Status) -> String {
     }
     if !verdict.missing.is_empty() {
         lines.push("\nNot known:".to_owned());
-        lines.extend(
-            verdict
-                .missing
-                .iter()
-                .map(|missing| format!("  {}", missing.text)),
-        );
+        for missing in &verdict.missing {
+            lines.push(format!("  {}", missing.text));
+            lines.extend(ends(missing));
+        }
     }
     lines.push("\nWhat happens next:".to_owned());
     lines.extend(next(status).iter().map(|line| format!("  {line}")));
     lines.join("\n")
+}
+
+/// What ends that a part is missing which was failing and may be dead.
+fn ends(missing: &Missing) -> Option<String> {
+    let per = missing.subject.as_ref()?.per;
+    let comes_and_goes = matches!(per, Per::Container | Per::Peer | Per::Device);
+    (missing.failing && !comes_and_goes).then(|| {
+        "    It is over when this part is measured well again. If it was taken away for good, stop the agent, remove verdict.json from its state directory and start it again.".to_owned()
+    })
 }
 
 fn summary(device: &str, verdict: &Verdict, judgement: &Judgement, now: UnixMillis) -> String {
@@ -120,7 +127,8 @@ fn next(status: &Status) -> Vec<String> {
             utc(pause.until)
         ));
     }
-    for plan in status.plans.iter().filter(|plan| !plan.over) {
+    let under_way: Vec<_> = status.plans.iter().filter(|plan| !plan.over).collect();
+    for plan in &under_way {
         lines.push(format!(
             "Plan {} is under way ({}); `lifeboat status --watch` shows it.",
             plan.plan, plan.phase
@@ -146,21 +154,51 @@ fn next(status: &Status) -> Vec<String> {
             "Nothing moves by itself, as `migration.automatic` is false or the device is in no fleet; `lifeboat evacuate --all` moves the containers.".to_owned(),
         );
     }
+    let acting = &judgement.acting;
+    if let Some(stage) = acting.refused {
+        lines.push(format!(
+            "A person said no at stage `{stage}` (an abort, or an approval that was not given): no plan is begun by itself before the stage of the verdict changes; `lifeboat evacuate --all` moves the containers."
+        ));
+    }
+    // Whether the policy would begin a plan now.
+    let free = judgement.automatic
+        && judgement.paused.is_none()
+        && acting.refused.is_none()
+        && under_way.is_empty();
+    let failed = acting.failed.as_ref().filter(|_| free);
+    if let Some(FailedTry { why, again }) = failed {
+        lines.push(format!(
+            "The last try failed: {why}. The next is at {}, in {}.",
+            utc(*again),
+            human_duration(again.since(now))
+        ));
+    }
+    let nothing = if under_way.is_empty() {
+        "Nothing moves"
+    } else {
+        "Nothing new is begun"
+    };
+    let given_up = "What the verdict began and does not move yet is given up; what was copied in advance, after `guards.hold`.";
     match (verdict.kind, verdict.stage) {
         (VerdictKind::Degraded, Some(Stage::Watch)) => {
-            lines.push("Stage `watch`: it is shown, and nothing moves.".to_owned());
+            lines.push(format!("Stage `watch`: it is shown. {nothing}."));
             if judgement.automatic {
                 lines.extend(ladder(judgement, Stage::Prepare, "It would act when"));
             }
         }
         (VerdictKind::Degraded, _) if !judgement.automatic => {}
         (VerdictKind::Degraded, Some(Stage::Prepare)) => {
-            lines.push("Stage `prepare`: the data of running containers is copied to a target in advance, again and again; they run on here.".to_owned());
+            let copied = "the data of running containers is copied to a target in advance, again and again; they run on here";
+            lines.push(if free && failed.is_none() {
+                format!("Stage `prepare`: {copied}.")
+            } else if under_way.is_empty() {
+                format!("Stage `prepare`, at which {copied}: not now.")
+            } else {
+                format!("Stage `prepare`. {nothing} beside what is under way.")
+            });
             lines.extend(ladder(judgement, Stage::Evacuate, "It would evacuate when"));
         }
-        (VerdictKind::Degraded, _)
-            if judgement.paused.is_none() && status.plans.iter().all(|plan| plan.over) =>
-        {
+        (VerdictKind::Degraded, _) if free && failed.is_none() => {
             let delegated = if verdict.delegate.is_empty() {
                 "doing all of the work itself".to_owned()
             } else {
@@ -172,10 +210,13 @@ fn next(status: &Status) -> Vec<String> {
         }
         (VerdictKind::Degraded, _) => {}
         (VerdictKind::Unknown, _) => {
-            lines.push("Nothing moves while the verdict is unknown.".to_owned());
+            lines.push(format!("{nothing} while the verdict is unknown."));
         }
         (VerdictKind::Suspect | VerdictKind::Healthy, _) => {
-            lines.push("Nothing moves.".to_owned());
+            lines.push(format!("{nothing}."));
+            if !under_way.is_empty() && judgement.automatic {
+                lines.push(given_up.to_owned());
+            }
             lines.extend(ladder(judgement, Stage::Watch, "It would be degraded when"));
         }
     }
@@ -190,4 +231,115 @@ fn ladder(judgement: &Judgement, stage: Stage, start: &str) -> Vec<String> {
         .filter(|(_, of)| *of >= stage)
         .map(|(entry, of)| format!("{start} {entry} holds (stage {of})."))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::local::Acting;
+    use crate::migration::PlanStatus;
+    use crate::migration::pause::Pause;
+    use crate::migration::view::HostView;
+    use crate::model::metric::Subject;
+
+    fn status(kind: VerdictKind, stage: Option<Stage>) -> Status {
+        Status {
+            device: "h1".into(),
+            now: UnixMillis(1_750_000_000_000),
+            view: HostView {
+                verdict: Some(Verdict {
+                    kind,
+                    stage,
+                    ..Verdict::default()
+                }),
+                ..HostView::default()
+            },
+            plans: Vec::new(),
+            arriving: Vec::new(),
+            judgement: Some(Judgement {
+                policy: "p".into(),
+                thresholds: 1,
+                degraded: Vec::new(),
+                automatic: true,
+                paused: None,
+                acting: Acting::default(),
+            }),
+        }
+    }
+
+    fn plan() -> PlanStatus {
+        let plan = serde_json::json!({
+            "plan": "p-1", "phase": "replicate", "over": false, "target": null, "paired": null,
+            "bytes_read": 0, "bytes_sent": 0, "bytes_total": 0, "images": [0, 0], "since": 0,
+            "twins": [], "trouble": null,
+        });
+        serde_json::from_value(plan).unwrap()
+    }
+
+    fn told(status: &Status) -> String {
+        next(status).join("\n")
+    }
+
+    #[test]
+    fn what_will_not_happen_is_not_foretold() {
+        let evacuated = "evacuated by themselves";
+        let copied = "Stage `prepare`: the data of running containers is copied";
+        for (stage, promise) in [(Stage::Evacuate, evacuated), (Stage::Prepare, copied)] {
+            let mut status = status(VerdictKind::Degraded, Some(stage));
+            assert!(told(&status).contains(promise), "{}", told(&status));
+            let judgement = status.judgement.as_mut().unwrap();
+            judgement.acting.refused = Some(stage);
+            let text = told(&status);
+            assert!(!text.contains(promise), "{text}");
+            assert!(text.contains("A person said no at stage"), "{text}");
+            let judgement = status.judgement.as_mut().unwrap();
+            judgement.acting = Acting {
+                refused: None,
+                failed: Some(FailedTry {
+                    why: "no target was allocated".into(),
+                    again: UnixMillis(1_750_000_060_000),
+                }),
+            };
+            let text = told(&status);
+            assert!(!text.contains(promise), "{text}");
+            assert!(text.contains("no target was allocated"), "{text}");
+            assert!(text.contains("in 1 min"), "{text}");
+            let judgement = status.judgement.as_mut().unwrap();
+            judgement.acting = Acting::default();
+            judgement.paused = Some(Pause {
+                since: UnixMillis(0),
+                until: UnixMillis(1_750_000_060_000),
+                why: "fans".into(),
+            });
+            assert!(!told(&status).contains(promise), "{}", told(&status));
+        }
+    }
+
+    #[test]
+    fn a_plan_under_way_is_never_called_nothing() {
+        for kind in [
+            VerdictKind::Unknown,
+            VerdictKind::Suspect,
+            VerdictKind::Healthy,
+        ] {
+            let mut status = status(kind, None);
+            assert!(told(&status).contains("Nothing moves"), "{kind}");
+            status.plans.push(plan());
+            assert!(!told(&status).contains("Nothing moves"), "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_failing_disk_that_was_pulled_says_what_ends_it() {
+        let missing = |per| Missing {
+            threshold: "slow".into(),
+            metric: "block.latency_p99".into(),
+            subject: Some(Subject::new(per, "sda")),
+            last_sample: None,
+            failing: true,
+            text: String::new(),
+        };
+        assert!(ends(&missing(Per::Disk)).is_some());
+        assert_eq!(ends(&missing(Per::Container)), None);
+    }
 }

@@ -211,16 +211,13 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
             serve_fleet(&config, fleet_config, Arc::new(parts), &senses, &stop).await?
         }
     };
-    let automatic = config.migration.automatic && config.fleet.is_some();
-    if automatic {
-        let automatic = Automatic::new(
-            delegator.clone(),
-            pauses.clone(),
-            senses.policy(),
-            Refusal::load(&config.state),
-        );
+    let automatic = (config.migration.automatic && config.fleet.is_some()).then(|| {
+        let refusal = Refusal::load(&config.state);
+        let automatic = Automatic::new(delegator.clone(), pauses.clone(), senses.policy(), refusal);
+        let acting = automatic.acting();
         tokio::spawn(automatic.run(view.clone()));
-    }
+        acting
+    });
     let driver = delegator.clone();
     let context = local::Context {
         device: config.device.clone(),

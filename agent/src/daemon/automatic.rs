@@ -4,7 +4,7 @@
 //! aborted or a role did not approve is not tried again before the stage changes, nor after a restart. Non-goals: judging.
 
 use super::refusal::Refusal;
-use crate::api::local::OPERATOR_ABORT;
+use crate::api::local::{Acting, FailedTry, OPERATOR_ABORT};
 use crate::health::{OnTimeout, Policy, Stage, Verdict, VerdictKind};
 use crate::migration::NOT_APPROVED;
 use crate::migration::delegator::Delegator;
@@ -14,6 +14,7 @@ use crate::migration::view::HostView;
 use crate::model::container::State;
 use crate::model::ids::PlanId;
 use crate::model::plan::{MigrationEvent, PlanGuards};
+use crate::model::units::UnixMillis;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -34,6 +35,8 @@ pub struct Automatic {
     /// The plan that this driver started and has not seen end.
     own: Option<Own>,
     refusal: Refusal,
+    failed: Option<FailedTry>,
+    acting: watch::Sender<Acting>,
     not_before: Option<Instant>,
     pause: Duration,
     told: String,
@@ -79,10 +82,18 @@ impl Automatic {
             policy,
             own: None,
             refusal,
+            failed: None,
+            acting: watch::Sender::default(),
             not_before: None,
             pause: RETRY,
             told: String::new(),
         }
+    }
+
+    /// What keeps it from acting; changes with the verdict.
+    #[must_use]
+    pub fn acting(&self) -> watch::Receiver<Acting> {
+        self.acting.subscribe()
     }
 
     /// Drives until the views end.
@@ -91,12 +102,19 @@ impl Automatic {
             let now = view.borrow_and_update().clone();
             if let Some(verdict) = &now.verdict {
                 self.follow(verdict, &now).await;
+                self.acting.send_replace(Acting {
+                    refused: self.refusal.stage(),
+                    failed: self.failed.clone(),
+                });
             }
         }
     }
 
     async fn follow(&mut self, verdict: &Verdict, view: &HostView) {
         let wanted = verdict.stage.filter(|stage| *stage >= Stage::Prepare);
+        if wanted.is_none() {
+            self.failed = None;
+        }
         if self.own.is_none() {
             self.own = self.delegator.by_verdict().map(Own::of_earlier_life);
         }
@@ -198,6 +216,7 @@ impl Automatic {
         match started {
             Ok(plan) => {
                 tracing::warn!(%plan, %stage, "degraded: the policy acts");
+                self.failed = None;
                 Some(plan)
             }
             Err(error) => {
@@ -241,8 +260,11 @@ impl Automatic {
     fn failed(&mut self, stage: Stage, why: String) {
         if why != self.told {
             tracing::error!(%stage, "degraded, and the policy could not act: {why}");
-            self.told = why;
+            self.told.clone_from(&why);
         }
+        let pause = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
+        let again = UnixMillis(self.delegator.now().0.saturating_add(pause));
+        self.failed = Some(FailedTry { why, again });
         // A plan that fails late has frozen the workload: each failure waits twice as long.
         self.not_before = Some(Instant::now() + self.pause);
         self.pause = (self.pause * 2).min(RETRY_MAX);
