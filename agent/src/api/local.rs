@@ -1,5 +1,6 @@
 //! The local API: what the command line asks of the agent, over a unix socket.
 
+use super::recent::Recent;
 use crate::health::{Policy, Stage};
 use crate::migration::access::{Access, AccessError, ServeRequest, Served};
 use crate::migration::delegator::{Delegator, DelegatorError};
@@ -38,6 +39,8 @@ pub struct Context {
     pub device: String,
     /// Latest view of the host.
     pub view: watch::Receiver<Arc<HostView>>,
+    /// The last views.
+    pub recent: Arc<Recent>,
     /// Delegator.
     pub delegator: Arc<Delegator>,
     /// Reloads the policy file; the error keeps the policy that is loaded.
@@ -114,15 +117,21 @@ pub struct Sweep {
     pub device: String,
     /// When it was swept.
     pub at: UnixMillis,
+    /// In which life of the agent: when that began.
+    pub life: UnixMillis,
+    /// Which sweep of that life.
+    pub number: u64,
     /// Every metric that had a value.
     pub samples: Vec<Sample>,
 }
 
-/// Which sweep is asked for: the first that is not of this time.
+/// Which sweep is asked for: the first after this number of this life, or the oldest there is of another life;
+/// without a life the latest.
 #[derive(Debug, Default, Deserialize)]
 struct After {
     #[serde(default)]
-    after: UnixMillis,
+    after: u64,
+    life: Option<UnixMillis>,
 }
 
 /// An operator's request to evacuate.
@@ -304,16 +313,28 @@ async fn status(State(context): State<Context>) -> Json<Status> {
 
 async fn samples(
     State(context): State<Context>,
-    Query(After { after }): Query<After>,
+    Query(After { after, life }): Query<After>,
 ) -> Result<Json<Sweep>, Refused> {
-    let mut view = context.view;
-    let swept = view
-        .wait_for(|view| view.snapshot.at != after && view.snapshot.at != UnixMillis(0))
-        .await
-        .map_err(|_| refused("the agent is stopping".to_owned()))?;
+    let (mut view, recent) = (context.view, context.recent);
+    let swept = loop {
+        let latest = view.borrow_and_update().clone();
+        let after = match life {
+            Some(life) if life == recent.life => after,
+            Some(_) => 0,
+            None => latest.number.saturating_sub(1),
+        };
+        if let Some(swept) = recent.after(after, &latest) {
+            break swept;
+        }
+        view.changed()
+            .await
+            .map_err(|_| refused("the agent is stopping".to_owned()))?;
+    };
     Ok(Json(Sweep {
         device: context.device,
         at: swept.snapshot.at,
+        life: recent.life,
+        number: swept.number,
         samples: swept.snapshot.samples.clone(),
     }))
 }

@@ -7,8 +7,8 @@ use crate::api::local::Sweep;
 use crate::health::{Encoder, MAGIC, RecordingHeader, recorded, span};
 use crate::model::units::{Bytes, UnixMillis, human_duration};
 use crate::telemetry::trace::What;
-use anyhow::Context as _;
-use std::fs::File;
+use anyhow::{Context as _, anyhow};
+use std::fs::{File, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -84,7 +84,10 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
     if context.json {
         println!(
             "{}",
-            serde_json::json!({ "sweeps": done.sweeps, "bytes": done.bytes, "missed": done.missed })
+            serde_json::json!({
+                "sweeps": done.sweeps, "bytes": done.bytes, "missed": done.missed,
+                "lost_sweeps": done.lost,
+            })
         );
         return Ok(());
     }
@@ -96,6 +99,12 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
         Bytes(done.bytes),
         done.bytes / done.sweeps.max(1)
     );
+    if done.lost > 0 {
+        println!(
+            "{} sweeps are missing: they were fetched too late",
+            done.lost
+        );
+    }
     if done.missed > Duration::ZERO {
         println!(
             "without samples for {}: the agent did not run, or swept late",
@@ -111,9 +120,13 @@ struct Recorder {
     encoder: Encoder,
     started: Instant,
     last: UnixMillis,
+    /// Life of the agent and number of the last sweep.
+    heard: (UnixMillis, u64),
     sweeps: u64,
     bytes: u64,
     missed: Duration,
+    /// Sweeps that the agent made and that are not in the file.
+    lost: u64,
 }
 
 /// A sweep a second is the agent's own; later than this, one was missed.
@@ -134,9 +147,11 @@ impl Recorder {
             encoder,
             started: Instant::now(),
             last: first.at,
+            heard: (first.life, first.number.saturating_sub(1)),
             sweeps: 0,
             bytes: 0,
             missed: Duration::ZERO,
+            lost: 0,
         };
         recorder.append(&header)?;
         recorder.sweep(&first)?;
@@ -145,7 +160,8 @@ impl Recorder {
 
     async fn run(&mut self, agent: &Client) -> Outcome {
         loop {
-            let path = format!("/v1/samples?after={}", self.last.0);
+            let (life, number) = self.heard;
+            let path = format!("/v1/samples?life={}&after={number}", life.0);
             match agent.get::<Sweep>(&path).await {
                 Ok(sweep) => self.sweep(&sweep)?,
                 // A restarted agent is waited for: a recording lasts longer than an upgrade.
@@ -160,6 +176,16 @@ impl Recorder {
         if since > LATE {
             self.missed += since;
         }
+        let lost = lost(self.heard, (sweep.life, sweep.number));
+        if !lost.is_empty() {
+            self.lost += lost.end - lost.start;
+            eprintln!(
+                "sweeps {} to {} of the agent's are missing",
+                lost.start,
+                lost.end - 1
+            );
+        }
+        self.heard = (sweep.life, sweep.number);
         self.last = sweep.at;
         self.sweeps += 1;
         let frame = self.encoder.sweep(sweep.at, &sweep.samples);
@@ -173,6 +199,12 @@ impl Recorder {
     }
 }
 
+/// Numbers of the sweeps between one and the next; of another life of the agent, those before it.
+fn lost(heard: (UnixMillis, u64), now: (UnixMillis, u64)) -> std::ops::Range<u64> {
+    let first = if heard.0 == now.0 { heard.1 + 1 } else { 1 };
+    first..now.1
+}
+
 /// A new recording, or one that is there, cut to its last whole frame.
 fn open(path: &Path) -> Result<File, Failure> {
     let named = |what: &str| format!("cannot {what} {}", path.display());
@@ -183,6 +215,17 @@ fn open(path: &Path) -> Result<File, Failure> {
         .truncate(false)
         .open(path)
         .with_context(|| named("open"))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| named("lock"))?,
+        Err(TryLockError::WouldBlock) => {
+            return Err(anyhow!(
+                "another recorder writes to {}; choose another file",
+                path.display()
+            )
+            .into());
+        }
+    }
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)
         .with_context(|| named("read"))?;
@@ -193,11 +236,77 @@ fn open(path: &Path) -> Result<File, Failure> {
         file.write_all(MAGIC).with_context(|| named("write"))?;
         return Ok(file);
     }
-    let whole = recorded(&bytes)
-        .with_context(|| path.display().to_string())?
-        .whole as u64;
+    let end = recorded(&bytes).with_context(|| path.display().to_string())?;
+    if end.altered {
+        return Err(anyhow!(
+            "{} was altered at byte {}, and {} bytes follow that a crash does not explain: it stays as it is; record into another file",
+            path.display(),
+            end.whole,
+            end.torn
+        )
+        .into());
+    }
+    let whole = end.whole as u64;
     file.set_len(whole).with_context(|| named("cut"))?;
     file.seek(std::io::SeekFrom::Start(whole))
         .with_context(|| named("seek in"))?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recording(sweeps: u64) -> Vec<u8> {
+        let header = RecordingHeader {
+            device: "h1".into(),
+            version: "0".into(),
+            at: UnixMillis(1),
+        };
+        let (mut encoder, start) = Encoder::start(&header).unwrap();
+        let mut bytes = [MAGIC, &start].concat();
+        for number in 0..sweeps {
+            bytes.extend(encoder.sweep(UnixMillis(number), &[]));
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_file_that_was_cut_is_continued_and_one_that_was_altered_stays_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("r");
+        let whole = recording(9);
+        for left in [
+            [whole.as_slice(), &whole[MAGIC.len()..MAGIC.len() + 11]].concat(),
+            [whole.as_slice(), &[0; 4096]].concat(),
+        ] {
+            std::fs::write(&path, &left).unwrap();
+            drop(open(&path).unwrap());
+            assert_eq!(std::fs::read(&path).unwrap(), whole);
+        }
+        let mut altered = whole.clone();
+        altered[MAGIC.len() + 20] ^= 1;
+        std::fs::write(&path, &altered).unwrap();
+        assert!(open(&path).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), altered);
+    }
+
+    #[test]
+    fn of_two_recorders_into_one_file_the_second_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("r");
+        let first = open(&path).unwrap();
+        assert!(open(&path).is_err());
+        drop(first);
+        assert!(open(&path).is_ok());
+    }
+
+    #[test]
+    fn a_sweep_that_is_missing_is_counted_also_over_a_restart_of_the_agent() {
+        let (a, b) = (UnixMillis(1), UnixMillis(2));
+        assert!(lost((a, 7), (a, 8)).is_empty());
+        assert_eq!(lost((a, 7), (a, 10)), 8..10);
+        assert!(lost((a, 7), (b, 1)).is_empty());
+        assert_eq!(lost((a, 7), (b, 3)), 1..3);
+    }
 }

@@ -222,6 +222,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     let context = local::Context {
         device: config.device.clone(),
         view,
+        recent: senses.recent(),
         delegator,
         reload: senses.reloader(),
         policy: senses.policy(),

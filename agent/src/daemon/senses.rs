@@ -7,6 +7,7 @@
 use super::comparison::Comparison;
 use super::config::AgentConfig;
 use super::writer::Writer;
+use crate::api::recent::Recent;
 use crate::containers::Runtimes;
 use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
 use crate::migration::view::HostView;
@@ -35,6 +36,7 @@ const SAVE_EDGES_EVERY: Duration = Duration::from_secs(60);
 /// The running sweep.
 pub struct Senses {
     view: watch::Receiver<Arc<HostView>>,
+    recent: Arc<Recent>,
     judge: Arc<Mutex<Option<Judge>>>,
     comparison: Arc<Comparison>,
     policy: Option<PathBuf>,
@@ -61,7 +63,8 @@ impl Senses {
         let judge = Arc::new(Mutex::new(judge));
         let (publish, view) = watch::channel(Arc::new(HostView::default()));
         let edges_at = edges_file(config);
-        let shared = judge.clone();
+        let recent = Arc::new(Recent::new(crate::fleet::now()));
+        let (shared, keeping) = (judge.clone(), recent.clone());
         let comparison = Arc::new(Comparison::default());
         let heard = comparison.clone();
         let cannot = |error| format!("cannot start the sweep's threads: {error}");
@@ -72,6 +75,7 @@ impl Senses {
             let mut saved = (VerdictKind::Unknown, Instant::now());
             let mut edges_saved = (0, Instant::now());
             let mut before = None;
+            let mut number = 0;
             loop {
                 let started = Instant::now();
                 let discovery = handle.block_on(runtimes.follow());
@@ -94,14 +98,17 @@ impl Senses {
                     }
                     verdict
                 });
+                number += 1;
                 let view = HostView {
                     containers: discovery.containers,
                     problems: discovery.problems,
                     snapshot,
                     verdict,
+                    number,
                     swept: Some(sampled),
                 };
                 let view = Arc::new(view);
+                keeping.keep(&view);
                 if publish.send(view.clone()).is_err() {
                     return;
                 }
@@ -116,6 +123,7 @@ impl Senses {
             .map_err(cannot)?;
         Ok(Self {
             view,
+            recent,
             judge,
             comparison,
             policy: config.policy.clone(),
@@ -126,6 +134,12 @@ impl Senses {
     #[must_use]
     pub fn view(&self) -> watch::Receiver<Arc<HostView>> {
         self.view.clone()
+    }
+
+    /// The last views, for whoever records them.
+    #[must_use]
+    pub fn recent(&self) -> Arc<Recent> {
+        self.recent.clone()
     }
 
     /// Returns when nothing is swept any more, which only a panic of the sweep's thread leads to.

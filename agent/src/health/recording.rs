@@ -155,8 +155,10 @@ fn check(payload: &[u8]) -> [u8; 4] {
 pub struct RecordingEnd {
     /// Bytes up to the end of the last whole frame.
     pub whole: usize,
-    /// Bytes after it: a frame that was cut.
+    /// Bytes after it: a frame that was cut, or altered ones and all that follows them.
     pub torn: usize,
+    /// Whether that is more than one frame that a crash cut: bytes that were altered, and what follows them.
+    pub altered: bool,
 }
 
 /// Reads a recording: `start` is called at each start of the recorder, `sweep` with each sweep and those
@@ -199,6 +201,7 @@ pub(super) fn sweeps(
     Ok(RecordingEnd {
         whole: recording.len() - rest.len(),
         torn: rest.len(),
+        altered: is_altered(rest),
     })
 }
 
@@ -208,6 +211,16 @@ pub(super) fn sweeps(
 /// It is none, or of another version.
 pub fn recorded(recording: &[u8]) -> Result<RecordingEnd, RecordingError> {
     sweeps(recording, |_| false, |_| {}, |_, _| {})
+}
+
+/// Whether more follows the frame that is not whole than the zeros of a file that grew before its data came.
+fn is_altered(rest: &[u8]) -> bool {
+    let Some((length, after)) = rest.split_first_chunk::<4>() else {
+        return false;
+    };
+    let length = u32::from_le_bytes(*length) as usize;
+    let beyond = after.get(length.saturating_add(4)..).unwrap_or_default();
+    length > MAX_FRAME || beyond.iter().any(|byte| *byte != 0)
 }
 
 fn next_frame(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
@@ -353,7 +366,7 @@ mod tests {
                 .collect();
             let bytes = recorded(&sweeps);
             let (read, end) = read(&bytes);
-            prop_assert_eq!(end, RecordingEnd { whole: bytes.len(), torn: 0 });
+            prop_assert_eq!(end, RecordingEnd { whole: bytes.len(), torn: 0, altered: false });
             prop_assert_eq!(read, sweeps);
         }
 
@@ -369,6 +382,7 @@ mod tests {
             let cut = MAGIC.len() + ((bytes.len() - MAGIC.len()) as f64 * cut) as usize;
             let (got, end) = read(&bytes[..cut]);
             prop_assert_eq!(end.whole + end.torn, cut);
+            prop_assert!(!end.altered);
             prop_assert_eq!(got.len(), read(&bytes[..end.whole]).0.len());
             let (_, again) = Encoder::start(&header()).unwrap();
             let joined = [&bytes[..end.whole], &again].concat();

@@ -20,6 +20,9 @@ pub struct HostView {
     pub snapshot: Snapshot,
     /// Verdict; none without a policy.
     pub verdict: Option<Verdict>,
+    /// Which sweep of the agent's life it is, from 1; 0 before the first.
+    #[serde(default)]
+    pub number: u64,
     /// When it was swept; told to nobody else.
     #[serde(skip)]
     pub swept: Option<Instant>,
