@@ -1,7 +1,8 @@
 //! Block I/O on this kernel: real programs, real cgroups, real disks. Needs root.
 
 use lifeboat::model::telemetry::{BlockIo, Snapshot};
-use lifeboat::telemetry::Telemetry;
+use lifeboat::telemetry::{Telemetry, TelemetryConfig};
+use lifeboat_tests::disk::{Disk, output};
 use lifeboat_tests::scope::{Scope, container, now};
 use std::fs;
 use std::io::Write;
@@ -228,5 +229,49 @@ fn a_container_born_and_gone_between_two_sweeps_is_counted() {
     assert!(
         (disks - read).abs() < 0.1,
         "{disks} on disks, {read} in all"
+    );
+}
+
+#[test]
+fn what_a_loop_device_hands_to_the_disk_below_its_file_is_in_the_hosts_sum_once() {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (Some(scope), Some(_on_a_disk)) = (Scope::new("loop"), Scratch::new("loop", 1)) else {
+        return;
+    };
+    let Some(disk) = Disk::new(directory, "sum", 8) else {
+        return;
+    };
+    let mut senses = Telemetry::start(TelemetryConfig {
+        root: PathBuf::from("/"),
+        cgroup: scope.path().parent().expect("the root").to_owned(),
+        edge_age: Duration::from_secs(3600),
+        remembered: Vec::new(),
+        limits: Default::default(),
+    });
+    let start = Instant::now();
+    senses.sweep(&[], now());
+    let of = format!("of={}", disk.device());
+    let how = ["if=/dev/urandom", &of, "bs=1M", "count=8", "oflag=direct"];
+    output("dd", &how);
+    output(
+        "sync",
+        &["--file-system", directory.to_str().expect("plain")],
+    );
+    let seconds = start.elapsed().as_secs_f64();
+    let snapshot = senses.sweep(&[], now());
+    let written = |io: &BlockIo| io.writes.bytes_per_second * seconds / MIB;
+    let of_host = written(&snapshot.host.block.expect("the programs run"));
+    let of = |is_of: &dyn Fn(&str) -> bool| -> f64 {
+        let disks = snapshot.devices.iter().filter(|disk| is_of(&disk.name));
+        disks.map(|disk| written(&disk.block)).sum()
+    };
+    let own = of(&|name| disk.device().ends_with(&format!("/{name}")));
+    assert!(own > 7.5, "{own} MiB of 8 on {}", disk.device());
+    // Others may have loop devices too.
+    let (disks, all) = (of(&|name| !name.starts_with("loop")), of(&|_| true));
+    assert!(disks > 7.5, "{disks} MiB of 8 on disks");
+    assert!(
+        (disks - 0.1..all - own + 0.1).contains(&of_host),
+        "{of_host} MiB in all, {disks} on disks, {own} on the loop device, {all} on any"
     );
 }
