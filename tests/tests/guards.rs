@@ -93,7 +93,7 @@ fn a_pause_missing_approvals_and_the_storm_guard_hold_an_automatic_evacuation_ba
         migration: Vec::new(),
         ..Device::new(SOURCE)
     };
-    let Some(stage) = Stage::up("guards", &[source, device(TARGET, None)], &[CACHE])? else {
+    let Some(mut stage) = Stage::up("guards", &[source, device(TARGET, None)], &[CACHE])? else {
         return Ok(());
     };
     let crew = &stage.crew;
@@ -118,6 +118,19 @@ fn a_pause_missing_approvals_and_the_storm_guard_hold_an_automatic_evacuation_ba
     )?;
     three_sweeps(crew)?;
     ensure!(plans(crew)?.len() == 1, "again: {:?}", plans(crew)?);
+
+    // Nor in another life of the agent.
+    stage.crew.kill_agent(SOURCE)?;
+    stage.crew.start_agent(SOURCE)?;
+    let (crew, host) = (&stage.crew, stage.source()?);
+    wait_for("the verdict of before", PATIENCE, || {
+        let (_, status) = crew.ask(SOURCE, &["status"])?;
+        Ok((status["view"]["verdict"]["kind"] == "degraded").then_some(()))
+    })?;
+    three_sweeps(crew)?;
+    ensure!(plans(crew)?.is_empty(), "again: {:?}", plans(crew)?);
+    let told = crew.tell(SOURCE, &["explain"])?;
+    says(&told, &["A person said no at stage `evacuate`"])?;
 
     reload(crew, &policy(false, "5m"), "healthy")?;
     reload(crew, &policy(true, "5m"), "degraded")?;
