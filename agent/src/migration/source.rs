@@ -32,6 +32,7 @@ use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::{DataKey, DataPath, Hop, Limit, LinkKey, Sender};
 use crate::volume::BlockSize;
+use crate::volume::one::CONTENT;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -598,6 +599,7 @@ impl<'a> Paused<'a> {
                 target,
                 releases,
                 block_sizes,
+                device_sizes: BTreeMap::new(),
                 since,
             });
         }
@@ -630,6 +632,15 @@ impl<'a> Paused<'a> {
         let block_sizes = sent
             .map(|(volume, state)| (*volume, Bytes(state.block_size.bytes())))
             .collect();
+        let devices = volumes
+            .iter()
+            .filter(|volume| volume.kind == VolumeKind::Device);
+        let device_sizes = devices
+            .filter_map(|volume| {
+                let content = replica.sent.get(&volume.id)?.get(CONTENT)?;
+                Some((volume.id, Bytes(content.size())))
+            })
+            .collect();
         let releases = rounds
             .into_iter()
             .map(|round| VolumeRelease {
@@ -644,6 +655,7 @@ impl<'a> Paused<'a> {
             target,
             releases,
             block_sizes,
+            device_sizes,
             since,
         })
     }
@@ -656,6 +668,7 @@ struct FinallySent<'a> {
     releases: Vec<VolumeRelease>,
     /// Of the blocks over which each root is.
     block_sizes: BTreeMap<VolumeId, Bytes>,
+    device_sizes: BTreeMap<VolumeId, Bytes>,
     since: Instant,
 }
 
@@ -667,6 +680,7 @@ impl<'a> FinallySent<'a> {
             target,
             releases,
             block_sizes,
+            device_sizes,
             since,
         } = self;
         core.enter("release")?;
@@ -681,6 +695,7 @@ impl<'a> FinallySent<'a> {
             target: target.device.clone(),
             volumes: releases,
             block_sizes,
+            device_sizes,
             at: core.delegator.now(),
         };
         let signed = sign(core.fleet()?, &release)?;

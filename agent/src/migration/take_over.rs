@@ -106,7 +106,11 @@ impl Target {
                     released.clone(),
                     place.path.clone(),
                     super::verify::block_size(release, volume),
-                    volume.size.0,
+                    release
+                        .device_sizes
+                        .get(&volume.id)
+                        .unwrap_or(&volume.size)
+                        .0,
                 ))
             })
             .collect();

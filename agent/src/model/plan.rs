@@ -211,6 +211,9 @@ pub struct Release {
     /// Bytes of the blocks over which each root of data is; a build before this was told did not say.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub block_sizes: BTreeMap<VolumeId, Bytes>,
+    /// Sizes of the devices among them as they were sent, which may have grown since the plan was made.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub device_sizes: BTreeMap<VolumeId, Bytes>,
     /// When it was written.
     pub at: UnixMillis,
 }

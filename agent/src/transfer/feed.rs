@@ -9,7 +9,7 @@ use super::finder::{self, Finder};
 use super::frame::{FrameKind, Header};
 use super::message::{Done, Failure, FailureCode, Held, Message};
 use super::payload::{self, Payload, PayloadKind};
-use super::queue::{Queue, lock};
+use super::queue::{OnPanic, Queue, lock};
 use super::rebuild::RebuildError;
 use super::receive::{Complete, Reception, Session, Volume};
 use super::sender::proof;
@@ -213,7 +213,11 @@ impl Feed<'_> {
             queue.close();
         };
         let worker = || {
-            let _end = queue.ending_on_panic();
+            // The receiving thread waits for the peer, and the peer for an answer to what this thread took.
+            let _end = OnPanic(|| {
+                queue.abandon();
+                self.voice.end();
+            });
             let mut hand = match Hand::new(self.reception.options.engine) {
                 Ok(hand) => hand,
                 Err(error) => return fail(error),

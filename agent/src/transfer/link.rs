@@ -74,14 +74,13 @@ impl LinkError {
         matches!(self, Self::Failed(failure) if failure.code == FailureCode::Forgotten)
     }
 
-    /// Whether a relay can be the cause: it is away, it cannot reach the next device, or its own disk fails.
+    /// Whether a relay can be the cause: it is away, or its own disk fails. One that cannot reach the next device has
+    /// waited for it.
     #[must_use]
     pub fn may_be_of_relay(&self) -> bool {
         match self {
             Self::Lost { .. } => true,
-            Self::Failed(failure) => {
-                matches!(failure.code, FailureCode::Unreachable | FailureCode::Spool)
-            }
+            Self::Failed(failure) => failure.code == FailureCode::Spool,
             _ => false,
         }
     }

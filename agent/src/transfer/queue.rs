@@ -99,22 +99,22 @@ impl<T> Queue<T> {
         self.changed.notify_all();
     }
 
-    /// To be held by a thread that takes items: when it panics nobody waits for what it took.
-    pub(super) fn ending_on_panic(&self) -> EndOnPanic<'_, T> {
-        EndOnPanic(self)
+    /// Nothing more is handed out, and nobody waits for what was taken: who took it panicked.
+    pub(super) fn abandon(&self) {
+        let mut state = lock(&self.state);
+        (state.closed, state.busy) = (true, 0);
+        state.items.clear();
+        self.changed.notify_all();
     }
 }
 
-/// Ends its queue when it is dropped by a panic.
-pub(super) struct EndOnPanic<'q, T>(&'q Queue<T>);
+/// Does something when its thread panics, or nobody there would wake those who wait for it.
+pub(super) struct OnPanic<F: Fn()>(pub(super) F);
 
-impl<T> Drop for EndOnPanic<'_, T> {
+impl<F: Fn()> Drop for OnPanic<F> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let mut state = lock(&self.0.state);
-            (state.closed, state.busy) = (true, 0);
-            state.items.clear();
-            self.0.changed.notify_all();
+            (self.0)();
         }
     }
 }
@@ -129,7 +129,7 @@ mod tests {
         let ended = std::panic::catch_unwind(|| {
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    let _end = queue.ending_on_panic();
+                    let _end = OnPanic(|| queue.abandon());
                     queue.take();
                     panic!("as a reader might");
                 });

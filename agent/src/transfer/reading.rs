@@ -11,7 +11,7 @@ use super::link::LinkError;
 use super::message::Held;
 use super::payload::Block;
 use super::pieces::{self, Large, Piece, Span, spans};
-use super::queue::{Queue, lock};
+use super::queue::{OnPanic, Queue, lock};
 use super::record::SLOT;
 use super::small::OfferedFiles;
 use super::source::{EXTENTS_CAP, Source, SourceError, Tally, add};
@@ -322,7 +322,7 @@ impl<'s> Reading<'_, 's> {
     }
 
     fn work(&self) {
-        let _end = self.queue.ending_on_panic();
+        let _end = OnPanic(|| self.queue.abandon());
         let mut engine = match engine(self.source.options.engine) {
             Ok(engine) => engine,
             Err(error) => return self.fail(LinkError::Local(error.to_string()).into()),

@@ -10,7 +10,7 @@ use super::feed::{Arrived, Feed, ReceiveError, Voice};
 use super::message::{
     Answers, Basis, Done, Failure, FailureCode, Holdings, Message, SessionId, have_messages,
 };
-use super::queue::lock;
+use super::queue::{OnPanic, lock};
 use super::rebuild::Rebuild;
 use super::seal::{DataKey, LinkKey, Salt, Sealer};
 use super::sender::path_hash;
@@ -252,6 +252,7 @@ impl Reception {
         };
         std::thread::scope(|scope| {
             scope.spawn(|| voice.heartbeat(self.options.patience / 4));
+            let _end = OnPanic(|| voice.end());
             if let Err(error) = self.session(volume, epoch, &begin, &mut receiver, &voice, socket) {
                 let failure = error.failure();
                 if failure.code == FailureCode::Forgotten {

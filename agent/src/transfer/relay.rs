@@ -11,7 +11,7 @@ use super::link::{Event, Hop, Link, LinkError, LinkSetup};
 use super::message::{
     Answers, Basis, Done, Failure, FailureCode, Have, Holdings, Message, SessionId,
 };
-use super::queue::lock;
+use super::queue::{OnPanic, lock};
 use super::seal::{DataKey, LinkKey, Salt, Sealer, Tagger, random};
 use super::spool::Spool;
 use super::{Options, Progress};
@@ -206,6 +206,7 @@ impl Relay {
         });
         std::thread::scope(|scope| {
             scope.spawn(|| voice.heartbeat(self.options.patience / 4));
+            let _end = OnPanic(|| voice.end());
             if let Err(failure) = self.session(id, epoch, &begin, &mut receiver, &voice, socket) {
                 tracing::error!(%plan, "{}", failure.text);
                 voice.say(&Message::Failed(failure));

@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::sync::LazyLock;
 use xattr::FileExt;
 
 /// Something that carries attributes: an open file, or a path that is not followed.
@@ -56,23 +55,19 @@ fn unsupported(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32)
 }
 
-/// How XFS keeps POSIX ACLs: to root it lists them twice, by these names and by those that they have everywhere
-/// (`xfs_xattr_put_listent` in fs/xfs/xfs_xattr.c).
-const XFS_ACLS: [&str; 2] = ["trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"];
+/// Names that are not the volume's own: the label of SELinux, which the policy of each host gives, and how XFS keeps POSIX
+/// ACLs: to root it lists them twice, by these names and by those that they have everywhere (`xfs_xattr_put_listent` in
+/// fs/xfs/xfs_xattr.c).
+const OF_HOST: [&str; 3] = [LABEL, "trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT"];
+const LABEL: &str = "security.selinux";
 
-const SELINUX: &str = "security.selinux";
-
-/// Whether this host's kernel labels every file by its own policy.
-static LABELS: LazyLock<bool> = LazyLock::new(|| Path::new("/sys/fs/selinux/enforce").exists());
-
-/// Whether an attribute is not the volume's, but its host's: of one that labels every file by itself, or of one that does not.
-fn is_of_host(name: &OsStr, labels: bool) -> bool {
-    XFS_ACLS.iter().any(|acl| name == *acl) || labels && name == SELINUX
+fn is_of_host(name: &OsStr) -> bool {
+    OF_HOST.iter().any(|of_host| name == *of_host)
 }
 
 fn names<C: Carrier + ?Sized>(carrier: &C) -> io::Result<Vec<OsString>> {
     let mut names = carrier.list()?;
-    names.retain(|name| !is_of_host(name, *LABELS));
+    names.retain(|name| !is_of_host(name));
     Ok(names)
 }
 
@@ -102,7 +97,7 @@ pub fn read<C: Carrier + ?Sized>(carrier: &C) -> io::Result<Vec<Xattr>> {
 
 /// Makes the attributes of `carrier` equal to `wanted`.
 ///
-/// Labels that the host's own policy gives stay as they are.
+/// A label that the host's policy gave stays: the kernel forbids removing it.
 ///
 /// # Errors
 /// The name that could not be set or removed, with the I/O error.
@@ -124,7 +119,7 @@ pub fn write<C: Carrier + ?Sized>(
     }
     for xattr in wanted {
         let name = OsStr::from_bytes(&xattr.name);
-        if is_of_host(name, *LABELS) {
+        if is_of_host(name) {
             continue;
         }
         carrier
@@ -134,15 +129,50 @@ pub fn write<C: Carrier + ?Sized>(
     Ok(())
 }
 
+/// Gives a file that is made anew the label that another of the same host has.
+///
+/// # Errors
+/// It cannot be read or set.
+pub fn copy_label(from: &File, to: &File) -> io::Result<()> {
+    match from.get_xattr(LABEL) {
+        Ok(Some(label)) => to.set_xattr(LABEL, &label),
+        Ok(None) => Ok(()),
+        Err(error) if unsupported(&error) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn labels_are_the_volumes_own_only_where_the_host_gives_none_itself() {
-        let is_of_host = |name: &str, labels| is_of_host(OsStr::new(name), labels);
-        assert!(is_of_host(SELINUX, true) && !is_of_host(SELINUX, false));
-        assert!(!is_of_host("security.capability", true) && !is_of_host("user.selinux", true));
-        assert!(is_of_host(XFS_ACLS[0], false));
+    fn labels_are_their_hosts_and_are_neither_told_nor_set_nor_removed() {
+        let target = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
+        let dir = tempfile::tempdir_in(target).unwrap();
+        let make = |name| File::create_new(dir.path().join(name)).unwrap();
+        let (labelled, other) = (make("labelled"), make("other"));
+        if let Err(error) = labelled.set_xattr(LABEL, b"a:b:c:s0") {
+            println!("no label can be set here ({error}): not tested");
+            return;
+        }
+        labelled.set_xattr("user.of", b"volume").unwrap();
+        let own = Xattr {
+            name: (*b"user.of").into(),
+            value: (*b"volume").into(),
+        };
+        assert_eq!(read(&labelled).unwrap(), std::slice::from_ref(&own));
+        write(&labelled, &[]).unwrap();
+        assert_eq!(read(&labelled).unwrap(), []);
+        assert_eq!(labelled.get_xattr(LABEL).unwrap().unwrap(), b"a:b:c:s0");
+        let label = Xattr {
+            name: LABEL.as_bytes().into(),
+            value: (*b"x:y:z:s0").into(),
+        };
+        write(&other, &[label, own.clone()]).unwrap();
+        assert_eq!(read(&other).unwrap(), [own]);
+        assert_eq!(other.get_xattr(LABEL).unwrap(), None);
+        copy_label(&labelled, &other).unwrap();
+        assert_eq!(other.get_xattr(LABEL).unwrap().unwrap(), b"a:b:c:s0");
     }
 }

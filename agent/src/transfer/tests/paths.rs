@@ -297,6 +297,7 @@ fn directories_with_large_files_that_come_and_go_while_a_round_runs_do_not_end_i
     for n in 0..3000 {
         fs::write(bench.source.join(format!("a{n}")), noise(n, 5000)).unwrap();
     }
+    fs::write(bench.source.join("z"), noise(1, 500)).unwrap();
     let busy = bench.source.clone();
     let stop = Arc::new(AtomicBool::new(false));
     let stopped = Arc::clone(&stop);
@@ -308,6 +309,7 @@ fn directories_with_large_files_that_come_and_go_while_a_round_runs_do_not_end_i
             fs::write(place.join("small"), noise(n, 500)).unwrap();
             fs::write(place.join("chunk"), noise(n, 1_100_000)).unwrap();
             fs::hard_link(busy.join("a1"), place.join("name")).unwrap();
+            fs::hard_link(busy.join("z"), place.join("first name")).unwrap();
             if n.is_multiple_of(2) {
                 fs::remove_dir_all(&place).unwrap();
             } else {

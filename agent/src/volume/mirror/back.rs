@@ -10,6 +10,7 @@ use super::super::codec::Reader;
 use super::super::confined::{Confined, split};
 use super::super::tree::{Entry, Kind, Timestamp};
 use super::super::walk::{self, WalkError, bare_entry, read_xattrs};
+use super::super::xattrs;
 use super::log::{Log, Record};
 use super::{Act, Change};
 use nix::errno::Errno;
@@ -209,7 +210,9 @@ fn clone(root: &Destination) -> Result<Destination, WriteBackError> {
         let path = directories[at].path.clone();
         let from = File::from(directory_of(root, &path)?);
         directories[at].xattrs = read_xattrs(root.root(), &path, &from)?;
-        let into = directory_of(&new, &path)?;
+        let into = File::from(directory_of(&new, &path)?);
+        xattrs::copy_label(&from, &into)
+            .map_err(|e| root.failed("keep the label of", &path, 0, e))?;
         for name in names(root, &path, from.as_fd())? {
             if path.is_empty() && name.as_bytes() == STAGE {
                 continue;
