@@ -21,6 +21,20 @@ pub struct Request {
     pub place: usize,
 }
 
+/// Requests that a disk has under way, by the kernel's own count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnderWay {
+    /// So many.
+    Count(u64),
+    /// The kernel does not count them.
+    Unknown,
+    /// The disk is gone.
+    Gone,
+}
+
+/// No driver lets a request wait for so long at a disk that answers others.
+const ANCIENT: Duration = Duration::from_secs(300);
+
 /// Remembers the counters of the last sweep.
 #[derive(Default)]
 pub struct Counters {
@@ -46,6 +60,22 @@ pub struct Interval {
 }
 
 impl Counters {
+    /// Whether a disk has done a request since the last sweep: one that it fails says that it is there, not that it
+    /// does what it is asked.
+    #[must_use]
+    pub fn answers(&self, device: u32, now: &[(BlockKey, BlockStats)]) -> bool {
+        let done = |stats: &BlockStats| {
+            let ended: i64 = stats.latency.slots.iter().copied().map(i64::from).sum();
+            let failed: u64 = stats.errors.iter().sum();
+            ended.saturating_sub_unsigned(failed)
+        };
+        let mut of_disk = now.iter().filter(|(key, _)| key.device == device);
+        of_disk.any(|(key, stats)| {
+            let before = self.before.get(key).map_or(0, |seen| done(&seen.stats));
+            done(stats) > before
+        })
+    }
+
     /// Block I/O of the interval by (cgroup, disk, op).
     pub fn interval(
         &mut self,
@@ -132,31 +162,52 @@ fn ops(io: &mut BlockIo, operation: u32) -> Option<&mut BlockOps> {
     }
 }
 
-/// Those of the requests under way whose end was missed: of what is older than the interval the oldest, as far as
-/// their disk says that it has fewer under way. The kernel leaves a program out that another one interrupted, and some
-/// requests are given up without an end.
+/// Those of the requests under way whose end was missed. The kernel leaves a program out that another one interrupted,
+/// and some requests are given up without an end.
+///
+/// Of what is older than the interval these are, on a disk that answers others: the oldest, as far as the disk says that
+/// it has fewer under way, and what is older than any request becomes. A disk that answers nothing may have taken its
+/// requests back for a later try, and Linux before 6.10 does not count these: they wait, and age.
 pub fn ended_unseen(
     in_flight: &[Request],
     now_ns: u64,
     interval: Duration,
-    under_way: impl Fn(u32) -> Option<u64>,
+    answers: impl Fn(u32) -> bool,
+    under_way: impl Fn(u32) -> UnderWay,
 ) -> Vec<Request> {
+    let older =
+        |request: &Request, than: Duration| u128::from(age(request, now_ns)) > than.as_nanos();
     let mut old: Vec<Request> = in_flight
         .iter()
-        .filter(|request| u128::from(age(request, now_ns)) > interval.as_nanos())
-        // The kernel does not count these among what is under way; nor do they have a latency.
-        .filter(|request| request.key.op != op::FLUSH)
+        .filter(|request| older(request, interval))
         .copied()
         .collect();
     old.sort_by_key(|request| request.since_ns);
     let disks: HashSet<u32> = old.iter().map(|request| request.key.device).collect();
-    let ended = disks.into_iter().flat_map(|device| {
-        let of_disk = old.iter().filter(move |one| one.key.device == device);
-        let known = under_way(device).and_then(|count| usize::try_from(count).ok());
-        let more = known.map_or(0, |count| of_disk.clone().count().saturating_sub(count));
-        of_disk.take(more)
-    });
-    ended.copied().collect()
+    let mut ended = Vec::new();
+    for device in disks {
+        let of_disk = old.iter().filter(|one| one.key.device == device);
+        let count = match under_way(device) {
+            UnderWay::Gone => {
+                ended.extend(of_disk);
+                continue;
+            }
+            UnderWay::Count(count) => Some(count),
+            UnderWay::Unknown => None,
+        };
+        if !answers(device) {
+            continue;
+        }
+        let (ancient, others): (Vec<Request>, Vec<Request>) =
+            of_disk.partition(|one| older(one, ANCIENT));
+        ended.extend(ancient);
+        // The kernel does not count flushes among what is under way; nor do they have a latency.
+        let counted = others.iter().filter(|one| one.key.op != op::FLUSH);
+        let known = count.and_then(|count| usize::try_from(count).ok());
+        let more = known.map_or(0, |count| counted.clone().count().saturating_sub(count));
+        ended.extend(counted.take(more));
+    }
+    ended
 }
 
 /// Adds a request under way; a disk that answers nothing any more must not look idle.
@@ -251,37 +302,79 @@ mod tests {
         }
     }
 
+    /// At 1000.5 s, of a disk that says `under_way`: when those were issued that are given up, in s.
+    fn given_up(issued: &[(u32, u64)], answers: bool, under_way: UnderWay) -> Vec<u64> {
+        let requests: Vec<Request> = issued
+            .iter()
+            .map(|&(op, since)| request(BlockKey { op, ..KEY }, since * 1_000_000_000))
+            .collect();
+        let now_ns = 1_000_500_000_000;
+        let ended = ended_unseen(&requests, now_ns, SECOND, |_| answers, |_| under_way);
+        let mut since: Vec<u64> = ended
+            .iter()
+            .map(|one| one.since_ns / 1_000_000_000)
+            .collect();
+        since.sort_unstable();
+        since
+    }
+
     #[test]
     fn a_request_whose_end_was_missed_does_not_age_for_ever() {
-        let of =
-            |device, op, since: u64| request(BlockKey { device, op, ..KEY }, since * 1_000_000_000);
-        let under_way = [
-            of(1, op::READ, 50),
-            of(1, op::READ, 20),
-            of(1, op::WRITE, 30),
-            of(1, op::READ, 100),
-            of(1, op::READ, 0),
-            of(1, op::FLUSH, 10),
-            of(2, op::READ, 10),
-            of(3, op::READ, 10),
+        let issued = [
+            (op::READ, 950),
+            (op::READ, 920),
+            (op::WRITE, 930),
+            (op::READ, 1000),
+            (op::READ, 0),
+            (op::FLUSH, 910),
         ];
-        let ended = |of_first| {
-            let count = |device| match device {
-                1 => Some(of_first),
-                2 => Some(1),
-                _ => None,
-            };
-            let ended = ended_unseen(&under_way, 100_500_000_000, SECOND, count);
-            let since = ended.iter().map(|one| one.since_ns / 1_000_000_000);
-            since.collect::<Vec<u64>>()
-        };
-        assert_eq!(ended(3), [0; 0]);
+        let of = |under_way| given_up(&issued, true, under_way);
+        assert_eq!(of(UnderWay::Count(3)), [0; 0]);
         assert_eq!(
-            ended(2),
-            [20],
+            of(UnderWay::Count(2)),
+            [920],
             "the oldest; what waits and what is young is none"
         );
-        assert_eq!(ended(0), [20, 30, 50]);
+        assert_eq!(of(UnderWay::Count(0)), [920, 930, 950]);
+        assert_eq!(of(UnderWay::Unknown), [0; 0]);
+        assert_eq!(of(UnderWay::Gone), [910, 920, 930, 950]);
+    }
+
+    #[test]
+    fn a_disk_that_answers_nothing_is_slow_and_not_idle_whatever_the_kernel_counts() {
+        let issued = [(op::READ, 990), (op::WRITE, 600), (op::FLUSH, 600)];
+        assert_eq!(given_up(&issued, false, UnderWay::Count(0)), [0; 0]);
+    }
+
+    #[test]
+    fn on_a_busy_disk_no_request_is_five_minutes_old() {
+        let issued = [(op::READ, 990), (op::WRITE, 600), (op::FLUSH, 601)];
+        for under_way in [UnderWay::Count(50), UnderWay::Unknown] {
+            assert_eq!(given_up(&issued, true, under_way), [600, 601]);
+        }
+        assert_eq!(
+            given_up(&issued, true, UnderWay::Count(1)),
+            [600, 601],
+            "the ancient one is none of those that the kernel counts"
+        );
+    }
+
+    #[test]
+    fn a_disk_answers_while_requests_end_without_an_error() {
+        let mut counters = Counters::default();
+        let mut now = stats(30, 5, 4096);
+        counters.interval(&[(KEY, now)], &[], 0);
+        let answers = |now| counters.answers(KEY.device, &[(KEY, now)]);
+        assert!(!answers(now));
+        now.latency.slots[30] += 1;
+        assert!(answers(now));
+        now.errors[error::TRANSPORT] += 1;
+        assert!(!answers(now), "it failed");
+        now.errors[error::TRANSPORT] += 1;
+        assert!(!answers(now), "it failed before it was issued");
+        now.latency.slots[20] += 2;
+        assert!(answers(now));
+        assert!(!counters.answers(KEY.device + 16, &[(KEY, now)]));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What procfs and sysfs say of the disks whose requests the kernel programs count.
 
+use super::block::UnderWay;
 use super::host::{entries, text};
 use crate::model::mounts;
 use std::collections::BTreeSet;
@@ -112,20 +113,26 @@ pub fn is_charged(cgroup: &Path) -> bool {
 }
 
 /// Requests that a disk has under way by the kernel's own count, as often as its partitions count them too (until
-/// Linux 5.11 these alone did); none where it does not count.
-pub fn under_way(root: &Path, device: u32) -> Option<u64> {
-    let stats = fs::read_to_string(root.join("proc/diskstats")).ok()?;
+/// Linux 5.11 these alone did).
+pub fn under_way(root: &Path, device: u32) -> UnderWay {
+    let stats = fs::read_to_string(root.join("proc/diskstats")).unwrap_or_default();
     let lines: Vec<Line> = stats.lines().filter_map(Line::parse).collect();
     let Some(disk) = lines.iter().find(|line| line.device == device) else {
         // It is gone; or one without a number, as paths of NVMe namespaces are in older kernels.
         let known = !lines.is_empty() && lines.iter().all(|line| line.device != 0);
-        return known.then_some(0);
+        return if known {
+            UnderWay::Gone
+        } else {
+            UnderWay::Unknown
+        };
     };
     let directory = root.join("sys/block").join(disk.name);
-    let counts = text(&directory.join("queue/iostats"))? != "0";
+    if text(&directory.join("queue/iostats")).is_none_or(|counts| counts == "0") {
+        return UnderWay::Unknown;
+    }
     let is_of = |line: &&Line| line.device == device || directory.join(line.name).is_dir();
     let of_disk = lines.iter().filter(is_of).map(|line| line.under_way);
-    counts.then(|| of_disk.sum())
+    UnderWay::Count(of_disk.sum())
 }
 
 /// A line of /proc/diskstats (Linux, Documentation/admin-guide/iostats.rst).
@@ -196,15 +203,15 @@ mod tests {
             ("sys/block/sdc/queue/iostats", "0\n"),
         ]);
         let of = |device| under_way(root.path(), device);
-        assert_eq!(of(8 << 20), Some(3));
-        assert_eq!(of(8 << 20 | 16), Some(0));
-        assert_eq!(of(8 << 20 | 32), None, "it does not count");
-        assert_eq!(of(8 << 20 | 48), Some(0), "it is gone");
+        assert_eq!(of(8 << 20), UnderWay::Count(3));
+        assert_eq!(of(8 << 20 | 16), UnderWay::Count(0));
+        assert_eq!(of(8 << 20 | 32), UnderWay::Unknown, "it does not count");
+        assert_eq!(of(8 << 20 | 48), UnderWay::Gone);
         let hidden = STATS.replace("259 3", "0 0");
         fs::write(root.path().join("proc/diskstats"), hidden).unwrap();
-        assert_eq!(of(259 << 20 | 3), None, "it has no number");
+        assert_eq!(of(259 << 20 | 3), UnderWay::Unknown, "it has no number");
         fs::remove_file(root.path().join("proc/diskstats")).unwrap();
-        assert_eq!(of(8 << 20), None);
+        assert_eq!(of(8 << 20), UnderWay::Unknown);
     }
 
     #[test]

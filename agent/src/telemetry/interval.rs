@@ -47,14 +47,26 @@ pub fn add_waiting(stats: &mut RunQueueStats, age_ns: u64, interval: Duration) {
     }
 }
 
-/// Whose wait is none of the device's: containers that were kept off the CPUs for having used their quota since the
-/// reading before. Their tasks stand in the run queue then, which says nothing of how busy the device is.
+/// From what share of its quota periods on, in percent, a container's wait is taken for its quota's sake.
+const NOTICEABLE: f64 = 10.0;
+
+/// Whose wait is none of the device's: containers that were kept off the CPUs in a noticeable share of their quota
+/// periods. Their tasks stand in the run queue then, which says nothing of how busy the device is.
 pub fn throttled(values: &[Value]) -> HashSet<ContainerName> {
     let stopped = values
         .iter()
-        .filter(|(metric, _, share)| *metric == "cpu.quota_throttled" && *share > 0.0);
+        .filter(|(metric, _, share)| *metric == "cpu.quota_throttled" && *share >= NOTICEABLE);
     let names = stopped.map(|(_, subject, _)| ContainerName(subject.name.clone()));
     names.collect()
+}
+
+/// The device's run queue: without those that their quota stopped, unless nobody else ran that could tell of it.
+pub fn of_host(others: RunQueueStats, stopped: RunQueueStats) -> RunQueueStats {
+    if others.latency.count() == 0 && others.waiting == 0 {
+        stopped
+    } else {
+        others
+    }
 }
 
 /// The metrics of a run queue. Nobody who waited is a latency of zero: the programs run and saw it.
@@ -141,10 +153,11 @@ mod tests {
     }
 
     #[test]
-    fn a_container_that_its_quota_stopped_is_known_as_throttled() {
+    fn a_container_that_its_quota_stopped_noticeably_is_known_as_throttled() {
         let of = |metric, name: &str, share| (metric, subject(Per::Container, name), share);
         let values = [
             of("cpu.quota_throttled", "stopped", 12.5),
+            of("cpu.quota_throttled", "now and then", 9.9),
             of("cpu.quota_throttled", "within", 0.0),
             of("cpu.used", "busy", 90.0),
         ];
@@ -152,6 +165,17 @@ mod tests {
             throttled(&values),
             [ContainerName("stopped".to_owned())].into()
         );
+    }
+
+    #[test]
+    fn where_only_stopped_containers_run_the_device_does_not_look_idle() {
+        let of = |age_s: u64| {
+            let mut stats = RunQueueStats::default();
+            add_waiting(&mut stats, age_s * 1_000_000_000, SECOND);
+            stats
+        };
+        assert_eq!(of_host(RunQueueStats::default(), of(9)), of(9));
+        assert_eq!(of_host(of(2), of(9)), of(2));
     }
 
     #[test]

@@ -484,27 +484,34 @@ impl Telemetry {
         if self.sampling.sweep() {
             self.run_queues = self.counters.run_queue(now);
         }
-        let is_of_host = |sweep: &Sweep, cgroup| {
+        let is_stopped = |sweep: &Sweep, cgroup| {
             let owner = sweep.owners.get(&cgroup);
-            owner.is_none_or(|name| !throttled.contains(name))
+            owner.is_some_and(|name| throttled.contains(name))
         };
-        let mut host = RunQueueStats::default();
+        let [mut host, mut stopped] = [RunQueueStats::default(), RunQueueStats::default()];
         for (&cgroup, latency) in &self.run_queues {
-            if is_of_host(sweep, cgroup) {
-                host.latency.merge(latency);
-            }
+            let all = if is_stopped(sweep, cgroup) {
+                &mut stopped
+            } else {
+                &mut host
+            };
+            all.latency.merge(latency);
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
                 run_queue.latency.merge(latency);
             }
         }
         for &(cgroup, age_ns) in self.waiting.iter().flatten() {
-            if is_of_host(sweep, cgroup) {
-                add_waiting(&mut host, age_ns, sweep.interval);
-            }
+            let all = if is_stopped(sweep, cgroup) {
+                &mut stopped
+            } else {
+                &mut host
+            };
+            add_waiting(all, age_ns, sweep.interval);
             if let Some((Some(run_queue), _)) = sweep.stats_of(cgroup, stats) {
                 add_waiting(run_queue, age_ns, sweep.interval);
             }
         }
+        let host = interval::of_host(host, stopped);
         let is_known = |(metric, ..): &Value| self.waiting.is_ok() || *metric != WAITING;
         for (name, (run_queue, _)) in stats {
             let subject = interval::subject(Per::Container, name.as_str());
@@ -556,9 +563,10 @@ impl Telemetry {
             }),
         };
         let mut in_flight = self.kernel.in_flight();
-        let ended = block::ended_unseen(&in_flight, sweep.now_ns, sweep.interval, |device| {
-            disks::under_way(root, device)
-        });
+        let answers = |device| self.block.answers(device, now);
+        let counted = |device| disks::under_way(root, device);
+        let (at, interval) = (sweep.now_ns, sweep.interval);
+        let ended = block::ended_unseen(&in_flight, at, interval, answers, counted);
         for request in &ended {
             self.kernel.forget_request(request);
         }
