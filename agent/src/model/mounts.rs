@@ -13,6 +13,8 @@ pub struct Mount<'a> {
     pub point: PathBuf,
     /// Type of the file system.
     pub file_system: &'a str,
+    /// The device it lies on, where it lies on one.
+    pub source: PathBuf,
 }
 
 /// Takes a line apart; none of what is no such line.
@@ -20,11 +22,13 @@ pub struct Mount<'a> {
 pub fn parse(line: &str) -> Option<Mount<'_>> {
     let (mount, of_file_system) = line.split_once(" - ")?;
     let mut fields = mount.split(' ').skip(2);
+    let mut of_file_system = of_file_system.split(' ');
     Some(Mount {
         device: fields.next()?,
         root: unescaped(fields.next()?),
         point: unescaped(fields.next()?).into(),
-        file_system: of_file_system.split(' ').next()?,
+        file_system: of_file_system.next()?,
+        source: unescaped(of_file_system.next().unwrap_or_default()).into(),
     })
 }
 
@@ -63,6 +67,7 @@ mod tests {
             root: r"/a\040b".to_owned(),
             point: "/mnt/two words".into(),
             file_system: "ext4",
+            source: "/dev/x".into(),
         };
         assert_eq!(parse(line), Some(mount));
         assert_eq!(parse("36 35 98:0 / /mnt rw"), None);

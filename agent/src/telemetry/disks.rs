@@ -2,27 +2,16 @@
 
 use super::block::UnderWay;
 use super::host::{entries, text};
-use crate::model::mounts;
+use crate::model::mounts::{self, Mount};
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-/// File systems whose files lie on no disk of this host.
-const ON_NO_DISK: [&str; 13] = [
-    "tmpfs",
-    "ramfs",
-    "rootfs",
-    "hugetlbfs",
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "9p",
-    "virtiofs",
-    "ceph",
-    "fuse",
-    "afs",
-];
+/// File systems that pass on to the disk who is charged with what they write back.
+const CHARGING: [&str; 4] = ["ext4", "xfs", "btrfs", "f2fs"];
+
+/// Since when loop devices charge what they do to their file to whom they do it for, also through the page cache.
+const LOOPS_CHARGE: (u32, u32) = (5, 14);
 
 /// Whether what a disk does is counted a second time, at another disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +21,10 @@ pub enum Again {
     /// At the multipath device of which it is a path: what fails here is tried on another path there.
     AsPath,
     /// At the disk on which the file behind this loop device lies, by a thread of the kernel.
-    ByItsFile,
+    ByItsFile {
+        /// For the same cgroup, where the kernel [charges](is_charged) it.
+        charged: bool,
+    },
 }
 
 /// A disk's name in sysfs; `major:minor` where neither sysfs nor the disks' statistics know it (any more).
@@ -68,7 +60,11 @@ pub fn own(root: &Path, device: u32, served: &mut BTreeSet<u32>) -> Option<Strin
 }
 
 /// Whether what a disk of this name does is counted at another one too.
-pub fn counted_again(root: &Path, disk: &str) -> Again {
+pub fn counted_again<'m>(
+    root: &Path,
+    mounts: impl FnOnce() -> &'m [Mount<'m>],
+    disk: &str,
+) -> Again {
     let block = root.join("sys/block");
     let is_multipath = |holder: &PathBuf| {
         // One that takes bios has no requests that could be counted.
@@ -81,35 +77,95 @@ pub fn counted_again(root: &Path, disk: &str) -> Again {
     {
         return Again::AsPath;
     }
-    match text(&block.join(disk).join("loop/backing_file")) {
-        Some(file) if lies_on_a_disk(root, Path::new(&file)) => Again::ByItsFile,
-        _ => Again::No,
-    }
+    let of_loop = block.join(disk).join("loop");
+    let Some(file) = text(&of_loop.join("backing_file")) else {
+        return Again::No;
+    };
+    let Some(mount) = mount_of(mounts(), Path::new(&file)) else {
+        return Again::No;
+    };
+    let Some(charges) = disk_of(root, mount).and_then(|disk| passes_on(&disk)) else {
+        return Again::No;
+    };
+    let direct = || text(&of_loop.join("dio")).is_some_and(|dio| dio == "1");
+    let charged = charges
+        && CHARGING.contains(&mount.file_system)
+        && (direct() || kernel(root).is_some_and(|version| version >= LOOPS_CHARGE));
+    Again::ByItsFile { charged }
 }
 
-/// Whether a file lies on a disk of this host. A device file does not: what is below may be none that has requests.
-fn lies_on_a_disk(root: &Path, file: &Path) -> bool {
+/// Where a file lies. A device file lies nowhere: what is below may be none that has requests.
+fn mount_of<'m>(mounts: &'m [Mount<'m>], file: &Path) -> Option<&'m Mount<'m>> {
     if file.starts_with("/dev") {
-        return false;
+        return None;
     }
-    let table = fs::read_to_string(root.join("proc/self/mountinfo")).unwrap_or_default();
-    let above = table.lines().filter_map(mounts::parse).filter(|mount| {
-        // One that is mounted in another's place counts, the last of them.
-        file.starts_with(&mount.point)
-    });
-    let mount = above.max_by_key(|mount| mount.point.components().count());
-    mount.is_some_and(|mount| {
-        let kind = mount.file_system;
-        !ON_NO_DISK.contains(&kind) && !kind.starts_with("fuse.")
+    // One that is mounted in another's place counts, the last of them.
+    let above = mounts.iter().filter(|mount| file.starts_with(&mount.point));
+    above.max_by_key(|mount| mount.point.components().count())
+}
+
+/// The disk, or its partition, on which a file system of this host lies, in sysfs.
+fn disk_of(root: &Path, mount: &Mount) -> Option<PathBuf> {
+    // Those that may have several disks, as btrfs has, have a number that is none's.
+    let directory = if mount.device.starts_with("0:") {
+        let device = root.join(mount.source.strip_prefix("/").ok()?);
+        let device = device.canonicalize().ok()?;
+        root.join("sys/class/block").join(device.file_name()?)
+    } else {
+        root.join("sys/dev/block").join(mount.device)
+    };
+    directory.canonicalize().ok()
+}
+
+/// Whether a disk leaves to those below it who is charged; none where what it does is not counted below, for all that
+/// is there must have requests.
+fn passes_on(disk: &Path) -> Option<bool> {
+    let whole = if disk.join("partition").exists() {
+        disk.parent()?
+    } else {
+        disk
+    };
+    // The namespace of several paths has no requests, but these have.
+    let is_multipath = |part: Component| {
+        part.as_os_str()
+            .to_string_lossy()
+            .starts_with("nvme-subsys")
+    };
+    if whole.join("mq").exists() || whole.components().any(is_multipath) {
+        return Some(true);
+    }
+    let below = entries(&whole.join("slaves"));
+    if below.is_empty() {
+        return None;
+    }
+    // What has a parity is written by the array's own thread.
+    let level = text(&whole.join("md/level")).unwrap_or_default();
+    let own = !["raid4", "raid5", "raid6"].contains(&level.as_str());
+    below.iter().try_fold(own, |all, disk| {
+        let one = passes_on(&disk.canonicalize().ok()?)?;
+        Some(all && one)
     })
 }
 
+/// Version of the kernel.
+fn kernel(root: &Path) -> Option<(u32, u32)> {
+    let release = text(&root.join("proc/sys/kernel/osrelease"))?;
+    let mut numbers = release.split(|other: char| !other.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// The mounts that this process sees, from the table's text.
+pub fn mounts(table: &str) -> Vec<Mount<'_>> {
+    table.lines().filter_map(mounts::parse).collect()
+}
+
 /// Whether what the kernel's threads write and read for tasks of a cgroup2 directory is counted for it: it is the root,
-/// or the kernel charges both to it.
-pub fn is_charged(cgroup: &Path) -> bool {
+/// or the kernel charges both to it, where whatever is between `passes_on` the charge.
+pub fn is_charged(cgroup: &Path, passes_on: bool) -> bool {
     let has = |file: &str| cgroup.join(file).exists();
-    // The root has no type.
-    !has("cgroup.type") || (has("io.stat") && has("memory.stat"))
+    // The root has no type; one that is gone has nothing at all.
+    let is_root = has("cgroup.procs") && !has("cgroup.type");
+    is_root || (passes_on && has("io.stat") && has("memory.stat"))
 }
 
 /// Requests that a disk has under way by the kernel's own count, as often as its partitions count them too (until
@@ -221,43 +277,137 @@ mod tests {
         assert_eq!(name(root.path(), 259 << 20 | 4), "259:4");
     }
 
+    /// Links below a root, each with what it leads to.
+    fn link(root: &Path, links: &[(&str, &str)]) {
+        for (at, to) in links {
+            let at = root.join(at);
+            fs::create_dir_all(at.parent().unwrap()).unwrap();
+            symlink(root.join(to), at).unwrap();
+        }
+    }
+
+    fn again(root: &Path, table: &str, disk: &str) -> Again {
+        let mounts = mounts(table);
+        counted_again(root, || &mounts, disk)
+    }
+
     #[test]
-    fn paths_of_a_multipath_device_and_loops_over_files_on_disks_are_counted_elsewhere_too() {
-        let table = "22 1 8:1 / / rw - ext4 /dev/sda1 rw
-23 22 0:25 / /tmp rw - tmpfs tmpfs rw
-24 22 0:26 / /srv/far\\040away rw - nfs4 far:/ rw
-";
+    fn paths_of_a_multipath_device_that_has_requests_are_counted_there_too() {
         let root = root(&[
-            ("proc/self/mountinfo", table),
             ("sys/block/dm-0/dm/uuid", "mpath-3600508b4\n"),
             ("sys/block/dm-0/mq/0/nr_tags", "64\n"),
             ("sys/block/dm-1/dm/uuid", "mpath-3600508b5\n"),
             ("sys/block/dm-2/dm/uuid", "LVM-abc\n"),
-            ("sys/block/sda/holders/.made", ""),
-            ("sys/block/sdb/holders/.made", ""),
-            ("sys/block/sdc/holders/.made", ""),
-            ("sys/block/loop0/loop/backing_file", "/srv/image\n"),
-            (
-                "sys/block/loop1/loop/backing_file",
-                "/tmp/image (deleted)\n",
-            ),
-            ("sys/block/loop2/loop/backing_file", "/srv/far away/image\n"),
-            ("sys/block/loop3/loop/backing_file", "/dev/dm-2\n"),
         ]);
         for (disk, holder) in [("sda", "dm-0"), ("sdb", "dm-1"), ("sdc", "dm-2")] {
-            let at = root
-                .path()
-                .join(format!("sys/block/{disk}/holders/{holder}"));
-            symlink(format!("../../{holder}"), at).unwrap();
+            let at = format!("sys/block/{disk}/holders/{holder}");
+            link(root.path(), &[(&at, &format!("sys/block/{holder}"))]);
         }
-        let of = |disk| counted_again(root.path(), disk);
+        let of = |disk| again(root.path(), "", disk);
         assert_eq!(of("sda"), Again::AsPath);
         assert_eq!(of("sdb"), Again::No, "the multipath device takes bios");
-        assert_eq!(of("sdc"), Again::No);
-        assert_eq!(of("loop0"), Again::ByItsFile);
-        for disk in ["loop1", "loop2", "loop3", "vda", "259:7"] {
+        for disk in ["sdc", "vda", "259:7"] {
             assert_eq!(of(disk), Again::No, "{disk}");
         }
+    }
+
+    /// A file on each of the mounts, and a loop device over each file by its number in the table.
+    const MOUNTS: &str = "\
+20 1 8:1 / / rw - ext4 /dev/sda1 rw
+21 20 0:25 / /tmp rw - tmpfs tmpfs rw
+22 20 0:26 / /far\\040away rw - nfs4 far:/ rw
+23 20 0:27 / /layered rw - overlay overlay rw
+24 20 253:0 / /memory rw - ext4 /dev/zram0 rw
+25 20 0:28 / /btrfs rw - btrfs /dev/mapper/group-one rw
+26 20 254:2 / /mixed rw - xfs /dev/mapper/two rw
+27 20 9:5 / /parity rw - xfs /dev/md5 rw
+28 20 259:4 / /paths rw - xfs /dev/nvme0n1p1 rw
+29 20 8:2 / /old rw - vfat /dev/sda2 rw
+";
+
+    fn loops() -> tempfile::TempDir {
+        let root = root(&[
+            ("proc/sys/kernel/osrelease", "5.14.0-427.el9.x86_64\n"),
+            ("sys/devices/sda/mq/0/nr_tags", "64\n"),
+            ("sys/devices/sda/sda1/partition", "1\n"),
+            ("sys/devices/sda/sda2/partition", "2\n"),
+            ("sys/devices/zram0/slaves/.made", ""),
+            ("sys/devices/dm-1/dm/uuid", "LVM-abc\n"),
+            ("sys/devices/md5/md/level", "raid5\n"),
+            (
+                "sys/devices/nvme-subsys0/nvme0n1/nvme0n1p1/partition",
+                "1\n",
+            ),
+            ("dev/dm-1", ""),
+        ]);
+        link(
+            root.path(),
+            &[
+                ("sys/dev/block/8:1", "sys/devices/sda/sda1"),
+                ("sys/dev/block/8:2", "sys/devices/sda/sda2"),
+                ("sys/dev/block/253:0", "sys/devices/zram0"),
+                ("sys/dev/block/254:2", "sys/devices/dm-2"),
+                ("sys/dev/block/9:5", "sys/devices/md5"),
+                (
+                    "sys/dev/block/259:4",
+                    "sys/devices/nvme-subsys0/nvme0n1/nvme0n1p1",
+                ),
+                ("sys/class/block/dm-1", "sys/devices/dm-1"),
+                ("sys/devices/dm-1/slaves/sda1", "sys/devices/sda/sda1"),
+                ("sys/devices/dm-2/slaves/sda1", "sys/devices/sda/sda1"),
+                ("sys/devices/dm-2/slaves/zram0", "sys/devices/zram0"),
+                ("sys/devices/md5/slaves/sda1", "sys/devices/sda/sda1"),
+                ("dev/mapper/group-one", "dev/dm-1"),
+            ],
+        );
+        for (disk, file) in [
+            ("root", "/srv/image"),
+            ("tmp", "/tmp/image (deleted)"),
+            ("far", "/far away/image"),
+            ("layered", "/layered/image"),
+            ("memory", "/memory/image"),
+            ("btrfs", "/btrfs/image"),
+            ("mixed", "/mixed/image"),
+            ("parity", "/parity/image"),
+            ("paths", "/paths/image"),
+            ("old", "/old/image"),
+            ("device", "/dev/dm-2"),
+        ] {
+            let at = root.path().join(format!("sys/block/{disk}/loop"));
+            fs::create_dir_all(&at).unwrap();
+            fs::write(at.join("backing_file"), format!("{file}\n")).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn a_loop_device_is_counted_at_the_disk_of_its_file_where_that_has_requests() {
+        let root = loops();
+        let of = |disk| again(root.path(), MOUNTS, disk);
+        for disk in ["root", "btrfs", "paths"] {
+            assert_eq!(of(disk), Again::ByItsFile { charged: true }, "{disk}");
+        }
+        for disk in ["tmp", "far", "layered", "memory", "mixed", "device"] {
+            assert_eq!(of(disk), Again::No, "{disk}");
+        }
+    }
+
+    #[test]
+    fn what_a_loop_device_does_to_its_file_is_charged_only_where_kernel_file_system_and_array_do_so()
+     {
+        let root = loops();
+        let of = |disk| again(root.path(), MOUNTS, disk);
+        for disk in ["parity", "old"] {
+            assert_eq!(of(disk), Again::ByItsFile { charged: false }, "{disk}");
+        }
+        let release = root.path().join("proc/sys/kernel/osrelease");
+        fs::write(&release, "5.10.0-28-amd64\n").unwrap();
+        assert_eq!(of("root"), Again::ByItsFile { charged: false });
+        fs::write(root.path().join("sys/block/root/loop/dio"), "1\n").unwrap();
+        assert_eq!(of("root"), Again::ByItsFile { charged: true });
+        fs::remove_file(root.path().join("sys/block/root/loop/dio")).unwrap();
+        fs::remove_file(&release).unwrap();
+        assert_eq!(of("root"), Again::ByItsFile { charged: false });
     }
 
     #[test]
@@ -270,8 +420,10 @@ mod tests {
             ("one/cgroup.type", "domain\n"),
             ("one/memory.stat", ""),
         ]);
-        assert!(is_charged(root.path()));
-        assert!(is_charged(&root.path().join("both")));
-        assert!(!is_charged(&root.path().join("one")));
+        assert!(is_charged(root.path(), true) && is_charged(root.path(), false));
+        let of = |name, passes_on| is_charged(&root.path().join(name), passes_on);
+        assert!(of("both", true) && !of("both", false));
+        assert!(!of("one", true));
+        assert!(!of("gone", true));
     }
 }

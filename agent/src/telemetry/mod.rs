@@ -45,7 +45,9 @@ use layout::Family;
 use ports::{Clock, Ports};
 use sampling::{LOOK_EVERY, Next, Sampling};
 use stacks::Stacks;
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -541,26 +543,35 @@ impl Telemetry {
         let mut host = BlockIo::default();
         let mut disks: BTreeMap<u32, Option<(Again, DiskStats)>> = BTreeMap::new();
         let (root, served) = (&self.config.root, &mut self.served);
+        // Only loop devices need them, of which there may be many.
+        let table = LazyCell::new(|| {
+            fs::read_to_string(root.join("proc/self/mountinfo")).unwrap_or_default()
+        });
+        let mounts = LazyCell::new(|| disks::mounts(&table));
         let mut disk_of = |device| {
             let name = disks::own(root, device, served)?;
             let block = BlockIo::default();
-            Some((disks::counted_again(root, &name), DiskStats { name, block }))
+            let again = disks::counted_again(root, || mounts.as_slice(), &name);
+            Some((again, DiskStats { name, block }))
         };
         let scope = &self.config.cgroup;
-        let in_scope = disks::is_charged(scope);
+        let in_scope = [false, true].map(|passes_on| disks::is_charged(scope, passes_on));
         let mut charged: BTreeMap<ContainerName, bool> = BTreeMap::new();
         // Whether the sums of the host, and of a container, have it from another disk.
         let mut has_again = |again: Again, owner: Option<&ContainerName>| match (again, owner) {
             (Again::No, _) => false,
             (Again::AsPath, _) => true,
-            (Again::ByItsFile, None) => in_scope,
-            (Again::ByItsFile, Some(name)) => *charged.entry(name.clone()).or_insert_with(|| {
-                let mut known = containers.iter().filter(|one| one.name == *name);
-                known.any(|one| {
-                    let below = one.cgroup_path.trim_start_matches('/');
-                    disks::is_charged(&scope.join(below))
+            (Again::ByItsFile { charged }, None) => in_scope[usize::from(charged)],
+            (Again::ByItsFile { charged: false }, Some(_)) => false,
+            (Again::ByItsFile { charged: true }, Some(name)) => {
+                *charged.entry(name.clone()).or_insert_with(|| {
+                    let mut known = containers.iter().filter(|one| one.name == *name);
+                    known.any(|one| {
+                        let below = one.cgroup_path.trim_start_matches('/');
+                        disks::is_charged(&scope.join(below), true)
+                    })
                 })
-            }),
+            }
         };
         let mut in_flight = self.kernel.in_flight();
         let answers = |device| self.block.answers(device, now);
