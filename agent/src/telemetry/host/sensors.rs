@@ -10,24 +10,25 @@ use std::path::{Path, PathBuf};
 
 /// Chips inside drives; what they say belongs to the disk.
 const DRIVES: [&str; 2] = ["nvme", "drivetemp"];
-/// How the names of chips and zones begin that measure the processor. All else goes by its own name: it is hotter by
-/// design, as network cards are, or of inputs to which nobody connected a sensor, as on motherboards, and must not fire
-/// a threshold that is meant for a processor.
+/// How the names of chips and zones begin that measure the processor, in lower case; so do those with `cpu` anywhere in
+/// them. All else goes by its own name: it is hotter by design, as network cards are, or of inputs to which nobody
+/// connected a sensor, as on motherboards, and must not fire a threshold that is meant for a processor.
 const PROCESSORS: [&str; 13] = [
     "coretemp",
     "k8temp",
     "k10temp",
     "zenpower",
-    "via_cputemp",
     "x86_pkg_temp",
     "acpitz",
-    "TCPU",
-    "B0D4",
-    // ARM: cpu_thermal, cpu0-thermal, soc_thermal, bigcore0-thermal, littlecore-thermal.
-    "cpu",
+    "b0d4",
+    // ARM: soc_thermal, bigcore0-thermal, littlecore-thermal, core-cluster0-thermal, and X-Gene.
     "soc",
     "bigcore",
     "littlecore",
+    "core-cluster",
+    "apm_xgene",
+    // POWER.
+    "ibmpowernv",
 ];
 /// Limits beyond this are place-holders (some NVMe drives tell 65261 °C).
 const CREDIBLE_C: RangeInclusive<f64> = 1.0..=150.0;
@@ -225,7 +226,8 @@ fn disk_of(chip: &Path) -> String {
 }
 
 fn is_processor(kind: &str) -> bool {
-    PROCESSORS.iter().any(|known| kind.starts_with(known))
+    let kind = kind.to_ascii_lowercase();
+    kind.contains("cpu") || PROCESSORS.iter().any(|known| kind.starts_with(known))
 }
 
 fn readable(path: &Path) -> Option<f64> {
@@ -239,6 +241,38 @@ fn millidegrees(path: &Path) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{LATER, none_twice, recorded, value};
+    use super::is_processor;
+
+    #[test]
+    fn processors_are_known_by_the_names_that_their_makers_give_them() {
+        for kind in [
+            "k10temp",
+            "via_cputemp",
+            "TCPU",
+            "B0D4",
+            "cpu_thermal",
+            "cpuss-0-thermal",
+            "CPU-therm",
+            "BCPU-therm",
+            "MCPU-therm",
+            "soc_thermal",
+            "core-cluster0-thermal",
+            "apm_xgene",
+            "ibmpowernv",
+        ] {
+            assert!(is_processor(kind), "{kind}");
+        }
+        for kind in [
+            "nct6775",
+            "GPU-therm",
+            "mlx5",
+            "iwlwifi_1",
+            "pch_skylake",
+            "acpi_fan",
+        ] {
+            assert!(!is_processor(kind), "{kind}");
+        }
+    }
 
     #[test]
     fn each_sensor_stands_beside_its_own_limit_and_the_hottest_is_the_devices() {
