@@ -3,7 +3,7 @@
 //! Invariants: both ends decide when both were seen, addresses only otherwise; what cannot be told makes
 //! no edge; a proxy that holds a published port is no party.
 
-use crate::model::container::Container;
+use crate::model::container::{Container, State};
 use crate::model::edge::{How, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -203,42 +203,53 @@ impl<'a> Map<'a> {
         if peer.is_loopback() && kind.netns != self.world.host_netns {
             return None;
         }
-        let mut published = self.publishers(kind.protocol, kind.port, Some(peer));
-        let (parent, port) = published.next()?;
+        let published = self.publishers(kind.protocol, kind.port, Some(peer));
+        let &(parent, port) = published.first()?;
         Some(Service::Container(parent.clone(), port))
     }
 
-    /// Who publishes a port of the host, at one of its addresses or at any.
+    /// Who publishes a port of the host, at one of its addresses or at any. One that does not run publishes nothing,
+    /// though it is the only one that is known of a connection from when it did.
     fn publishers(
         &self,
         protocol: Protocol,
         host_port: u16,
         at: Option<IpAddr>,
-    ) -> impl Iterator<Item = (&ContainerName, u16)> {
-        self.world.containers.iter().filter_map(move |container| {
+    ) -> Vec<(&'a ContainerName, u16)> {
+        let all = self.world.containers.iter().filter_map(|container| {
             let published = container.published.iter().find(|published| {
                 published.udp == (protocol == Protocol::Udp)
                     && published.host_port == host_port
                     && (published.host_ip.is_unspecified()
                         || at.is_none_or(|address| published.host_ip == address))
             })?;
-            Some((&container.name, published.container_port))
-        })
+            let runs = matches!(container.state, State::Running | State::Paused);
+            Some((runs, (&container.name, published.container_port)))
+        });
+        let (running, others): (Vec<_>, Vec<_>) = all.partition(|(runs, _)| *runs);
+        let found = if running.is_empty() { others } else { running };
+        found.into_iter().map(|(_, one)| one).collect()
     }
 
     /// The container behind a proxy's listening port. Several may publish it, each at an address of its own: which of
-    /// them is only known of a client, which names the address; none when it is not.
+    /// them is only known of a client, which names the address; none when it is not. Containers that share a network
+    /// namespace are one.
     fn behind(&self, kind: &Kind, port: u16) -> Option<Behind> {
+        let only = |(name, port): (&ContainerName, u16)| Behind::Only(name.clone(), port);
         let asked = kind.peer.filter(|_| kind.role == Role::Client);
-        let at = asked.and_then(|_| self.publishers(kind.protocol, port, asked).next());
-        let mut all = self.publishers(kind.protocol, port, None);
-        match (at, all.next(), all.next()) {
-            (Some((name, port)), ..) | (None, Some((name, port)), None) => {
-                Some(Behind::Only(name.clone(), port))
-            }
-            (None, None, _) => Some(Behind::Nobody),
-            (None, Some(_), Some(_)) => None,
+        let at = asked.map(|_| self.publishers(kind.protocol, port, asked));
+        if let Some(&one) = at.as_ref().and_then(|at| at.first()) {
+            return Some(only(one));
         }
+        let all = self.publishers(kind.protocol, port, None);
+        let Some(&one) = all.first() else {
+            return Some(Behind::Nobody);
+        };
+        let place = |&(name, port): &(&'a ContainerName, u16)| {
+            (self.world.netns.get(name).ok_or(name), port)
+        };
+        let alike = all.iter().all(|other| place(other) == place(&one));
+        alike.then(|| only(one))
     }
 
     /// Whether `child` holds a port that `parent` publishes for this very service.

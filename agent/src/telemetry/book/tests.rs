@@ -268,6 +268,35 @@ fn of_two_that_publish_a_port_at_addresses_of_their_own_the_one_that_was_asked_i
 }
 
 #[test]
+fn one_that_does_not_run_and_neighbours_in_one_namespace_do_not_hide_who_publishes_a_port() {
+    // The proxy's own end: it does not tell at which address it was asked.
+    let served = || Kind {
+        role: Role::Server,
+        ..met(client("/docker", HOST, "10.88.0.4", 5433), "web", 0)
+    };
+    let parent = |containers: &[Container]| {
+        let mut book = EdgeBook::default();
+        book.add(served(), totals(1, 2, 3));
+        book.resolve(&world(containers), UnixMillis(20));
+        edges(&book).pop().map(|edge| edge.parent.to_string())
+    };
+    let mut all = containers();
+    all.insert(0, container("once", &[], &[(5433, 1)]));
+    assert_eq!(parent(&all), None, "of two that run it may be either");
+    all[0].state = State::Exited;
+    assert_eq!(parent(&all).as_deref(), Some("db"));
+    all.retain(|one| one.name.as_str() != "db");
+    assert_eq!(parent(&all).as_deref(), Some("once"));
+    for one in &mut all {
+        if ["app", "redis"].contains(&one.name.as_str()) {
+            one.published = container("any", &[], &[(5433, 6379)]).published;
+        }
+    }
+    let neighbours = parent(&all);
+    assert!(neighbours.is_some(), "they share what they publish");
+}
+
+#[test]
 fn loopback_in_a_shared_namespace_leads_to_who_listens_there() {
     assert_eq!(
         one_edge(client("app", POD, "127.0.0.1", 6379)),
