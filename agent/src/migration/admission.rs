@@ -104,6 +104,7 @@ impl Target {
             let event = TargetEvent::Accepted {
                 plan: Box::new(plan.clone()),
                 places: places.clone(),
+                runtime: known.runtime.clone(),
             };
             known.journal.append(crate::fleet::now(), event)?;
             known.plan = plan.clone();

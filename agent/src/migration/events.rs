@@ -303,6 +303,9 @@ pub enum TargetEvent {
         plan: Box<Plan>,
         /// What will be made; a named volume's path is not known yet and empty.
         places: Vec<Place>,
+        /// Socket of the runtime that has its volumes and twins; an earlier build did not say.
+        #[serde(default)]
+        runtime: Option<String>,
     },
     /// An offer was accepted.
     Accepted {
@@ -310,6 +313,9 @@ pub enum TargetEvent {
         plan: Box<Plan>,
         /// Where each volume goes, and whether this plan made that place.
         places: Vec<Place>,
+        /// Socket of the runtime that has its volumes and twins; an earlier build did not say.
+        #[serde(default)]
+        runtime: Option<String>,
     },
     /// Networks of the plan's containers that are not here and are about to be made.
     Networks {
@@ -363,6 +369,12 @@ pub enum TargetEvent {
     TwinReady {
         /// Twin.
         twin: TwinState,
+    },
+    /// The agent is about to end these twins, or has ended them, and its next life is to start those that are not said to
+    /// be ready again.
+    TwinsEnded {
+        /// Twins.
+        containers: Vec<ContainerName>,
     },
     /// All twins are ready.
     Completed,

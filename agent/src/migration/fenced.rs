@@ -1,18 +1,20 @@
 //! Twins on volumes that are not whole: started by the agent alone, ended before their mounts are.
 //!
-//! Invariant: whoever starts one holds `starts`, and looks whether its volumes are being given back. Non-goal: the
-//! mounts (`later`).
+//! Invariants: whoever starts one holds `starts`, and looks whether its volumes are being given back; a twin that the
+//! agent ends on its own account is in the journal before, so that some life of the agent starts it again. Non-goal:
+//! the mounts (`later`).
 
 use super::events::{ContainerFence, TargetEvent};
-use super::target::Target;
+use super::target::{Target, TargetError};
 use crate::containers::{Fence, Means, Runtime};
 use crate::model::container::State;
+use crate::model::ids::{ContainerName, PlanId};
 use crate::model::plan::{Plan, PlannedContainer};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// A twin that is asked to end is killed after this.
-const GRACE: Duration = Duration::from_secs(10);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
 
 impl Target {
     /// Starts twins again that crashed, as their restart policies would.
@@ -51,10 +53,12 @@ impl Target {
         runtime: &Runtime,
     ) -> Result<(), String> {
         let _starts = self.starts.lock().await;
-        if self.is_returning(&plan.id) {
-            return Err("its volumes are being given back".to_owned());
-        }
+        self.may_start(&plan.id)?;
         let name = planned.container.name.as_str();
+        if !self.is_filling(&plan.id) {
+            // Its data came to its place while `starts` was waited for: no fence is left, and none is to come.
+            return runtime.start(name).await.map_err(|error| error.to_string());
+        }
         let why = format!(
             "the data of plan {} is not all here; the agent starts it",
             plan.id
@@ -123,19 +127,66 @@ impl Target {
                 continue;
             }
             tracing::info!(plan = %plan.id, twin = name, "starts anew, on the plain place of its data");
-            // What it cannot end by itself, on a mount that answers nobody, is killed.
-            let ended = runtime.stop(name, GRACE).await;
-            if let Err(error) = ended.and(runtime.start(name).await) {
+            if let Err(error) = self.start_anew(plan, name, runtime).await {
                 tracing::error!(plan = %plan.id, twin = name, "{error}");
             }
         }
     }
 
-    /// Ends the twins of a plan, children before parents.
-    pub(super) async fn end_twins(&self, plan: &Plan, at_once: bool) {
-        let Ok(runtime) = self.runtime_for(plan).await else {
-            return;
-        };
+    /// Ends a twin and starts it again; one that does not start is the next life's.
+    async fn start_anew(&self, plan: &Plan, name: &str, runtime: &Runtime) -> Result<(), String> {
+        let id = &plan.id;
+        let known = self
+            .plans()
+            .get(id)
+            .map(|known| (known.twins.clone(), known.start_up));
+        let (mut twins, start_up) = known.unwrap_or_default();
+        twins.retain(|twin| twin.container.as_str() == name);
+        // What cannot be noted is no reason to leave it on a mount that answers nobody.
+        let noted = self.note_ended(id, vec![name.into()]);
+        // What it cannot end by itself there is killed.
+        let ended = runtime.stop(name, GRACE).await;
+        ended
+            .and(runtime.start(name).await)
+            .map_err(|error| error.to_string())?;
+        noted.map_err(|error| error.to_string())?;
+        for twin in twins.into_iter().filter(|twin| twin.ready.is_some()) {
+            self.note_later(id, &TargetEvent::TwinReady { twin: twin.clone() })
+                .map_err(|error| error.to_string())?;
+            if let Some(known) = self.plans().get_mut(id) {
+                known.twins.push(twin);
+            }
+        }
+        if start_up.is_some() {
+            self.note_later(id, &TargetEvent::Completed)
+                .map_err(|error| error.to_string())?;
+            if let Some(known) = self.plans().get_mut(id) {
+                known.start_up = start_up;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes down that twins are ended, and by whom they are started again.
+    pub(super) fn note_ended(
+        &self,
+        id: &PlanId,
+        containers: Vec<ContainerName>,
+    ) -> Result<(), TargetError> {
+        if let Some(known) = self.plans().get_mut(id) {
+            known.end(&containers);
+        }
+        self.note_later(id, &TargetEvent::TwinsEnded { containers })
+    }
+
+    /// Ends the twins of a plan, children before parents; tries all of them.
+    ///
+    /// # Errors
+    /// One may still run.
+    pub(super) async fn end_twins(&self, plan: &Plan, at_once: bool) -> Result<(), String> {
+        let runtime = self.runtime_for(plan).await;
+        let runtime = runtime.map_err(|error| error.to_string())?;
+        let mut all = Ok(());
         for name in plan
             .order
             .iter()
@@ -143,18 +194,17 @@ impl Target {
             .flat_map(|step| step.containers.iter().rev())
         {
             let name = name.as_str();
-            match runtime.state(name).await {
-                Ok(State::Running | State::Paused) => {}
-                _ => continue,
-            }
-            let ended = if at_once {
-                runtime.kill(name, GRACE).await
-            } else {
-                runtime.stop(name, GRACE).await
+            let ended = match runtime.state(name).await {
+                Ok(State::Running | State::Paused) if at_once => runtime.kill(name, GRACE).await,
+                Ok(State::Running | State::Paused) => runtime.stop(name, GRACE).await,
+                Err(error) if !error.not_found() => Err(error),
+                _ => Ok(()),
             };
             if let Err(error) = ended {
                 tracing::error!(plan = %plan.id, twin = name, "{error}");
+                all = Err(format!("twin {name} may still run: {error}"));
             }
         }
+        all
     }
 }

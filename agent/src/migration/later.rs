@@ -7,12 +7,13 @@
 //! does meanwhile (`switch_first`).
 
 use super::events::{ContainerFence, Place, TargetEvent};
+use super::fenced::GRACE;
 use super::opening::Lists;
 use super::places::is_one;
 use super::target::{Receiving, Target, TargetError};
 use crate::model::control::{Arrival, Whole};
 use crate::model::fleet::PeerAddress;
-use crate::model::ids::{DeviceId, PlanId, Signature, VolumeId};
+use crate::model::ids::{ContainerName, DeviceId, PlanId, Signature, VolumeId};
 use crate::model::plan::{Plan, SignedRelease, VolumeRelease};
 use crate::model::trace::FetchOrder;
 use crate::model::units::Bytes;
@@ -29,10 +30,13 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// How long a twin's `fsync` waits for a source that is away, before it is noted that writes go unmirrored.
 pub(super) const MIRROR_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two tries of what must be over before twins are started in a new life.
+const RESUME_RETRY: Duration = Duration::from_secs(5);
 /// How often it is looked whether all is here.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -202,9 +206,7 @@ impl Target {
             return Ok(());
         }
         let _starts = self.starts.lock().await;
-        if self.is_returning(&plan.id) {
-            return Err("its volumes are being given back".to_owned());
-        }
+        self.may_start(&plan.id)?;
         let places = self.plans().get(&plan.id).map(|known| known.places.clone());
         let places = places.unwrap_or_default();
         self.make_stores(plan, &places, Lists::Kept).await?;
@@ -370,9 +372,14 @@ impl Target {
         }
     }
 
-    /// Lets the data take the final places.
+    /// Lets the data take the final places. Doing so again is no error.
     async fn settle(self: &Arc<Self>, plan: &Plan) -> Result<(), TargetError> {
+        // A twin that is being started is fenced again afterwards, which nobody would lift once this is over.
+        let _starts = self.starts.lock().await;
         let id = &plan.id;
+        if !self.is_filling(id) {
+            return Ok(());
+        }
         let places = self.plans().get(id).map(|known| known.places.clone());
         let places = places.unwrap_or_default();
         let Some((stores, proven)) =
@@ -432,6 +439,18 @@ impl Target {
                     why: error.to_string(),
                 })?;
         }
+        // From here on the journal's word counts that twins of an earlier life are ready; those of this life may not be.
+        let waiting = self.plans().get(id).map(|known| {
+            let ready = |name: &ContainerName| {
+                let mut twins = known.twins.iter();
+                twins.any(|twin| &twin.container == name && twin.ready.is_some())
+            };
+            let all = plan.order.iter().flat_map(|step| &step.containers);
+            all.filter(|name| !ready(name)).cloned().collect::<Vec<_>>()
+        });
+        if let Some(waiting) = waiting.filter(|waiting| !waiting.is_empty()) {
+            self.note_ended(id, waiting)?;
+        }
         self.note_later(id, &TargetEvent::Whole)?;
         tracing::info!(plan = %id, "everything is here; the source is not needed any more");
         Ok(())
@@ -439,23 +458,16 @@ impl Target {
 
     /// Takes up, after a restart of the agent, what an earlier life owned before its data was here.
     pub(super) async fn resume_later(self: Arc<Self>, plan: Plan) {
-        // On a mount that died with the agent.
         if self.is_filling(&plan.id) {
-            self.end_twins(&plan, true).await;
-            let proven = self.later(&plan.id, |later| later.proven.is_some());
-            if proven == Some(true) {
-                for path in self.places_of(&plan) {
-                    // Nobody looks below a dead mount.
-                    if let Err(error) = Mount::check(&path) {
-                        tracing::debug!("{error}");
-                    }
+            while let Err(error) = self.clear_mounts(&plan).await {
+                if self.is_over(&plan.id) {
+                    return;
                 }
-                while let Err(error) = self.settle(&plan).await {
-                    self.later(&plan.id, |later| later.trouble = Some(error.to_string()));
-                    tracing::error!(plan = %plan.id, "{error}");
-                    tokio::time::sleep(Duration::from_secs(5)).await;
-                }
+                tracing::error!(plan = %plan.id, "{error}");
+                self.later(&plan.id, |later| later.trouble = Some(error));
+                tokio::time::sleep(RESUME_RETRY).await;
             }
+            self.later(&plan.id, |later| later.trouble = None);
             return self.start_twins(plan).await;
         }
         self.leave_mounts(&plan).await;
@@ -466,6 +478,21 @@ impl Target {
         if !started {
             self.start_twins(plan).await;
         }
+    }
+
+    /// Ends what runs on mounts that died with the agent, and lets proven data take its place.
+    async fn clear_mounts(self: &Arc<Self>, plan: &Plan) -> Result<(), String> {
+        self.end_twins(plan, true).await?;
+        if self.later(&plan.id, |later| later.proven.is_some()) != Some(true) {
+            return Ok(());
+        }
+        for path in self.places_of(plan) {
+            // Nobody looks below a dead mount.
+            if let Err(error) = Mount::check(&path) {
+                tracing::debug!("{error}");
+            }
+        }
+        self.settle(plan).await.map_err(|error| error.to_string())
     }
 
     pub(super) fn places_of(&self, plan: &Plan) -> Vec<PathBuf> {
@@ -492,8 +519,11 @@ impl Target {
     }
 
     /// Ends, before the agent does, what runs on its mounts: twins of volumes that are not whole end until its next
-    /// life, the others start anew on the plain place.
+    /// life, the others start anew on the plain place. No twin is started from here on but by this.
     pub async fn stop(&self) {
+        self.ending.store(true, Ordering::Release);
+        // Of one that is just being started it is known then that it runs.
+        let _ = tokio::time::timeout(GRACE, self.starts.lock()).await;
         let plans: Vec<(Plan, bool)> = {
             let plans = self.plans();
             let owned = plans.values().filter(|known| known.owns.is_some());
@@ -505,7 +535,8 @@ impl Target {
             if whole {
                 self.leave_mounts(&plan).await;
             } else {
-                self.end_twins(&plan, false).await;
+                // Said by the one that failed, and left to the next life.
+                let _ = self.end_twins(&plan, false).await;
             }
             self.close_later(&plan.id).await;
         }
@@ -525,25 +556,26 @@ impl Target {
         }
     }
 
-    /// Removes the stores of a plan that was not taken over.
-    pub(super) async fn remove_later(&self, known: &mut Receiving) {
-        let Some(later) = known.later.take() else {
-            return;
+    /// Removes the stores of a plan that was not taken over; what is left of them, and why.
+    pub(super) async fn remove_later(&self, known: &mut Receiving) -> Vec<String> {
+        let Some(later) = &mut known.later else {
+            return Vec::new();
         };
-        let plan = known.plan.id.clone();
+        let (live, stores) = (std::mem::take(&mut later.live), later.stores.clone());
         let removing = tokio::task::spawn_blocking(move || {
-            for live in later.live.into_values() {
+            for live in live.into_values() {
                 live.store.detach();
                 drop(live);
             }
-            for directory in later.stores.into_values() {
-                if let Err(error) = remove_store(&directory) {
-                    tracing::warn!(%plan, path = %directory.display(), "left behind: {error}");
-                }
-            }
+            let removed = stores.into_values().filter_map(|directory| {
+                let error = remove_store(&directory).err()?;
+                Some(format!("{}: {error}", directory.display()))
+            });
+            removed.collect()
         });
-        if let Err(error) = removing.await {
-            tracing::error!("internal task failed: {error}");
+        match removing.await {
+            Ok(left) => left,
+            Err(error) => vec![format!("internal task failed: {error}")],
         }
     }
 }

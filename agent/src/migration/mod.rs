@@ -13,6 +13,7 @@ mod choosing;
 mod clearance;
 pub mod delegator;
 mod devices;
+mod dismissal;
 pub mod events;
 mod faults;
 mod fenced;
@@ -47,6 +48,8 @@ mod switch_first;
 mod switch_first_tests;
 mod take_over;
 pub mod target;
+#[cfg(test)]
+mod target_tests;
 mod traces;
 pub mod trusted;
 mod twins;

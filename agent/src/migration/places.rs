@@ -140,6 +140,14 @@ fn kind_of<'a>(plan: &'a Plan, place: &Place) -> Option<&'a VolumeKind> {
     Some(&volume.kind)
 }
 
+/// The name by which its runtime knows a place.
+pub(super) fn name_in_runtime<'a>(plan: &'a Plan, place: &Place) -> Option<&'a str> {
+    match kind_of(plan, place)? {
+        VolumeKind::Named(name) => Some(name),
+        _ => None,
+    }
+}
+
 /// Whether a volume is one file or block device.
 pub(super) fn is_one(plan: &Plan, id: VolumeId) -> bool {
     let volume = plan.volumes.iter().find(|volume| volume.id == id);
@@ -178,7 +186,9 @@ pub(super) fn times_kept(plan: &Plan, places: &[Place]) -> BTreeMap<VolumeId, Ti
     times
 }
 
-pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) {
+/// Removes the places; what is left, and why.
+pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) -> Vec<String> {
+    let mut left = Vec::new();
     for place in places {
         let removed = match kind_of(plan, place) {
             Some(VolumeKind::Named(name)) => runtime
@@ -195,9 +205,14 @@ pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runti
             _ => empty(&place.path).map_err(|error| error.to_string()),
         };
         if let Err(error) = removed {
-            tracing::warn!(plan = %plan.id, path = %place.path.display(), "left behind: {error}");
+            let name = name_of(plan, place.volume);
+            left.push(format!(
+                "volume {name} at {}: {error}",
+                place.path.display()
+            ));
         }
     }
+    left
 }
 
 pub(super) fn empty(directory: &Path) -> std::io::Result<()> {

@@ -101,7 +101,7 @@ impl Target {
     /// Ends the twins and waits for their changes to be in the mirror; the number of changes of each tree.
     async fn mirror_all(&self, plan: &Plan) -> Result<BTreeMap<VolumeId, u64>, String> {
         let _starts = self.starts.lock().await;
-        self.end_twins(plan, false).await;
+        self.end_twins(plan, false).await?;
         let runtime = self
             .runtime_for(plan)
             .await
@@ -184,22 +184,27 @@ impl Target {
         })
     }
 
-    /// Removes the twins of a plan that was given back, with what kept them from being started.
-    pub(super) async fn remove_returned(&self, known: &Receiving, runtime: &Runtime) {
+    /// Removes the twins of a plan that was given back, with what kept them from being started; what is left, and why.
+    pub(super) async fn remove_returned(
+        &self,
+        known: &Receiving,
+        runtime: &Runtime,
+    ) -> Vec<String> {
+        let mut left = Vec::new();
         let Some(later) = known.later.as_ref().filter(|later| later.is_given_back()) else {
-            return;
+            return left;
         };
         for planned in &known.plan.containers {
-            let name = planned.container.name.as_str();
-            if let Err(error) = runtime.remove(name).await {
-                tracing::warn!(plan = %known.plan.id, twin = name, "left behind: {error}");
-            }
+            let removed = runtime.remove(planned.container.name.as_str()).await;
+            left.extend(removed.err().map(|error| error.to_string()));
         }
-        for fence in &later.fences {
-            if let Err(error) = runtime.lift_fence(&fence.fence).await {
-                tracing::warn!(plan = %known.plan.id, "left behind: {error}");
-            }
+        // Only once the twin is gone: its hook is what keeps it from being started.
+        let gone = left.is_empty();
+        for fence in later.fences.iter().filter(|_| gone) {
+            let lifted = runtime.lift_fence(&fence.fence).await;
+            left.extend(lifted.err().map(|error| error.to_string()));
         }
+        left
     }
 }
 

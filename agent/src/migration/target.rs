@@ -10,13 +10,12 @@ use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
 use super::later::Later;
 use super::opening;
-use super::places::{check_room, name_of, remove_places, times_kept};
+use super::places::{check_room, name_of, times_kept};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
-use crate::model::container::{Container, State};
 use crate::model::control::{Offer, OfferAccepted, Owns, TargetStatus};
 use crate::model::fleet::Role;
-use crate::model::ids::{DeviceId, PlanId, VolumeId};
+use crate::model::ids::{ContainerName, DeviceId, PlanId, VolumeId};
 use crate::model::plan::{Content, Plan, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{VolumeKind, VolumeSpec};
@@ -26,6 +25,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -86,6 +86,14 @@ pub enum TargetError {
     /// The target owns the plan's volumes: too late to dismiss it.
     #[error("plan {0} was taken over: this target owns its volumes and runs the twins")]
     Owned(PlanId),
+    /// Not all of what a plan made could be removed.
+    #[error("plan {plan} is not dismissed yet, something of it is left: {left}")]
+    Left {
+        /// Plan.
+        plan: PlanId,
+        /// What could not be removed, and why.
+        left: String,
+    },
     /// A runtime failed.
     #[error("{0}")]
     Runtime(#[from] RuntimeError),
@@ -111,13 +119,12 @@ pub enum TargetError {
     },
 }
 
-/// Longest wait for this device's own view to show that containers were removed.
-const VIEW_TIME: Duration = Duration::from_secs(3);
-
 /// One plan on this target.
 pub(super) struct Receiving {
     pub(super) plan: Plan,
     pub(super) places: Vec<Place>,
+    /// Socket of the runtime that has its volumes and twins; none in the journal of an earlier build.
+    pub(super) runtime: Option<String>,
     pub(super) journal: Journal<TargetEvent>,
     /// Networks that the plan made here.
     pub(super) networks: Vec<String>,
@@ -139,6 +146,7 @@ impl Receiving {
         Self {
             plan,
             places,
+            runtime: None,
             journal,
             networks: Vec::new(),
             devices: BTreeMap::new(),
@@ -149,6 +157,12 @@ impl Receiving {
             accepted,
             later: None,
         }
+    }
+
+    /// Takes note that twins do not run any more.
+    pub(super) fn end(&mut self, twins: &[ContainerName]) {
+        self.twins.retain(|twin| !twins.contains(&twin.container));
+        self.start_up = None;
     }
 }
 
@@ -162,6 +176,8 @@ pub struct Target {
     offers: tokio::sync::Mutex<()>,
     /// No twin is started while another one's end is awaited.
     pub(super) starts: tokio::sync::Mutex<()>,
+    /// The agent ends: no twin is started any more.
+    pub(super) ending: AtomicBool,
     /// One call of a source at a time: each is a few steps that belong together.
     turns: Mutex<BTreeMap<DeviceId, Arc<tokio::sync::Mutex<()>>>>,
 }
@@ -177,6 +193,7 @@ impl Target {
             plans: Mutex::default(),
             offers: tokio::sync::Mutex::default(),
             starts: tokio::sync::Mutex::default(),
+            ending: AtomicBool::new(false),
             turns: Mutex::default(),
         }
     }
@@ -213,10 +230,18 @@ impl Target {
         }
         // A source runs one plan at a time: what it left unowned here is over.
         for id in self.unowned_of(peer) {
-            self.dismiss_now(&id, "its source offers another plan")
-                .await?;
+            let dismissed = self
+                .dismiss_now(&id, "its source offers another plan")
+                .await;
+            match dismissed {
+                Err(error) if id == plan.id => return Err(error),
+                // What is left is none of the new plan's business, and its source asks for it again.
+                Err(error) => tracing::warn!("{error}"),
+                Ok(()) => {}
+            }
         }
-        let runtime = self.runtime_for(&plan).await?;
+        let runtime = self.choose_runtime(&plan).await?;
+        let socket = Some(runtime.socket().display().to_string());
         Self::check_names(&plan, runtime).await?;
         let layers_present = layers_held(runtime, &layers).await?;
         let directory = plan_directory(&self.parts.state, "target", &plan.id);
@@ -232,6 +257,7 @@ impl Target {
         let event = TargetEvent::Offered {
             plan: Box::new(plan.clone()),
             places: places.clone(),
+            runtime: socket.clone(),
         };
         journal.append(crate::fleet::now(), event)?;
         let mut made = Ok(());
@@ -242,21 +268,27 @@ impl Target {
             }
         }
         if let Err(error) = made.and_then(|()| check_room(&plan, &places)) {
-            remove_places(&plan, &places, runtime).await;
-            let reason = error.to_string();
-            journal.append(crate::fleet::now(), TargetEvent::Dismissed { reason })?;
+            let mut known = Receiving::new(plan, places, journal, false);
+            known.runtime = socket;
+            let id = known.plan.id.clone();
+            self.plans().insert(id.clone(), known);
+            if let Err(left) = self.dismiss_now(&id, &error.to_string()).await {
+                tracing::warn!("{left}");
+            }
             return Err(error);
         }
         let event = TargetEvent::Accepted {
             plan: Box::new(plan.clone()),
             places: places.clone(),
+            runtime: socket.clone(),
         };
         journal.append(crate::fleet::now(), event)?;
         let keys = self.admit(&plan, &places)?;
         let answer = self.accepted(&plan, &places, keys, images_present, layers_present);
         tracing::info!(plan = %plan.id, source = %plan.source, volumes = places.len(), "offer accepted");
-        self.plans()
-            .insert(plan.id.clone(), Receiving::new(plan, places, journal, true));
+        let mut known = Receiving::new(plan, places, journal, true);
+        known.runtime = socket;
+        self.plans().insert(known.plan.id.clone(), known);
         Ok(answer)
     }
 
@@ -351,7 +383,44 @@ impl Target {
         Ok(())
     }
 
+    /// The runtime that has a plan's volumes and twins: the one that took it, also while it is away and another one
+    /// answers.
     pub(super) async fn runtime_for(&self, plan: &Plan) -> Result<&Runtime, TargetError> {
+        let known = self
+            .plans()
+            .get(&plan.id)
+            .map(|known| known.runtime.clone());
+        match known {
+            None => Err(TargetError::Unknown(plan.id.clone())),
+            Some(None) => self.choose_runtime(plan).await,
+            Some(Some(socket)) => {
+                let runtime = self.parts.runtimes.get(&socket);
+                runtime.ok_or_else(|| TargetError::InTheWay {
+                    what: format!("the containers of plan {}", plan.id),
+                    why: format!("the runtime at {socket} has them; put it back into `runtimes`"),
+                })
+            }
+        }
+    }
+
+    /// Whether this life of the agent has nothing to do with a plan's twins any more.
+    pub(super) fn is_over(&self, id: &PlanId) -> bool {
+        let owned = |known: &Receiving| known.owns.is_some();
+        self.ending.load(Ordering::Acquire) || !self.plans().get(id).is_some_and(owned)
+    }
+
+    /// Whether the twins of a plan may be started now.
+    pub(super) fn may_start(&self, id: &PlanId) -> Result<(), String> {
+        if self.is_over(id) {
+            return Err("its volumes are not this device's, or its agent ends".to_owned());
+        }
+        if self.is_returning(id) {
+            return Err("its volumes are being given back".to_owned());
+        }
+        Ok(())
+    }
+
+    async fn choose_runtime(&self, plan: &Plan) -> Result<&Runtime, TargetError> {
         let wanted = plan
             .containers
             .first()
@@ -494,77 +563,11 @@ impl Target {
         let event = TargetEvent::Accepted {
             plan: Box::new(plan.clone()),
             places,
+            runtime: receiving.runtime.clone(),
         };
         receiving.journal.append(crate::fleet::now(), event)?;
         receiving.plan = plan;
         Ok(())
-    }
-
-    /// Ends a plan that was not taken over and removes what it made here.
-    ///
-    /// # Errors
-    /// The plan was taken over, or belongs to another source.
-    pub async fn dismiss(
-        &self,
-        peer: &DeviceId,
-        id: &PlanId,
-        why: &str,
-    ) -> Result<(), TargetError> {
-        let _turn = self.turn(peer).await;
-        match self.known(peer, id) {
-            Err(TargetError::Unknown(_)) => Ok(()),
-            Err(error) => Err(error),
-            Ok(_) => self.dismiss_now(id, why).await,
-        }
-    }
-
-    async fn dismiss_now(&self, id: &PlanId, why: &str) -> Result<(), TargetError> {
-        let known = {
-            let mut plans = self.plans();
-            if plans.get(id).is_some_and(|known| known.owns.is_some()) {
-                return Err(TargetError::Owned(id.clone()));
-            }
-            plans.remove(id)
-        };
-        self.shut(id);
-        if let Some(mut known) = known {
-            let runtime = self.runtime_for(&known.plan).await?;
-            let ran = known.later.as_ref().is_some_and(Later::is_given_back);
-            self.remove_returned(&known, runtime).await;
-            self.remove_later(&mut known).await;
-            // A rehearsal that was cut short may have left a twin, which was never started.
-            for planned in &known.plan.containers {
-                let name = planned.container.name.as_str();
-                if matches!(runtime.state(name).await, Ok(State::Created)) {
-                    let _ = runtime.remove(name).await;
-                }
-            }
-            remove_places(&known.plan, &known.places, runtime).await;
-            for name in &known.networks {
-                if let Err(error) = runtime.remove_network(name).await {
-                    tracing::warn!(plan = %id, "left behind: {error}");
-                }
-            }
-            let event = TargetEvent::Dismissed {
-                reason: why.to_owned(),
-            };
-            known.journal.append(crate::fleet::now(), event)?;
-            tracing::info!(plan = %id, why, "dismissed");
-            if ran {
-                self.tell_ports(&known.plan).await;
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells the duplicator at once that the ports of twins that were removed are free.
-    async fn tell_ports(&self, plan: &Plan) {
-        let mut view = self.parts.view.clone();
-        let is_twin = |container: &Container| plan.container(&container.name).is_some();
-        let gone = view.wait_for(|view| !view.containers.iter().any(is_twin));
-        // The next heartbeat but one says so, too.
-        let _ = tokio::time::timeout(VIEW_TIME, gone).await;
-        self.parts.beat.notify_one();
     }
 
     /// Takes up what an earlier life of the agent left: the twins of owned plans are started; the data of
@@ -611,30 +614,40 @@ impl Target {
 }
 
 /// The state that a journal tells; none when the plan was dismissed or never accepted.
-fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Option<Receiving> {
+pub(super) fn rebuild(
+    journal: Journal<TargetEvent>,
+    entries: &[Entry<TargetEvent>],
+) -> Option<Receiving> {
     let mut known: Option<Receiving> = None;
     let mut journal = Some(journal);
     let mut owned_at = UnixMillis::default();
     for entry in entries {
         let accepted = matches!(entry.event, TargetEvent::Accepted { .. });
+        if let (
+            TargetEvent::Offered { plan, places, .. } | TargetEvent::Accepted { plan, places, .. },
+            None,
+        ) = (&entry.event, &known)
+        {
+            let (plan, places) = ((**plan).clone(), places.clone());
+            known = Some(Receiving::new(plan, places, journal.take()?, accepted));
+        }
         match (&entry.event, &mut known) {
             (
-                TargetEvent::Offered { plan, places } | TargetEvent::Accepted { plan, places },
-                None,
-            ) => {
-                known = Some(Receiving::new(
-                    (**plan).clone(),
-                    places.clone(),
-                    journal.take()?,
-                    accepted,
-                ));
-            }
-            (
-                TargetEvent::Offered { plan, places } | TargetEvent::Accepted { plan, places },
+                TargetEvent::Offered {
+                    plan,
+                    places,
+                    runtime,
+                }
+                | TargetEvent::Accepted {
+                    plan,
+                    places,
+                    runtime,
+                },
                 Some(known),
             ) => {
                 known.plan = (**plan).clone();
                 known.places.clone_from(places);
+                known.runtime.clone_from(runtime);
                 known.accepted = accepted;
             }
             (TargetEvent::Networks { names }, Some(known)) => {
@@ -653,13 +666,20 @@ fn rebuild(journal: Journal<TargetEvent>, entries: &[Entry<TargetEvent>]) -> Opt
                     .retain(|other| other.container != twin.container);
                 known.twins.push(twin.clone());
             }
+            (TargetEvent::TwinsEnded { containers }, Some(known)) => known.end(containers),
             (TargetEvent::Completed, Some(known)) => {
                 known.start_up = Some(entry.at.since(owned_at));
             }
             (TargetEvent::Dismissed { .. }, Some(known)) => known.places.clear(),
             (event, Some(known)) => {
-                if matches!(event, TargetEvent::GivenBack { .. }) {
-                    known.owns = None;
+                match event {
+                    TargetEvent::GivenBack { .. } => known.owns = None,
+                    // An earlier build said no more of where it made the twins.
+                    TargetEvent::TwinFenced { fence } => {
+                        let socket = || fence.fence.runtime.clone();
+                        known.runtime.get_or_insert_with(socket);
+                    }
+                    _ => {}
                 }
                 Later::note(&mut known.later, event);
             }

@@ -1,10 +1,14 @@
 //! Starting the twins in order, each ready before the next step.
 
 use super::events::TargetEvent;
-use super::target::Target;
+use super::places::name_in_runtime;
+use super::target::{Target, TargetError};
 use crate::containers::{How, ReadyRules, Runtime, RuntimeError, TwinSpec};
-use crate::model::ids::ContainerName;
+use crate::model::container::State;
+use crate::model::control::TargetStatus;
+use crate::model::ids::{ContainerName, DeviceId, PlanId};
 use crate::model::plan::{Plan, PlannedContainer, TwinState};
+use futures_util::future::join_all;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,7 +21,7 @@ impl Target {
         super::faults::die_at("start twins");
         let mut pause = Duration::from_millis(500);
         loop {
-            if self.is_returning(&plan.id) {
+            if self.may_start(&plan.id).is_err() {
                 return;
             }
             match self.start_in_order(&plan).await {
@@ -44,6 +48,39 @@ impl Target {
             }
         }
         tracing::info!(plan = %plan.id, took = ?begun.elapsed(), "all twins are ready");
+    }
+
+    /// State of a plan for its source, with the twins as their runtime shows them now.
+    ///
+    /// # Errors
+    /// The plan is unknown or not the peer's.
+    pub async fn look(&self, peer: &DeviceId, id: &PlanId) -> Result<TargetStatus, TargetError> {
+        let (plan, _) = self.known(peer, id)?;
+        let mut status = self.status(peer, id)?;
+        let runtime = self.runtime_for(&plan).await;
+        let runtime = runtime.as_ref().map_err(ToString::to_string);
+        let look = |twin: TwinState| {
+            let runtime = runtime.clone();
+            async move {
+                let name = twin.container.as_str();
+                let error = match runtime {
+                    Ok(runtime) => match runtime.state(name).await {
+                        Ok(State::Running) => return twin,
+                        Ok(state) => format!("it does not run, it is {state:?}").to_lowercase(),
+                        Err(error) => error.to_string(),
+                    },
+                    Err(error) => error,
+                };
+                let (ready, error) = (None, twin.error.or(Some(error)));
+                TwinState {
+                    ready,
+                    error,
+                    ..twin
+                }
+            }
+        };
+        status.twins = join_all(status.twins.into_iter().map(look)).await;
+        Ok(status)
     }
 
     pub(super) async fn start_in_order(self: &Arc<Self>, plan: &Plan) -> Result<(), String> {
@@ -73,9 +110,7 @@ impl Target {
                     start(name).await?;
                 }
             } else {
-                for started in
-                    futures_util::future::join_all(step.containers.iter().map(start)).await
-                {
+                for started in join_all(step.containers.iter().map(start)).await {
                     started?;
                 }
             }
@@ -92,12 +127,17 @@ impl Target {
     ) -> Result<(), String> {
         let name = &planned.container.name;
         let done = |twin: &TwinState| &twin.container == name && twin.ready.is_some();
-        if self
+        let known = self
             .plans()
             .get(&plan.id)
-            .is_some_and(|known| known.twins.iter().any(done))
-        {
-            return Ok(());
+            .is_some_and(|known| known.twins.iter().any(done));
+        if known {
+            // It may have been in an earlier life of the host.
+            match runtime.state(name.as_str()).await {
+                Ok(State::Running | State::Paused) => return Ok(()),
+                Err(error) if !error.not_found() => return Err(error.to_string()),
+                _ => {}
+            }
         }
         let begun = Instant::now();
         let mut twin = TwinState {
@@ -136,6 +176,8 @@ impl Target {
     ) -> Result<(), String> {
         let name = planned.container.name.as_str();
         let say = |error: RuntimeError| error.to_string();
+        self.may_start(&plan.id)?;
+        self.check_volumes(plan, planned, runtime).await?;
         match runtime.inspect(name).await {
             Ok(_) => {}
             Err(error) if error.not_found() => {
@@ -150,6 +192,7 @@ impl Target {
         if self.is_filling(&plan.id) {
             self.start_fenced(plan, planned, runtime).await?;
         } else {
+            self.may_start(&plan.id)?;
             runtime.start(name).await.map_err(say)?;
         }
         let rules = ReadyRules {
@@ -169,6 +212,39 @@ impl Target {
             }
             How::Settled => "it settled".to_owned(),
         });
+        Ok(())
+    }
+}
+
+impl Target {
+    /// Refuses to start a twin on another volume of the same name than that which has its data: a runtime would make an
+    /// empty one without a word.
+    async fn check_volumes(
+        &self,
+        plan: &Plan,
+        planned: &PlannedContainer,
+        runtime: &Runtime,
+    ) -> Result<(), String> {
+        let places = self.plans().get(&plan.id).map(|known| known.places.clone());
+        for place in places.unwrap_or_default() {
+            let of_twin = |name: &&str| {
+                let mut volumes = planned.volumes.iter();
+                volumes.any(|volume| volume["Name"].as_str() == Some(*name))
+            };
+            let Some(name) = name_in_runtime(plan, &place).filter(of_twin) else {
+                continue;
+            };
+            let volume = runtime.volume(name).await;
+            let at = volume.map_err(|error| error.to_string())?["Mountpoint"].take();
+            if at.as_str().map(Path::new) != Some(&place.path) {
+                return Err(format!(
+                    "the data of volume {name} is in {}, but the runtime at {} has that volume at {at}; see who made it \
+                     anew, and remove it",
+                    place.path.display(),
+                    runtime.socket().display()
+                ));
+            }
+        }
         Ok(())
     }
 }

@@ -1,0 +1,107 @@
+//! The end of a plan that was not taken over, on its target: what it made here is removed.
+//!
+//! Invariant: a plan counts as dismissed when all of that is gone; until then it stays known, and whoever dismisses it
+//! is told what is left, and asks again. Non-goal: what others put there, which is left alone.
+
+use super::events::TargetEvent;
+use super::later::Later;
+use super::places::remove_places;
+use super::target::{Receiving, Target, TargetError};
+use crate::containers::Runtime;
+use crate::model::container::{Container, State};
+use crate::model::ids::{DeviceId, PlanId};
+use crate::model::plan::Plan;
+use std::time::Duration;
+
+/// Longest wait for this device's own view to show that containers were removed.
+const VIEW_TIME: Duration = Duration::from_secs(3);
+
+impl Target {
+    /// Ends a plan that was not taken over and removes what it made here.
+    ///
+    /// # Errors
+    /// The plan was taken over, belongs to another source, or something of it cannot be removed now.
+    pub async fn dismiss(
+        &self,
+        peer: &DeviceId,
+        id: &PlanId,
+        why: &str,
+    ) -> Result<(), TargetError> {
+        let _turn = self.turn(peer).await;
+        match self.known(peer, id) {
+            Err(TargetError::Unknown(_)) => Ok(()),
+            Err(error) => Err(error),
+            Ok(_) => self.dismiss_now(id, why).await,
+        }
+    }
+
+    pub(super) async fn dismiss_now(&self, id: &PlanId, why: &str) -> Result<(), TargetError> {
+        let plan = match self.plans().get(id) {
+            None => return Ok(()),
+            Some(known) if known.owns.is_some() => return Err(TargetError::Owned(id.clone())),
+            Some(known) => known.plan.clone(),
+        };
+        let runtime = self.runtime_for(&plan).await?;
+        self.shut(id);
+        let Some(mut known) = self.plans().remove(id) else {
+            return Ok(());
+        };
+        let ran = known.later.as_ref().is_some_and(Later::is_given_back);
+        let left = self.remove_all(&mut known, runtime).await;
+        let ended = if left.is_empty() {
+            let reason = why.to_owned();
+            let event = TargetEvent::Dismissed { reason };
+            let written = known.journal.append(crate::fleet::now(), event);
+            written.map_err(TargetError::from)
+        } else {
+            let (plan, left) = (id.clone(), left.join("; "));
+            Err(TargetError::Left { plan, left })
+        };
+        if let Err(error) = ended {
+            self.plans().insert(id.clone(), known);
+            return Err(error);
+        }
+        tracing::info!(plan = %id, why, "dismissed");
+        if ran {
+            self.tell_ports(&plan).await;
+        }
+        Ok(())
+    }
+
+    /// Removes what a plan made here; what is left of it, and why.
+    async fn remove_all(&self, known: &mut Receiving, runtime: &Runtime) -> Vec<String> {
+        let mut left = self.remove_returned(known, runtime).await;
+        left.extend(self.remove_later(known).await);
+        // A rehearsal that was cut short may have left a twin, which was never started.
+        for planned in &known.plan.containers {
+            let name = planned.container.name.as_str();
+            let removed = match runtime.state(name).await {
+                Ok(State::Created) => runtime.remove(name).await,
+                Err(error) if !error.not_found() => Err(error),
+                _ => Ok(()),
+            };
+            left.extend(removed.err().map(|error| error.to_string()));
+        }
+        left.extend(remove_places(&known.plan, &known.places, runtime).await);
+        for name in &known.networks {
+            match runtime.remove_network(name).await {
+                // Others' containers are in it by now.
+                Err(error) if !error.retry_helps() => {
+                    tracing::warn!(plan = %known.plan.id, "left behind: {error}");
+                }
+                removed => left.extend(removed.err().map(|error| error.to_string())),
+            }
+        }
+        left
+    }
+
+    /// Tells the duplicator at once that the ports of twins that were removed are free.
+    async fn tell_ports(&self, plan: &Plan) {
+        let mut view = self.parts.view.clone();
+        let is_twin = |container: &Container| plan.container(&container.name).is_some();
+        let gone = view.wait_for(|view| !view.containers.iter().any(is_twin));
+        // The next heartbeat but one says so, too.
+        let _ = tokio::time::timeout(VIEW_TIME, gone).await;
+        self.parts.beat.notify_one();
+    }
+}

@@ -1,0 +1,770 @@
+//! The target against made-up runtimes: what it starts, ends and removes where, over several lives.
+
+use super::delegator::Parts;
+use super::events::{ContainerFence, Place, TargetEvent};
+use super::journal::{self, Entry, Journal, plan_directory};
+use super::settings::Settings;
+use super::target::{Target, TargetError, rebuild};
+use crate::containers::{Fence, Means, Runtime, Runtimes, Scope};
+use crate::fleet::agent::PairedState;
+use crate::model::action::Actions;
+use crate::model::container::Container;
+use crate::model::control::{Offer, Owns, Whole};
+use crate::model::fleet::PeerAddress;
+use crate::model::ids::{DeviceId, PlanId, VolumeId};
+use crate::model::plan::{
+    Chosen, Estimate, MigrationEvent, Plan, PlannedContainer, PlannedStep, SignedRelease, TwinState,
+};
+use crate::model::units::{Bytes, UnixMillis};
+use crate::model::volume::{VolumeKind, VolumeSpec};
+use axum::extract::{Request, State};
+use axum::http::{Method, StatusCode};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use tokio::net::UnixListener;
+use tokio::task::JoinHandle;
+
+const TWIN: &str = "db";
+const VOLUME: &str = "db-data";
+const PID: i32 = 4242;
+
+/// What a made-up runtime holds.
+#[derive(Default)]
+struct Held {
+    /// Containers and the runtime's word for their states.
+    containers: BTreeMap<String, &'static str>,
+    /// Volumes and where they are.
+    volumes: BTreeMap<String, PathBuf>,
+    /// Where new ones go.
+    root: PathBuf,
+    /// Changes that it was asked for.
+    asked: Vec<String>,
+    /// Changes that it refuses, by a part of what is asked.
+    refused: Option<&'static str>,
+}
+
+impl Held {
+    /// What Docker would answer, as far as a target asks.
+    fn answer(&mut self, method: &Method, path: &str) -> (StatusCode, Value) {
+        let path = path.strip_prefix("/v1.41/").unwrap();
+        if method != Method::GET {
+            self.asked.push(format!("{method} {path}"));
+            let asked = format!("{method} {path}");
+            if self.refused.is_some_and(|part| asked.contains(part)) {
+                let why = json!({ "message": "made to refuse" });
+                return (StatusCode::INTERNAL_SERVER_ERROR, why);
+            }
+        }
+        let done = (StatusCode::OK, Value::Null);
+        let none = (StatusCode::NOT_FOUND, json!({ "message": "no such thing" }));
+        match *path.split('/').collect::<Vec<_>>() {
+            ["version"] => (StatusCode::OK, json!({ "Version": "24.0.0" })),
+            ["images", "json"] => (StatusCode::OK, json!([])),
+            ["containers", name, what] => {
+                let Some(state) = self.containers.get_mut(name) else {
+                    return none;
+                };
+                match what {
+                    "json" => {
+                        let pid = if *state == "running" { PID } else { 0 };
+                        let shown = json!({
+                            "Id": name,
+                            "State": { "Status": *state, "Pid": pid },
+                            "HostConfig": { "RestartPolicy": { "Name": "no" } },
+                        });
+                        return (StatusCode::OK, shown);
+                    }
+                    "start" => *state = "running",
+                    "stop" | "kill" => *state = "exited",
+                    _ => {}
+                }
+                done
+            }
+            ["volumes", "create"] => {
+                let at = self.root.join(VOLUME);
+                std::fs::create_dir_all(&at).unwrap();
+                self.volumes.insert(VOLUME.to_owned(), at.clone());
+                (
+                    StatusCode::CREATED,
+                    json!({ "Name": VOLUME, "Mountpoint": at }),
+                )
+            }
+            ["volumes", name] => match (self.volumes.get(name).cloned(), method) {
+                (None, _) => none,
+                (Some(_), &Method::DELETE) => {
+                    self.volumes.remove(name);
+                    done
+                }
+                (Some(at), _) => (StatusCode::OK, json!({ "Name": name, "Mountpoint": at })),
+            },
+            _ => none,
+        }
+    }
+}
+
+/// A runtime with the API of Docker as far as a target uses it.
+struct Fake {
+    socket: PathBuf,
+    held: Arc<Mutex<Held>>,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Fake {
+    fn new(socket: PathBuf) -> Self {
+        let root = socket.with_extension("volumes");
+        Self {
+            held: Arc::new(Mutex::new(Held {
+                root,
+                ..Held::default()
+            })),
+            socket,
+            task: None,
+        }
+    }
+
+    fn up(&mut self, world: &tokio::runtime::Runtime) {
+        async fn answer(
+            State(held): State<Arc<Mutex<Held>>>,
+            request: Request,
+        ) -> (StatusCode, Json<Value>) {
+            let path = request.uri().path().to_owned();
+            let (status, body) = held.lock().unwrap().answer(request.method(), &path);
+            (status, Json(body))
+        }
+        let routes = Router::new().fallback(answer).with_state(self.held.clone());
+        let _inside = world.enter();
+        let listener = UnixListener::bind(&self.socket).unwrap();
+        self.task = Some(tokio::spawn(async move {
+            axum::serve(listener, routes).await.unwrap();
+        }));
+    }
+
+    fn held(&self) -> std::sync::MutexGuard<'_, Held> {
+        self.held.lock().unwrap()
+    }
+
+    fn state(&self) -> Option<&'static str> {
+        self.held().containers.get(TWIN).copied()
+    }
+
+    fn asked(&self, what: &str) -> bool {
+        self.held().asked.iter().any(|asked| asked.contains(what))
+    }
+
+    fn set(&self, state: &'static str) {
+        self.held().containers.insert(TWIN.to_owned(), state);
+    }
+}
+
+/// A host with two runtimes, of which the first is of the source's kind, and a target on it.
+struct Stage {
+    directory: TempDir,
+    world: tokio::runtime::Runtime,
+    docker: Fake,
+    podman: Fake,
+}
+
+/// One life of the agent.
+struct Life {
+    runtime: tokio::runtime::Runtime,
+    target: Arc<Target>,
+}
+
+impl Life {
+    fn kill(self) {
+        drop(self.target);
+        self.runtime.shutdown_timeout(Duration::from_secs(5));
+    }
+}
+
+impl Stage {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let fake = |name: &str| Fake::new(directory.path().join(name));
+        Self {
+            docker: fake("docker.sock"),
+            podman: fake("podman.sock"),
+            world: tokio::runtime::Runtime::new().unwrap(),
+            directory,
+        }
+    }
+
+    /// With its first runtime up, which holds the twin in this state.
+    fn with(state: &'static str) -> Self {
+        let mut stage = Self::new();
+        stage.docker.up(&stage.world);
+        stage.docker.set(state);
+        stage
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn live(&self) -> Life {
+        let sockets = [&self.docker, &self.podman].map(|one| one.socket.display().to_string());
+        let scope = Scope {
+            cgroup_root: self.path("cgroup"),
+        };
+        let settings = Settings {
+            settle_seconds: 0,
+            bind_roots: vec![self.directory.path().to_owned()],
+            ..Settings::default()
+        };
+        let (_, view) = tokio::sync::watch::channel(Arc::default());
+        let parts = Parts {
+            device: "target".into(),
+            state: self.directory.path().to_owned(),
+            settings,
+            transfer: Default::default(),
+            proc_root: self.path("proc"),
+            runtimes: Arc::new(Runtimes::new(&sockets, scope)),
+            data: None,
+            fleet: None,
+            view,
+            beat: Arc::default(),
+            troubles: Mutex::default(),
+            unheard: Mutex::default(),
+        };
+        let pairings = PairedState::open(self.directory.path(), "target".into()).unwrap();
+        let data = "127.0.0.1:1".parse().unwrap();
+        let target = Target::new(Arc::new(parts), Arc::new(pairings), data);
+        Life {
+            runtime: tokio::runtime::Runtime::new().unwrap(),
+            target: Arc::new(target),
+        }
+    }
+
+    /// A life that takes up what earlier ones left.
+    fn resume(&self) -> Life {
+        let life = self.live();
+        let inside = life.runtime.enter();
+        life.target.resume();
+        drop(inside);
+        life
+    }
+
+    /// A life that knows what earlier ones left, and does nothing about it.
+    fn idle(&self) -> Life {
+        let life = self.live();
+        let (journal, entries) = Journal::open(&self.plan_directory()).unwrap();
+        let known = rebuild(journal, &entries).unwrap();
+        life.target.plans().insert(plan_id(), known);
+        life
+    }
+
+    fn plan_directory(&self) -> PathBuf {
+        plan_directory(self.directory.path(), "target", &plan_id())
+    }
+
+    fn write(&self, events: Vec<TargetEvent>) {
+        let (mut journal, _) = Journal::open(&self.plan_directory()).unwrap();
+        for event in events {
+            journal.append(crate::fleet::now(), event).unwrap();
+        }
+    }
+
+    fn journal(&self) -> Vec<TargetEvent> {
+        let entries: Vec<Entry<TargetEvent>> = journal::read(&self.plan_directory()).unwrap();
+        entries.into_iter().map(|entry| entry.event).collect()
+    }
+
+    /// The plan was accepted and is owned, with a bind mount.
+    fn owned(&self) -> Vec<TargetEvent> {
+        let place = self.path("place");
+        std::fs::create_dir_all(&place).unwrap();
+        vec![self.accepted(VolumeKind::Bind, place), owns()]
+    }
+
+    fn accepted(&self, kind: VolumeKind, path: PathBuf) -> TargetEvent {
+        let (volume, made) = (VolumeId(0), true);
+        TargetEvent::Accepted {
+            plan: Box::new(plan(kind, self.path("place"))),
+            places: vec![Place { volume, path, made }],
+            runtime: Some(self.docker.socket.display().to_string()),
+        }
+    }
+
+    /// The same, switched first, and the twin was ready; its data is here but not in its place.
+    fn filling(&self) -> Vec<TargetEvent> {
+        let store = self.path("store");
+        std::fs::create_dir_all(store.join("data")).unwrap();
+        let source = PeerAddress {
+            device: source(),
+            addr: "127.0.0.1:1".parse().unwrap(),
+        };
+        let mut events = self.owned();
+        events.push(TargetEvent::Opening {
+            source,
+            stores: BTreeMap::from([(VolumeId(0), store)]),
+        });
+        let fence = Fence {
+            container: TWIN.to_owned(),
+            runtime: self.docker.socket.display().to_string(),
+            how: Means::RestartPolicy {
+                previous: json!({ "Name": "no" }),
+            },
+        };
+        let container = TWIN.into();
+        events.push(TargetEvent::TwinFenced {
+            fence: ContainerFence { container, fence },
+        });
+        events.extend([twin_ready(), TargetEvent::Completed]);
+        events
+    }
+
+    fn proven(&self) -> TargetEvent {
+        let data = std::fs::metadata(self.path("store/data")).unwrap();
+        TargetEvent::Proven {
+            inodes: BTreeMap::from([(VolumeId(0), data.ino())]),
+        }
+    }
+}
+
+fn plan_id() -> PlanId {
+    "p1-1".into()
+}
+
+fn source() -> DeviceId {
+    "source".into()
+}
+
+fn plan(kind: VolumeKind, source_path: PathBuf) -> Plan {
+    let container = Container {
+        runtime: Some("/run/docker.sock".into()),
+        ..Container::of_cgroup(TWIN, 1, 1)
+    };
+    let volumes = match &kind {
+        VolumeKind::Named(name) => vec![json!({ "Name": name })],
+        _ => Vec::new(),
+    };
+    Plan {
+        id: plan_id(),
+        created: UnixMillis(1),
+        event: MigrationEvent::Operator,
+        guards: Default::default(),
+        source: source(),
+        containers: vec![PlannedContainer {
+            container,
+            service_ports: Default::default(),
+            inspect: json!({ "Name": TWIN }),
+            networks: Vec::new(),
+            volumes,
+            image_size: Bytes(0),
+        }],
+        order: vec![PlannedStep {
+            containers: vec![TWIN.into()],
+            sequential: false,
+        }],
+        groups: Vec::new(),
+        edges: Vec::new(),
+        volumes: vec![VolumeSpec {
+            id: VolumeId(0),
+            name: VOLUME.into(),
+            kind,
+            source_path,
+            containers: vec![TWIN.into()],
+            size: Bytes(1),
+            entries: 1,
+            device_nodes: 0,
+            unreadable: 0,
+            changes: Default::default(),
+            unused: Default::default(),
+        }],
+        fetch_orders: BTreeMap::new(),
+        epochs: BTreeMap::new(),
+        delegated: Actions::default(),
+        notes: Vec::new(),
+        blockers: Vec::new(),
+        estimate: Estimate {
+            bytes: Bytes(1),
+            rate: Bytes(1),
+            basis: String::new(),
+            duration: Duration::ZERO,
+        },
+        choice: None,
+        target: Some(Chosen {
+            device: "target".into(),
+            address: "127.0.0.1:1".into(),
+            pairing: None,
+            explanation: Vec::new(),
+        }),
+        paired: None,
+    }
+}
+
+fn owns() -> TargetEvent {
+    TargetEvent::Owns {
+        release: SignedRelease {
+            body: String::new(),
+            certificate: Vec::new(),
+            signature: Vec::new(),
+        },
+        owns: Owns {
+            plan: plan_id(),
+            target: "target".into(),
+            volumes: Vec::new(),
+        },
+    }
+}
+
+fn twin_ready() -> TargetEvent {
+    TargetEvent::TwinReady {
+        twin: TwinState {
+            container: TWIN.into(),
+            ready: Some("it settled".into()),
+            after: Duration::ZERO,
+            not_carried: Vec::new(),
+            error: None,
+        },
+    }
+}
+
+/// Waits until something is so.
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let since = Instant::now();
+    while !is_so() {
+        assert!(since.elapsed() < Duration::from_secs(30), "never {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn trouble(life: &Life) -> String {
+    let plans = life.target.plans();
+    let known = plans.get(&plan_id()).unwrap();
+    let later = known.later.as_ref();
+    let later = later.and_then(|later| later.arrival().trouble);
+    known.trouble.clone().or(later).unwrap_or_default()
+}
+
+#[test]
+fn the_runtime_that_took_a_plan_has_its_twins_also_while_it_is_away_and_another_one_answers() {
+    let mut stage = Stage::new();
+    stage.podman.up(&stage.world);
+    let plan = plan(VolumeKind::Named(VOLUME.into()), "/var/x".into());
+    // The duplicator lent this device.
+    let lent = json!({ "pairing": {
+        "notice": {
+            "pairing": "pairing", "plan": plan.id, "role": "target", "source": plan.source,
+            "device": "target", "actions": plan.delegated, "volumes": [], "quantity": 0,
+            "expires": u64::MAX, "peer": { "device": plan.source, "addr": "127.0.0.1:1" },
+            "peer_fingerprint": "00".repeat(32), "secret": "00".repeat(32),
+        },
+        "tokens": {},
+        "authorised": true,
+    }});
+    std::fs::write(stage.path("lent.json"), lent.to_string()).unwrap();
+    let life = stage.live();
+    let offer = Offer {
+        plan: plan.clone(),
+        layers: BTreeMap::new(),
+    };
+    let offered = life.target.offer(&plan.source, offer);
+    life.runtime.block_on(offered).unwrap();
+    assert!(stage.podman.held().volumes.contains_key(VOLUME));
+    life.kill();
+
+    stage.write(vec![owns()]);
+    stage.podman.set("created");
+    stage.podman.task.take().unwrap().abort();
+    std::fs::remove_file(&stage.podman.socket).unwrap();
+    stage.docker.up(&stage.world);
+    let life = stage.resume();
+    until("said that its runtime is away", || {
+        trouble(&life).contains("podman.sock")
+    });
+    assert!(stage.docker.held().asked.is_empty());
+    stage.podman.up(&stage.world);
+    until("started", || stage.podman.state() == Some("running"));
+    assert!(stage.docker.held().asked.is_empty());
+    life.kill();
+}
+
+#[test]
+fn a_twin_is_not_started_on_another_volume_of_the_same_name() {
+    let stage = Stage::with("created");
+    let elsewhere = stage.path("elsewhere");
+    let kind = VolumeKind::Named(VOLUME.into());
+    stage.write(vec![stage.accepted(kind, stage.path("place")), owns()]);
+    let life = stage.resume();
+    until("said that there is none", || {
+        trouble(&life).contains("inspect volume")
+    });
+    let set = |at| stage.docker.held().volumes.insert(VOLUME.to_owned(), at);
+    set(elsewhere.clone());
+    until("said where it is instead", || {
+        trouble(&life).contains(&*elsewhere.to_string_lossy())
+    });
+    assert!(!stage.docker.asked("start"));
+    set(stage.path("place"));
+    until("started", || stage.docker.state() == Some("running"));
+    life.kill();
+}
+
+#[test]
+fn the_journal_of_an_earlier_build_is_read_and_a_fence_in_it_tells_the_runtime() {
+    let mut stage = Stage::with("created");
+    stage.podman.up(&stage.world);
+    let known = |events: Vec<TargetEvent>| {
+        let lines = events.into_iter().map(|event| {
+            let mut line = json!({ "at": 1, "event": event });
+            line["event"].as_object_mut().unwrap().remove("runtime");
+            format!("{line}\n")
+        });
+        let directory = stage.plan_directory();
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(directory.join("journal.jsonl"), lines.collect::<String>()).unwrap();
+        let life = stage.idle();
+        let runtime = life.target.plans()[&plan_id()].runtime.clone();
+        life.kill();
+        runtime
+    };
+    assert_eq!(known(stage.owned()), None);
+    let socket = stage.docker.socket.display().to_string();
+    assert_eq!(known(stage.filling()), Some(socket));
+
+    std::fs::remove_dir_all(stage.plan_directory()).unwrap();
+    assert_eq!(known(stage.owned()), None);
+    let life = stage.resume();
+    until("started", || stage.docker.state() == Some("running"));
+    life.kill();
+}
+
+#[test]
+fn a_twin_that_an_earlier_life_ended_is_started_by_whichever_life_comes_to_it() {
+    let stage = Stage::with("running");
+    stage.docker.held().refused = Some("/start");
+    let mut events = stage.filling();
+    events.push(stage.proven());
+    stage.write(events);
+    let life = stage.resume();
+    until("asked to start", || stage.docker.asked("/start"));
+    assert!(stage.journal().contains(&TargetEvent::Whole));
+    assert_eq!(stage.docker.state(), Some("exited"));
+    life.kill();
+
+    stage.docker.held().refused = None;
+    let life = stage.resume();
+    until("started", || stage.docker.state() == Some("running"));
+    life.kill();
+}
+
+#[test]
+fn a_twin_that_is_brought_to_its_plain_place_is_started_also_by_a_later_life() {
+    let stage = Stage::with("running");
+    let process = stage.path("proc").join(PID.to_string());
+    std::fs::create_dir_all(&process).unwrap();
+    let mounts = process.join("mountinfo");
+    let on_a_mount = || std::fs::write(&mounts, "1 1 0:1 / /data rw - fuse.lifeboat x rw").unwrap();
+    on_a_mount();
+    stage.docker.held().refused = Some("/start");
+    let mut events = stage.filling();
+    events.extend([stage.proven(), TargetEvent::Whole]);
+    stage.write(events);
+    let life = stage.resume();
+    until("asked to start", || stage.docker.asked("/start"));
+    assert_eq!(stage.docker.state(), Some("exited"));
+    life.kill();
+
+    stage.docker.held().refused = None;
+    let life = stage.resume();
+    until("ready", || {
+        stage.journal().last() == Some(&TargetEvent::Completed)
+    });
+    assert_eq!(stage.docker.state(), Some("running"));
+    life.kill();
+
+    // As when the agent ends: started, it counts as it did before.
+    let ready = |life: &Life| {
+        let status = life.target.status(&source(), &plan_id()).unwrap();
+        status.start_up.is_some() && status.twins.iter().all(|twin| twin.ready.is_some())
+    };
+    let life = stage.idle();
+    assert!(ready(&life));
+    let before = stage.journal().len();
+    life.runtime.block_on(life.target.stop());
+    assert!(ready(&life));
+    let containers = vec![TWIN.into()];
+    let journal = stage.journal();
+    assert_eq!(journal.len(), before + 3);
+    assert_eq!(journal[before], TargetEvent::TwinsEnded { containers });
+    assert_eq!(stage.docker.state(), Some("running"));
+    life.kill();
+    assert!(ready(&stage.idle()));
+}
+
+#[test]
+fn data_takes_its_place_when_no_twin_is_being_started_and_none_is_fenced_afterwards() {
+    let stage = Stage::with("exited");
+    let mut events = stage.filling();
+    events.push(stage.proven());
+    stage.write(events);
+    let life = stage.idle();
+    let target = life.target.clone();
+    life.runtime.block_on(async {
+        let starting = target.starts.lock().await;
+        let settling = {
+            let target = target.clone();
+            let word = Whole {
+                roots: BTreeMap::new(),
+            };
+            tokio::spawn(async move { target.whole(&source(), &plan_id(), word).await })
+        };
+        // Had it not waited, it would be over well before.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(!settling.is_finished());
+        assert!(!stage.journal().contains(&TargetEvent::Whole));
+        drop(starting);
+        settling.await.unwrap().unwrap();
+        assert!(stage.journal().contains(&TargetEvent::Whole));
+        assert!(stage.path("place").exists() && !stage.path("store").exists());
+
+        stage.docker.held().asked.clear();
+        let (plan, runtime) = known(&target).await;
+        let started = target.start_fenced(&plan, &plan.containers[0], runtime);
+        started.await.unwrap();
+        assert_eq!(stage.docker.held().asked, ["POST containers/db/start"]);
+    });
+    life.kill();
+}
+
+async fn known(target: &Target) -> (Plan, &Runtime) {
+    let (plan, _) = target.known(&source(), &plan_id()).unwrap();
+    let runtime = target.runtime_for(&plan).await.unwrap();
+    (plan, runtime)
+}
+
+#[test]
+fn no_twin_counts_as_ended_before_its_runtime_says_so() {
+    let stage = Stage::with("running");
+    stage.docker.held().refused = Some("/kill");
+    stage.write(stage.filling());
+    let life = stage.resume();
+    until("said that it may still run", || {
+        trouble(&life).contains("may still run")
+    });
+    assert!(!stage.docker.asked("/start"));
+    stage.docker.held().refused = None;
+    until("ended", || stage.docker.state() == Some("exited"));
+    life.kill();
+
+    // Nor when it cannot be asked.
+    stage.docker.task.as_ref().unwrap().abort();
+    std::fs::remove_file(&stage.docker.socket).unwrap();
+    let life = stage.idle();
+    let (plan, _) = life.target.known(&source(), &plan_id()).unwrap();
+    let ended = life.runtime.block_on(life.target.end_twins(&plan, true));
+    assert!(ended.unwrap_err().contains("docker.sock"));
+    life.kill();
+}
+
+#[test]
+fn a_twin_that_was_ready_and_does_not_run_is_started_until_all_are() {
+    let stage = Stage::with("exited");
+    let mut events = stage.owned();
+    events.push(twin_ready());
+    stage.write(events);
+    let life = stage.resume();
+    until("started", || stage.docker.state() == Some("running"));
+    until("ready", || {
+        stage.journal().last() == Some(&TargetEvent::Completed)
+    });
+    life.kill();
+}
+
+#[test]
+fn whoever_looks_is_told_of_a_twin_that_was_ready_and_does_not_run() {
+    let stage = Stage::with("running");
+    let mut events = stage.owned();
+    events.extend([twin_ready(), TargetEvent::Completed]);
+    stage.write(events);
+    let life = stage.idle();
+    let look = || {
+        let (source, plan) = (source(), plan_id());
+        let looked = life.target.look(&source, &plan);
+        let mut twins = life.runtime.block_on(looked).unwrap().twins;
+        twins.remove(0)
+    };
+    assert!(look().ready.is_some());
+    stage.docker.set("exited");
+    let twin = look();
+    assert_eq!(twin.ready, None);
+    assert_eq!(twin.error.as_deref(), Some("it does not run, it is exited"));
+    stage.docker.held().containers.clear();
+    assert!(look().error.unwrap().contains("no such thing"));
+}
+
+#[test]
+fn a_dismissal_is_over_when_nothing_is_left_and_not_before() {
+    let stage = Stage::with("created");
+    let at = stage.path("place");
+    stage
+        .docker
+        .held()
+        .volumes
+        .insert(VOLUME.to_owned(), at.clone());
+    stage.write(vec![stage.accepted(VolumeKind::Named(VOLUME.into()), at)]);
+    let life = stage.idle();
+    let dismiss = || {
+        let (source, plan) = (source(), plan_id());
+        let dismissed = life.target.dismiss(&source, &plan, "asked to");
+        life.runtime.block_on(dismissed)
+    };
+    stage.docker.held().refused = Some("DELETE");
+    for _ in 0..2 {
+        let error = dismiss().unwrap_err();
+        assert!(matches!(error, TargetError::Left { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(VOLUME) && text.contains(TWIN), "{text}");
+        assert_eq!(stage.journal().len(), 1);
+    }
+    stage.docker.held().refused = None;
+    dismiss().unwrap();
+    let last = stage.journal().pop();
+    assert!(matches!(last, Some(TargetEvent::Dismissed { .. })));
+    let held = stage.docker.held();
+    assert!(held.volumes.is_empty() && held.asked.iter().any(|asked| asked.contains(TWIN)));
+    drop(held);
+    dismiss().unwrap();
+    life.kill();
+}
+
+#[test]
+fn an_agent_that_ends_starts_no_twin_any_more_and_none_of_a_plan_that_is_not_its_own() {
+    let stage = Stage::with("running");
+    stage.write(stage.filling());
+    let life = stage.idle();
+    let target = &life.target;
+    life.runtime.block_on(async {
+        let (plan, runtime) = known(target).await;
+        target.stop().await;
+        assert_eq!(stage.docker.state(), Some("exited"));
+        let started = target.start_fenced(&plan, &plan.containers[0], runtime);
+        assert!(started.await.is_err());
+        assert!(target.mount_later(&plan).await.is_err());
+        // Returns, and does not try again and again.
+        target.clone().start_twins(plan.clone()).await;
+    });
+    assert!(!stage.docker.asked("/start"));
+    life.kill();
+
+    let life = stage.idle();
+    let target = &life.target;
+    life.runtime.block_on(async {
+        let (plan, runtime) = known(target).await;
+        // Given back and dismissed while its twins were being started.
+        target.plans().remove(&plan.id);
+        let devices = BTreeMap::new();
+        let started = target.start_twin(&plan, &plan.containers[0], &devices, runtime);
+        assert!(started.await.is_err());
+        target.clone().start_twins(plan.clone()).await;
+    });
+    assert!(!stage.docker.asked("/start"));
+    life.kill();
+}
