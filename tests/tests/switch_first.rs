@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use lifeboat_tests::shop::says;
 use lifeboat_tests::stage::{
-    self, PATIENCE, SOURCE, Service, Stage, TARGET, device, lines, policy, running,
+    self, PATIENCE, SOURCE, Service, Stage, TARGET, device, dies_at, lines, policy, running,
 };
 use nix::sys::signal::Signal;
 use std::process::Command;
@@ -145,6 +145,48 @@ fn a_death_before_the_release_lists_anew_and_one_after_the_proof_moves_the_data_
     stage.check_data(&CACHE)?;
     let mounts = target.podman(["exec", CACHE.name, "cat", "/proc/mounts"])?;
     ensure!(!mounts.contains("fuse.lifeboat"), "{mounts}");
+    stage.lab.down()
+}
+
+#[test]
+fn a_plan_is_completed_when_its_twins_run_again_whichever_life_of_the_agent_starts_them()
+-> Result<()> {
+    let devices = [device(SOURCE, None), device(TARGET, Some("proven"))];
+    let Some(mut stage) = Stage::up("switched-ended", &devices, &[CACHE])? else {
+        return Ok(());
+    };
+    let target = stage.target()?.clone();
+    let arguments = ["evacuate", CACHE.name, "--yes", "--switch-first"];
+    stage.crew.begin(SOURCE, "evacuate", &arguments)?;
+    stage.await_death(TARGET)?;
+    // It ends the twin, brings the data to its place, and dies before it starts the twin.
+    stage.crew.launch_agent(TARGET, &dies_at("start twins"))?;
+    stage.await_death(TARGET)?;
+    ensure!(running(&target)?.is_empty(), "the twin runs already");
+    // No twin starts without its bind mount.
+    let (notes, away) = (CACHE.notes(), format!("{}-away", CACHE.notes()));
+    target.run(["mv", &notes, &away])?;
+    stage.crew.start_agent(TARGET)?;
+    let plan = stage.plan()?;
+    wait_for("a source that waits for the twin", PATIENCE, || {
+        let (_, status) = stage.crew.ask(SOURCE, &["status"])?;
+        let text = status["plans"].to_string();
+        Ok(text.contains("twin cache: ").then_some(()))
+    })
+    .with_context(|| stage.crew.log(SOURCE))?;
+    target.run(["mv", &away, &notes])?;
+    let report = wait_for_end(&stage.crew, SOURCE, &plan, PATIENCE * 2)
+        .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))?;
+    ensure!(report["state"] == "completed", "{report:#}");
+    ensure!(running(&target)?.len() == 1, "completed without its twin");
+    stage.crew.tell(SOURCE, &["verify", &plan])?;
+    stage.writes_go_on(&CACHE)?;
+    stage.check_data(&CACHE)?;
+    // A twin that does not run proves nothing.
+    target.podman(["stop", CACHE.name])?;
+    let error = stage.crew.tell(SOURCE, &["verify", &plan]);
+    let error = error.unwrap_or_else(|error| format!("{error:#}"));
+    says(&error, &["0 of 1 twins are ready", "does not run"])?;
     stage.lab.down()
 }
 

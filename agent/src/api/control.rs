@@ -10,10 +10,11 @@ use crate::model::control::{
 };
 use crate::model::ids::PlanId;
 use crate::model::plan::{SignedRelease, VolumeRelease};
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
+use serde::Deserialize;
 use std::sync::Arc;
 
 /// The roles that answer.
@@ -169,12 +170,24 @@ async fn dismiss(
     whole(async move { target.dismiss(&peer.device, &plan, &request.reason).await }).await
 }
 
+#[derive(Deserialize)]
+struct Ask {
+    /// Whether the runtime is asked for the twins.
+    #[serde(default)]
+    look: bool,
+}
+
 async fn status(
     State(Roles { target, .. }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
+    Query(Ask { look }): Query<Ask>,
 ) -> Answer<TargetStatus> {
-    let status = target.status(&peer.device, &plan);
+    let status = if look {
+        target.look(&peer.device, &plan).await
+    } else {
+        target.status(&peer.device, &plan)
+    };
     status.map(Json).map_err(refused)
 }
 

@@ -10,7 +10,7 @@ use crate::containers::PauseError;
 use crate::model::control::{Owns, TakeOver, TargetStatus};
 use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::ids::ContainerName;
-use crate::model::plan::{Plan, PlannedContainer, SignedRelease};
+use crate::model::plan::{Plan, PlannedContainer, SignedRelease, TwinState};
 use std::time::{Duration, Instant};
 
 /// The source owns nothing any more.
@@ -78,12 +78,7 @@ impl Released<'_> {
             match target_status(core, &target).await {
                 Ok(status) if status.start_up.is_some() => break status,
                 Ok(status) => {
-                    core.active.twins(&status.twins);
-                    if let Some(twin) = status.twins.iter().find(|twin| twin.error.is_some()) {
-                        let why = twin.error.as_deref().unwrap_or_default();
-                        core.active
-                            .trouble(&format!("twin {}: {why}", twin.container));
-                    }
+                    core.tell_twins(&status.twins);
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
                 Err(error) => {
@@ -114,6 +109,18 @@ impl Released<'_> {
         core.delegator.learn_rate(&core.plan.id);
         core.active.enter("completed");
         tracing::info!(plan = %core.plan.id, "completed");
+    }
+}
+
+impl Move {
+    /// Tells people how far the twins are.
+    pub(super) fn tell_twins(&self, twins: &[TwinState]) {
+        self.active.twins(twins);
+        if let Some(twin) = twins.iter().find(|twin| twin.error.is_some()) {
+            let why = twin.error.as_deref().unwrap_or_default();
+            self.active
+                .trouble(&format!("twin {}: {why}", twin.container));
+        }
     }
 }
 

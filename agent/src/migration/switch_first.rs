@@ -233,8 +233,15 @@ impl Move {
         let status = target_status(self, target).await?;
         let arrival = status.arrival.unwrap_or_default();
         self.active.arrival(&arrival);
-        if let Some(trouble) = &arrival.trouble {
-            self.active.trouble(trouble);
+        let ready = status.start_up.is_some();
+        match &arrival.trouble {
+            Some(trouble) => self.active.trouble(trouble),
+            None if !ready => self.tell_twins(&status.twins),
+            None => {}
+        }
+        // Its agent was started anew, and its twins do not run again yet: nothing is over before they do.
+        if !ready {
+            return Ok(None);
         }
         let Arrival {
             roots,

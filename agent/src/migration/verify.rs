@@ -146,10 +146,8 @@ impl Delegator {
         let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
         let target: PeerAddress = super::delegator::target_peer(plan)
             .ok_or_else(|| DelegatorError::UnknownPlan(plan.id.clone()))?;
-        Ok(fleet
-            .client
-            .get(&target, &format!("/v1/plans/{}", plan.id))
-            .await?)
+        let path = format!("/v1/plans/{}?look=true", plan.id);
+        Ok(fleet.client.get(&target, &path).await?)
     }
 
     async fn kept_roots(
@@ -291,6 +289,11 @@ fn judge(
             "{ready} of {} twins are ready",
             plan.containers.len()
         ));
+    }
+    for twin in &status.twins {
+        if let Some(error) = &twin.error {
+            faults.push(format!("twin {}: {error}", twin.container));
+        }
     }
     for name in &running_on_source {
         faults.push(format!("{name} still runs on the source"));
