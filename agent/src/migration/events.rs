@@ -180,8 +180,12 @@ pub enum SourceEvent {
         /// How, container by container.
         fences: Vec<ContainerFence>,
     },
-    /// From here containers may be frozen.
-    Pausing,
+    /// From here these containers may be frozen.
+    Pausing {
+        /// Those that ran; an earlier build did not say.
+        #[serde(default)]
+        containers: Option<Vec<ContainerName>>,
+    },
     /// All containers are frozen.
     Paused {
         /// Time it took.

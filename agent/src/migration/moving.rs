@@ -10,8 +10,9 @@ use crate::containers::{FenceError, ImageError, PauseError, RuntimeError};
 use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::pairing::PairError;
 use crate::model::choice::{Changeset, Measured};
+use crate::model::container::{Container, State};
 use crate::model::fleet::{PeerAddress, Role};
-use crate::model::ids::{DeviceId, Epoch, VolumeId};
+use crate::model::ids::{ContainerName, DeviceId, Epoch, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::units::{UnixMillis, human_duration};
 use crate::transfer::SendError;
@@ -86,7 +87,7 @@ pub enum MoveError {
     PauseTooLong(Duration),
     /// Somebody let a container run again during the pause.
     #[error("{0} was let run again during the pause; find who did it and ask again")]
-    Thawed(crate::model::ids::ContainerName),
+    Thawed(ContainerName),
     /// Nobody approved it.
     #[error("{NOT_APPROVED} {roles} within {}; `lifeboat evacuate` moves the containers by hand", human_duration(*timeout))]
     NotApproved {
@@ -248,6 +249,8 @@ pub(super) struct Done {
     pub(super) fences: Vec<ContainerFence>,
     /// When the workload was about to be frozen.
     pub(super) pausing: Option<UnixMillis>,
+    /// What of it ran, which is what is thawed; none in the journal of an earlier build.
+    frozen: Option<Vec<ContainerName>>,
     /// Devices from which frozen file systems may be mounted.
     pub(super) freezing: Vec<PathBuf>,
     /// What ends their freeze should this life of the agent not do it.
@@ -260,11 +263,21 @@ impl Done {
         match event {
             SourceEvent::Fencing => self.fencing = true,
             SourceEvent::Fenced { fences } => self.fences.extend(fences.iter().cloned()),
-            SourceEvent::Pausing => self.pausing = Some(at),
+            SourceEvent::Pausing { containers } => {
+                self.pausing = Some(at);
+                self.frozen.clone_from(containers);
+            }
             SourceEvent::Freezing { devices } => self.freezing.clone_from(devices),
             SourceEvent::Resumed => *self = Self::default(),
             _ => {}
         }
+    }
+
+    /// Whether a container may be frozen by this plan, and by nobody before it.
+    pub(super) fn may_have_frozen(&self, container: &Container) -> bool {
+        let named = |names: &Vec<ContainerName>| names.contains(&container.name);
+        let by_state = container.state != State::Paused;
+        self.pausing.is_some() && self.frozen.as_ref().map_or(by_state, named)
     }
 }
 
@@ -332,6 +345,34 @@ impl Move {
         match self.active.cancelled() {
             Some(reason) => Err(MoveError::Cancelled(reason)),
             None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ran_when_it_was_frozen_is_thawed_whatever_it_did_when_the_plan_was_made() {
+        let mut container = Container::of_cgroup("db", 1, 1);
+        let done = |line: &str| {
+            let mut done = Done::default();
+            done.note(UnixMillis(1), &serde_json::from_str(line).unwrap());
+            done
+        };
+        let named = done(r#"{"event":"pausing","containers":["db"]}"#);
+        let other = done(r#"{"event":"pausing","containers":["web"]}"#);
+        let earlier_build = done(r#"{"event":"pausing"}"#);
+        for state in [State::Running, State::Paused] {
+            container.state = state;
+            assert!(!Done::default().may_have_frozen(&container));
+            assert!(named.may_have_frozen(&container));
+            assert!(!other.may_have_frozen(&container));
+            assert_eq!(
+                earlier_build.may_have_frozen(&container),
+                state == State::Running
+            );
         }
     }
 }

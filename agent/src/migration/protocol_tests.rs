@@ -51,7 +51,7 @@ impl Line {
             Self::Fenced => SourceEvent::Fenced {
                 fences: vec![fence()],
             },
-            Self::Pausing => SourceEvent::Pausing,
+            Self::Pausing => SourceEvent::Pausing { containers: None },
             Self::Released(data) => SourceEvent::Released {
                 release: SignedRelease {
                     body: data.to_string(),

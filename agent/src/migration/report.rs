@@ -255,7 +255,7 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             };
             fences.iter().map(tell).collect()
         }
-        SourceEvent::Pausing => vec!["pause: freezing the workload".into()],
+        SourceEvent::Pausing { .. } => vec!["pause: freezing the workload".into()],
         SourceEvent::Paused { duration } => {
             vec![format!("workload frozen in {}", human_duration(*duration))]
         }

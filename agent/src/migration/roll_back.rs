@@ -94,7 +94,7 @@ impl Move {
 
     /// Lets one container run again, however long its runtime takes to answer.
     async fn thaw(&self, planned: &PlannedContainer) {
-        if self.done.pausing.is_none() || planned.container.state == State::Paused {
+        if !self.done.may_have_frozen(&planned.container) {
             return;
         }
         while let Err(error) = self.thaw_once(planned).await {

@@ -19,7 +19,7 @@ use crate::fleet::identity;
 use crate::fleet::pairing::{PairError, Pairing};
 use crate::model::action::{Action, Actions};
 use crate::model::choice::{Next, Way};
-use crate::model::container::State;
+use crate::model::container::{Container, State};
 use crate::model::control::{
     Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
 };
@@ -538,15 +538,18 @@ impl<'a> Replicated<'a> {
             })?;
         }
         core.enter("pause")?;
-        core.append(SourceEvent::Pausing)?;
         let started = Instant::now();
         // As they are now: one may have been started or have ended since the plan was made.
         let mut running = Vec::new();
         for planned in &core.plan.containers {
             if core.state_of(planned).await? == Some(State::Running) {
-                running.push(&planned.container);
+                running.push(planned.container.clone());
             }
         }
+        let names = running.iter().map(|container| container.name.clone());
+        let containers = Some(names.collect());
+        core.append(SourceEvent::Pausing { containers })?;
+        let running: Vec<&Container> = running.iter().collect();
         core.delegator.parts().runtimes.pause_all(&running).await?;
         core.append(SourceEvent::Paused {
             duration: started.elapsed(),
