@@ -1,7 +1,7 @@
 //! The end of a plan that was not taken over, on its target: what it made here is removed.
 //!
-//! Invariant: a plan counts as dismissed when all of that is gone; until then it stays known, and whoever dismisses it
-//! is told what is left, and asks again. Non-goal: what others put there, which is left alone.
+//! Invariant: what a plan made is removed once: a place that could be removed may be another plan's soon after. Non-goal:
+//! what cannot be removed, which is told of and left behind.
 
 use super::events::TargetEvent;
 use super::later::Later;
@@ -20,7 +20,7 @@ impl Target {
     /// Ends a plan that was not taken over and removes what it made here.
     ///
     /// # Errors
-    /// The plan was taken over, belongs to another source, or something of it cannot be removed now.
+    /// The plan was taken over, belongs to another source, or its runtime is away: nothing is removed then.
     pub async fn dismiss(
         &self,
         peer: &DeviceId,
@@ -41,26 +41,20 @@ impl Target {
             Some(known) if known.owns.is_some() => return Err(TargetError::Owned(id.clone())),
             Some(known) => known.plan.clone(),
         };
+        // Before anything is removed, and asked: one that is away would have all of it left behind.
         let runtime = self.runtime_for(&plan).await?;
+        runtime.engine().await?;
         self.shut(id);
         let Some(mut known) = self.plans().remove(id) else {
             return Ok(());
         };
         let ran = known.later.as_ref().is_some_and(Later::is_given_back);
-        let left = self.remove_all(&mut known, runtime).await;
-        let ended = if left.is_empty() {
-            let reason = why.to_owned();
-            let event = TargetEvent::Dismissed { reason };
-            let written = known.journal.append(crate::fleet::now(), event);
-            written.map_err(TargetError::from)
-        } else {
-            let (plan, left) = (id.clone(), left.join("; "));
-            Err(TargetError::Left { plan, left })
-        };
-        if let Err(error) = ended {
-            self.plans().insert(id.clone(), known);
-            return Err(error);
+        for left in self.remove_all(&mut known, runtime).await {
+            tracing::warn!(plan = %id, "left behind: {left}");
         }
+        let reason = why.to_owned();
+        let event = TargetEvent::Dismissed { reason };
+        known.journal.append(crate::fleet::now(), event)?;
         tracing::info!(plan = %id, why, "dismissed");
         if ran {
             self.tell_ports(&plan).await;
@@ -84,13 +78,8 @@ impl Target {
         }
         left.extend(remove_places(&known.plan, &known.places, runtime).await);
         for name in &known.networks {
-            match runtime.remove_network(name).await {
-                // Others' containers are in it by now.
-                Err(error) if !error.retry_helps() => {
-                    tracing::warn!(plan = %known.plan.id, "left behind: {error}");
-                }
-                removed => left.extend(removed.err().map(|error| error.to_string())),
-            }
+            let removed = runtime.remove_network(name).await;
+            left.extend(removed.err().map(|error| error.to_string()));
         }
         left
     }

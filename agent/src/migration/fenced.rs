@@ -4,12 +4,15 @@
 //! agent ends on its own account is in the journal before, so that some life of the agent starts it again. Non-goal:
 //! the mounts (`later`).
 
-use super::events::{ContainerFence, TargetEvent};
+use super::delegator::{plan_ids, plan_of};
+use super::events::{ContainerFence, SourceEvent, TargetEvent};
+use super::journal::{self, Entry, plan_directory};
 use super::target::{Target, TargetError};
 use crate::containers::{Fence, Means, Runtime};
 use crate::model::container::State;
 use crate::model::ids::{ContainerName, PlanId};
 use crate::model::plan::{Plan, PlannedContainer};
+use crate::model::units::UnixMillis;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +57,9 @@ impl Target {
     ) -> Result<(), String> {
         let _starts = self.starts.lock().await;
         self.may_start(&plan.id)?;
+        if self.has_left(plan, &planned.container.name).await? {
+            return Err("it has left this device since".to_owned());
+        }
         let name = planned.container.name.as_str();
         if !self.is_filling(&plan.id) {
             // Its data came to its place while `starts` was waited for: no fence is left, and none is to come.
@@ -111,14 +117,25 @@ impl Target {
     }
 
     /// Starts those twins anew that still run on a mount although their volumes are whole.
-    pub(super) async fn leave_mounts(&self, plan: &Plan) {
-        let Ok(runtime) = self.runtime_for(plan).await else {
-            return;
-        };
+    ///
+    /// # Errors
+    /// One may still run on it.
+    pub(super) async fn leave_mounts(&self, plan: &Plan) -> Result<(), String> {
+        let runtime = self.runtime_for(plan).await;
+        let runtime = runtime.map_err(|error| error.to_string())?;
+        let mut all = Ok(());
         for name in plan.order.iter().flat_map(|step| &step.containers) {
-            let name = name.as_str();
-            let Ok(inspect) = runtime.inspect(name).await else {
+            if self.has_left(plan, name).await? {
                 continue;
+            }
+            let name = name.as_str();
+            let inspect = match runtime.inspect(name).await {
+                Ok(inspect) => inspect,
+                Err(error) if error.not_found() => continue,
+                Err(error) => {
+                    all = Err(error.to_string());
+                    continue;
+                }
             };
             let pid = inspect["State"]["Pid"].as_i64().unwrap_or(0);
             let mounts = self.parts.proc_root.join(format!("{pid}/mountinfo"));
@@ -129,7 +146,37 @@ impl Target {
             tracing::info!(plan = %plan.id, twin = name, "starts anew, on the plain place of its data");
             if let Err(error) = self.start_anew(plan, name, runtime).await {
                 tracing::error!(plan = %plan.id, twin = name, "{error}");
+                all = Err(format!("twin {name}: {error}"));
             }
+        }
+        all
+    }
+
+    /// Whether a twin is another device's by now: a plan of which this one was the source has released it since.
+    pub(super) async fn has_left(&self, plan: &Plan, name: &ContainerName) -> Result<bool, String> {
+        let state = &self.parts.state;
+        let owned_at = self.plans().get(&plan.id).map(|known| known.owned_at);
+        let mut released = Vec::new();
+        for id in plan_ids(state, "source") {
+            // One that cannot be read was told of when the agent started.
+            let entries = journal::read(&plan_directory(state, "source", &id)).unwrap_or_default();
+            released.extend(released_of(&entries, name));
+        }
+        if released.is_empty() {
+            return Ok(false);
+        }
+        if released.iter().any(|(at, _)| Some(*at) >= owned_at) {
+            return Ok(true);
+        }
+        // Should the clock have been set back in between, the very container tells.
+        let runtime = self.runtime_for(plan).await;
+        let runtime = runtime.map_err(|error| error.to_string())?;
+        match runtime.inspect(name.as_str()).await {
+            Ok(inspect) => Ok(released
+                .iter()
+                .any(|(_, id)| inspect["Id"].as_str() == Some(id))),
+            Err(error) if error.not_found() => Ok(false),
+            Err(error) => Err(error.to_string()),
         }
     }
 
@@ -146,9 +193,9 @@ impl Target {
         let noted = self.note_ended(id, vec![name.into()]);
         // What it cannot end by itself there is killed.
         let ended = runtime.stop(name, GRACE).await;
-        ended
-            .and(runtime.start(name).await)
-            .map_err(|error| error.to_string())?;
+        ended.map_err(|error| error.to_string())?;
+        let started = runtime.start(name).await;
+        started.map_err(|error| error.to_string())?;
         noted.map_err(|error| error.to_string())?;
         for twin in twins.into_iter().filter(|twin| twin.ready.is_some()) {
             self.note_later(id, &TargetEvent::TwinReady { twin: twin.clone() })
@@ -207,4 +254,21 @@ impl Target {
         }
         all
     }
+}
+
+/// When the plan of this journal released a container, and its id here; none when it came back, or was never of it.
+fn released_of(
+    entries: &[Entry<SourceEvent>],
+    name: &ContainerName,
+) -> Option<(UnixMillis, String)> {
+    let is_back = |entry: &Entry<SourceEvent>| matches!(entry.event, SourceEvent::Returned { .. });
+    let is_released =
+        |entry: &&Entry<SourceEvent>| matches!(entry.event, SourceEvent::Released { .. });
+    let released = entries.iter().find(is_released)?;
+    if entries.iter().any(is_back) {
+        return None;
+    }
+    let plan = plan_of(entries)?;
+    let planned = plan.container(name)?;
+    Some((released.at, planned.container.id.clone()))
 }

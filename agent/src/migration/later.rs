@@ -380,6 +380,12 @@ impl Target {
         if !self.is_filling(id) {
             return Ok(());
         }
+        if self.is_over(id) {
+            return Err(TargetError::InTheWay {
+                what: "the end of the filling".into(),
+                why: "the agent ends; its next life goes on".into(),
+            });
+        }
         let places = self.plans().get(id).map(|known| known.places.clone());
         let places = places.unwrap_or_default();
         let Some((stores, proven)) =
@@ -431,6 +437,15 @@ impl Target {
         let runtime = self.runtime_for(plan).await?;
         let fences = self.later(id, |later| later.fences.clone());
         for fence in fences.unwrap_or_default() {
+            // One that left is fenced by the plan with which it did, in the same way.
+            let left = self.has_left(plan, &fence.container).await;
+            let left = left.map_err(|why| TargetError::InTheWay {
+                what: fence.container.to_string(),
+                why,
+            })?;
+            if left {
+                continue;
+            }
             runtime
                 .lift_fence(&fence.fence)
                 .await
@@ -470,7 +485,18 @@ impl Target {
             self.later(&plan.id, |later| later.trouble = None);
             return self.start_twins(plan).await;
         }
-        self.leave_mounts(&plan).await;
+        let mut said = String::new();
+        while let Err(error) = self.leave_mounts(&plan).await {
+            if self.is_over(&plan.id) {
+                return;
+            }
+            // Its runtime may be away for good.
+            if said != error {
+                tracing::error!(plan = %plan.id, "{error}");
+                said = error;
+            }
+            tokio::time::sleep(RESUME_RETRY).await;
+        }
         let started = self
             .plans()
             .get(&plan.id)
@@ -523,7 +549,7 @@ impl Target {
     pub async fn stop(&self) {
         self.ending.store(true, Ordering::Release);
         // Of one that is just being started it is known then that it runs.
-        let _ = tokio::time::timeout(GRACE, self.starts.lock()).await;
+        let _starts = tokio::time::timeout(GRACE, self.starts.lock()).await;
         let plans: Vec<(Plan, bool)> = {
             let plans = self.plans();
             let owned = plans.values().filter(|known| known.owns.is_some());
@@ -532,10 +558,14 @@ impl Target {
                 .collect()
         };
         for (plan, whole) in plans {
+            // What fails is said where it does, and left to the next life.
             if whole {
-                self.leave_mounts(&plan).await;
+                let _ = self.leave_mounts(&plan).await;
             } else {
-                // Said by the one that failed, and left to the next life.
+                let all = plan.order.iter().flat_map(|step| &step.containers);
+                if let Err(error) = self.note_ended(&plan.id, all.cloned().collect()) {
+                    tracing::error!(plan = %plan.id, "{error}");
+                }
                 let _ = self.end_twins(&plan, false).await;
             }
             self.close_later(&plan.id).await;

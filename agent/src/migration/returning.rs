@@ -101,6 +101,12 @@ impl Target {
     /// Ends the twins and waits for their changes to be in the mirror; the number of changes of each tree.
     async fn mirror_all(&self, plan: &Plan) -> Result<BTreeMap<VolumeId, u64>, String> {
         let _starts = self.starts.lock().await;
+        for planned in &plan.containers {
+            let name = &planned.container.name;
+            if self.has_left(plan, name).await? {
+                return Err(format!("{name} has left this device since"));
+            }
+        }
         self.end_twins(plan, false).await?;
         let runtime = self
             .runtime_for(plan)
@@ -199,8 +205,7 @@ impl Target {
             left.extend(removed.err().map(|error| error.to_string()));
         }
         // Only once the twin is gone: its hook is what keeps it from being started.
-        let gone = left.is_empty();
-        for fence in later.fences.iter().filter(|_| gone) {
+        for fence in &later.fences {
             let lifted = runtime.lift_fence(&fence.fence).await;
             left.extend(lifted.err().map(|error| error.to_string()));
         }

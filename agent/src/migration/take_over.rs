@@ -69,8 +69,10 @@ impl Target {
             let known = plans
                 .get_mut(id)
                 .ok_or_else(|| TargetError::Unknown(id.clone()))?;
-            known.journal.append(crate::fleet::now(), event)?;
+            let now = crate::fleet::now();
+            known.journal.append(now, event)?;
             known.owns = Some(owns.clone());
+            known.owned_at = now;
         }
         self.shut(id);
         tracing::info!(plan = %id, "this target owns the plan's volumes");

@@ -86,14 +86,6 @@ pub enum TargetError {
     /// The target owns the plan's volumes: too late to dismiss it.
     #[error("plan {0} was taken over: this target owns its volumes and runs the twins")]
     Owned(PlanId),
-    /// Not all of what a plan made could be removed.
-    #[error("plan {plan} is not dismissed yet, something of it is left: {left}")]
-    Left {
-        /// Plan.
-        plan: PlanId,
-        /// What could not be removed, and why.
-        left: String,
-    },
     /// A runtime failed.
     #[error("{0}")]
     Runtime(#[from] RuntimeError),
@@ -131,6 +123,10 @@ pub(super) struct Receiving {
     /// What stands for the source's block devices here.
     pub(super) devices: BTreeMap<PathBuf, PathBuf>,
     pub(super) owns: Option<Owns>,
+    /// Since when, by this device's clock.
+    pub(super) owned_at: UnixMillis,
+    /// All its twins were ready once: what ended since was ended by somebody.
+    pub(super) completed: bool,
     pub(super) twins: Vec<TwinState>,
     pub(super) start_up: Option<Duration>,
     pub(super) trouble: Option<String>,
@@ -151,6 +147,8 @@ impl Receiving {
             networks: Vec::new(),
             devices: BTreeMap::new(),
             owns: None,
+            owned_at: UnixMillis::default(),
+            completed: false,
             twins: Vec::new(),
             start_up: None,
             trouble: None,
@@ -230,15 +228,8 @@ impl Target {
         }
         // A source runs one plan at a time: what it left unowned here is over.
         for id in self.unowned_of(peer) {
-            let dismissed = self
-                .dismiss_now(&id, "its source offers another plan")
-                .await;
-            match dismissed {
-                Err(error) if id == plan.id => return Err(error),
-                // What is left is none of the new plan's business, and its source asks for it again.
-                Err(error) => tracing::warn!("{error}"),
-                Ok(()) => {}
-            }
+            self.dismiss_now(&id, "its source offers another plan")
+                .await?;
         }
         let runtime = self.choose_runtime(&plan).await?;
         let socket = Some(runtime.socket().display().to_string());
@@ -253,6 +244,7 @@ impl Target {
                 None => images_present.push(volume.id),
             }
         }
+        self.check_places(&places)?;
         // Written before anything is made, so that a death in between leaves nothing behind for good.
         let event = TargetEvent::Offered {
             plan: Box::new(plan.clone()),
@@ -309,6 +301,23 @@ impl Target {
             cannot_serve: opening::cannot_serve(plan, places),
             times: times_kept(plan, places),
         }
+    }
+
+    /// Refuses places of a plan that is not dismissed yet: its dismissal would remove them under this one.
+    fn check_places(&self, places: &[Place]) -> Result<(), TargetError> {
+        let plans = self.plans();
+        let lists = |known: &&Receiving, place: &Place| {
+            known.owns.is_none() && known.places.iter().any(|one| one.path == place.path)
+        };
+        for place in places.iter().filter(|place| place.path != Path::new("")) {
+            if let Some(other) = plans.values().find(|known| lists(known, place)) {
+                return Err(TargetError::InTheWay {
+                    what: place.path.display().to_string(),
+                    why: format!("plan {} is to have it until it is dismissed", other.plan.id),
+                });
+            }
+        }
+        Ok(())
     }
 
     fn unowned_of(&self, source: &DeviceId) -> Vec<PlanId> {
@@ -620,7 +629,6 @@ pub(super) fn rebuild(
 ) -> Option<Receiving> {
     let mut known: Option<Receiving> = None;
     let mut journal = Some(journal);
-    let mut owned_at = UnixMillis::default();
     for entry in entries {
         let accepted = matches!(entry.event, TargetEvent::Accepted { .. });
         if let (
@@ -658,7 +666,7 @@ pub(super) fn rebuild(
             }
             (TargetEvent::Owns { owns, .. }, Some(known)) => {
                 known.owns = Some(owns.clone());
-                owned_at = entry.at;
+                known.owned_at = entry.at;
             }
             (TargetEvent::TwinReady { twin }, Some(known)) => {
                 known
@@ -668,7 +676,8 @@ pub(super) fn rebuild(
             }
             (TargetEvent::TwinsEnded { containers }, Some(known)) => known.end(containers),
             (TargetEvent::Completed, Some(known)) => {
-                known.start_up = Some(entry.at.since(owned_at));
+                known.start_up = Some(entry.at.since(known.owned_at));
+                known.completed = true;
             }
             (TargetEvent::Dismissed { .. }, Some(known)) => known.places.clear(),
             (event, Some(known)) => {
@@ -692,6 +701,7 @@ pub(super) fn rebuild(
         // They ran on a mount that died with the agent.
         known.twins.clear();
         known.start_up = None;
+        known.completed = false;
     }
     let dismissed = matches!(entries.last()?.event, TargetEvent::Dismissed { .. });
     if dismissed { None } else { known }

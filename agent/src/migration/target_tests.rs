@@ -1,10 +1,11 @@
 //! The target against made-up runtimes: what it starts, ends and removes where, over several lives.
 
 use super::delegator::Parts;
-use super::events::{ContainerFence, Place, TargetEvent};
+use super::events::{ContainerFence, Place, SourceEvent, TargetEvent};
 use super::journal::{self, Entry, Journal, plan_directory};
+use super::pause::Pauses;
 use super::settings::Settings;
-use super::target::{Target, TargetError, rebuild};
+use super::target::{Target, rebuild};
 use crate::containers::{Fence, Means, Runtime, Runtimes, Scope};
 use crate::fleet::agent::PairedState;
 use crate::model::action::Actions;
@@ -85,6 +86,10 @@ impl Held {
                     _ => {}
                 }
                 done
+            }
+            ["containers", name] => {
+                let name = name.split('?').next().unwrap();
+                self.containers.remove(name).map_or(none, |_| done)
             }
             ["volumes", "create"] => {
                 let at = self.root.join(VOLUME);
@@ -228,6 +233,7 @@ impl Stage {
             data: None,
             fleet: None,
             view,
+            pauses: Arc::new(Pauses::load(self.directory.path())),
             beat: Arc::default(),
             troubles: Mutex::default(),
             unheard: Mutex::default(),
@@ -337,6 +343,7 @@ fn source() -> DeviceId {
 
 fn plan(kind: VolumeKind, source_path: PathBuf) -> Plan {
     let container = Container {
+        id: TWIN.into(),
         runtime: Some("/run/docker.sock".into()),
         ..Container::of_cgroup(TWIN, 1, 1)
     };
@@ -701,37 +708,139 @@ fn whoever_looks_is_told_of_a_twin_that_was_ready_and_does_not_run() {
 }
 
 #[test]
-fn a_dismissal_is_over_when_nothing_is_left_and_not_before() {
-    let stage = Stage::with("created");
+fn a_dismissal_removes_nothing_while_its_runtime_is_away_and_everything_once() {
+    let mut stage = Stage::new();
     let at = stage.path("place");
-    stage
-        .docker
-        .held()
-        .volumes
-        .insert(VOLUME.to_owned(), at.clone());
-    stage.write(vec![stage.accepted(VolumeKind::Named(VOLUME.into()), at)]);
+    let set = |stage: &Stage| {
+        let mut held = stage.docker.held();
+        held.containers.insert(TWIN.to_owned(), "created");
+        held.volumes.insert(VOLUME.to_owned(), at.clone());
+    };
+    set(&stage);
+    let kind = VolumeKind::Named(VOLUME.into());
+    stage.write(vec![stage.accepted(kind, at.clone())]);
     let life = stage.idle();
     let dismiss = || {
         let (source, plan) = (source(), plan_id());
         let dismissed = life.target.dismiss(&source, &plan, "asked to");
         life.runtime.block_on(dismissed)
     };
-    stage.docker.held().refused = Some("DELETE");
-    for _ in 0..2 {
-        let error = dismiss().unwrap_err();
-        assert!(matches!(error, TargetError::Left { .. }), "{error}");
-        let text = error.to_string();
-        assert!(text.contains(VOLUME) && text.contains(TWIN), "{text}");
-        assert_eq!(stage.journal().len(), 1);
-    }
-    stage.docker.held().refused = None;
+    dismiss().unwrap_err();
+    assert_eq!(stage.journal().len(), 1);
+    assert!(life.target.plans().contains_key(&plan_id()));
+    stage.docker.up(&stage.world);
     dismiss().unwrap();
     let last = stage.journal().pop();
     assert!(matches!(last, Some(TargetEvent::Dismissed { .. })));
-    let held = stage.docker.held();
-    assert!(held.volumes.is_empty() && held.asked.iter().any(|asked| asked.contains(TWIN)));
-    drop(held);
+    assert!(stage.docker.held().volumes.is_empty() && stage.docker.state().is_none());
+    // What has its names by now is somebody else's.
+    set(&stage);
     dismiss().unwrap();
+    assert!(!stage.docker.held().volumes.is_empty() && stage.docker.state().is_some());
+    life.kill();
+}
+
+#[test]
+fn a_twin_that_left_this_device_is_not_started_here_again_and_counts_as_done() {
+    let stage = Stage::with("exited");
+    let mut events = stage.owned();
+    events.push(twin_ready());
+    stage.write(events);
+    let left = Plan {
+        id: "p2-2".into(),
+        ..plan(VolumeKind::Bind, stage.path("place"))
+    };
+    let directory = plan_directory(stage.directory.path(), "source", &left.id);
+    let (mut journal, _) = Journal::<SourceEvent>::open(&directory).unwrap();
+    let TargetEvent::Owns { release, .. } = owns() else {
+        panic!("it is one")
+    };
+    let (plan, held) = (Box::new(left), false);
+    for event in [
+        SourceEvent::Planned { plan, held },
+        SourceEvent::Released { release },
+    ] {
+        journal.append(crate::fleet::now(), event).unwrap();
+    }
+    for removed in [false, true] {
+        if removed {
+            stage.docker.held().containers.clear();
+        }
+        let life = stage.resume();
+        until("done", || {
+            stage.journal().last() == Some(&TargetEvent::Completed)
+        });
+        let target = life.target.clone();
+        life.runtime.block_on(async {
+            let (plan, runtime) = known(&target).await;
+            let started = target.start_fenced(&plan, &plan.containers[0], runtime);
+            assert!(started.await.is_err());
+        });
+        life.kill();
+        assert!(stage.docker.held().asked.is_empty());
+        stage.write(vec![TargetEvent::TwinsEnded {
+            containers: vec![TWIN.into()],
+        }]);
+    }
+    // It came back before it was owned here: that it had left does not count.
+    stage.docker.set("created");
+    stage.write(vec![owns()]);
+    stage.docker.held().containers.clear();
+    stage
+        .docker
+        .held()
+        .containers
+        .insert("other".to_owned(), "created");
+    let life = stage.idle();
+    let (plan, _) = life.target.known(&source(), &plan_id()).unwrap();
+    let has_left = life
+        .target
+        .has_left(&plan, &plan.containers[0].container.name);
+    assert_eq!(life.runtime.block_on(has_left), Ok(false));
+    life.kill();
+}
+
+#[test]
+fn what_somebody_ended_after_all_twins_were_ready_stays_ended_when_another_one_is_started() {
+    let stage = Stage::with("exited");
+    let mut events = stage.owned();
+    events.extend([twin_ready(), TargetEvent::Completed]);
+    events.push(TargetEvent::TwinsEnded {
+        containers: vec!["another".into()],
+    });
+    stage.write(events);
+    let life = stage.resume();
+    until("done", || {
+        stage.journal().last() == Some(&TargetEvent::Completed)
+    });
+    assert_eq!(stage.docker.state(), Some("exited"));
+    life.kill();
+}
+
+#[test]
+fn twins_that_an_agent_ends_with_itself_are_the_next_lifes_whatever_their_source_says_meanwhile() {
+    let stage = Stage::with("running");
+    let mut events = stage.filling();
+    events.push(stage.proven());
+    stage.write(events);
+    let life = stage.idle();
+    let target = &life.target;
+    if let Some(known) = target.plans().get_mut(&plan_id())
+        && let TargetEvent::TwinReady { twin } = twin_ready()
+    {
+        (known.twins, known.start_up) = (vec![twin], Some(Duration::ZERO));
+    }
+    life.runtime.block_on(async {
+        target.stop().await;
+        let word = Whole {
+            roots: BTreeMap::new(),
+        };
+        assert!(target.whole(&source(), &plan_id(), word).await.is_err());
+    });
+    let containers = vec![TWIN.into()];
+    let last = stage.journal().pop();
+    assert_eq!(last, Some(TargetEvent::TwinsEnded { containers }));
+    assert_eq!(stage.docker.state(), Some("exited"));
     life.kill();
 }
 

@@ -39,6 +39,7 @@ impl Target {
         let mut plans = self.plans();
         if let Some(known) = plans.get_mut(&plan.id) {
             known.start_up = Some(begun.elapsed());
+            known.completed = true;
             known.trouble = None;
             if let Err(error) = known
                 .journal
@@ -127,11 +128,17 @@ impl Target {
     ) -> Result<(), String> {
         let name = &planned.container.name;
         let done = |twin: &TwinState| &twin.container == name && twin.ready.is_some();
-        let known = self
-            .plans()
-            .get(&plan.id)
-            .is_some_and(|known| known.twins.iter().any(done));
-        if known {
+        if self.has_left(plan, name).await? {
+            return Ok(());
+        }
+        let known = self.plans().get(&plan.id).map(|known| {
+            let ready = known.twins.iter().any(done);
+            (ready, known.completed)
+        });
+        if let Some((true, completed)) = known {
+            if completed {
+                return Ok(());
+            }
             // It may have been in an earlier life of the host.
             match runtime.state(name.as_str()).await {
                 Ok(State::Running | State::Paused) => return Ok(()),
