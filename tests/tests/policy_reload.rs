@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lifeboat_tests::shop::{logged, says};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -220,6 +220,14 @@ fn a_pause_is_told_and_survives_kill_9_and_a_recording_is_judged_as_the_agent_di
     );
     let again = run(&["policy", "replay", file, "--policy", POLICY, "--json"])?;
     ensure!(again == replayed, "not deterministic");
+    // What follows an altered byte is not passed over in silence.
+    let alter = format!("printf '\\377' | dd of={file} bs=1 seek=200 conv=notrunc status=none");
+    let altered = host.command(["sh", "-c", &alter]).status()?;
+    ensure!(altered.success(), "the recording was not altered");
+    match run(&["policy", "replay", file, "--policy", POLICY]) {
+        Ok(told) => bail!("an altered recording passed: {told}"),
+        Err(error) => says(&format!("{error:#}"), &["altered at byte", "not judged"])?,
+    }
 
     // A device of no fleet moves nothing, and says so also while it is well.
     reload(&lab, &crew, &policy("second", false, "0s"))?;

@@ -128,9 +128,10 @@ pub struct Sweep {
 /// Which sweep is asked for: the first after this number of this life, or the oldest there is of another life;
 /// without a life the latest.
 #[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct After {
     #[serde(default)]
-    after: u64,
+    number: u64,
     life: Option<UnixMillis>,
 }
 
@@ -313,13 +314,13 @@ async fn status(State(context): State<Context>) -> Json<Status> {
 
 async fn samples(
     State(context): State<Context>,
-    Query(After { after, life }): Query<After>,
+    Query(After { number, life }): Query<After>,
 ) -> Result<Json<Sweep>, Refused> {
     let (mut view, recent) = (context.view, context.recent);
     let swept = loop {
         let latest = view.borrow_and_update().clone();
         let after = match life {
-            Some(life) if life == recent.life => after,
+            Some(life) if life == recent.life => number,
             Some(_) => 0,
             None => latest.number.saturating_sub(1),
         };

@@ -5,7 +5,8 @@ use super::output::say;
 use super::{Context, Failure, Outcome};
 use crate::api::local::PauseRequest;
 use crate::health::{
-    Policy, PolicyError, Replayed, RuleTestOutcome, RuleTests, policy_schema, replay, span,
+    Policy, PolicyError, ReplaySummary, Replayed, RuleTestOutcome, RuleTests, policy_schema,
+    replay, span,
 };
 use crate::migration::pause::Pause;
 use crate::model::locate::{Fault, Field, Position};
@@ -133,7 +134,7 @@ fn replay_one(recording: &Path, policy: &Path, json: bool) -> Outcome {
     .with_context(named)?;
     if json {
         say(&json!({ "event": "summary", "summary": summary }).to_string());
-        return Ok(());
+        return whole(recording, bytes.len(), &summary);
     }
     say(&format!(
         "{} sweeps over {}: {} change(s) of the verdict, {} time(s) it would have acted",
@@ -142,13 +143,26 @@ fn replay_one(recording: &Path, policy: &Path, json: bool) -> Outcome {
         summary.changes,
         summary.acts
     ));
-    if summary.torn > 0 {
+    if summary.torn > 0 && !summary.altered {
         say(&format!(
             "the last {} bytes are no whole frame, as after a crash of the recorder",
             summary.torn
         ));
     }
-    Ok(())
+    whole(recording, bytes.len(), &summary)
+}
+
+/// An error where a recording was altered: what follows was not judged.
+fn whole(recording: &Path, length: usize, summary: &ReplaySummary) -> Outcome {
+    if !summary.altered {
+        return Ok(());
+    }
+    let (recording, torn) = (recording.display(), summary.torn);
+    let at = length - torn;
+    let why = anyhow::anyhow!(
+        "{recording} was altered at byte {at}: the {torn} bytes from there on were not judged"
+    );
+    Err(why.into())
 }
 
 fn told(event: &Replayed) -> String {

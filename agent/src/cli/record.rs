@@ -161,7 +161,7 @@ impl Recorder {
     async fn run(&mut self, agent: &Client) -> Outcome {
         loop {
             let (life, number) = self.heard;
-            let path = format!("/v1/samples?life={}&after={number}", life.0);
+            let path = format!("/v1/samples?life={}&number={number}", life.0);
             match agent.get::<Sweep>(&path).await {
                 Ok(sweep) => self.sweep(&sweep)?,
                 // A restarted agent is waited for: a recording lasts longer than an upgrade.

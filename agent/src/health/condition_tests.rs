@@ -602,6 +602,9 @@ fn what_is_measured_and_cannot_be_judged_any_more_is_not_called_silent() {
         "{}",
         missing.text
     );
+    let verdict = sweep(&mut judge, 40, &[]);
+    let missing = verdict.missing.iter().find(of_it).unwrap();
+    assert!(missing.text.contains("silent"), "{}", missing.text);
 }
 
 #[test]

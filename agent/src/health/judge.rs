@@ -77,6 +77,11 @@ impl Judge {
             }
             if readings.is_empty() {
                 if let Some(remembered) = self.state.thresholds.get_mut(&threshold.name) {
+                    // Why it could not be judged while it was measured.
+                    let series = &remembered.series;
+                    remembered
+                        .blind
+                        .retain(|name, _| !series.contains_key(name));
                     forget_removed(threshold, remembered, samples, tick, stale);
                 }
                 continue;

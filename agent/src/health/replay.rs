@@ -53,6 +53,8 @@ pub struct ReplaySummary {
     pub acts: u64,
     /// Bytes at the end that are no whole frame, as after a crash of the recorder.
     pub torn: usize,
+    /// Whether these are more than one frame that a crash cut: they were altered, and nothing behind them was judged.
+    pub altered: bool,
 }
 
 /// Judges a recording from its beginning, with nothing remembered. The same recording and policy always
@@ -80,7 +82,7 @@ pub fn replay(
             at: header.at,
         });
     };
-    let RecordingEnd { torn, .. } = sweeps(
+    let RecordingEnd { torn, altered, .. } = sweeps(
         recording,
         |metric| wanted.contains(metric),
         start,
@@ -108,7 +110,7 @@ pub fn replay(
             }
         },
     )?;
-    summary.torn = torn;
+    (summary.torn, summary.altered) = (torn, altered);
     summary.lasted = last.unwrap_or_default().since(first.unwrap_or_default());
     Ok(summary)
 }
