@@ -175,6 +175,16 @@ impl Runtime {
         &self.socket
     }
 
+    /// Whether the runtime answers now.
+    ///
+    /// # Errors
+    /// It does not.
+    pub async fn answers(&self) -> Result<(), RuntimeError> {
+        self.get::<Value>("/version", "ask for the version")
+            .await
+            .map(|_| ())
+    }
+
     /// Which engine answers; asked once.
     ///
     /// # Errors

@@ -43,18 +43,25 @@ impl Target {
         };
         // Before anything is removed, and asked: one that is away would have all of it left behind.
         let runtime = self.runtime_for(&plan).await?;
-        runtime.engine().await?;
+        runtime.answers().await?;
         self.shut(id);
         let Some(mut known) = self.plans().remove(id) else {
             return Ok(());
         };
         let ran = known.later.as_ref().is_some_and(Later::is_given_back);
-        for left in self.remove_all(&mut known, runtime).await {
-            tracing::warn!(plan = %id, "left behind: {left}");
+        if !known.removed {
+            for left in self.remove_all(&mut known, runtime).await {
+                tracing::warn!(plan = %id, "left behind: {left}");
+            }
         }
         let reason = why.to_owned();
         let event = TargetEvent::Dismissed { reason };
-        known.journal.append(crate::fleet::now(), event)?;
+        if let Err(error) = known.journal.append(crate::fleet::now(), event) {
+            // A next life would remove it once more: until then nobody else gets its places.
+            known.removed = true;
+            self.plans().insert(id.clone(), known);
+            return Err(error.into());
+        }
         tracing::info!(plan = %id, why, "dismissed");
         if ran {
             self.tell_ports(&plan).await;

@@ -201,13 +201,16 @@ impl Target {
             return left;
         };
         for planned in &known.plan.containers {
-            let removed = runtime.remove(planned.container.name.as_str()).await;
-            left.extend(removed.err().map(|error| error.to_string()));
-        }
-        // Only once the twin is gone: its hook is what keeps it from being started.
-        for fence in &later.fences {
-            let lifted = runtime.lift_fence(&fence.fence).await;
-            left.extend(lifted.err().map(|error| error.to_string()));
+            let name = &planned.container.name;
+            if let Err(error) = runtime.remove(name.as_str()).await {
+                // Its fence stays: nothing else keeps the runtime from starting it beside the source's container.
+                left.push(error.to_string());
+                continue;
+            }
+            for fence in later.fences.iter().filter(|fence| &fence.container == name) {
+                let lifted = runtime.lift_fence(&fence.fence).await;
+                left.extend(lifted.err().map(|error| error.to_string()));
+            }
         }
         left
     }

@@ -10,7 +10,7 @@ use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
 use super::later::Later;
 use super::opening;
-use super::places::{check_room, name_of, times_kept};
+use super::places::{check_room, name_in_runtime, name_of, times_kept};
 use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
 use crate::fleet::agent::PairedState;
 use crate::model::control::{Offer, OfferAccepted, Owns, TargetStatus};
@@ -130,8 +130,12 @@ pub(super) struct Receiving {
     pub(super) twins: Vec<TwinState>,
     pub(super) start_up: Option<Duration>,
     pub(super) trouble: Option<String>,
+    /// Twins that the agent ended since all of them were ready.
+    pub(super) ended: BTreeSet<ContainerName>,
     /// Its places were made.
     pub(super) accepted: bool,
+    /// What it made was removed, and its journal does not say so yet.
+    pub(super) removed: bool,
     /// Its data comes behind its twins.
     pub(super) later: Option<Later>,
 }
@@ -152,7 +156,9 @@ impl Receiving {
             twins: Vec::new(),
             start_up: None,
             trouble: None,
+            ended: BTreeSet::new(),
             accepted,
+            removed: false,
             later: None,
         }
     }
@@ -160,6 +166,7 @@ impl Receiving {
     /// Takes note that twins do not run any more.
     pub(super) fn end(&mut self, twins: &[ContainerName]) {
         self.twins.retain(|twin| !twins.contains(&twin.container));
+        self.ended.extend(twins.iter().cloned());
         self.start_up = None;
     }
 }
@@ -244,7 +251,7 @@ impl Target {
                 None => images_present.push(volume.id),
             }
         }
-        self.check_places(&places)?;
+        self.check_free(&plan, &places)?;
         // Written before anything is made, so that a death in between leaves nothing behind for good.
         let event = TargetEvent::Offered {
             plan: Box::new(plan.clone()),
@@ -303,18 +310,34 @@ impl Target {
         }
     }
 
-    /// Refuses places of a plan that is not dismissed yet: its dismissal would remove them under this one.
-    fn check_places(&self, places: &[Place]) -> Result<(), TargetError> {
+    /// Refuses places and names of a plan that is not dismissed yet: its dismissal would remove them under this one.
+    pub(super) fn check_free(&self, plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
         let plans = self.plans();
-        let lists = |known: &&Receiving, place: &Place| {
-            known.owns.is_none() && known.places.iter().any(|one| one.path == place.path)
+        let in_the_way = |what: String, other: &Plan| TargetError::InTheWay {
+            what,
+            why: format!("plan {} is to have it until it is dismissed", other.id),
         };
-        for place in places.iter().filter(|place| place.path != Path::new("")) {
-            if let Some(other) = plans.values().find(|known| lists(known, place)) {
-                return Err(TargetError::InTheWay {
-                    what: place.path.display().to_string(),
-                    why: format!("plan {} is to have it until it is dismissed", other.plan.id),
-                });
+        for known in plans.values().filter(|known| known.owns.is_none()) {
+            let other = &known.plan;
+            for place in places {
+                // A volume's path is known once its runtime made it.
+                let name = name_in_runtime(plan, place);
+                let meets = |one: &Place| match (name, name_in_runtime(other, one)) {
+                    (Some(name), Some(theirs)) => name == theirs,
+                    (None, None) => {
+                        one.path.starts_with(&place.path) || place.path.starts_with(&one.path)
+                    }
+                    _ => false,
+                };
+                if known.places.iter().any(meets) {
+                    let path = || place.path.display().to_string();
+                    let what = name.map_or_else(path, |name| format!("volume {name}"));
+                    return Err(in_the_way(what, other));
+                }
+            }
+            let mut names = plan.containers.iter().map(|one| &one.container.name);
+            if let Some(name) = names.find(|name| other.container(name).is_some()) {
+                return Err(in_the_way(format!("container {name}"), other));
             }
         }
         Ok(())
@@ -678,6 +701,7 @@ pub(super) fn rebuild(
             (TargetEvent::Completed, Some(known)) => {
                 known.start_up = Some(entry.at.since(known.owned_at));
                 known.completed = true;
+                known.ended.clear();
             }
             (TargetEvent::Dismissed { .. }, Some(known)) => known.places.clear(),
             (event, Some(known)) => {

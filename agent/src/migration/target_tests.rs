@@ -877,3 +877,59 @@ fn an_agent_that_ends_starts_no_twin_any_more_and_none_of_a_plan_that_is_not_its
     assert!(!stage.docker.asked("/start"));
     life.kill();
 }
+
+#[test]
+fn a_twin_that_the_agent_ended_is_looked_at_again_also_when_it_was_ready_once_more() {
+    let stage = Stage::with("exited");
+    let mut events = stage.owned();
+    events.extend([twin_ready(), TargetEvent::Completed]);
+    events.push(TargetEvent::TwinsEnded {
+        containers: vec![TWIN.into(), "another".into()],
+    });
+    // Then the host lost its power, before the other one ran again.
+    events.push(twin_ready());
+    stage.write(events);
+    let life = stage.resume();
+    until("done", || {
+        stage.journal().last() == Some(&TargetEvent::Completed)
+    });
+    assert_eq!(stage.docker.state(), Some("running"));
+    life.kill();
+}
+
+#[test]
+fn what_a_plan_may_still_remove_is_not_given_to_another_one() {
+    let stage = Stage::new();
+    let at = stage.path("place");
+    stage.write(vec![stage.accepted(VolumeKind::Bind, at.clone())]);
+    let life = stage.idle();
+    let check = |kind: VolumeKind, container: &str, path: PathBuf| {
+        let mut other = plan(kind, at.clone());
+        other.id = "p2-2".into();
+        other.containers[0].container.name = container.into();
+        let (volume, made) = (VolumeId(0), true);
+        let place = Place { volume, path, made };
+        life.target.check_free(&other, &[place]).is_ok()
+    };
+    let bind = |container: &str, path: PathBuf| check(VolumeKind::Bind, container, path);
+    assert!(bind("web", stage.path("placed")));
+    for taken in [at.clone(), at.join("below"), stage.path("")] {
+        assert!(!bind("web", taken));
+    }
+    assert!(!bind(TWIN, stage.path("placed")), "its twin's name");
+    life.kill();
+
+    std::fs::remove_dir_all(stage.plan_directory()).unwrap();
+    let named = || VolumeKind::Named(VOLUME.into());
+    stage.write(vec![stage.accepted(named(), PathBuf::new())]);
+    let life = stage.idle();
+    let mut other = plan(named(), at.clone());
+    other.id = "p2-2".into();
+    other.containers[0].container.name = "web".into();
+    let (volume, made, path) = (VolumeId(0), true, PathBuf::new());
+    let places = [Place { volume, path, made }];
+    assert!(life.target.check_free(&other, &places).is_err());
+    other.volumes[0].kind = VolumeKind::Named("other".into());
+    assert!(life.target.check_free(&other, &places).is_ok());
+    life.kill();
+}

@@ -40,6 +40,7 @@ impl Target {
         if let Some(known) = plans.get_mut(&plan.id) {
             known.start_up = Some(begun.elapsed());
             known.completed = true;
+            known.ended.clear();
             known.trouble = None;
             if let Err(error) = known
                 .journal
@@ -133,7 +134,7 @@ impl Target {
         }
         let known = self.plans().get(&plan.id).map(|known| {
             let ready = known.twins.iter().any(done);
-            (ready, known.completed)
+            (ready, known.completed && !known.ended.contains(name))
         });
         if let Some((true, completed)) = known {
             if completed {
