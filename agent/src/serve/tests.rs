@@ -3,6 +3,7 @@
 mod earlier;
 mod holes;
 mod lasting;
+mod mirrored;
 mod nbd;
 
 use super::*;

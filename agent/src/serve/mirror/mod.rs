@@ -18,6 +18,7 @@ use super::store::Store;
 use crate::transfer::Options;
 use crate::transfer::fetch::FetchPlan;
 use crate::transfer::seal::random;
+use crate::volume::codec::{Malformed, Reader};
 use crate::volume::mirror::Log;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -42,7 +43,7 @@ pub struct Mirrored {
 
 /// Names of the files in the mirror's directory: what is being changed, that writes go unmirrored, that the mirror
 /// is lost, and the boot in which it was used last.
-const PENDING: &str = "pending";
+const PENDING: &str = "intended";
 const UNMIRRORED: &str = "unmirrored";
 const LOST: &str = "lost";
 const BOOT: &str = "boot";
@@ -137,19 +138,16 @@ impl Mirror {
 
     /// Notes what will be changed; the turn is held.
     pub(super) fn intend(&self, intent: &Intent) {
-        if let Err(error) = self.shared.write_pending(Some(intent)) {
-            self.lose(&format!("cannot note what is being changed: {error}"));
+        let mut state = self.shared.state();
+        if let Err(error) = self.shared.write_pending(&state, Some(intent)) {
+            let why = format!("cannot note what is being changed: {error}");
+            self.shared.lose(&mut state, &why);
         }
     }
 
     /// Logs what was changed: `bytes` are those of a write that was done wholly.
     pub(super) fn log(&self, store: &Store, intent: &Intent, bytes: Option<&[u8]>) {
         self.shared.log(store, intent, bytes);
-    }
-
-    /// Changes are not in the mirror from now on, for good.
-    pub(super) fn lose(&self, why: &str) {
-        self.shared.lose(&mut self.shared.state(), why);
     }
 
     /// Nothing is mirrored from now on, as nobody needs it.
@@ -256,7 +254,10 @@ impl Shared {
             note(&directory.join(LOST), why)?;
             lost = Some(why.to_owned());
         }
-        if lost.is_none() && log.is_torn() {
+        // What cannot be read is told of when it is healed.
+        let noted = read_pending(directory).map_or(0, |(last, _)| last);
+        // Somebody else may have been told that the disk did not take it.
+        if lost.is_none() && (log.is_torn() || log.last() < noted) {
             let why = "the disk did not take all of its log, and changes that were made here are not in it any more";
             note(&directory.join(LOST), why)?;
             lost = Some(why.to_owned());
@@ -298,12 +299,14 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_pending(&self, intent: Option<&Intent>) -> io::Result<()> {
+    /// Notes how far the log is, and what is changed next.
+    fn write_pending(&self, state: &State, intent: Option<&Intent>) -> io::Result<()> {
         let mut bytes = vec![0; 4];
+        bytes.extend_from_slice(&state.log.last().to_le_bytes());
         if let Some(intent) = intent {
             intent.encode(&mut bytes);
             // Two paths at most.
-            let length = bytes.len() as u32 - 4;
+            let length = (bytes.len() - PENDING_HEAD) as u32;
             bytes[..4].copy_from_slice(&length.to_le_bytes());
         }
         self.pending.write_all_at(&bytes, 0)
@@ -311,22 +314,21 @@ impl Shared {
 
     /// Logs what a process that died was about to change, as it is now.
     fn heal(&self, store: &Store) {
-        let mut bytes = Vec::new();
-        let read = File::open(self.directory.join(PENDING))
-            .and_then(|mut file| io::Read::read_to_end(&mut file, &mut bytes));
-        let length = bytes
-            .first_chunk()
-            .map(|length| u32::from_le_bytes(*length));
-        let intent = match (read, length) {
-            (Ok(_), None | Some(0)) => return,
-            (Ok(_), Some(length)) => bytes
-                .get(4..4 + length as usize)
-                .ok_or_else(|| "it is not whole".to_owned())
-                .and_then(|bytes| Intent::decode(bytes).map_err(|error| error.to_string())),
-            (Err(error), _) => Err(error.to_string()),
-        };
-        match intent {
-            Ok(intent) => self.log(store, &intent, None),
+        match read_pending(&self.directory) {
+            Ok((_, None)) => {}
+            Ok((noted, Some(intent))) => {
+                let mut state = self.state();
+                // It died behind it: once more, that rename would be of a name that is not there, or back.
+                if matches!(intent, Intent::Renamed { .. }) && state.log.last() > noted {
+                    if let Err(error) = self.write_pending(&state, None) {
+                        let why = format!("cannot note that nothing is being changed: {error}");
+                        self.lose(&mut state, &why);
+                    }
+                    return;
+                }
+                drop(state);
+                self.log(store, &intent, None);
+            }
             Err(error) => {
                 let why = format!("what was being changed when the agent died is unknown: {error}");
                 self.lose(&mut self.state(), &why);
@@ -347,7 +349,7 @@ impl Shared {
                 change.encode(&mut content);
                 state.log.append(&content)?;
             }
-            self.write_pending(None)
+            self.write_pending(&state, None)
         });
         if let Err(error) = logged {
             self.lose(&mut state, &format!("a change cannot be logged: {error}"));
@@ -402,6 +404,29 @@ impl Shared {
         nix::unistd::syncfs(File::open(&self.directory)?)?;
         note(&self.directory.join(BOOT), CLOSED)
     }
+}
+
+/// Bytes before the intent: its length, and the number of the last change in the log.
+const PENDING_HEAD: usize = 4 + 8;
+
+/// The last change that was in the log when it was noted, and what was changed then, if anything was.
+fn read_pending(directory: &Path) -> io::Result<(u64, Option<Intent>)> {
+    let bytes = match std::fs::read(directory.join(PENDING)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        read => read?,
+    };
+    if bytes.is_empty() {
+        return Ok((0, None));
+    }
+    let malformed = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    let mut reader = Reader::new(&bytes);
+    let mut read = || {
+        let (length, last) = (reader.u32()?, reader.u64()?);
+        let intent = reader.bytes(length as usize)?;
+        let intent = (length > 0).then(|| Intent::decode(intent)).transpose()?;
+        Ok::<_, Malformed>((last, intent))
+    };
+    read().map_err(malformed)
 }
 
 /// Writes a small file durably in the place of the old one.

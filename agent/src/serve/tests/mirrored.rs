@@ -1,0 +1,86 @@
+//! What a mirror makes of a death in the middle of a change, and of a log that lost some.
+
+use super::*;
+
+/// A store whose mirror logs what is changed, to a source that is away.
+fn apart(bench: &Bench) -> Arc<Store> {
+    bench.wire.cut(true);
+    let store = bench.open(LONG);
+    store.mirror(Duration::ZERO).unwrap();
+    store
+}
+
+fn note(bench: &Bench) -> PathBuf {
+    bench.dir.path().join("store/mirror/intended")
+}
+
+/// Renames in the mirrored tree, and gives what a death before it was logged leaves of the note.
+fn rename(bench: &Bench, store: &Store, (from, to): (&str, &str), exchange: bool) -> Vec<u8> {
+    let mirror = store.logs_to().unwrap();
+    let _turn = mirror.turn();
+    let data = bench.dir.path().join("store/data");
+    let (old, new) = (data.join(from), data.join(to));
+    let intent = Intent::Renamed {
+        from: from.into(),
+        to: to.into(),
+        exchange,
+        inode: old.metadata().unwrap().ino(),
+    };
+    mirror.intend(&intent);
+    let noted = fs::read(note(bench)).unwrap();
+    if exchange {
+        reuse::exchange(&old, &new).unwrap();
+    } else {
+        fs::rename(&old, &new).unwrap();
+    }
+    mirror.log(store, &intent, None);
+    noted
+}
+
+#[test]
+fn a_rename_is_in_the_mirror_once_whether_the_agent_died_before_or_behind_its_record() {
+    for (exchange, dies_before) in [(false, false), (false, true), (true, false), (true, true)] {
+        let bench = Bench::new(Duration::ZERO);
+        bench.file("one", b"one");
+        bench.file("two", b"two");
+        drop(bench.open(LONG));
+        let store = apart(&bench);
+        rename(&bench, &store, ("two", "three"), false);
+        let log = bench.dir.path().join("store/mirror/log");
+        let before = fs::metadata(&log).unwrap().len();
+        let noted = rename(&bench, &store, ("one", "three"), exchange);
+        assert_eq!(store.mirrored().unwrap().changes, 2);
+        drop(store);
+        fs::write(note(&bench), noted).unwrap();
+        if dies_before {
+            let log = File::options().write(true).open(&log).unwrap();
+            log.set_len(before).unwrap();
+        }
+        for _ in 0..2 {
+            let store = apart(&bench);
+            let mirrored = store.mirrored().unwrap();
+            assert_eq!(mirrored.changes, 2, "{exchange} {dies_before}");
+            assert!(store.logs_to().is_some(), "{mirrored:?}");
+        }
+    }
+}
+
+#[test]
+fn a_log_that_lost_what_was_noted_to_be_in_it_ends_the_mirror() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("one", b"one");
+    drop(bench.open(LONG));
+    let store = apart(&bench);
+    rename(&bench, &store, ("one", "two"), false);
+    let log = bench.dir.path().join("store/mirror/log");
+    let before = fs::metadata(&log).unwrap().len();
+    rename(&bench, &store, ("two", "three"), false);
+    drop(store);
+    assert!(apart(&bench).logs_to().is_some());
+    let file = File::options().write(true).open(&log).unwrap();
+    file.set_len(before).unwrap();
+    let store = apart(&bench);
+    let why = store.mirrored().unwrap().unmirrored.unwrap();
+    assert!(why.contains("did not take all of its log"), "{why}");
+    assert!(store.logs_to().is_none());
+}
