@@ -4,7 +4,7 @@
 //! Invariant: the index is written last, so where it is the tree is whole.
 
 use super::presence::{PAGE, WHOLE};
-use super::reuse::{Copies, clear};
+use super::reuse::{Copies, clear, private};
 use crate::model::units::Bytes;
 use crate::transfer::fetch::{BLOCK, FetchError};
 use crate::volume::apply::{Access, ApplyError, Destination, Parent};
@@ -103,7 +103,8 @@ impl Tree {
         origins: Vec<Origin>,
     ) -> Result<Self, StoreError> {
         let names = directory.join("origins");
-        std::fs::create_dir_all(&names).map_err(failed("make directories", directory))?;
+        let made = private(directory).and_then(|()| std::fs::create_dir_all(&names));
+        made.map_err(failed("make directories", directory))?;
         let data =
             Destination::open(volume, &directory.join("data"), false)?.taking_devices(devices);
         Ok(Self {

@@ -9,9 +9,10 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat, renameat2};
 use nix::sys::stat::{SFlag, fstatat};
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 /// Where they lie in the store's directory, by number.
@@ -26,6 +27,7 @@ const REUSES: &str = "reuses";
 /// The file system's error.
 pub fn lay_by(directory: &Path, place: &Path) -> io::Result<()> {
     let copies = directory.join(COPIES);
+    private(directory)?;
     std::fs::create_dir_all(&copies)?;
     // Without it there is no store.
     match std::fs::remove_file(directory.join("index")) {
@@ -42,6 +44,17 @@ pub fn lay_by(directory: &Path, place: &Path) -> io::Result<()> {
         exchange(&copy, place)?;
     }
     Ok(())
+}
+
+/// Makes the directory of a store, or takes the one that is there, for nobody else to come in: it lies beside a place
+/// that others reach, with names of files that lie behind directories of their owner, and every byte that is mirrored.
+pub(super) fn private(directory: &Path) -> io::Result<()> {
+    let mode = 0o700;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(directory)?;
+    std::fs::set_permissions(directory, Permissions::from_mode(mode))
 }
 
 /// Puts each of two directories of one file system in the other's place, at once.

@@ -1,6 +1,7 @@
 //! What a mirror makes of a death in the middle of a change, and of a log that lost some.
 
 use super::*;
+use std::os::unix::fs::PermissionsExt as _;
 
 /// A store whose mirror logs what is changed, to a source that is away.
 fn apart(bench: &Bench) -> Arc<Store> {
@@ -83,4 +84,26 @@ fn a_log_that_lost_what_was_noted_to_be_in_it_ends_the_mirror() {
     let why = store.mirrored().unwrap().unmirrored.unwrap();
     assert!(why.contains("did not take all of its log"), "{why}");
     assert!(store.logs_to().is_none());
+}
+
+#[test]
+fn nobody_else_reads_what_is_kept_of_a_volume() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("one", b"one");
+    let directory = bench.dir.path().join("store");
+    // As an earlier attempt may have left it.
+    fs::create_dir(&directory).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_ne!(mode(&directory), 0o700);
+    fs::set_permissions(&bench.source, fs::Permissions::from_mode(0o751)).unwrap();
+    drop(bench.open(LONG));
+    drop(apart(&bench));
+    assert_eq!(mode(&directory), 0o700);
+    assert_eq!(mode(&directory.join("mirror/log")), 0o600);
+    assert_eq!(mode(&directory.join("data")), 0o751, "it takes its place");
+    let place = bench.dir.path().join("place");
+    fs::create_dir(&place).unwrap();
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
+    lay_by(&directory, &place).unwrap();
+    assert_eq!(mode(&directory), 0o700);
 }

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::Path;
 
 /// Names one log: the two ends of a mirror keep the same one.
@@ -177,6 +177,7 @@ impl Log {
             .truncate(true)
             .read(true)
             .write(true)
+            .mode(0o600)
             .open(&new)?;
         let start = Mark {
             number: 1,
