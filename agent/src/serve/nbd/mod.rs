@@ -13,6 +13,7 @@ use super::store::Store;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -207,8 +208,11 @@ impl FrontEnd for NbdServer {
 
 /// Removes a socket at which nobody listens any more.
 fn remove_dead_socket(path: &std::path::Path) -> io::Result<()> {
+    // Anything else that lies there refuses too.
+    let is_socket =
+        std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+        Err(error) if is_socket && error.kind() == io::ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path)
         }
         _ => Ok(()),
@@ -315,6 +319,22 @@ fn serve(shared: &Shared, stream: &Stream) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_socket_at_which_nobody_listens_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::fs::write(at("file"), "disk").unwrap();
+        drop(UnixListener::bind(at("dead")).unwrap());
+        let _live = UnixListener::bind(at("live")).unwrap();
+        std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+        for name in ["file", "dead", "live", "link", "none"] {
+            remove_dead_socket(&at(name)).unwrap();
+        }
+        assert_eq!(std::fs::read(at("file")).unwrap(), b"disk");
+        assert!(at("live").exists() && at("link").exists());
+        assert!(!at("dead").exists());
+    }
 
     #[test]
     fn an_address_is_a_socket_or_on_this_host() {
