@@ -131,6 +131,18 @@ impl Later {
         self.proven.is_some() || self.whole
     }
 
+    /// Takes what came of computing the roots, with why some background could not be started.
+    fn take_roots(
+        &mut self,
+        computed: Result<BTreeMap<VolumeId, Signature>, String>,
+        idle: Option<String>,
+    ) {
+        match computed {
+            Ok(roots) => (self.roots, self.trouble) = (roots, idle),
+            Err(error) => self.trouble = Some(error),
+        }
+    }
+
     /// How far it is.
     pub(super) fn arrival(&self) -> Arrival {
         let mut arrival = Arrival {
@@ -252,6 +264,7 @@ impl Target {
     async fn until_filled(self: Arc<Self>, plan: Plan) {
         loop {
             self.revive(&plan).await;
+            let mut idle = None;
             let over = self.later(&plan.id, |later| {
                 let unproven = later.roots.is_empty();
                 let live = later.live.values_mut();
@@ -259,7 +272,7 @@ impl Target {
                 for live in over.filter(|live| live.store.is_unfinished() && unproven) {
                     match Filler::start(&live.store, FetchOrder::default()) {
                         Ok(filler) => live.filler = Some(filler),
-                        Err(error) => later.trouble = Some(error.to_string()),
+                        Err(error) => idle = Some(error.to_string()),
                     }
                 }
             });
@@ -289,6 +302,10 @@ impl Target {
             let places = self.plans().get(&plan.id).map(|known| known.places.clone());
             let computed = tokio::task::spawn_blocking(move || {
                 let mut roots = BTreeMap::new();
+                // Each reads the list of all its files: once, when all can be had.
+                if !stores.iter().all(|(_, store)| store.is_settled()) {
+                    return Ok(roots);
+                }
                 for (volume, store) in stores {
                     match store.root()? {
                         Some(root) => roots.insert(volume, root),
@@ -303,10 +320,7 @@ impl Target {
             });
             let computed = computed.await.map_err(|error| error.to_string());
             let computed = computed.and_then(|roots| roots.map_err(|error| error.to_string()));
-            self.later(&plan.id, |later| match computed {
-                Ok(roots) => later.roots = roots,
-                Err(error) => later.trouble = Some(error),
-            });
+            self.later(&plan.id, |later| later.take_roots(computed, idle));
             tokio::time::sleep(LOOK).await;
         }
     }
@@ -647,6 +661,21 @@ fn take_place(store: &Path, place: &Path, inode: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn why_the_roots_could_not_be_computed_is_told_until_they_can() {
+        let source = PeerAddress {
+            device: "s".into(),
+            addr: ([127, 0, 0, 1], 1).into(),
+        };
+        let mut later = Later::new(&source, &BTreeMap::new());
+        later.take_roots(Err("the disk".into()), None);
+        assert_eq!(later.arrival().trouble.as_deref(), Some("the disk"));
+        later.take_roots(Ok(BTreeMap::new()), None);
+        assert_eq!(later.arrival().trouble, None);
+        later.take_roots(Ok(BTreeMap::new()), Some("no thread".into()));
+        assert_eq!(later.arrival().trouble.as_deref(), Some("no thread"));
+    }
 
     #[test]
     fn data_takes_its_place_once_however_often_it_is_told() {

@@ -209,7 +209,8 @@ impl Store {
     }
 
     /// Whether every origin was let go of.
-    pub(super) fn is_settled(&self) -> bool {
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
         let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
         numbers.is_empty()
     }
