@@ -159,7 +159,9 @@ impl Later {
             let trouble = || {
                 let store = &live.store;
                 let first = store.unsafe_here().or_else(|| store.unkept());
-                first.or_else(|| store.doubted())
+                first
+                    .or_else(|| store.withheld())
+                    .or_else(|| store.doubted())
             };
             arrival.trouble = arrival.trouble.or_else(trouble);
             let mirrored = live.store.mirrored();

@@ -109,6 +109,9 @@ impl Fill {
         }
         // What is under way comes before the source is let go of.
         self.room(0)?;
+        if self.store.unsafe_here().is_some() {
+            return Ok(false);
+        }
         let (mut whole, mut failed) = (true, false);
         for number in 0..u32::try_from(origins.len()).unwrap_or(u32::MAX) {
             loop {

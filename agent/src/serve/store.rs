@@ -12,7 +12,7 @@ mod durable;
 mod holes;
 mod looks;
 
-use self::arrivals::Inlet;
+use self::arrivals::{Inlet, Withheld};
 use self::doubt::Doubt;
 pub use self::holes::Extent;
 use self::holes::Maps;
@@ -114,6 +114,7 @@ pub struct Store {
     refused: AtomicU64,
     /// Why what arrived last could not be kept.
     unkept: Mutex<Option<String>>,
+    withheld: Mutex<Option<Withheld>>,
     /// Why nothing more counts as durable in this life of the host.
     unsafe_here: Mutex<Option<String>>,
     unsafe_note: File,
@@ -243,6 +244,7 @@ impl Store {
             held_before: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             unkept: Mutex::default(),
+            withheld: Mutex::default(),
             unsafe_here: Mutex::new(unsafe_here),
             unsafe_note,
             disk,
@@ -331,10 +333,12 @@ impl Store {
             if !self.is_mended(proof)? {
                 return Ok(None);
             }
+            locked(&self.withheld).take();
             self.write_back()?;
             return proof.root(&self.directory, &self.origins);
         }
-        let Some(fetcher) = locked(&self.fetcher).clone() else {
+        let fetcher = locked(&self.fetcher).clone();
+        let Some(fetcher) = fetcher.filter(|_| !self.is_put_off()) else {
             return Ok(None);
         };
         for place in lacking {

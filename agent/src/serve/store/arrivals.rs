@@ -10,6 +10,7 @@ use crate::serve::presence::{PAGE, PAGES};
 use crate::transfer::fetch::{Arrivals, BLOCK, Block, Class, Content, Place, Refusal};
 use crate::volume::scan::read_full;
 use crate::volume::sign::{ZERO, signature};
+use crate::volume::tree::shown;
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io;
@@ -17,10 +18,42 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering;
 use std::sync::{PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Files of which the rest is fetched next, because somebody reads them.
 const RECENT_CAP: usize = 64;
+/// What the source does not give is asked for again after this time, and each time after twice as long.
+const PUT_OFF: Duration = Duration::from_millis(500);
+/// At most after this: its disk may be dying, and each try takes long there.
+const PUT_OFF_MAX: Duration = Duration::from_secs(60);
+
+/// A block that the source did not give to the background, which has not come since.
+pub(super) struct Withheld {
+    place: Place,
+    why: Refusal,
+    /// Nothing is asked for again before.
+    until: Instant,
+    pause: Duration,
+}
+
+impl Withheld {
+    fn at(now: Instant, place: Place, why: Refusal) -> Self {
+        Self {
+            place,
+            why,
+            until: now + PUT_OFF,
+            pause: PUT_OFF,
+        }
+    }
+
+    /// Something was not given again; what was asked for at the same time counts once.
+    fn again(&mut self, now: Instant) {
+        if self.until <= now {
+            self.pause = (self.pause * 2).min(PUT_OFF_MAX);
+            self.until = now + self.pause;
+        }
+    }
+}
 
 /// Hands on what arrives, for as long as the store lives.
 pub(super) struct Inlet(pub(super) Weak<Store>);
@@ -189,7 +222,47 @@ impl Store {
         (held != ZERO).then_some(held)
     }
 
+    /// Takes note of what the source gives or does not.
+    fn note_withheld(&self, class: Class, place: Place, refused: Option<Refusal>) {
+        let mut withheld = locked(&self.withheld);
+        let now = Instant::now();
+        match (refused, withheld.as_mut()) {
+            (None, _) => drop(withheld.take_if(|known| known.place == place)),
+            // Who waits for it asks as often as it likes.
+            (Some(_), _) if class == Class::Demand => {}
+            (Some(_), Some(known)) => known.again(now),
+            (Some(why), None) => *withheld = Some(Withheld::at(now, place, why)),
+        }
+    }
+
+    /// Whether the source is left alone for now, as it did not give something.
+    pub(super) fn is_put_off(&self) -> bool {
+        let withheld = locked(&self.withheld);
+        withheld
+            .as_ref()
+            .is_some_and(|known| Instant::now() < known.until)
+    }
+
+    /// What the source does not give, for people; none while it gives everything.
+    #[must_use]
+    pub fn withheld(&self) -> Option<String> {
+        let withheld = locked(&self.withheld);
+        let Withheld { place, why, .. } = withheld.as_ref()?;
+        let path = shown(&self.origins.get(place.file as usize)?.path);
+        let why = match why {
+            Refusal::Gone => "the file is not there any more; see who removed it",
+            Refusal::Unreadable => "it cannot be read there; look for disk errors",
+        };
+        Some(format!(
+            "volume {}: the source does not give `{path}` at offset {}: {why}; it is asked again and again, or `lifeboat \
+             abort` on the source brings everything back there",
+            self.name,
+            place.block * BLOCK
+        ))
+    }
+
     fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>) {
+        self.note_withheld(class, place, block.as_ref().err().copied());
         if self.mends(place, &block) {
             return;
         }
@@ -338,5 +411,28 @@ impl Store {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_given_is_asked_for_again_after_longer_and_longer_pauses() {
+        let now = Instant::now();
+        let place = Place { file: 0, block: 0 };
+        let mut withheld = Withheld::at(now, place, Refusal::Gone);
+        let mut pauses = vec![withheld.until - now];
+        for _ in 0..9 {
+            let asked = withheld.until;
+            for later in 0..3 {
+                withheld.again(asked + Duration::from_millis(later));
+            }
+            pauses.push(withheld.until - asked);
+        }
+        assert!(pauses.is_sorted());
+        assert_eq!(pauses[..3], [PUT_OFF, PUT_OFF * 2, PUT_OFF * 4]);
+        assert_eq!(pauses[9], PUT_OFF_MAX);
     }
 }

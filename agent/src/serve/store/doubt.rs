@@ -161,7 +161,8 @@ impl Store {
             proof.believe()?;
             return Ok(true);
         }
-        let Some(fetcher) = locked(&self.fetcher).clone() else {
+        let fetcher = locked(&self.fetcher).clone();
+        let Some(fetcher) = fetcher.filter(|_| !self.is_put_off()) else {
             return Ok(false);
         };
         for (place, came) in differing {

@@ -215,11 +215,21 @@ impl Store {
         numbers.is_empty()
     }
 
-    /// Whether a background may help that is started once the last one is over: something could not be had or kept, or
-    /// could not be let go of.
+    /// Whether a background may help that is started now, once the last one is over: something could not be had or kept,
+    /// or could not be let go of.
     #[must_use]
     pub fn is_unfinished(&self) -> bool {
-        self.unsafe_here().is_none() && !self.is_settled()
+        if self.is_put_off() {
+            return false;
+        }
+        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
+        if self.unsafe_here().is_none() {
+            return !numbers.is_empty();
+        }
+        // Nothing is let go of in this life of the host, but who reads what is absent need not wait for the source.
+        numbers
+            .values()
+            .any(|number| !self.is_whole(*number) && !self.is_removed(*number))
     }
 
     /// Says once that origins cannot be let go of, as each of a volume may fail, again and again.

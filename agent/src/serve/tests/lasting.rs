@@ -175,3 +175,76 @@ fn the_name_that_a_mend_cut_short_by_a_kill_left_is_let_go_of_and_the_mend_is_do
     assert!(!origin.exists(), "nothing of the store is left on it");
     assert!(fs::read(&data).unwrap() == mended);
 }
+
+#[test]
+fn what_could_not_be_kept_still_comes_after_a_write_back_failed() {
+    let bench = Bench::new(Duration::ZERO);
+    let bytes = random(9, 300_000);
+    bench.file("one", &bytes);
+    drop(bench.open_volume(VolumeId(1), LONG, true));
+    let store = reopened_with(&bench, &[&boot()[..], b"why"].concat());
+    let origin = bench.dir.path().join("store/origins/0");
+    let aside = bench.dir.path().join("aside");
+    fs::rename(&origin, &aside).unwrap();
+    fs::create_dir(&origin).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
+    wait("the filler", || filler.is_over());
+    assert!(store.figures().absent > 0 && store.is_unfinished());
+    fs::remove_dir(&origin).unwrap();
+    fs::rename(&aside, &origin).unwrap();
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
+    wait("everything to be here", || filler.is_over());
+    assert_eq!(store.figures().absent, 0);
+    assert!(!store.is_unfinished() && !store.is_settled());
+}
+
+#[test]
+fn what_the_source_does_not_give_is_told_until_it_comes() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("over", &random(1, 5_000));
+    bench.file("read", &random(2, 200_000));
+    let store = bench.open_volume(VolumeId(1), LONG, true);
+    // Of this one only the signature is wanted.
+    let over = served(&store, "over");
+    store
+        .write(&over.file, over.number, &[7; 5_000], 0)
+        .unwrap();
+    let aside = |name: &str| bench.dir.path().join(name);
+    let modified = fs::metadata(&bench.source).unwrap().modified().unwrap();
+    for name in ["over", "read"] {
+        fs::rename(bench.source.join(name), aside(name)).unwrap();
+    }
+    let mut filler = Filler::start(&store, FetchOrder::default()).unwrap();
+    for name in ["read", "over"] {
+        let mut look = |done: &mut dyn FnMut(Option<String>) -> bool| {
+            wait(name, || {
+                if filler.is_over() && store.is_unfinished() {
+                    filler = Filler::start(&store, FetchOrder::default()).unwrap();
+                }
+                let root = store.root().unwrap();
+                assert_eq!(root, None);
+                done(store.withheld())
+            });
+        };
+        let mut told = None;
+        look(&mut |withheld| {
+            told = withheld.filter(|told| told.contains(&format!("`{name}` at offset ")));
+            told.is_some()
+        });
+        fs::rename(aside(name), bench.source.join(name)).unwrap();
+        if name == "read" {
+            look(&mut |withheld| withheld != told);
+        }
+        let told = told.unwrap();
+        assert!(told.contains("not there any more"), "{told}");
+    }
+    let directory = File::open(&bench.source).unwrap();
+    directory.set_modified(modified).unwrap();
+    let mut root = None;
+    wait("the proof", || {
+        root = store.root().unwrap();
+        root.is_some()
+    });
+    assert_eq!(root, Some(scanned(&bench.source)));
+    assert_eq!(store.withheld(), None);
+}
