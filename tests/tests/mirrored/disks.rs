@@ -342,6 +342,13 @@ fn a_mend_on_a_full_disk_takes_no_capability_away_for_good() -> Result<()> {
     );
     fs::remove_file(&filling)?;
     nix::unistd::syncfs(File::open(&mount)?)?;
+    ensure!(fs::metadata(&here)?.nlink() == 2 && store.is_unfinished());
+    // As it came, until it is doubted again.
+    filled(&store, || Ok(store.root()?))?;
+    ensure!(
+        fs::metadata(&here)?.nlink() == 1,
+        "a name of the store is left of what was refused"
+    );
     ensure!(store.doubt()?);
     let root = wait_for("the proof", PATIENCE, || Ok(store.root()?))?;
     ensure!(root == root_of(&place.source())?);

@@ -285,14 +285,25 @@ impl Store {
             Err(Errno::EEXIST) => {}
             linked => linked?,
         }
-        self.unseen(place.file, &file, || {
-            if is_written {
-                return Ok(());
-            }
-            file.write_all_at(&wanted, start)
-        })?;
-        file.sync_all().inspect_err(|error| self.fails(error))?;
-        std::fs::remove_file(name)
+        let write = || {
+            self.unseen(place.file, &file, || {
+                if is_written {
+                    return Ok(());
+                }
+                file.write_all_at(&wanted, start)
+            })?;
+            file.sync_all().inspect_err(|error| self.fails(error))
+        };
+        let written = write();
+        let inode = fstat(&file)?.st_ino;
+        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
+        let done = written.and_then(|()| std::fs::remove_file(name));
+        match done {
+            Ok(()) => numbers.remove(&inode),
+            // It is let go of as the others were, once it can be.
+            Err(_) => numbers.insert(inode, place.file),
+        };
+        done
     }
 }
 

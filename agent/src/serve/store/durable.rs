@@ -202,7 +202,11 @@ impl Store {
         if let Some(proof) = &self.proof {
             proof.note_inode(number, inode)?;
         }
-        std::fs::remove_file(&path)?;
+        match std::fs::remove_file(&path) {
+            // A mend did it meanwhile.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
         locked(&self.open).remove(&number);
         numbers.remove(&inode);
         Ok(true)
