@@ -414,6 +414,22 @@ fn a_byte_that_is_not_the_sources_is_found_by_path_and_offset_and_fetched_again(
 }
 
 #[test]
+fn a_source_that_cannot_be_asked_is_compared_with_once_it_can() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("one", &random(1, 100));
+    let store = bench.open_volume(VolumeId(1), LONG, true);
+    let filler = Filler::start(&store, FetchOrder::default()).unwrap();
+    wait("the filler", || filler.is_over());
+    wait("the proof", || store.root().unwrap().is_some());
+    bench.wire.cut(true);
+    for _ in 0..4 {
+        assert!(store.doubt().is_err());
+    }
+    bench.wire.cut(false);
+    assert!(store.doubt().unwrap());
+}
+
+#[test]
 fn what_somebody_changed_on_the_source_is_named_and_not_fetched_again() {
     let bench = Bench::new(Duration::ZERO);
     bench.file("kept", &random(1, 100_000));

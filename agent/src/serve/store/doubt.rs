@@ -86,7 +86,6 @@ impl Store {
             if !doubt.lost.0.is_empty() || doubt.rounds == ROUNDS_MAX {
                 return Ok(false);
             }
-            doubt.rounds += 1;
             doubt.refused = Named::default();
         }
         let failed = |error| StoreError::File {
@@ -97,6 +96,7 @@ impl Store {
         // What somebody changed there since it was released is not what should be here.
         let listed = read_list(&self.directory).map_err(failed)?;
         let now = Fetcher::list(&self.plan, &self.options, &listed)?;
+        locked(&self.doubt).rounds += 1;
         let now: HashMap<&[u8], &Entry> = now.iter().map(|entry| (&*entry.path, entry)).collect();
         let mut changed = Named::default();
         for entry in listed {
