@@ -30,9 +30,10 @@ use crate::transfer::fetch::{
     Arrivals, BLOCK, Class, FetchPlan, Fetcher, Place, Refusal, root_of_list,
 };
 use crate::volume::scan::read_full;
+use crate::volume::walk::kind_of;
 use crate::volume::{Confined, FleetKey};
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::stat::fstat;
+use nix::sys::stat::{FileStat, SFlag, fstat};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -424,6 +425,22 @@ impl Store {
     pub fn number(&self, inode: u64) -> Option<u32> {
         let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
         numbers.get(&inode).copied()
+    }
+
+    /// What `look` finds, and how many names that has beside the store's own, which is nobody's business and is not let
+    /// go of in between.
+    ///
+    /// # Errors
+    /// As `look`.
+    pub(super) fn links<E>(
+        &self,
+        look: impl FnOnce() -> Result<FileStat, E>,
+    ) -> Result<(FileStat, u64), E> {
+        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
+        let stat = look()?;
+        let is_file = kind_of(&stat) == SFlag::S_IFREG;
+        let own = is_file && numbers.contains_key(&stat.st_ino);
+        Ok((stat, stat.st_nlink.saturating_sub(u64::from(own))))
     }
 
     /// Whether every page of an origin is here.

@@ -617,6 +617,28 @@ fn a_file_that_is_removed_while_it_is_open_is_read_to_its_end() {
 }
 
 #[test]
+fn the_names_of_a_file_are_counted_without_the_stores_own_also_while_that_is_removed() {
+    let bench = Bench::new(Duration::ZERO);
+    bench.file("one", &random(1, 10));
+    let store = bench.open(LONG);
+    let one = served(&store, "one");
+    store.write(&one.file, one.number, &[7; 10], 0).unwrap();
+    let (sender, let_go) = channel();
+    let (settling, number) = (Arc::clone(&store), one.number.unwrap());
+    let look = || {
+        let stat = nix::sys::stat::fstat(&one.file);
+        std::thread::spawn(move || sender.send(settling.settle(number).unwrap()));
+        // It waits; else it is done within this time.
+        assert!(let_go.recv_timeout(Duration::from_millis(200)).is_err());
+        stat
+    };
+    assert_eq!(store.links(look).unwrap().1, 1);
+    assert!(let_go.recv_timeout(LONG).unwrap());
+    let links = store.links(|| nix::sys::stat::fstat(&one.file));
+    assert_eq!(links.unwrap().1, 1);
+}
+
+#[test]
 fn a_removed_file_that_is_opened_just_as_it_is_let_go_of_stays_with_the_source() {
     let bench = Bench::new(Duration::ZERO);
     let bytes = random(12, 300_000);

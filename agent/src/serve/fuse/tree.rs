@@ -175,10 +175,11 @@ impl Tree {
         }
         let known = self.handles().of(inode);
         let file = file.or(known.as_ref().map(|handle| &handle.file));
-        let Some(stat) = file.map(fstat).transpose()? else {
+        let found = file.map(|file| self.store.links(|| fstat(file)));
+        let Some((stat, links)) = found.transpose()? else {
             return Ok(None);
         };
-        if self.links(&stat) == 0 {
+        if links == 0 {
             return Ok(None);
         }
         self.other_name(stat.st_ino).map(Some)
@@ -233,41 +234,21 @@ impl Tree {
 
     pub(super) fn attributes(&self, inode: u64) -> Result<FileAttr, Errno> {
         let _quiet = self.quiet(inode);
-        let named = self.named(inode, |parent, name| {
-            fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW)
-        });
-        let stat = match named {
-            Err(Errno::ESTALE) => fstat(self.unnamed(inode)?)?,
+        let named = self.named(inode, |parent, name| self.look(parent, name));
+        let found = match named {
+            Err(Errno::ESTALE) => {
+                let file = self.unnamed(inode)?;
+                self.store.links(|| fstat(&file))?
+            }
             named => named?,
         };
-        Ok(self.described(&stat, inode))
+        Ok(described(&found, inode))
     }
 
-    /// Names of an inode, without the store's own, which is nobody's business.
-    fn links(&self, stat: &FileStat) -> u64 {
-        let own =
-            kind(stat.st_mode) == FileType::RegularFile && self.store.number(stat.st_ino).is_some();
-        stat.st_nlink.saturating_sub(u64::from(own))
-    }
-
-    fn described(&self, stat: &FileStat, inode: u64) -> FileAttr {
-        FileAttr {
-            ino: INodeNo(inode),
-            size: stat.st_size.unsigned_abs(),
-            blocks: stat.st_blocks.unsigned_abs(),
-            atime: system_time(stat.st_atime, stat.st_atime_nsec),
-            mtime: system_time(stat.st_mtime, stat.st_mtime_nsec),
-            ctime: system_time(stat.st_ctime, stat.st_ctime_nsec),
-            crtime: UNIX_EPOCH,
-            kind: kind(stat.st_mode),
-            perm: (stat.st_mode & 0o7777) as u16,
-            nlink: u32::try_from(self.links(stat)).unwrap_or(u32::MAX),
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            rdev: encoded(stat.st_rdev),
-            blksize: 4096,
-            flags: 0,
-        }
+    /// What a name is, with its links.
+    fn look(&self, directory: impl AsFd, name: &OsStr) -> Result<(FileStat, u64), Errno> {
+        let look = || fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+        self.store.links(look)
     }
 
     /// The entry `name` of `parent`, which the kernel then knows, and its generation.
@@ -282,13 +263,13 @@ impl Tree {
         parent: u64,
         name: &OsStr,
     ) -> Result<(FileAttr, u64), Errno> {
-        let look = || fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
-        let mut stat = look()?;
-        if let Some(_quiet) = self.quiet(stat.st_ino) {
-            stat = look()?;
+        let mut found = self.look(directory, name)?;
+        if let Some(_quiet) = self.quiet(found.0.st_ino) {
+            found = self.look(directory, name)?;
         }
-        let generation = self.change_nodes().found(parent, name, stat.st_ino);
-        Ok((self.described(&stat, stat.st_ino), generation))
+        let inode = found.0.st_ino;
+        let generation = self.change_nodes().found(parent, name, inode);
+        Ok((described(&found, inode), generation))
     }
 
     /// Makes the entry `name` in `parent` by `make`, which is given the mode to make it with, and gives it to
@@ -407,8 +388,13 @@ impl Tree {
     }
 
     /// A file of which one name is removed now, if that is its last.
-    fn last_of(&self, directory: &OwnedFd, name: &OsStr, stat: &FileStat) -> Option<Opened> {
-        let is_file = kind(stat.st_mode) == FileType::RegularFile && self.is_last(stat);
+    fn last_of(
+        &self,
+        directory: &OwnedFd,
+        name: &OsStr,
+        found: &(FileStat, u64),
+    ) -> Option<Opened> {
+        let is_file = kind(found.0.st_mode) == FileType::RegularFile && is_last(found);
         let opened = is_file.then(|| self.open_in(directory.as_fd(), name).ok())?;
         self.held(opened?).ok()
     }
@@ -626,19 +612,15 @@ impl Tree {
     fn unlink(&self, parent: u64, name: &OsStr, flag: UnlinkatFlags) -> Result<(), Errno> {
         let mut nodes = self.change_nodes();
         let directory = self.directory_in(&nodes, parent)?;
-        let stat = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
-        let last = self.last_of(&directory, name, &stat);
+        let found = self.look(&directory, name)?;
+        let last = self.last_of(&directory, name, &found);
         unlinkat(&directory, name, flag)?;
-        nodes.removed(parent, name, stat.st_ino, self.is_last(&stat));
+        let inode = found.0.st_ino;
+        nodes.removed(parent, name, inode, is_last(&found));
         if let Some(last) = last {
-            nodes.keep(stat.st_ino, last);
+            nodes.keep(inode, last);
         }
         Ok(())
-    }
-
-    /// Whether an inode is gone with one of its names.
-    fn is_last(&self, stat: &FileStat) -> bool {
-        kind(stat.st_mode) == FileType::Directory || self.links(stat) <= 1
     }
 
     pub(super) fn rename(
@@ -680,28 +662,26 @@ impl Tree {
         let mut nodes = self.change_nodes();
         let old = self.directory_in(&nodes, from.0)?;
         let new = self.directory_in(&nodes, to.0)?;
-        let stat = |directory: &OwnedFd, name: &OsStr| {
-            fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)
-        };
-        let moved = stat(&old, from.1)?.st_ino;
-        let replaced = stat(&new, to.1).ok();
+        let moved = self.look(&old, from.1)?.0.st_ino;
+        let replaced = self.look(&new, to.1).ok();
         let exchanges = flags.contains(RenameFlags::RENAME_EXCHANGE);
         let last = replaced
             .as_ref()
-            .filter(|stat| !exchanges && stat.st_ino != moved);
-        let last = last.and_then(|stat| self.last_of(&new, to.1, stat));
+            .filter(|(stat, _)| !exchanges && stat.st_ino != moved);
+        let last = last.and_then(|found| self.last_of(&new, to.1, found));
         let how = nix::fcntl::RenameFlags::from_bits_truncate(flags.bits());
         renameat2(&old, from.1, &new, to.1, how)?;
         match replaced {
             // Two names of one file: `rename` does nothing.
-            Some(replaced) if replaced.st_ino == moved => return Ok(()),
-            Some(replaced) if exchanges => {
-                nodes.moved(replaced.st_ino, to, from);
+            Some((stat, _)) if stat.st_ino == moved => return Ok(()),
+            Some((stat, _)) if exchanges => {
+                nodes.moved(stat.st_ino, to, from);
             }
             Some(replaced) => {
-                nodes.removed(to.0, to.1, replaced.st_ino, self.is_last(&replaced));
+                let inode = replaced.0.st_ino;
+                nodes.removed(to.0, to.1, inode, is_last(&replaced));
                 if let Some(last) = last {
-                    nodes.keep(replaced.st_ino, last);
+                    nodes.keep(inode, last);
                 }
             }
             None => {}
@@ -838,4 +818,29 @@ impl Tree {
     pub(super) fn is_whole(&self, number: Option<u32>) -> bool {
         number.is_none_or(|number| self.store.is_whole(number))
     }
+}
+
+fn described((stat, links): &(FileStat, u64), inode: u64) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(inode),
+        size: stat.st_size.unsigned_abs(),
+        blocks: stat.st_blocks.unsigned_abs(),
+        atime: system_time(stat.st_atime, stat.st_atime_nsec),
+        mtime: system_time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: system_time(stat.st_ctime, stat.st_ctime_nsec),
+        crtime: UNIX_EPOCH,
+        kind: kind(stat.st_mode),
+        perm: (stat.st_mode & 0o7777) as u16,
+        nlink: u32::try_from(*links).unwrap_or(u32::MAX),
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        rdev: encoded(stat.st_rdev),
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// Whether an inode is gone with one of its names.
+fn is_last((stat, links): &(FileStat, u64)) -> bool {
+    kind(stat.st_mode) == FileType::Directory || *links <= 1
 }
