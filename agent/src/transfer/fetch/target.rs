@@ -18,6 +18,7 @@ use crate::transfer::queue::lock;
 use crate::transfer::seal::{DataKey, Sealer};
 use crate::transfer::{Options, frame::HEADER_LEN};
 use crate::volume::sign::{ZERO, signature};
+use crate::volume::tree::Xattr;
 use crate::volume::{Entry, FleetKey};
 use std::collections::HashMap;
 use std::net::{Shutdown, TcpStream};
@@ -338,12 +339,14 @@ impl<'a> Listed<'a> {
         }
     }
 
-    /// Takes an answer of so many bytes; whether it was the last.
+    /// Takes an answer of so many bytes; whether it was the last. What holds them counts too: of short entries it is most.
     fn take(&mut self, answer: Answer<'_>, bytes: usize) -> Result<bool, FetchError> {
         let wrong = |why: &str| FetchError::Link(why.to_owned());
         match answer {
             Answer::Entries { last, entries } => {
-                let room = self.room.checked_sub(bytes);
+                let attributes: usize = entries.iter().map(|entry| entry.xattrs.len()).sum();
+                let held = entries.len() * size_of::<Entry>() + attributes * size_of::<Xattr>();
+                let room = self.room.checked_sub(bytes + held);
                 self.room = room.ok_or(FetchError::TooLong(Bytes(self.cap as u64)))?;
                 self.entries.extend(entries);
                 Ok(last)
@@ -363,8 +366,8 @@ impl<'a> Listed<'a> {
     }
 }
 
-/// Bytes of a list as it travels: some twenty million entries.
-const LIST_CAP: usize = 2 << 30;
+/// Bytes of a list as it is held: some twenty million entries.
+const LIST_CAP: usize = 4 << 30;
 
 /// A tree of millions of files on a slow disk takes minutes to walk.
 const LIST_TIME: Duration = Duration::from_secs(1800);
@@ -734,13 +737,14 @@ mod tests {
             last,
             entries: vec![entry(10_000)],
         };
-        let mut listed = Listed::of(&known, &pieces, 1000);
+        // For one entry with its bytes, and the bytes of the next alone.
+        let mut listed = Listed::of(&known, &pieces, size_of::<Entry>() + 610);
         assert!(!listed.take(all(), 10).unwrap());
         let named = listed.entries.len();
         assert!(named > 9000 && listed.take(more(true), 600).unwrap());
         assert_eq!(listed.entries.len(), named + 1);
-        let said = listed.take(more(false), 600).unwrap_err().to_string();
-        assert!(said.contains("longer than 1000 B"), "{said}");
+        let said = listed.take(more(false), 10).unwrap_err().to_string();
+        assert!(said.contains("is longer than"), "{said}");
         assert!(listed.take(all(), 10).is_err());
         assert_eq!(listed.entries.len(), named + 1);
     }
