@@ -217,6 +217,12 @@ impl PairedState {
             return Err(TokenRefused::PairingUnknown(notice.pairing));
         }
         self.change(|lent| {
+            // A device has one duty in a plan: of an earlier one the end was not heard.
+            lent.retain(|id, one| {
+                *id == notice.pairing
+                    || one.notice.plan != notice.plan
+                    || one.notice.source != notice.source
+            });
             match lent.get_mut(&notice.pairing) {
                 Some(known) => known.notice = notice,
                 None => {

@@ -8,12 +8,16 @@ use super::identity::{DUPLICATOR, Fingerprint, Identity, device_of};
 use super::tls;
 use crate::model::ids::DeviceId;
 use crate::model::places::Places;
-use axum::extract::DefaultBodyLimit;
+use axum::body::{Body, to_bytes};
+use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
+use bytes::Bytes;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,6 +42,10 @@ const STRANGER_TIMEOUT: Duration = Duration::from_secs(10);
 const HANDSHAKES: usize = 64;
 /// Connections of fleet members at a time.
 const CONNECTIONS: usize = 512;
+/// Of these, connections of one: a target asks for the blocks of dozens of volumes at once.
+pub(super) const CONNECTIONS_EACH: usize = 64;
+/// Time for a member to send the body of a request.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time for running requests to end after the server was told to stop.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -185,9 +193,10 @@ impl ControlServer {
             } else {
                 self.members_only
             },
-            members: members.layer(limit),
+            members: members.layer(from_fn(received)).layer(limit),
             strangers: strangers.map(|router| router.layer(limit)),
             connections: Semaphore::new(CONNECTIONS),
+            connected: Mutex::default(),
             stop: stop.clone(),
         });
         let handshakes = Arc::new(Mutex::new(Places::new(HANDSHAKES)));
@@ -281,7 +290,59 @@ struct Shared {
     members: Router,
     strangers: Option<Router>,
     connections: Semaphore,
+    /// How many each member has.
+    connected: Mutex<HashMap<DeviceId, usize>>,
     stop: CancellationToken,
+}
+
+/// One of the connections of a member; it ends when this is dropped.
+struct Connected<'a> {
+    all: &'a Mutex<HashMap<DeviceId, usize>>,
+    device: DeviceId,
+}
+
+impl<'a> Connected<'a> {
+    fn take(all: &'a Mutex<HashMap<DeviceId, usize>>, device: &DeviceId) -> Option<Self> {
+        let mut counts = all.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(device.clone()).or_default();
+        if *count == CONNECTIONS_EACH {
+            return None;
+        }
+        *count += 1;
+        let device = device.clone();
+        Some(Self { all, device })
+    }
+}
+
+impl Drop for Connected<'_> {
+    fn drop(&mut self) {
+        let mut counts = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.device) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.device);
+            }
+        }
+    }
+}
+
+/// Takes a request whole before it is answered, so that nobody holds its place by sending it slowly.
+async fn received(request: Request, next: Next) -> Response {
+    let (head, body) = request.into_parts();
+    match body_within(BODY_TIMEOUT, body).await {
+        Ok(body) => next.run(Request::from_parts(head, body.into())).await,
+        Err(refused) => refused.into_response(),
+    }
+}
+
+async fn body_within(limit: Duration, body: Body) -> Result<Bytes, ErrorAnswer> {
+    let read = tokio::time::timeout(limit, to_bytes(body, BODY_LIMIT)).await;
+    let read = read.map_err(|_| {
+        let why = format!("the request did not come within {limit:?}");
+        ErrorAnswer::new(StatusCode::REQUEST_TIMEOUT, why)
+    })?;
+    // Who broke off hears nothing.
+    read.map_err(|error| ErrorAnswer::new(StatusCode::PAYLOAD_TOO_LARGE, error))
 }
 
 impl Shared {
@@ -307,6 +368,12 @@ impl Shared {
                     device,
                 };
                 drop(place);
+                let _own = Connected::take(&self.connected, &peer.device).ok_or_else(|| {
+                    format!(
+                        "{} refused, it has {CONNECTIONS_EACH} connections open",
+                        peer.device
+                    )
+                })?;
                 let _place = self.connections.try_acquire().map_err(|_| {
                     format!(
                         "{} refused, {CONNECTIONS} connections are open",
@@ -345,5 +412,41 @@ impl Shared {
             Err(error) if error.is_incomplete_message() || error.is_timeout() => Ok(()),
             Err(error) => Err(super::client::innermost(&error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::body::Frame;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    /// The body of who sends nothing more.
+    struct Never;
+
+    impl hyper::body::Body for Never {
+        type Data = Bytes;
+        type Error = std::io::Error;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_whose_body_does_not_come_is_refused() {
+        let limit = Duration::from_millis(10);
+        let refused = body_within(limit, Body::new(Never)).await.unwrap_err();
+        assert_eq!(refused.status, StatusCode::REQUEST_TIMEOUT);
+        let long = Duration::from_secs(60);
+        let body = body_within(long, Body::from("{}")).await.unwrap();
+        assert_eq!(body, "{}");
+        let much = Body::from(vec![b' '; BODY_LIMIT + 1]);
+        let refused = body_within(long, much).await.unwrap_err();
+        assert_eq!(refused.status, StatusCode::PAYLOAD_TOO_LARGE);
     }
 }

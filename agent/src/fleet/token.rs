@@ -159,11 +159,23 @@ pub fn open(secret: &Secret, token: &SealedToken) -> Result<Claims, TokenError> 
 }
 
 impl Claims {
-    /// Compares every field with `expected` (whose nonce does not count) and the expiry with `now`.
+    /// As [`Self::compare`], and the expiry with `now` by the clock of who issued it.
     ///
     /// # Errors
-    /// [`TokenError::Differs`] naming the first field that differs, or [`TokenError::Expired`].
+    /// As [`Self::compare`], or [`TokenError::Expired`].
     pub fn check(&self, expected: &Self, now: UnixMillis) -> Result<(), TokenError> {
+        self.compare(expected)?;
+        if self.expires <= now {
+            return Err(TokenError::Expired);
+        }
+        Ok(())
+    }
+
+    /// Compares every field with `expected` (whose nonce does not count).
+    ///
+    /// # Errors
+    /// [`TokenError::Differs`] naming the first field that differs.
+    pub fn compare(&self, expected: &Self) -> Result<(), TokenError> {
         // Taken apart, so that a field added later cannot be forgotten here.
         let Self {
             pairing,
@@ -189,9 +201,6 @@ impl Claims {
                 says: format!("until {}", expires.0),
                 expected: format!("at most until {}", expected.expires.0),
             });
-        }
-        if *expires <= now {
-            return Err(TokenError::Expired);
         }
         Ok(())
     }

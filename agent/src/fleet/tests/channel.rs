@@ -7,7 +7,7 @@ use crate::fleet::duplicator::DeviceStatus;
 use crate::fleet::enrol::join;
 use crate::fleet::identity::{Identity, VerifyError, sign, verify, verify_member};
 use crate::fleet::registry::Heartbeat;
-use crate::fleet::server::PeerIdentity;
+use crate::fleet::server::{CONNECTIONS_EACH, PeerIdentity};
 use crate::fleet::tls;
 use crate::model::fleet::PeerAddress;
 use axum::http::StatusCode;
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
@@ -193,6 +194,38 @@ async fn peers_that_stay_silent_do_not_hold_up_others() {
         "{:?}",
         begun.elapsed()
     );
+}
+
+#[tokio::test]
+async fn a_member_that_takes_all_its_places_leaves_those_of_others() {
+    let fleet = Fleet::start().await;
+    let (greedy, other) = (fleet.device("a").await, fleet.device("b").await);
+    let connector = TlsConnector::from(tls::client(&greedy.identity).unwrap());
+    let mut held = Vec::new();
+    for _ in 0..CONNECTIONS_EACH {
+        let stream = TcpStream::connect(fleet.duplicator.addr).await.unwrap();
+        let name = tls::server_name(&fleet.duplicator.device).unwrap();
+        let mut stream = connector.connect(name, stream).await.unwrap();
+        // Heard, so that it has its place.
+        let hello = b"POST /v1/none HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\nexpect: 100-continue\r\n\r\n";
+        stream.write_all(hello).await.unwrap();
+        let mut said = [0; 12];
+        stream.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"HTTP/1.1 100");
+        held.push(stream);
+    }
+    let devices = |device: &TestDevice| {
+        let (client, duplicator) = (device.client.clone(), fleet.duplicator.clone());
+        async move { client.get::<Value>(&duplicator, "/v1/devices").await }
+    };
+    let error = devices(&greedy).await.unwrap_err();
+    assert!(error.is_away() && error.can_retry(), "{error}");
+    assert!(devices(&other).await.is_ok());
+    drop(held.pop());
+    let again = async { while devices(&greedy).await.is_err() {} };
+    tokio::time::timeout(Duration::from_secs(20), again)
+        .await
+        .unwrap();
 }
 
 #[tokio::test]

@@ -6,14 +6,17 @@ use crate::fleet::now;
 use crate::fleet::pairing::{AuthoriseRequest, Notice, PairError, PairingRequest, pair, release};
 use crate::fleet::registry::ActionCost;
 use crate::fleet::secret::Secret;
-use crate::fleet::server::PeerIdentity;
+use crate::fleet::server::{ControlServer, PeerIdentity};
 use crate::fleet::token::{Claims, SealedToken, TokenError, TokenNonce, open, seal};
 use crate::model::action::Action;
 use crate::model::fleet::{DutyOutcome, PeerAddress, Role, TwinNeeds};
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::units::{Bytes, UnixMillis};
+use axum::Json;
+use axum::routing::post;
 use proptest::prelude::*;
 use serde_json::json;
+use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 
 fn request(plan: &str) -> PairingRequest {
@@ -147,20 +150,17 @@ async fn a_device_whose_token_lies_is_given_back_and_another_one_taken() {
     // In p's place somebody with p's certificate answers, but without the pairing's secret.
     drop(p.stop);
     tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    let server = crate::fleet::server::ControlServer::bind(&p.identity, p.address.addr)
+    let server = ControlServer::bind(&p.identity, p.address.addr)
         .await
         .unwrap();
     let liar = axum::Router::new()
-        .route("/v1/pairings", axum::routing::post(async || axum::Json(())))
-        .route(
-            "/v1/pairings/end",
-            axum::routing::post(async || axum::Json(())),
-        )
+        .route("/v1/pairings", post(async || Json(())))
+        .route("/v1/pairings/end", post(async || Json(())))
         .route(
             "/v1/tokens/issue",
-            axum::routing::post(async || {
+            post(async || {
                 let notice = claims("pr-0", "plan-1");
-                axum::Json(seal(&Secret::random(), &notice).unwrap())
+                Json(seal(&Secret::random(), &notice).unwrap())
             }),
         );
     tokio::spawn(server.serve(liar, Default::default()));
@@ -174,6 +174,71 @@ async fn a_device_whose_token_lies_is_given_back_and_another_one_taken() {
         .find(|one| one.device == "p".into())
         .unwrap();
     assert!(liar.reasons[0].contains("another secret"), "{liar}");
+}
+
+#[tokio::test]
+async fn a_lent_device_whose_clock_is_behind_is_paired_with() {
+    let (fleet, s, p, _t) = fleet_of_three().await;
+    // In p's place answers one whose tokens are over by the clock of everybody else.
+    drop(p.stop);
+    let server = loop {
+        match ControlServer::bind(&p.identity, p.address.addr).await {
+            Ok(server) => break server,
+            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
+        }
+    };
+    let known: Arc<Mutex<Option<Notice>>> = Arc::default();
+    let issued = known.clone();
+    let behind = axum::Router::new()
+        .route(
+            "/v1/pairings",
+            post(async move |Json(notice): Json<Notice>| {
+                *known.lock().unwrap() = Some(notice);
+                Json(())
+            }),
+        )
+        .route(
+            "/v1/tokens/issue",
+            post(async move || {
+                let notice = issued.lock().unwrap().clone().unwrap();
+                let expires = UnixMillis(now().0 - 60 * 60_000);
+                let claims = Claims {
+                    expires,
+                    ..notice.claims()
+                };
+                Json(seal(&notice.secret, &claims).unwrap())
+            }),
+        )
+        .route("/v1/authorise", post(async || Json(())));
+    tokio::spawn(server.serve(behind, Default::default()));
+    let mut wanted = request("plan-1");
+    wanted.exclude = vec!["t".into()];
+    let pairing = pair(&s.client, &fleet.duplicator, &wanted).await.unwrap();
+    assert_eq!(pairing.peer.device, "p".into());
+}
+
+#[test]
+fn a_pairing_takes_the_place_of_an_earlier_one_of_its_plan_whose_end_was_not_heard() {
+    let (_dir, state, [first, second], source) = lent();
+    let allow = |plan: &str, pairing: &str| {
+        let token = state.issue(&pairing.into(), &source).unwrap();
+        state.authorise(&ask(plan, token), &source, now()).unwrap();
+    };
+    allow("plan-1", "pr-1");
+    allow("plan-2", "pr-2");
+    // Announced again it stays as it is.
+    state.announce(second).unwrap();
+    let anew = Notice {
+        pairing: "pr-3".into(),
+        volumes: vec![VolumeId(8)],
+        ..first
+    };
+    state.announce(anew).unwrap();
+    assert!(state.authorised(&"plan-1".into(), &"s".into()).is_none());
+    assert!(state.authorised(&"plan-2".into(), &"s".into()).is_some());
+    allow("plan-1", "pr-3");
+    let allowed = state.authorised(&"plan-1".into(), &"s".into()).unwrap();
+    assert_eq!(allowed.volumes, [VolumeId(8)]);
 }
 
 #[tokio::test]
