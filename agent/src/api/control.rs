@@ -1,5 +1,6 @@
 //! What other devices may ask over the control channel about plans.
 
+use crate::fleet::agent::PairedState;
 use crate::fleet::server::{ErrorAnswer, PeerIdentity};
 use crate::migration::paired::{Paired, RelayError};
 use crate::migration::provide::{ProvideError, Provider};
@@ -20,6 +21,8 @@ use std::sync::Arc;
 /// The roles that answer.
 #[derive(Clone)]
 pub struct Roles {
+    /// The pairings in which this device is lent.
+    pub pairings: Arc<PairedState>,
     /// As target.
     pub target: Arc<Target>,
     /// As paired device.
@@ -91,18 +94,24 @@ async fn whole<T: Send + 'static>(
 }
 
 async fn offer(
-    State(Roles { target, .. }): State<Roles>,
+    State(Roles {
+        target, pairings, ..
+    }): State<Roles>,
     Extension(peer): Peer,
     Json(offer): Json<Offer>,
 ) -> Answer<OfferAccepted> {
+    pairings.check_certificate(&offer.plan.id, &peer)?;
     whole(async move { target.offer(&peer.device, offer).await }).await
 }
 
 async fn revise(
-    State(Roles { target, .. }): State<Roles>,
+    State(Roles {
+        target, pairings, ..
+    }): State<Roles>,
     Extension(peer): Peer,
     Json(offer): Json<Offer>,
 ) -> Answer<()> {
+    pairings.check_certificate(&offer.plan.id, &peer)?;
     whole(async move { target.revise(&peer.device, offer.plan).await }).await
 }
 
@@ -115,19 +124,25 @@ async fn rehearse(
 }
 
 async fn end_copy(
-    State(Roles { target, .. }): State<Roles>,
+    State(Roles {
+        target, pairings, ..
+    }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
 ) -> Answer<()> {
+    pairings.check_certificate(&plan, &peer)?;
     whole(async move { target.end_copy(&peer.device, &plan).await }).await
 }
 
 async fn open(
-    State(Roles { target, .. }): State<Roles>,
+    State(Roles {
+        target, pairings, ..
+    }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
     Json(request): Json<Open>,
 ) -> Answer<Vec<VolumeRelease>> {
+    pairings.check_certificate(&plan, &peer)?;
     whole(async move { target.open(&peer.device, &plan, request).await }).await
 }
 
@@ -192,19 +207,25 @@ async fn status(
 }
 
 async fn relay(
-    State(Roles { paired, .. }): State<Roles>,
+    State(Roles {
+        paired, pairings, ..
+    }): State<Roles>,
     Extension(peer): Peer,
     Json(request): Json<RelayRequest>,
 ) -> Answer<RelayAccepted> {
+    pairings.check_certificate(&request.plan, &peer)?;
     let relayed = paired.relay(&peer.device, request);
     relayed.map(Json).map_err(not_relayed)
 }
 
 async fn relay_end(
-    State(Roles { paired, .. }): State<Roles>,
+    State(Roles {
+        paired, pairings, ..
+    }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
 ) -> Answer<()> {
+    pairings.check_certificate(&plan, &peer)?;
     let ended = paired.end(&peer.device, &plan);
     ended.map(Json).map_err(not_relayed)
 }
@@ -214,6 +235,6 @@ async fn provide(
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
 ) -> Answer<Provided> {
-    let provided = provider.provide(&peer.device, &plan);
+    let provided = provider.provide(&peer, &plan).await;
     provided.map(Json).map_err(not_provided)
 }

@@ -356,7 +356,8 @@ async fn serve_fleet(
     let delegator = Arc::new(Delegator::new(parts.clone()));
     let access = Arc::new(Access::new(target.clone(), pairings.clone()));
     let provider = Arc::new(Provider::new(delegator.clone(), data));
-    let routes = fleet::agent::router(pairings).merge(control::router(Roles {
+    let routes = fleet::agent::router(pairings.clone()).merge(control::router(Roles {
+        pairings,
         target,
         paired,
         provider,

@@ -311,6 +311,21 @@ impl PairedState {
         })
     }
 
+    /// Refuses a peer under another certificate than its pairing for `plan` is with.
+    ///
+    /// # Errors
+    /// [`TokenRefused::OtherPeer`].
+    pub fn check_certificate(
+        &self,
+        plan: &PlanId,
+        peer: &PeerIdentity,
+    ) -> Result<(), TokenRefused> {
+        let lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut notices = lent.values().map(|one| &one.notice);
+        let paired = notices.find(|one| one.plan == *plan && one.source == peer.device);
+        paired.map_or(Ok(()), |notice| is_peer(notice, peer))
+    }
+
     /// What `peer` may make this device do for `plan`; none if it did not authorise, or no longer.
     #[must_use]
     pub fn authorised(&self, plan: &PlanId, peer: &DeviceId) -> Option<Authorisation> {
@@ -345,17 +360,20 @@ fn of_peer<'a>(
     let one = lent
         .get_mut(pairing)
         .ok_or_else(|| TokenRefused::PairingUnknown(pairing.clone()))?;
-    if one.notice.source != peer.device
-        || one.notice.peer_fingerprint != peer.certificate_fingerprint
-    {
-        return Err(TokenRefused::OtherPeer {
-            pairing: pairing.clone(),
-            expected: one.notice.source.clone(),
-            peer: peer.device.clone(),
-            fingerprint: peer.certificate_fingerprint,
-        });
-    }
+    is_peer(&one.notice, peer)?;
     Ok(one)
+}
+
+fn is_peer(notice: &Notice, peer: &PeerIdentity) -> Result<(), TokenRefused> {
+    if notice.source == peer.device && notice.peer_fingerprint == peer.certificate_fingerprint {
+        return Ok(());
+    }
+    Err(TokenRefused::OtherPeer {
+        pairing: notice.pairing.clone(),
+        expected: notice.source.clone(),
+        peer: peer.device.clone(),
+        fingerprint: peer.certificate_fingerprint,
+    })
 }
 
 type Shared = State<Arc<PairedState>>;

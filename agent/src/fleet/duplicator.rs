@@ -125,6 +125,7 @@ impl<R: Registry> Duplicator<R> {
         Router::new()
             .route("/v1/heartbeat", post(heartbeat::<R>))
             .route("/v1/devices", get(list::<R>))
+            .route("/v1/certificate", post(certificate::<R>))
             .route("/v1/evacuations", post(admit::<R>))
             .route("/v1/pairings/request", post(pair::<R>))
             .route("/v1/pairings/consider", post(consider::<R>))
@@ -316,6 +317,13 @@ async fn list<R: Registry>(State(duplicator): Shared<R>) -> Answer<Vec<DeviceSta
     Ok(Json(statuses(devices, duplicator.live_within(), now())))
 }
 
+async fn certificate<R: Registry>(
+    State(duplicator): Shared<R>,
+    Json(device): Json<DeviceId>,
+) -> Answer<Fingerprint> {
+    Ok(Json(duplicator.registry.fingerprint(device).await?))
+}
+
 /// Says of each device whether it is live at `now`.
 #[must_use]
 pub fn statuses(devices: Vec<Device>, live_within: Duration, now: UnixMillis) -> Vec<DeviceStatus> {
@@ -412,8 +420,10 @@ async fn pair<R: Registry>(
             }));
         };
         let (to_lent, to_source) = notices(&lending, &source);
+        // With the secret in it, for nobody who answers there under a certificate that was replaced.
         let told = duplicator
             .client
+            .expecting(to_source.peer_fingerprint)
             .post::<Notice, ()>(&to_source.peer, "/v1/pairings", &to_lent)
             .await;
         let Err(error) = told else {

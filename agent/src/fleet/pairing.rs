@@ -8,6 +8,7 @@ use super::client::{CallError, ControlClient};
 use super::identity::Fingerprint;
 use super::registry::ActionCost;
 use super::secret::Secret;
+use super::server::PeerIdentity;
 use super::token::{Claims, SealedToken, TokenError, TokenNonce, open};
 use crate::model::action::Actions;
 use crate::model::fleet::{
@@ -17,6 +18,7 @@ use crate::model::ids::{DeviceId, PairingId, PlanId, VolumeId};
 use crate::model::units::{Bytes, UnixMillis};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write;
+use std::time::Duration;
 
 /// What the duplicator tells each side of a pairing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -402,6 +404,27 @@ pub async fn pair(
                 });
                 exclude.push(peer.device);
             }
+        }
+    }
+}
+
+/// How long the duplicator is asked whether a certificate was replaced.
+const CERTIFICATE_TIME: Duration = Duration::from_secs(3);
+
+/// Whether the duplicator has given the peer another certificate since. One that cannot be asked takes nobody's away: what
+/// is under way goes on without it.
+pub async fn is_replaced(
+    client: &ControlClient,
+    duplicator: &PeerAddress,
+    peer: &PeerIdentity,
+) -> bool {
+    let client = client.clone().with_timeout(CERTIFICATE_TIME);
+    let current = client.post::<_, Fingerprint>(duplicator, "/v1/certificate", &peer.device);
+    match current.await {
+        Ok(current) => current != peer.certificate_fingerprint,
+        Err(error) => {
+            tracing::info!(peer = %peer.device, "it is not known whether its certificate was replaced: {error}");
+            false
         }
     }
 }

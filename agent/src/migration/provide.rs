@@ -5,6 +5,8 @@
 use super::active::locked;
 use super::delegator::Delegator;
 use super::returning::mirror_directory;
+use crate::fleet::pairing::is_replaced;
+use crate::fleet::server::PeerIdentity;
 use crate::model::control::{Provided, Secret};
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::volume::VolumeKind;
@@ -26,6 +28,11 @@ pub enum ProvideError {
         /// Who asked.
         peer: DeviceId,
     },
+    /// The duplicator does not hear that certificate any more.
+    #[error(
+        "{0} was enrolled anew and this certificate replaced; stop the agent that still has it"
+    )]
+    Replaced(DeviceId),
     /// No data plane.
     #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
     NoFleet,
@@ -52,16 +59,20 @@ impl Provider {
     /// Lets the target of a plan in; asked again it gives the same keys, for as long as the plan lasts.
     ///
     /// # Errors
-    /// The peer is not the target of a plan that is under way.
-    pub fn provide(
+    /// The peer is not the target of a plan that is under way, or its certificate was replaced.
+    pub async fn provide(
         self: &Arc<Self>,
-        peer: &DeviceId,
+        peer: &PeerIdentity,
         plan: &PlanId,
     ) -> Result<Provided, ProvideError> {
         let parts = self.delegator.parts();
         let (Some(data), Some(fleet)) = (&parts.data, &parts.fleet) else {
             return Err(ProvideError::NoFleet);
         };
+        if is_replaced(&fleet.client, fleet.identity.duplicator(), peer).await {
+            return Err(ProvideError::Replaced(peer.device.clone()));
+        }
+        let peer = &peer.device;
         let active = locked(&self.delegator.plans).get(plan).cloned();
         let known = active
             .filter(|active| {

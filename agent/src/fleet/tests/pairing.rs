@@ -2,8 +2,11 @@
 
 use super::{Fleet, TestDevice, configuration, loopback};
 use crate::fleet::agent::{PairedState, TokenRefused};
+use crate::fleet::enrol::join;
 use crate::fleet::now;
-use crate::fleet::pairing::{AuthoriseRequest, Notice, PairError, PairingRequest, pair, release};
+use crate::fleet::pairing::{
+    AuthoriseRequest, Notice, PairError, PairingRequest, is_replaced, pair, release,
+};
 use crate::fleet::registry::ActionCost;
 use crate::fleet::secret::Secret;
 use crate::fleet::server::{ControlServer, PeerIdentity};
@@ -404,6 +407,57 @@ fn each_wrong_token_is_refused_in_its_own_words() {
         matches!(end, Err(TokenRefused::PairingUnknown(_))),
         "{end:?}"
     );
+}
+
+#[test]
+fn a_pairing_counts_for_the_certificate_that_it_is_with() {
+    let (_dir, state, _, source) = lent();
+    let replaced = PeerIdentity {
+        certificate_fingerprint: crate::fleet::identity::Fingerprint::of(b"old"),
+        ..source.clone()
+    };
+    let check = |plan: &str, peer: &PeerIdentity| {
+        let checked = state.check_certificate(&plan.into(), peer);
+        checked.map_err(|error| error.code())
+    };
+    assert_eq!(check("plan-1", &source), Ok(()));
+    assert_eq!(check("plan-1", &replaced), Err("other-peer"));
+    assert_eq!(check("plan-9", &replaced), Ok(()), "it is no pairing's");
+}
+
+#[tokio::test]
+async fn a_replaced_certificate_is_told_no_secret_and_known_as_one() {
+    let (fleet, s, p, _t) = fleet_of_three().await;
+    let duplicator = &fleet.duplicator;
+    let old = PeerIdentity {
+        device: "p".into(),
+        is_duplicator: false,
+        certificate_fingerprint: p.identity.fingerprint(),
+    };
+    assert!(!is_replaced(&s.client, duplicator, &old).await);
+    // Enrolled anew, while the agent with the old one still runs.
+    let dir = TempDir::new().unwrap();
+    let minute = std::time::Duration::from_secs(60);
+    let token = fleet.token(Some("p"), minute).await;
+    let new = join(dir.path(), &token, "p".into(), p.address.addr)
+        .await
+        .unwrap();
+    assert!(is_replaced(&s.client, duplicator, &old).await);
+    let new = PeerIdentity {
+        certificate_fingerprint: new.fingerprint(),
+        ..old
+    };
+    assert!(!is_replaced(&s.client, duplicator, &new).await);
+
+    let mut wanted = request("plan-1");
+    wanted.exclude = vec!["t".into()];
+    let error = pair(&s.client, duplicator, &wanted).await.unwrap_err();
+    let said = error.to_string();
+    assert!(said.contains("could not be notified"), "{said}");
+    assert!(said.contains("another certificate"), "{said}");
+    drop(fleet);
+    let nobody = is_replaced(&s.client, &p.address, &new).await;
+    assert!(!nobody, "it cannot be asked there");
 }
 
 #[test]
