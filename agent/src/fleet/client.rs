@@ -106,7 +106,12 @@ impl CallError {
             | CallFailure::RequestTimeout(_)
             | CallFailure::Broken(_) => true,
             CallFailure::Answered { status, .. } => {
-                status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS
+                // The last: the link was too slow for the request, just then.
+                status.is_server_error()
+                    || matches!(
+                        *status,
+                        StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT
+                    )
             }
             CallFailure::WrongCa(_)
             | CallFailure::WrongDevice(_)

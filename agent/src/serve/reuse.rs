@@ -8,11 +8,12 @@ use crate::volume::Confined;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat, renameat2};
 use nix::sys::stat::{SFlag, fstatat};
+use nix::unistd::{getegid, geteuid};
 use std::collections::HashSet;
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 
 /// Where they lie in the store's directory, by number.
@@ -54,7 +55,15 @@ pub(super) fn private(directory: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(mode)
         .create(directory)?;
-    std::fs::set_permissions(directory, Permissions::from_mode(mode))
+    // Neither through a link that lies there, nor for whoever made it before.
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let open = File::options()
+        .read(true)
+        .custom_flags(flags)
+        .open(directory)?;
+    let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+    fchown(&open, Some(user), Some(group))?;
+    open.set_permissions(Permissions::from_mode(mode))
 }
 
 /// Puts each of two directories of one file system in the other's place, at once.

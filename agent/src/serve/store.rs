@@ -23,7 +23,7 @@ use super::mirror::{Mirror, Mirrored};
 use super::origins::{Origin, StoreError, failed, make, mask, numbers, read_index, read_list};
 use super::presence::{PAGE, Presence};
 use super::proof::{ASKED_CAP, Proof};
-use super::reuse::{end_copies, reuses};
+use super::reuse::{end_copies, private, reuses};
 use crate::model::ids::Signature;
 use crate::transfer::Options;
 use crate::transfer::fetch::{
@@ -188,6 +188,7 @@ impl Store {
     ) -> Result<Arc<Self>, StoreError> {
         let plan = Arc::new(plan);
         let failed = |doing| failed(doing, directory);
+        private(directory).map_err(failed("make the directory"))?;
         let origins = match read_index(directory).map_err(failed("read the index"))? {
             Some(origins) => origins,
             None => make(directory, volume, &listed(&plan, options, &[])?, devices)?,

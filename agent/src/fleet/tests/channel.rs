@@ -2,7 +2,7 @@
 
 use super::{Fleet, TestDevice, loopback};
 use crate::fleet::agent::heartbeat_loop;
-use crate::fleet::client::{CallFailure, ControlClient};
+use crate::fleet::client::{CallError, CallFailure, ControlClient};
 use crate::fleet::duplicator::DeviceStatus;
 use crate::fleet::enrol::join;
 use crate::fleet::identity::{Identity, VerifyError, sign, verify, verify_member};
@@ -10,7 +10,7 @@ use crate::fleet::registry::Heartbeat;
 use crate::fleet::server::{CONNECTIONS_EACH, PeerIdentity};
 use crate::fleet::tls;
 use crate::model::fleet::PeerAddress;
-use axum::http::StatusCode;
+use axum::http::{Method, StatusCode};
 use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, ClientConfig, RootCertStore};
 use serde_json::{Value, json};
@@ -226,6 +226,26 @@ async fn a_member_that_takes_all_its_places_leaves_those_of_others() {
     tokio::time::timeout(Duration::from_secs(20), again)
         .await
         .unwrap();
+}
+
+#[test]
+fn a_request_that_did_not_come_in_time_may_be_sent_again() {
+    let answered = |status| CallError {
+        to: PeerAddress {
+            device: "b".into(),
+            addr: loopback(),
+        },
+        method: Method::POST,
+        path: "/v1/x".to_owned(),
+        failure: CallFailure::Answered {
+            status,
+            error: String::new(),
+            code: None,
+        },
+    };
+    assert!(answered(StatusCode::REQUEST_TIMEOUT).can_retry());
+    assert!(!answered(StatusCode::REQUEST_TIMEOUT).is_refusal());
+    assert!(answered(StatusCode::PAYLOAD_TOO_LARGE).is_refusal());
 }
 
 #[tokio::test]

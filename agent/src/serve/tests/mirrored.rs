@@ -97,6 +97,9 @@ fn nobody_else_reads_what_is_kept_of_a_volume() {
     assert_ne!(mode(&directory), 0o700);
     fs::set_permissions(&bench.source, fs::Permissions::from_mode(0o751)).unwrap();
     drop(bench.open(LONG));
+    assert_eq!(mode(&directory), 0o700);
+    // As an agent before that left it.
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
     drop(apart(&bench));
     assert_eq!(mode(&directory), 0o700);
     assert_eq!(mode(&directory.join("mirror/log")), 0o600);
@@ -106,4 +109,14 @@ fn nobody_else_reads_what_is_kept_of_a_volume() {
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
     lay_by(&directory, &place).unwrap();
     assert_eq!(mode(&directory), 0o700);
+
+    let (others, link) = (
+        bench.dir.path().join("others"),
+        bench.dir.path().join("link"),
+    );
+    fs::create_dir(&others).unwrap();
+    fs::set_permissions(&others, fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::symlink(&others, &link).unwrap();
+    assert!(lay_by(&link, &place).is_err());
+    assert_eq!(mode(&others), 0o755, "it is somebody else's");
 }
