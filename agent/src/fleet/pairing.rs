@@ -17,7 +17,9 @@ use crate::model::fleet::{
 use crate::model::ids::{DeviceId, PairingId, PlanId, VolumeId};
 use crate::model::units::{Bytes, UnixMillis};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::fmt::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What the duplicator tells each side of a pairing.
@@ -411,9 +413,44 @@ pub async fn pair(
 /// How long the duplicator is asked whether a certificate was replaced.
 const CERTIFICATE_TIME: Duration = Duration::from_secs(3);
 
+/// The certificates under which peers were let in, by plan. What they were told then cannot be taken back, so the
+/// duplicator is not asked about them again, least of all while a workload stands still.
+#[derive(Debug, Default)]
+pub struct LetIn(Mutex<HashSet<(PlanId, Fingerprint)>>);
+
+impl LetIn {
+    /// Whether the peer's certificate was replaced before it was first let in for `plan`; it is let in otherwise.
+    pub async fn refuses(
+        &self,
+        client: &ControlClient,
+        duplicator: &PeerAddress,
+        plan: &PlanId,
+        peer: &PeerIdentity,
+    ) -> bool {
+        let one = (plan.clone(), peer.certificate_fingerprint);
+        if self.known().contains(&one) {
+            return false;
+        }
+        let refuses = is_replaced(client, duplicator, peer).await;
+        if !refuses {
+            self.known().insert(one);
+        }
+        refuses
+    }
+
+    /// The plan is over.
+    pub fn forget(&self, plan: &PlanId) {
+        self.known().retain(|(of, _)| of != plan);
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashSet<(PlanId, Fingerprint)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Whether the duplicator has given the peer another certificate since. One that cannot be asked takes nobody's away: what
 /// is under way goes on without it.
-pub async fn is_replaced(
+async fn is_replaced(
     client: &ControlClient,
     duplicator: &PeerAddress,
     peer: &PeerIdentity,

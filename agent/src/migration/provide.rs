@@ -2,10 +2,10 @@
 //!
 //! Invariants: only the device that the plan names as its target is let in, and only until the plan is over.
 
-use super::active::locked;
+use super::active::{Active, Times, locked};
 use super::delegator::Delegator;
 use super::returning::mirror_directory;
-use crate::fleet::pairing::is_replaced;
+use crate::fleet::pairing::LetIn;
 use crate::fleet::server::PeerIdentity;
 use crate::model::control::{Provided, Secret};
 use crate::model::ids::{DeviceId, PlanId};
@@ -43,6 +43,7 @@ pub struct Provider {
     delegator: Arc<Delegator>,
     data: SocketAddr,
     provided: Mutex<BTreeMap<PlanId, Provided>>,
+    let_in: LetIn,
 }
 
 impl Provider {
@@ -53,6 +54,7 @@ impl Provider {
             delegator,
             data,
             provided: Mutex::default(),
+            let_in: LetIn::default(),
         }
     }
 
@@ -69,20 +71,16 @@ impl Provider {
         let (Some(data), Some(fleet)) = (&parts.data, &parts.fleet) else {
             return Err(ProvideError::NoFleet);
         };
-        if is_replaced(&fleet.client, fleet.identity.duplicator(), peer).await {
+        self.under_way(&peer.device, plan)?;
+        let (client, duplicator) = (&fleet.client, fleet.identity.duplicator());
+        if self.let_in.refuses(client, duplicator, plan, peer).await {
             return Err(ProvideError::Replaced(peer.device.clone()));
         }
         let peer = &peer.device;
-        let active = locked(&self.delegator.plans).get(plan).cloned();
-        let known = active
-            .filter(|active| {
-                !active.ended.load(Ordering::Acquire) && active.target().as_ref() == Some(peer)
-            })
-            .and_then(|active| Some((active.times()?, active)));
-        let (times, active) = known.ok_or_else(|| ProvideError::NotTarget {
-            plan: plan.clone(),
-            peer: peer.clone(),
-        })?;
+        // It may have ended meanwhile.
+        let (times, active) = self
+            .under_way(peer, plan)
+            .inspect_err(|_| self.let_in.forget(plan))?;
         let mut provided = locked(&self.provided);
         if let Some(known) = provided.get(plan) {
             return Ok(known.clone());
@@ -116,11 +114,30 @@ impl Provider {
         Ok(new)
     }
 
+    /// The plan, where it is under way with `peer` as its target.
+    fn under_way(
+        &self,
+        peer: &DeviceId,
+        plan: &PlanId,
+    ) -> Result<(Times, Arc<Active>), ProvideError> {
+        let active = locked(&self.delegator.plans).get(plan).cloned();
+        let known = active
+            .filter(|active| {
+                !active.ended.load(Ordering::Acquire) && active.target().as_ref() == Some(peer)
+            })
+            .and_then(|active| Some((active.times()?, active)));
+        known.ok_or_else(|| ProvideError::NotTarget {
+            plan: plan.clone(),
+            peer: peer.clone(),
+        })
+    }
+
     async fn until_over(self: Arc<Self>, plan: PlanId) {
         self.delegator.ended(&plan).await;
         if let Some(data) = &self.delegator.parts().data {
             data.dismiss(&plan);
         }
         locked(&self.provided).remove(&plan);
+        self.let_in.forget(&plan);
     }
 }

@@ -5,7 +5,7 @@ use crate::fleet::agent::{PairedState, TokenRefused};
 use crate::fleet::enrol::join;
 use crate::fleet::now;
 use crate::fleet::pairing::{
-    AuthoriseRequest, Notice, PairError, PairingRequest, is_replaced, pair, release,
+    AuthoriseRequest, LetIn, Notice, PairError, PairingRequest, pair, release,
 };
 use crate::fleet::registry::ActionCost;
 use crate::fleet::secret::Secret;
@@ -426,7 +426,7 @@ fn a_pairing_counts_for_the_certificate_that_it_is_with() {
 }
 
 #[tokio::test]
-async fn a_replaced_certificate_is_told_no_secret_and_known_as_one() {
+async fn a_replaced_certificate_is_told_no_secret_and_let_in_only_where_it_was_before() {
     let (fleet, s, p, _t) = fleet_of_three().await;
     let duplicator = &fleet.duplicator;
     let old = PeerIdentity {
@@ -434,7 +434,12 @@ async fn a_replaced_certificate_is_told_no_secret_and_known_as_one() {
         is_duplicator: false,
         certificate_fingerprint: p.identity.fingerprint(),
     };
-    assert!(!is_replaced(&s.client, duplicator, &old).await);
+    let let_in = LetIn::default();
+    let refuses = async |plan: &str, peer: &PeerIdentity| {
+        let plan = plan.into();
+        let_in.refuses(&s.client, duplicator, &plan, peer).await
+    };
+    assert!(!refuses("plan-1", &old).await);
     // Enrolled anew, while the agent with the old one still runs.
     let dir = TempDir::new().unwrap();
     let minute = std::time::Duration::from_secs(60);
@@ -442,12 +447,16 @@ async fn a_replaced_certificate_is_told_no_secret_and_known_as_one() {
     let new = join(dir.path(), &token, "p".into(), p.address.addr)
         .await
         .unwrap();
-    assert!(is_replaced(&s.client, duplicator, &old).await);
+    assert!(!refuses("plan-1", &old).await, "nobody is asked again");
+    assert!(refuses("plan-2", &old).await);
+    assert!(refuses("plan-2", &old).await);
+    let_in.forget(&"plan-1".into());
+    assert!(refuses("plan-1", &old).await);
     let new = PeerIdentity {
         certificate_fingerprint: new.fingerprint(),
         ..old
     };
-    assert!(!is_replaced(&s.client, duplicator, &new).await);
+    assert!(!refuses("plan-2", &new).await);
 
     let mut wanted = request("plan-1");
     wanted.exclude = vec!["t".into()];
@@ -456,8 +465,9 @@ async fn a_replaced_certificate_is_told_no_secret_and_known_as_one() {
     assert!(said.contains("could not be notified"), "{said}");
     assert!(said.contains("another certificate"), "{said}");
     drop(fleet);
-    let nobody = is_replaced(&s.client, &p.address, &new).await;
-    assert!(!nobody, "it cannot be asked there");
+    let (nobody, plan) = (&p.address, "plan-3".into());
+    let refused = let_in.refuses(&s.client, nobody, &plan, &new).await;
+    assert!(!refused, "it cannot be asked there");
 }
 
 #[test]
