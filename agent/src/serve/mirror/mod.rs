@@ -44,6 +44,8 @@ pub struct Mirrored {
 /// Names of the files in the mirror's directory: what is being changed, that writes go unmirrored, that the mirror
 /// is lost, and the boot in which it was used last.
 const PENDING: &str = "intended";
+/// As an agent before that noted it, without how far the log was.
+const FORMER: &str = "pending";
 const UNMIRRORED: &str = "unmirrored";
 const LOST: &str = "lost";
 const BOOT: &str = "boot";
@@ -314,6 +316,7 @@ impl Shared {
 
     /// Logs what a process that died was about to change, as it is now.
     fn heal(&self, store: &Store) {
+        self.heal_former(store);
         match read_pending(&self.directory) {
             Ok((_, None)) => {}
             Ok((noted, Some(intent))) => {
@@ -333,6 +336,32 @@ impl Shared {
                 let why = format!("what was being changed when the agent died is unknown: {error}");
                 self.lose(&mut self.state(), &why);
             }
+        }
+    }
+
+    /// As [`Self::heal`], of what an agent before left; nothing of it is left then.
+    fn heal_former(&self, store: &Store) {
+        let path = self.directory.join(FORMER);
+        let why = match read_former(&path) {
+            Ok(None) => None,
+            // Nobody knows whether it is in the log: once more it may be of a name that is not there, or back.
+            Ok(Some(Intent::Renamed { .. })) => Some("a rename".to_owned()),
+            Ok(Some(intent)) => {
+                self.log(store, &intent, None);
+                None
+            }
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(why) = why {
+            let why = format!("what an earlier agent changed when it died is unknown: {why}");
+            self.lose(&mut self.state(), &why);
+        }
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                let why = format!("cannot remove what an earlier agent noted: {error}");
+                self.lose(&mut self.state(), &why);
+            }
+            _ => {}
         }
     }
 
@@ -411,20 +440,35 @@ const PENDING_HEAD: usize = 4 + 8;
 
 /// The last change that was in the log when it was noted, and what was changed then, if anything was.
 fn read_pending(directory: &Path) -> io::Result<(u64, Option<Intent>)> {
-    let bytes = match std::fs::read(directory.join(PENDING)) {
+    let read = read_intent(&directory.join(PENDING), |reader| reader.u64())?;
+    Ok(read.unwrap_or_default())
+}
+
+/// What an agent before was changing, if it was.
+fn read_former(path: &Path) -> io::Result<Option<Intent>> {
+    let read = read_intent(path, |_| Ok(()))?;
+    Ok(read.and_then(|((), intent)| intent))
+}
+
+/// What stands in a note behind the length of its intent, and that; none where nothing was ever noted.
+fn read_intent<T>(
+    path: &Path,
+    head: impl FnOnce(&mut Reader<'_>) -> Result<T, Malformed>,
+) -> io::Result<Option<(T, Option<Intent>)>> {
+    let bytes = match std::fs::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         read => read?,
     };
     if bytes.is_empty() {
-        return Ok((0, None));
+        return Ok(None);
     }
     let malformed = |error| io::Error::new(io::ErrorKind::InvalidData, error);
     let mut reader = Reader::new(&bytes);
-    let mut read = || {
-        let (length, last) = (reader.u32()?, reader.u64()?);
+    let read = || {
+        let (length, head) = (reader.u32()?, head(&mut reader)?);
         let intent = reader.bytes(length as usize)?;
         let intent = (length > 0).then(|| Intent::decode(intent)).transpose()?;
-        Ok::<_, Malformed>((last, intent))
+        Ok::<_, Malformed>(Some((head, intent)))
     };
     read().map_err(malformed)
 }

@@ -67,6 +67,53 @@ fn a_rename_is_in_the_mirror_once_whether_the_agent_died_before_or_behind_its_re
 }
 
 #[test]
+fn what_an_earlier_agent_was_changing_when_it_died_is_logged_or_the_mirror_ends() {
+    let written = Intent::Written {
+        path: b"one".into(),
+        offset: 0,
+        length: 3,
+    };
+    let renamed = Intent::Renamed {
+        from: b"one".into(),
+        to: b"two".into(),
+        exchange: false,
+        inode: 7,
+    };
+    let noted = |intent: &Intent| {
+        let mut bytes = Vec::new();
+        intent.encode(&mut bytes);
+        // Of a longer one before.
+        [&(bytes.len() as u32).to_le_bytes()[..], &bytes, b"behind"].concat()
+    };
+    // What it left, and how many changes are in the log then, where that goes on.
+    let cases = [
+        (vec![], Some(0)),
+        (vec![0; 30], Some(0)),
+        (noted(&written), Some(2)),
+        (noted(&renamed), None),
+        (noted(&written)[..20].to_vec(), None),
+    ];
+    for (left, logged) in cases {
+        let bench = Bench::new(Duration::ZERO);
+        bench.file("one", b"one");
+        let store = bench.open(LONG);
+        let one = served(&store, "one");
+        assert_eq!(one.read(&store, 0, 3).unwrap(), b"one");
+        drop(store);
+        drop(apart(&bench));
+        let former = bench.dir.path().join("store/mirror/pending");
+        fs::write(&former, &left).unwrap();
+        for _ in 0..2 {
+            let store = apart(&bench);
+            let mirrored = store.mirrored().unwrap();
+            assert_eq!(store.logs_to().is_some(), logged.is_some(), "{left:?}");
+            assert_eq!(mirrored.changes, logged.unwrap_or(0), "{left:?}");
+            assert!(!former.exists());
+        }
+    }
+}
+
+#[test]
 fn a_log_that_lost_what_was_noted_to_be_in_it_ends_the_mirror() {
     let bench = Bench::new(Duration::ZERO);
     bench.file("one", b"one");
