@@ -88,6 +88,8 @@ pub struct Store {
     data: Confined,
     pub(super) origins: Vec<Origin>,
     numbers: RwLock<HashMap<u64, u32>>,
+    /// How often an origin was let go of, or is one again.
+    turnover: AtomicU64,
     /// How often each origin is open.
     held: Mutex<HashMap<u32, u32>>,
     pub(super) presence: Presence,
@@ -223,6 +225,7 @@ impl Store {
             data,
             origins,
             numbers: RwLock::new(numbers),
+            turnover: AtomicU64::new(0),
             held: Mutex::default(),
             presence,
             proof,
@@ -428,20 +431,36 @@ impl Store {
         numbers.get(&inode).copied()
     }
 
-    /// What `look` finds, and how many names that has beside the store's own, which is nobody's business and is not let
-    /// go of in between.
+    /// What `look` finds, and how many names that has beside the store's own, which is nobody's business; it looks again
+    /// where an origin was let go of in between.
     ///
     /// # Errors
     /// As `look`.
     pub(super) fn links<E>(
         &self,
-        look: impl FnOnce() -> Result<FileStat, E>,
+        look: impl Fn() -> Result<FileStat, E>,
     ) -> Result<(FileStat, u64), E> {
-        let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
-        let stat = look()?;
-        let is_file = kind_of(&stat) == SFlag::S_IFREG;
-        let own = is_file && numbers.contains_key(&stat.st_ino);
-        Ok((stat, stat.st_nlink.saturating_sub(u64::from(own))))
+        loop {
+            let before = self.turnover.load(Ordering::Acquire);
+            // Nobody waits for that: a look may take long.
+            let stat = look()?;
+            let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
+            if self.turnover.load(Ordering::Acquire) != before {
+                continue;
+            }
+            let is_file = kind_of(&stat) == SFlag::S_IFREG;
+            let own = is_file && numbers.contains_key(&stat.st_ino);
+            return Ok((stat, stat.st_nlink.saturating_sub(u64::from(own))));
+        }
+    }
+
+    /// Changes which origins there are; in the course of it their names are made or removed.
+    pub(super) fn turn_over<T>(&self, change: impl FnOnce(&mut HashMap<u64, u32>) -> T) -> T {
+        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = change(&mut numbers);
+        // Last, so that who looked before sees that.
+        self.turnover.fetch_add(1, Ordering::Release);
+        changed
     }
 
     /// Whether every page of an origin is here.

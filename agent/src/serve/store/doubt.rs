@@ -296,14 +296,20 @@ impl Store {
         };
         let written = write();
         let inode = fstat(&file)?.st_ino;
-        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
-        let done = written.and_then(|()| std::fs::remove_file(name));
-        match done {
-            Ok(()) => numbers.remove(&inode),
-            // It is let go of as the others were, once it can be.
-            Err(_) => numbers.insert(inode, place.file),
-        };
-        done
+        self.turn_over(|numbers| {
+            let done = written.and_then(|()| match std::fs::remove_file(&name) {
+                // A background did it meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                removed => removed,
+            });
+            if done.is_err() && std::fs::exists(&name).unwrap_or(true) {
+                // It is let go of as the others were, once it can be.
+                numbers.insert(inode, place.file);
+            } else {
+                numbers.remove(&inode);
+            }
+            done
+        })
     }
 }
 

@@ -179,7 +179,10 @@ impl Store {
         let path = self.origin_path(number);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.drop_nameless(number, &path);
+                return Ok(true);
+            }
             Err(error) => return Err(error),
         };
         self.sync(&file, Some(number))?;
@@ -195,21 +198,38 @@ impl Store {
             self.notes.settle(number)?;
         }
         let inode = fstat(&file)?.st_ino;
-        let mut numbers = self.numbers.write().unwrap_or_else(PoisonError::into_inner);
-        if locked(&self.held).contains_key(&number) && !self.is_whole(number) {
-            return Ok(false);
+        self.turn_over(|numbers| {
+            if locked(&self.held).contains_key(&number) && !self.is_whole(number) {
+                return Ok(false);
+            }
+            if let Some(proof) = &self.proof {
+                proof.note_inode(number, inode)?;
+            }
+            match std::fs::remove_file(&path) {
+                // A mend did it meanwhile.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            locked(&self.open).remove(&number);
+            numbers.remove(&inode);
+            Ok(true)
+        })
+    }
+
+    /// An origin without a name is none any more, whoever removed that.
+    fn drop_nameless(&self, number: u32, path: &Path) {
+        let is_known = {
+            let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
+            numbers.values().any(|known| *known == number)
+        };
+        if is_known {
+            self.turn_over(|numbers| {
+                // A mend may have made it again meanwhile.
+                if matches!(std::fs::exists(path), Ok(false)) {
+                    numbers.retain(|_, known| *known != number);
+                }
+            });
         }
-        if let Some(proof) = &self.proof {
-            proof.note_inode(number, inode)?;
-        }
-        match std::fs::remove_file(&path) {
-            // A mend did it meanwhile.
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        locked(&self.open).remove(&number);
-        numbers.remove(&inode);
-        Ok(true)
     }
 
     /// Whether every origin was let go of.
