@@ -638,16 +638,22 @@ fn the_names_of_a_file_are_counted_without_the_stores_own_also_while_that_is_rem
 }
 
 #[test]
-fn an_origin_that_has_no_name_any_more_is_let_go_of() {
+fn an_origin_that_has_no_name_any_more_is_let_go_of_where_it_is_whole() {
     let bench = Bench::new(Duration::ZERO);
-    bench.file("one", b"one");
+    let bytes = random(13, 10);
+    bench.file("absent", &bytes);
+    bench.file("whole", &bytes);
     let store = bench.open(LONG);
-    let number = served(&store, "one").number.unwrap();
-    assert!(!store.is_settled());
-    let name = format!("store/origins/{number}");
-    fs::remove_file(bench.dir.path().join(name)).unwrap();
-    assert!(store.settle(number).unwrap());
-    assert!(store.is_settled());
+    let (absent, whole) = (served(&store, "absent"), served(&store, "whole"));
+    assert!(whole.read(&store, 0, 10).unwrap() == bytes);
+    for one in [&absent, &whole] {
+        let (number, inode) = (one.number.unwrap(), one.file.metadata().unwrap().ino());
+        let name = format!("store/origins/{number}");
+        fs::remove_file(bench.dir.path().join(name)).unwrap();
+        assert!(store.settle(number).unwrap());
+        let kept = (!store.is_whole(number)).then_some(number);
+        assert_eq!(store.number(inode), kept);
+    }
 }
 
 #[test]

@@ -216,13 +216,14 @@ impl Store {
         })
     }
 
-    /// An origin without a name is none any more, whoever removed that.
+    /// A whole origin without a name is none any more, whoever removed that; reads of another one go on to fail, as its
+    /// absent pages would be zeros.
     fn drop_nameless(&self, number: u32, path: &Path) {
         let is_known = {
             let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);
             numbers.values().any(|known| *known == number)
         };
-        if is_known {
+        if is_known && self.is_whole(number) {
             self.turn_over(|numbers| {
                 // A mend may have made it again meanwhile.
                 if matches!(std::fs::exists(path), Ok(false)) {
