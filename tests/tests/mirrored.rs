@@ -71,7 +71,7 @@ impl Drop for Place {
 impl Place {
     /// Removes what an earlier run left.
     fn clear(&self) {
-        for mount in [self.mount(), self.log()] {
+        for mount in [self.mount(), self.log(), self.store()] {
             let _ = nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH);
         }
         let _ = fs::remove_dir_all(&self.0);
@@ -910,7 +910,7 @@ fn a_capability_that_finds_no_space_on_a_full_disk_is_there_again_once_there_is_
     fs::create_dir(&on_disk)?;
     // Blocks of equal attributes would be one.
     let more = format!(
-        "ln -s {} ../store; for cap in raw admin; do head -c 4000 /dev/urandom >$cap
+        "mkdir ../store; mount --bind {} ../store; for cap in raw admin; do head -c 4000 /dev/urandom >$cap
          setcap cap_net_$cap+ep $cap; touch -d '2001-02-03 04:05:06 UTC' $cap; done",
         on_disk.display()
     );
