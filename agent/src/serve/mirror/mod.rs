@@ -257,7 +257,7 @@ impl Shared {
             lost = Some(why.to_owned());
         }
         // What cannot be read is told of when it is healed.
-        let noted = read_pending(directory).map_or(0, |(last, _)| last);
+        let noted = read_intent(&directory.join(PENDING), true).map_or(0, |(last, _)| last);
         // Somebody else may have been told that the disk did not take it.
         if lost.is_none() && (log.is_torn() || log.last() < noted) {
             let why = "the disk did not take all of its log, and changes that were made here are not in it any more";
@@ -317,7 +317,7 @@ impl Shared {
     /// Logs what a process that died was about to change, as it is now.
     fn heal(&self, store: &Store) {
         self.heal_former(store);
-        match read_pending(&self.directory) {
+        match read_intent(&self.directory.join(PENDING), true) {
             Ok((_, None)) => {}
             Ok((noted, Some(intent))) => {
                 let mut state = self.state();
@@ -342,11 +342,11 @@ impl Shared {
     /// As [`Self::heal`], of what an agent before left; nothing of it is left then.
     fn heal_former(&self, store: &Store) {
         let path = self.directory.join(FORMER);
-        let why = match read_former(&path) {
-            Ok(None) => None,
+        let why = match read_intent(&path, false) {
+            Ok((_, None)) => None,
             // Nobody knows whether it is in the log: once more it may be of a name that is not there, or back.
-            Ok(Some(Intent::Renamed { .. })) => Some("a rename".to_owned()),
-            Ok(Some(intent)) => {
+            Ok((_, Some(Intent::Renamed { .. }))) => Some("a rename".to_owned()),
+            Ok((_, Some(intent))) => {
                 self.log(store, &intent, None);
                 None
             }
@@ -438,37 +438,24 @@ impl Shared {
 /// Bytes before the intent: its length, and the number of the last change in the log.
 const PENDING_HEAD: usize = 4 + 8;
 
-/// The last change that was in the log when it was noted, and what was changed then, if anything was.
-fn read_pending(directory: &Path) -> io::Result<(u64, Option<Intent>)> {
-    let read = read_intent(&directory.join(PENDING), |reader| reader.u64())?;
-    Ok(read.unwrap_or_default())
-}
-
-/// What an agent before was changing, if it was.
-fn read_former(path: &Path) -> io::Result<Option<Intent>> {
-    let read = read_intent(path, |_| Ok(()))?;
-    Ok(read.and_then(|((), intent)| intent))
-}
-
-/// What stands in a note behind the length of its intent, and that; none where nothing was ever noted.
-fn read_intent<T>(
-    path: &Path,
-    head: impl FnOnce(&mut Reader<'_>) -> Result<T, Malformed>,
-) -> io::Result<Option<(T, Option<Intent>)>> {
+/// The last change that was in the log when it was noted, and what was changed then, if anything was. An agent before
+/// noted no number, which is 0 then.
+fn read_intent(path: &Path, is_numbered: bool) -> io::Result<(u64, Option<Intent>)> {
     let bytes = match std::fs::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         read => read?,
     };
     if bytes.is_empty() {
-        return Ok(None);
+        return Ok((0, None));
     }
     let malformed = |error| io::Error::new(io::ErrorKind::InvalidData, error);
     let mut reader = Reader::new(&bytes);
-    let read = || {
-        let (length, head) = (reader.u32()?, head(&mut reader)?);
+    let mut read = || {
+        let length = reader.u32()?;
+        let last = if is_numbered { reader.u64()? } else { 0 };
         let intent = reader.bytes(length as usize)?;
         let intent = (length > 0).then(|| Intent::decode(intent)).transpose()?;
-        Ok::<_, Malformed>(Some((head, intent)))
+        Ok::<_, Malformed>((last, intent))
     };
     read().map_err(malformed)
 }
