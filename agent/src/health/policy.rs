@@ -187,8 +187,13 @@ impl Threshold {
             } => format!("per {} {at_least} {over:?}", load.name),
             other => format!("{other:?}"),
         };
+        // What is remembered of sensors by other names than today's would be missing for good.
+        let names = match self.per {
+            Per::Sensor => " by device",
+            _ => "",
+        };
         format!(
-            "{} {:?} {measure} {:?} {:?}",
+            "{} {:?}{names} {measure} {:?} {:?}",
             self.metric.name, self.per, self.rule, self.lasting
         )
     }

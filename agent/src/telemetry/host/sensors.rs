@@ -48,8 +48,6 @@ pub const DISK: [&str; 3] = [
 ];
 
 struct Sensor {
-    /// `temp1` and so on.
-    input: String,
     label: String,
     celsius: f64,
     critical: Option<f64>,
@@ -59,26 +57,22 @@ struct Sensor {
 /// Processors and other parts.
 pub fn parts(look: Look, reading: &mut HostReading) {
     let class = look.path("sys/class/hwmon");
-    let chips: Vec<(PathBuf, String)> = entries(&class)
-        .into_iter()
-        .map(|chip| (kind(&chip), chip))
-        .filter(|(kind, _)| !DRIVES.contains(&kind.as_str()))
-        .map(|(kind, chip)| (chip, kind))
-        .collect();
-    let mut told = BTreeSet::new();
-    for (chip, kind) in &chips {
-        let other = !is_processor(kind);
-        let alike = chips.iter().filter(|(_, other)| other == kind).count();
-        let part = if alike > 1 {
-            part(chip, kind)
-        } else {
-            kind.clone()
-        };
-        for sensor in sensors(chip) {
-            let mut subject = format!("{part}/{}", sensor.label);
-            if !told.insert(subject.clone()) {
-                subject = format!("{subject} ({} {})", name(chip), sensor.input);
-            }
+    let mut parts = BTreeMap::new();
+    for chip in entries(&class) {
+        let kind = kind(&chip);
+        if DRIVES.contains(&kind.as_str()) {
+            continue;
+        }
+        let other = !is_processor(&kind);
+        let mut part = part(&chip, kind);
+        let alike = parts.entry(part.clone()).or_insert(0_usize);
+        *alike += 1;
+        if *alike > 1 {
+            // Without a device they cannot be told apart but by their order.
+            part = format!("{part} {alike}");
+        }
+        for sensor in sensors(&chip) {
+            let subject = format!("{part}/{}", sensor.label);
             // Of a processor, `max` is often where the fan should turn faster; `crit` is its limit.
             let limit = sensor.critical.or(sensor.high);
             push(reading, other, &subject, sensor.celsius, limit);
@@ -170,12 +164,14 @@ fn kind(chip: &Path) -> String {
     text(&chip.join("name")).unwrap_or_else(|| name(chip))
 }
 
-/// One chip of several of a kind, such as those of two sockets: its device's name, for the number of its directory
-/// changes from one start of the host to the next.
-fn part(chip: &Path, kind: &str) -> String {
-    let device = chip.join("device").canonicalize();
-    let device = device.map_or_else(|_| name(chip), |device| name(&device));
-    if device.starts_with(kind) {
+/// A chip by its device: the number of its directory changes from one start of the host to the next, and a name that
+/// depended on how many chips of its kind there are would change when one comes.
+fn part(chip: &Path, kind: String) -> String {
+    let Ok(device) = chip.join("device").canonicalize() else {
+        return kind;
+    };
+    let device = name(&device);
+    if device.starts_with(&kind) {
         device
     } else {
         format!("{kind}-{device}")
@@ -184,9 +180,17 @@ fn part(chip: &Path, kind: &str) -> String {
 
 fn sensors(chip: &Path) -> Vec<Sensor> {
     let inputs = entries(chip);
-    let sensor = |input: &Path| {
+    let mut labels = BTreeSet::new();
+    let sensor = |input: &PathBuf| {
         let file = name(input);
         let index = file.strip_prefix("temp")?.strip_suffix("_input")?;
+        let input_name = format!("temp{index}");
+        let mut label =
+            text(&chip.join(format!("temp{index}_label"))).unwrap_or(input_name.clone());
+        // Also of one that cannot be read now: which of two bears the label alone does not depend on that.
+        if !labels.insert(label.clone()) {
+            label = format!("{label} ({input_name})");
+        }
         let of = |what: &str| chip.join(format!("temp{index}_{what}"));
         let is_faulty = number::<u8>(&of("fault")) == Some(1);
         let limit = |what| millidegrees(&of(what)).filter(|limit| CREDIBLE_C.contains(limit));
@@ -194,11 +198,10 @@ fn sensors(chip: &Path) -> Vec<Sensor> {
             celsius: readable(input).filter(|_| !is_faulty)?,
             critical: limit("crit"),
             high: limit("max"),
-            label: text(&of("label")).unwrap_or_else(|| format!("temp{index}")),
-            input: format!("temp{index}"),
+            label,
         })
     };
-    inputs.iter().filter_map(|input| sensor(input)).collect()
+    inputs.iter().filter_map(sensor).collect()
 }
 
 fn critical_trip(zone: &Path) -> Option<f64> {
@@ -355,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn two_chips_of_a_kind_are_two_parts_named_by_their_devices() {
+    fn a_chip_is_named_by_its_device_however_many_of_its_kind_there_are() {
         let (root, mut host) = recorded(&[
             ("sys/class/hwmon/hwmon0/name", "coretemp\n"),
             ("sys/class/hwmon/hwmon0/temp1_input", "61000\n"),
@@ -372,11 +375,21 @@ mod tests {
             ("sys/class/hwmon/hwmon4/temp1_label", "Board\n"),
             ("sys/class/hwmon/hwmon4/temp2_input", "34000\n"),
             ("sys/class/hwmon/hwmon4/temp2_label", "Board\n"),
+            ("sys/class/hwmon/hwmon5/name", "jc42\n"),
+            ("sys/class/hwmon/hwmon5/temp1_input", "35000\n"),
+            ("sys/class/hwmon/hwmon6/name", "mlx5\n"),
+            ("sys/class/hwmon/hwmon6/temp1_input", "36000\n"),
+            ("sys/devices/0000:3b:00.0/uevent", ""),
             ("sys/devices/coretemp.0/uevent", ""),
             ("sys/devices/coretemp.1/uevent", ""),
             ("sys/devices/3-0018/uevent", ""),
         ]);
-        for (chip, device) in [(0, "coretemp.0"), (1, "coretemp.1"), (2, "3-0018")] {
+        for (chip, device) in [
+            (0, "coretemp.0"),
+            (1, "coretemp.1"),
+            (2, "3-0018"),
+            (6, "0000:3b:00.0"),
+        ] {
             let device = root.path().join("sys/devices").join(device);
             let chip = format!("sys/class/hwmon/hwmon{chip}/device");
             std::os::unix::fs::symlink(device, root.path().join(chip)).expect("linked");
@@ -388,8 +401,18 @@ mod tests {
         assert_eq!(of("coretemp.0/Core 0"), Some(61.0));
         assert_eq!(of("coretemp.1/Core 0"), Some(97.0));
         assert_eq!(part("jc42-3-0018/temp1"), Some(31.0));
-        assert_eq!(part("jc42-hwmon3/temp1"), Some(32.0), "it has no device");
+        assert_eq!(part("jc42/temp1"), Some(32.0), "it has no device");
+        assert_eq!(part("jc42 2/temp1"), Some(35.0), "nor has this one");
+        assert_eq!(part("mlx5-0000:3b:00.0/temp1"), Some(36.0));
         assert_eq!(part("acpi/Board"), Some(33.0));
-        assert_eq!(part("acpi/Board (hwmon4 temp2)"), Some(34.0));
+        assert_eq!(part("acpi/Board (temp2)"), Some(34.0));
+        // One that cannot be read, or is gone, leaves the others their names.
+        std::fs::remove_dir_all(root.path().join("sys/class/hwmon/hwmon0")).expect("removed");
+        let unreadable = root.path().join("sys/class/hwmon/hwmon4/temp1_input");
+        std::fs::write(unreadable, "-128000\n").expect("written");
+        let reading = host.read(&[], LATER.saturating_mul(2));
+        let of = |metric, name| value(&reading, metric, name);
+        assert_eq!(of("cpu.temperature", "coretemp.1/Core 0"), Some(97.0));
+        assert_eq!(of("sensor.temperature", "acpi/Board (temp2)"), Some(34.0));
     }
 }
