@@ -548,10 +548,10 @@ fn a_wall_clock_that_is_set_ends_no_failure_no_hold_and_no_count() {
 }
 
 #[test]
-fn the_last_container_and_the_last_link_end_their_failures_and_a_disk_does_not() {
+fn the_last_container_ends_its_failure_and_a_disk_or_a_link_that_falls_silent_does_not() {
     let cases = [
         ("memory.used_bytes", "above: 1MiB", Per::Container, true),
-        ("peer.latency", "above: 10ms", Per::Peer, true),
+        ("peer.latency", "above: 10ms", Per::Peer, false),
         ("block.latency_p99", "above: 10ms", Per::Disk, false),
     ];
     for (metric, limit, per, ends) in cases {
@@ -572,6 +572,23 @@ fn the_last_container_and_the_last_link_end_their_failures_and_a_disk_does_not()
         };
         assert_eq!(later.kind, expected, "{metric}: {later}");
     }
+}
+
+#[test]
+fn the_last_link_that_was_well_is_gone_when_nothing_is_measured_of_it() {
+    let mut judge = judge("metric: peer.latency\nper: peer\nabove: 10ms\noptional: false");
+    let link = |ms: f64| ("peer.latency", Per::Peer, "a", ms * MS);
+    assert_eq!(
+        sweep(&mut judge, 0, &[link(1.0)]).kind,
+        VerdictKind::Healthy
+    );
+    let other = ("cpu.used", Per::Device, "", 1.0);
+    let subjects = |verdict: Verdict| -> Vec<bool> {
+        let missing = verdict.missing.iter();
+        missing.map(|one| one.subject.is_some()).collect()
+    };
+    assert_eq!(subjects(sweep(&mut judge, 50, &[other])), [true]);
+    assert_eq!(subjects(sweep(&mut judge, 101, &[other])), [false]);
 }
 
 #[test]

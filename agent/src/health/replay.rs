@@ -5,7 +5,7 @@ use super::reading::MOUNTED;
 use super::recording::{RecordingEnd, RecordingError, RecordingHeader, sweeps};
 use super::verdict::{Verdict, VerdictKind};
 use super::{Judge, Measure, limits};
-use crate::model::metric::Per;
+use crate::model::metric::{METRICS, Metric, Per};
 use crate::model::units::UnixMillis;
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -115,7 +115,7 @@ pub fn replay(
     Ok(summary)
 }
 
-/// The metrics that a policy looks at.
+/// The metrics that the judge looks at under a policy.
 fn metrics(policy: &Policy) -> BTreeSet<&'static str> {
     let of = |threshold: &super::Threshold| {
         let load = match threshold.measure {
@@ -124,7 +124,13 @@ fn metrics(policy: &Policy) -> BTreeSet<&'static str> {
         };
         let limit = limits::own_limit(threshold.metric);
         let mounted = (threshold.per == Per::Mount).then_some(MOUNTED);
+        // A container or peer is gone once nothing at all is measured of it.
+        let per = threshold.per;
+        let gone = move |metric: &&'static Metric| {
+            matches!(per, Per::Container | Per::Peer) && metric.per.contains(&per)
+        };
         let metrics = [Some(threshold.metric), load, limit].into_iter().flatten();
+        let metrics = metrics.chain(METRICS.iter().filter(gone));
         metrics.map(|metric| metric.name).chain(mounted)
     };
     policy.thresholds.iter().flat_map(of).collect()
@@ -134,7 +140,7 @@ fn metrics(policy: &Policy) -> BTreeSet<&'static str> {
 mod tests {
     use super::super::{Encoder, MAGIC};
     use super::*;
-    use crate::model::metric::{METRICS, Sample, Subject};
+    use crate::model::metric::{Sample, Subject};
 
     const START: u64 = 1_893_456_000_000;
 
@@ -145,7 +151,7 @@ mod tests {
     /// A host whose every device metric has a value each second; it is starved now and then.
     fn samples(second: u64) -> Vec<Sample> {
         let starved = second / 200 % 2 == 1;
-        let sample = |(place, metric): (usize, &crate::model::metric::Metric)| Sample {
+        let sample = |(place, metric): (usize, &Metric)| Sample {
             metric: metric.name.to_owned(),
             subject: Subject::device(),
             value: match metric.name {
@@ -216,6 +222,54 @@ mod tests {
             (1500, live.len() as u64 - 1)
         );
         assert_eq!(told(), (events, summary));
+    }
+
+    #[test]
+    fn a_container_that_has_lost_a_sensor_is_not_gone_in_a_replay_either() {
+        let text = "version: 1
+name: t
+thresholds:
+  much: { metric: memory.used_bytes, per: container, above: 1MiB, optional: true }
+degraded: [any: [much]]
+guards: { hold: 0s }
+";
+        let policy = || Policy::parse(text, "t").unwrap();
+        let header = RecordingHeader {
+            device: "box1".into(),
+            version: "0".into(),
+            at: UnixMillis(START),
+        };
+        let (mut encoder, start) = Encoder::start(&header).unwrap();
+        let mut bytes = [MAGIC, &start].concat();
+        let mut judge = Judge::new(policy(), None);
+        let mut live = VerdictKind::default();
+        for second in 0..300 {
+            let at = UnixMillis(START + second * 1000);
+            let of = |metric: &str| Sample {
+                metric: metric.into(),
+                subject: Subject::new(Per::Container, "a"),
+                value: 1e12,
+                at,
+            };
+            let mut samples = vec![of("pressure.io_some")];
+            if second < 5 {
+                samples.push(of("memory.used_bytes"));
+            }
+            judge.observe(&samples, at);
+            live = judge.verdict(at).kind;
+            bytes.extend(encoder.sweep(at, &samples));
+        }
+        let mut replayed = VerdictKind::default();
+        replay(&bytes, policy(), |event| {
+            if let Replayed::Verdict { verdict, .. } = event {
+                replayed = verdict.kind;
+            }
+        })
+        .unwrap();
+        assert_eq!(
+            (live, replayed),
+            (VerdictKind::Unknown, VerdictKind::Unknown)
+        );
     }
 
     #[test]
