@@ -122,7 +122,7 @@ fn a_pause_missing_approvals_and_the_storm_guard_hold_an_automatic_evacuation_ba
     // Nor in another life of the agent.
     stage.crew.kill_agent(SOURCE)?;
     stage.crew.start_agent(SOURCE)?;
-    let (crew, host) = (&stage.crew, stage.source()?);
+    let crew = &stage.crew;
     wait_for("the verdict of before", PATIENCE, || {
         let (_, status) = crew.ask(SOURCE, &["status"])?;
         Ok((status["view"]["verdict"]["kind"] == "degraded").then_some(()))
@@ -131,6 +131,25 @@ fn a_pause_missing_approvals_and_the_storm_guard_hold_an_automatic_evacuation_ba
     ensure!(plans(crew)?.is_empty(), "again: {:?}", plans(crew)?);
     let told = crew.tell(SOURCE, &["explain"])?;
     says(&told, &["A person said no at stage `evacuate`"])?;
+
+    // An abort outlives the agent's end from the moment on that it was answered.
+    reload(crew, &policy(false, "5m"), "healthy")?;
+    reload(crew, &policy(true, "5m"), "degraded")?;
+    let aborted = id_of(&waits_in(crew, "await approval")?);
+    crew.tell(SOURCE, &["abort", &aborted])?;
+    stage.crew.kill_agent(SOURCE)?;
+    stage.crew.start_agent(SOURCE)?;
+    let (crew, host) = (&stage.crew, stage.source()?);
+    three_sweeps(crew)?;
+    let told = crew.tell(SOURCE, &["explain"])?;
+    says(&told, &["A person said no at stage `evacuate`"])?;
+    let report = wait_for_end(crew, SOURCE, &aborted, PATIENCE)?;
+    says(
+        report["reason"].as_str().unwrap_or_default(),
+        &["an operator asked for it"],
+    )?;
+    let goes_on = plans(crew)?.into_iter().any(|plan| plan["over"] == false);
+    ensure!(!goes_on, "again: {:?}", plans(crew)?);
 
     reload(crew, &policy(false, "5m"), "healthy")?;
     reload(crew, &policy(true, "5m"), "degraded")?;

@@ -29,9 +29,6 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
-/// Reason of a plan that was aborted through this API.
-pub const OPERATOR_ABORT: &str = "an operator asked for it";
-
 /// What the API answers from.
 #[derive(Clone)]
 pub struct Context {
@@ -459,7 +456,7 @@ async fn abort(
     State(context): State<Context>,
     Path(plan): Path<PlanId>,
 ) -> Result<Json<()>, Refused> {
-    Ok(Json(context.delegator.abort(&plan, OPERATOR_ABORT)?))
+    Ok(Json(context.delegator.refuse(&plan)?))
 }
 
 async fn report(

@@ -4,7 +4,6 @@ use super::automatic::Automatic;
 use super::config::{AgentConfig, FleetConfig};
 use super::host;
 use super::privileges;
-use super::refusal::Refusal;
 use super::senses::Senses;
 use crate::api::control::Roles;
 use crate::api::{control, local};
@@ -22,6 +21,7 @@ use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
 use crate::migration::pause::Pauses;
 use crate::migration::provide::Provider;
+use crate::migration::refusal::Refusal;
 use crate::migration::target::Target;
 use crate::model::ids::DeviceId;
 use crate::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
@@ -178,6 +178,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         ..transfer::Options::default()
     };
     let pauses = Arc::new(Pauses::load(&config.state));
+    let refusal = Arc::new(Refusal::load(&config.state));
     let mut parts = Parts {
         device: DeviceId(config.device.clone()),
         state: config.state.clone(),
@@ -189,6 +190,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         fleet: None,
         view: view.clone(),
         pauses: pauses.clone(),
+        refusal: refusal.clone(),
         beat: Arc::default(),
         troubles: Mutex::default(),
         unheard: Mutex::default(),
@@ -212,7 +214,6 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         }
     };
     let automatic = (config.migration.automatic && config.fleet.is_some()).then(|| {
-        let refusal = Refusal::load(&config.state);
         let automatic = Automatic::new(delegator.clone(), pauses.clone(), senses.policy(), refusal);
         let acting = automatic.acting();
         tokio::spawn(automatic.run(view.clone()));

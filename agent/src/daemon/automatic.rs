@@ -3,14 +3,14 @@
 //! Invariants: one plan at a time; nothing is started while an operator paused the policy; what an operator
 //! aborted or a role did not approve is not tried again before the stage changes, nor after a restart. Non-goals: judging.
 
-use super::refusal::Refusal;
-use crate::api::local::{Acting, FailedTry, OPERATOR_ABORT};
+use crate::api::local::{Acting, FailedTry};
 use crate::health::{OnTimeout, Policy, Stage, Verdict, VerdictKind};
-use crate::migration::NOT_APPROVED;
 use crate::migration::delegator::Delegator;
 use crate::migration::pause::Pauses;
 use crate::migration::planner::Request;
+use crate::migration::refusal::Refusal;
 use crate::migration::view::HostView;
+use crate::migration::{NOT_APPROVED, OPERATOR_ABORT};
 use crate::model::container::State;
 use crate::model::ids::PlanId;
 use crate::model::plan::{MigrationEvent, PlanGuards};
@@ -34,7 +34,7 @@ pub struct Automatic {
     policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
     /// The plan that this driver started and has not seen end.
     own: Option<Own>,
-    refusal: Refusal,
+    refusal: Arc<Refusal>,
     failed: Option<FailedTry>,
     acting: watch::Sender<Acting>,
     not_before: Option<Instant>,
@@ -74,7 +74,7 @@ impl Automatic {
         delegator: Arc<Delegator>,
         pauses: Arc<Pauses>,
         policy: Arc<dyn Fn() -> Option<Policy> + Send + Sync>,
-        refusal: Refusal,
+        refusal: Arc<Refusal>,
     ) -> Self {
         Self {
             delegator,
@@ -251,7 +251,10 @@ impl Automatic {
     fn rolled_back(&mut self, own: &Own, reason: String) {
         if reason.contains(OPERATOR_ABORT) || reason.contains(NOT_APPROVED) {
             tracing::warn!("{reason}: no automatic plan before the stage of the verdict changes");
-            self.refusal.set(own.stage);
+            // Mostly it is noted already. It is not where an operator made the verdict's plan theirs before they aborted it.
+            if self.refusal.stage().is_none() {
+                self.refusal.set(own.stage);
+            }
         } else if !reason.contains(RECOVERED) {
             self.failed(own.stage, reason);
         }

@@ -8,6 +8,5 @@ pub mod duplicator;
 mod host;
 pub mod logging;
 pub mod privileges;
-mod refusal;
 mod senses;
 mod writer;

@@ -4,6 +4,7 @@
 
 use super::events::Approval;
 use super::moving::MoveError;
+use crate::health::Stage;
 use crate::model::choice::Choice;
 use crate::model::control::Arrival;
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
@@ -222,6 +223,15 @@ impl Active {
     /// Whether it must not evacuate yet.
     pub(super) fn held(&self) -> bool {
         locked(&self.word).held
+    }
+
+    /// The stage of a verdict at which it does what it was told.
+    pub(super) fn stage(&self) -> Stage {
+        if self.held() {
+            Stage::Prepare
+        } else {
+            Stage::Evacuate
+        }
     }
 
     /// The plan, while it waits for the word to evacuate, for approvals or for the storm guard.

@@ -43,10 +43,37 @@ impl Clearance {
         }
     }
 
+    /// Asks for approvals, for at most `timeout`. In a pause nobody need hurry: the time begins at its end.
+    fn ask(&mut self, paused: bool, timeout: Duration) -> Asked {
+        if paused {
+            self.asked = None;
+            return Asked::InTime;
+        }
+        match self.asked {
+            None => {
+                self.asked = Some(Instant::now());
+                Asked::Anew
+            }
+            Some(since) if since.elapsed() < timeout => Asked::InTime,
+            Some(_) => Asked::InVain,
+        }
+    }
+
     /// Whether the plan was approved in this role.
     pub(super) fn approved(&self, role: &str) -> bool {
         self.approved.iter().any(|known| known == role)
     }
+}
+
+/// How it stands with the approvals that are missing.
+#[derive(Debug, PartialEq)]
+enum Asked {
+    /// They are asked for from now on.
+    Anew,
+    /// There is time left.
+    InTime,
+    /// Nobody gave them in time.
+    InVain,
 }
 
 /// Between two questions to the storm guard.
@@ -112,19 +139,24 @@ impl Move {
         }
         self.stay("await approval")?;
         self.active.awaits(&missing);
-        let Some(asked) = self.clearance.asked else {
-            self.clearance.asked = Some(Instant::now());
+        let paused = self.in_pause();
+        let asked = self.clearance.ask(paused, guards.approval_timeout);
+        if asked == Asked::Anew {
             let timeout = u64::try_from(guards.approval_timeout.as_millis()).unwrap_or(u64::MAX);
             self.append(SourceEvent::ApprovalAwaited {
-                roles: missing,
+                roles: missing.clone(),
                 until: UnixMillis(self.delegator.now().0.saturating_add(timeout)),
             })?;
-            return Ok(false);
-        };
-        if asked.elapsed() < guards.approval_timeout {
+        }
+        if asked != Asked::InVain {
             return Ok(false);
         }
         if !guards.proceed_on_timeout {
+            // On disk before the plan is given up: the agent may end while it rolls back.
+            if self.active.by_verdict() {
+                let refusal = &self.delegator.parts().refusal;
+                refusal.set(self.active.stage());
+            }
             return Err(MoveError::NotApproved {
                 roles: missing.join(", "),
                 timeout: guards.approval_timeout,
@@ -138,14 +170,18 @@ impl Move {
 
     /// Whether an operator's pause keeps what a verdict asked for from moving.
     fn paused(&self) -> Result<bool, MoveError> {
-        let pauses = &self.delegator.parts().pauses;
-        let paused = !self.clearance.begun
-            && self.active.by_verdict()
-            && pauses.now(self.delegator.now()).is_some();
+        let paused = self.in_pause();
         if paused {
             self.stay("await the end of the pause")?;
         }
         Ok(paused)
+    }
+
+    fn in_pause(&self) -> bool {
+        let pauses = &self.delegator.parts().pauses;
+        !self.clearance.begun
+            && self.active.by_verdict()
+            && pauses.now(self.delegator.now()).is_some()
     }
 
     /// Journals the approvals that came.
@@ -196,5 +232,22 @@ impl Move {
         self.active.trouble(&reason);
         self.clearance.told = reason;
         Ok(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_for_an_approval_does_not_run_in_a_pause() {
+        let mut clearance = Clearance::default();
+        let (long, over) = (Duration::from_hours(1), Duration::ZERO);
+        assert_eq!(clearance.ask(false, long), Asked::Anew);
+        assert_eq!(clearance.ask(false, long), Asked::InTime);
+        assert_eq!(clearance.ask(true, over), Asked::InTime);
+        assert_eq!(clearance.ask(true, over), Asked::InTime);
+        assert_eq!(clearance.ask(false, over), Asked::Anew);
+        assert_eq!(clearance.ask(false, over), Asked::InVain);
     }
 }

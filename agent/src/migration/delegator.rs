@@ -9,9 +9,10 @@ use super::choosing;
 use super::clearance::Clearance;
 use super::events::{Approval, Forwarding, SourceEvent};
 use super::journal::{Journal, JournalError, plan_directory};
-use super::moving::{Done, Move, Moved};
+use super::moving::{Done, Move, Moved, OPERATOR_ABORT};
 use super::pause::Pauses;
 use super::planner::{self, Gathered, Origin, PlanError, Request};
+use super::refusal::Refusal;
 use super::report::{Report, report};
 use super::settings::Settings;
 use super::source;
@@ -74,6 +75,8 @@ pub struct Parts {
     pub view: watch::Receiver<Arc<HostView>>,
     /// The operator's pause.
     pub pauses: Arc<Pauses>,
+    /// A person's no to what the verdict asks for.
+    pub refusal: Arc<Refusal>,
     /// Sends the next heartbeat at once.
     pub beat: Arc<Notify>,
     /// What an operator must see to: journals that cannot be read.
@@ -513,6 +516,20 @@ impl Delegator {
         } else {
             Err(DelegatorError::Released(plan.clone()))
         }
+    }
+
+    /// Asks a plan to stop because an operator wants it. That what a verdict asked for is refused with it is on disk
+    /// when this returns: the agent may end while the plan rolls back.
+    ///
+    /// # Errors
+    /// As [`Self::abort`].
+    pub fn refuse(&self, plan: &PlanId) -> Result<(), DelegatorError> {
+        self.abort(plan, OPERATOR_ABORT)?;
+        let active = locked(&self.plans).get(plan).cloned();
+        if let Some(active) = active.filter(|active| active.by_verdict()) {
+            self.parts.refusal.set(active.stage());
+        }
+        Ok(())
     }
 
     /// Waits until a plan of this life has ended.

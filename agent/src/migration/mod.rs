@@ -34,6 +34,7 @@ pub mod planner;
 #[cfg(test)]
 mod protocol_tests;
 pub mod provide;
+pub mod refusal;
 mod rehearsal;
 mod replica;
 pub mod report;
@@ -58,6 +59,6 @@ pub mod view;
 
 pub use active::{Limits, PlanStatus};
 pub use later::Arriving;
-pub use moving::NOT_APPROVED;
+pub use moving::{NOT_APPROVED, OPERATOR_ABORT};
 pub use settings::Settings;
 pub use traces::TraceUnusable;

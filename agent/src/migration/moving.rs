@@ -24,7 +24,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How the reason of a plan begins that was given up because roles did not approve it.
+/// Reason of a plan that an operator aborted.
+pub const OPERATOR_ABORT: &str = "an operator asked for it";
+
+/// How the reason begins of a plan that was given up because roles did not approve it.
 pub const NOT_APPROVED: &str = "not approved by";
 
 /// A plan that is prepared for longer is given up: its pairings last a day.

@@ -5,7 +5,7 @@ use super::clearance::Clearance;
 use super::delegator::{Delegator, plan_ids, plan_of, target_peer};
 use super::events::SourceEvent;
 use super::journal::{Entry, Journal, plan_directory};
-use super::moving::{Done, Move, Moved};
+use super::moving::{Done, Move, Moved, OPERATOR_ABORT};
 use super::returning::mirror_directory;
 use super::{source, switch};
 use crate::model::plan::{Plan, SignedRelease};
@@ -99,6 +99,11 @@ impl Delegator {
             core.done.note(entry.at, &entry.event);
             core.moved.note(entry.at, &entry.event);
             core.clearance.note(&entry.event);
+        }
+        // Aborted, and the agent ended before the journal had it.
+        let refused = self.parts.refusal.stage() >= Some(core.active.stage());
+        if refused && core.active.by_verdict() && matches!(after, UnderWay::Unreleased) {
+            core.active.cancel(OPERATOR_ABORT);
         }
         tokio::spawn(async move {
             match (after, target_peer(&core.plan)) {

@@ -234,6 +234,7 @@ impl Stage {
             fleet: None,
             view,
             pauses: Arc::new(Pauses::load(self.directory.path())),
+            refusal: Arc::new(super::refusal::Refusal::load(self.directory.path())),
             beat: Arc::default(),
             troubles: Mutex::default(),
             unheard: Mutex::default(),

@@ -1,19 +1,27 @@
 //! A person's no to what the verdict asks for: an operator's abort, or an approval that nobody gave.
 //!
 //! Invariants: it outlives a restart of the agent; it ends when the stage of the verdict changes, and not because
-//! nothing is known for a while. Non-goals: what an operator asks for by hand.
+//! something is not known for a while. Non-goals: what an operator asks for by hand.
 
+use super::active::locked;
 use crate::fleet::files::write_private;
 use crate::health::{Stage, Verdict, VerdictKind};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// The device's refusal, kept in its state directory.
 pub struct Refusal {
     path: PathBuf,
-    stage: Option<Stage>,
+    refused: Mutex<Refused>,
+}
+
+#[derive(Clone, Copy)]
+enum Refused {
+    Nothing,
     /// Somebody said no, and it cannot be read to what.
-    unread: bool,
+    Unread,
+    Stage(Stage),
 }
 
 impl Refusal {
@@ -22,10 +30,10 @@ impl Refusal {
     pub fn load(state: &Path) -> Self {
         let path = state.join("refused.json");
         let read = match std::fs::read(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Refused::Nothing),
             Err(error) => Err(error.to_string()),
             Ok(bytes) => serde_json::from_slice(&bytes)
-                .map(Some)
+                .map(Refused::Stage)
                 .map_err(|error| error.to_string()),
         };
         if let Err(error) = &read {
@@ -35,8 +43,7 @@ impl Refusal {
             );
         }
         Self {
-            unread: read.is_err(),
-            stage: read.unwrap_or_default(),
+            refused: Mutex::new(read.unwrap_or(Refused::Unread)),
             path,
         }
     }
@@ -44,12 +51,19 @@ impl Refusal {
     /// The stage that is refused.
     #[must_use]
     pub fn stage(&self) -> Option<Stage> {
-        self.stage
+        match *locked(&self.refused) {
+            Refused::Stage(stage) => Some(stage),
+            Refused::Nothing | Refused::Unread => None,
+        }
     }
 
     /// Takes note that somebody said no at `stage`.
-    pub fn set(&mut self, stage: Stage) {
-        (self.stage, self.unread) = (Some(stage), false);
+    pub fn set(&self, stage: Stage) {
+        self.write(&mut locked(&self.refused), stage);
+    }
+
+    fn write(&self, refused: &mut Refused, stage: Stage) {
+        *refused = Refused::Stage(stage);
         let written = serde_json::to_vec(&stage)
             .map_err(std::io::Error::from)
             .and_then(|bytes| write_private(&self.path, &bytes));
@@ -62,21 +76,29 @@ impl Refusal {
     }
 
     /// Forgets it when `verdict` asks for another stage.
-    pub fn follow(&mut self, verdict: &Verdict) {
+    pub fn follow(&self, verdict: &Verdict) {
         let wanted = verdict.stage.filter(|stage| *stage >= Stage::Prepare);
-        if verdict.kind == VerdictKind::Unknown || (self.stage == wanted && !self.unread) {
-            return;
-        }
-        if let (Some(stage), true) = (wanted, self.unread) {
-            self.set(stage);
-            return;
-        }
-        (self.stage, self.unread) = (None, false);
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                tracing::error!("cannot remove {}: {error}", self.path.display());
+        let mut refused = locked(&self.refused);
+        match (*refused, wanted) {
+            (Refused::Nothing, _) => return,
+            _ if verdict.kind == VerdictKind::Unknown => return,
+            (Refused::Unread, Some(stage)) => return self.write(&mut refused, stage),
+            (Refused::Stage(stage), wanted) if wanted == Some(stage) => return,
+            // What is not measured may be what asked for more.
+            (Refused::Stage(stage), wanted)
+                if wanted < Some(stage) && !verdict.missing.is_empty() =>
+            {
+                return;
             }
             _ => {}
+        }
+        match std::fs::remove_file(&self.path) {
+            // It would be back after a restart: it stays, and is removed at the next verdict.
+            Err(error) if error.kind() != ErrorKind::NotFound => tracing::error!(
+                "cannot remove {}: {error}; what it refuses stays refused until that can be done",
+                self.path.display()
+            ),
+            _ => *refused = Refused::Nothing,
         }
     }
 }
@@ -84,6 +106,18 @@ impl Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::health::Missing;
+
+    fn missing() -> Missing {
+        Missing {
+            threshold: "hot".into(),
+            metric: "cpu.temperature".into(),
+            subject: None,
+            last_sample: None,
+            failing: true,
+            text: "silent".into(),
+        }
+    }
 
     fn verdict(kind: VerdictKind, stage: Option<Stage>) -> Verdict {
         Verdict {
@@ -97,15 +131,28 @@ mod tests {
     fn a_no_outlives_a_restart_and_blindness_and_ends_with_the_stage() {
         let state = tempfile::tempdir().unwrap();
         let evacuate = verdict(VerdictKind::Degraded, Some(Stage::Evacuate));
-        let mut refusal = Refusal::load(state.path());
+        let refusal = Refusal::load(state.path());
         refusal.follow(&evacuate);
         assert_eq!(refusal.stage(), None);
         refusal.set(Stage::Evacuate);
         // The next life begins blind.
-        let mut refusal = Refusal::load(state.path());
+        let refusal = Refusal::load(state.path());
         refusal.follow(&verdict(VerdictKind::Unknown, None));
+        // One of two sensors answers, and asks for less.
+        let partly_blind = Verdict {
+            missing: vec![missing()],
+            ..verdict(VerdictKind::Degraded, Some(Stage::Prepare))
+        };
+        refusal.follow(&partly_blind);
         refusal.follow(&evacuate);
         assert_eq!(refusal.stage(), Some(Stage::Evacuate));
+        // A file that stays would refuse again after a restart: it still refuses now.
+        let path = state.path().join("refused.json");
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        refusal.follow(&verdict(VerdictKind::Degraded, Some(Stage::Prepare)));
+        assert_eq!(refusal.stage(), Some(Stage::Evacuate));
+        std::fs::remove_dir(&path).unwrap();
         refusal.follow(&verdict(VerdictKind::Degraded, Some(Stage::Prepare)));
         assert_eq!(refusal.stage(), None);
         assert_eq!(Refusal::load(state.path()).stage(), None);
@@ -118,7 +165,7 @@ mod tests {
     fn a_no_that_cannot_be_read_is_one_to_the_stage_that_is_asked_for_next() {
         let state = tempfile::tempdir().unwrap();
         std::fs::write(state.path().join("refused.json"), "{").unwrap();
-        let mut refusal = Refusal::load(state.path());
+        let refusal = Refusal::load(state.path());
         let evacuate = verdict(VerdictKind::Degraded, Some(Stage::Evacuate));
         refusal.follow(&evacuate);
         assert_eq!(refusal.stage(), Some(Stage::Evacuate));
