@@ -75,7 +75,7 @@ fn explain(status: &Status) -> String {
 /// What ends that a part is missing which was failing and may be dead.
 fn ends(missing: &Missing) -> Option<String> {
     let per = missing.subject.as_ref()?.per;
-    let comes_and_goes = matches!(per, Per::Container | Per::Device);
+    let comes_and_goes = matches!(per, Per::Container | Per::Peer | Per::Device);
     (missing.failing && !comes_and_goes).then(|| {
         "    It is over when this part is measured well again. If it was taken away for good, stop the agent, remove verdict.json from its state directory and start it again.".to_owned()
     })

@@ -548,10 +548,10 @@ fn a_wall_clock_that_is_set_ends_no_failure_no_hold_and_no_count() {
 }
 
 #[test]
-fn the_last_container_ends_its_failure_and_a_disk_or_a_link_that_falls_silent_does_not() {
+fn the_last_container_and_the_last_link_end_their_failures_and_a_disk_does_not() {
     let cases = [
         ("memory.used_bytes", "above: 1MiB", Per::Container, true),
-        ("peer.latency", "above: 10ms", Per::Peer, false),
+        ("peer.latency", "above: 10ms", Per::Peer, true),
         ("block.latency_p99", "above: 10ms", Per::Disk, false),
     ];
     for (metric, limit, per, ends) in cases {

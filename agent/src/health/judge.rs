@@ -434,11 +434,11 @@ fn forget_removed(
     state.blind.retain(|name, _| !gone(name));
     let series = &mut state.series;
     let measured = per != Per::Device && series.values().any(|one| one.is_fresh(tick, stale));
-    // A failing part that falls silent may be dead rather than gone, a link too; only a container's
-    // end is ordinary enough to be taken as the end of its failure.
+    // A failing part that falls silent may be dead rather than gone; only a container's end is
+    // ordinary enough to be taken as the end of its failure, and that of a link, on which nothing is
+    // measured once a plan is over.
     series.retain(|name, one| {
         one.is_fresh(tick, stale * REMOVED_AFTER)
-            || one.failed && per != Per::Container
-            || !(gone(name) || measured)
+            || !(gone(name) || measured && (!one.failed || per == Per::Container))
     });
 }

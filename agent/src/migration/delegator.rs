@@ -527,7 +527,13 @@ impl Delegator {
         self.abort(plan, OPERATOR_ABORT)?;
         let active = locked(&self.plans).get(plan).cloned();
         if let Some(active) = active.filter(|active| active.by_verdict()) {
-            self.parts.refusal.set(active.stage());
+            // A copy in advance may wait where the verdict asks for more by now.
+            let view = self.parts.view.borrow();
+            let asked = view.verdict.as_ref().and_then(|verdict| verdict.stage);
+            let stage = active.stage();
+            self.parts
+                .refusal
+                .set(asked.map_or(stage, |asked| asked.max(stage)));
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 use super::active::locked;
 use crate::fleet::files::write_private;
 use crate::health::{Stage, Verdict, VerdictKind};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -84,9 +85,9 @@ impl Refusal {
             _ if verdict.kind == VerdictKind::Unknown => return,
             (Refused::Unread, Some(stage)) => return self.write(&mut refused, stage),
             (Refused::Stage(stage), wanted) if wanted == Some(stage) => return,
-            // What is not measured may be what asked for more.
+            // What failed and is not measured may be what asked for more.
             (Refused::Stage(stage), wanted)
-                if wanted < Some(stage) && !verdict.missing.is_empty() =>
+                if wanted < Some(stage) && verdict.missing.iter().any(|one| one.failing) =>
             {
                 return;
             }
@@ -98,7 +99,13 @@ impl Refusal {
                 "cannot remove {}: {error}; what it refuses stays refused until that can be done",
                 self.path.display()
             ),
-            _ => *refused = Refused::Nothing,
+            _ => {
+                // Or it might be back after a power failure.
+                if let Some(Ok(directory)) = self.path.parent().map(File::open) {
+                    let _ = directory.sync_all();
+                }
+                *refused = Refused::Nothing;
+            }
         }
     }
 }
@@ -108,13 +115,13 @@ mod tests {
     use super::*;
     use crate::health::Missing;
 
-    fn missing() -> Missing {
+    fn missing(failing: bool) -> Missing {
         Missing {
             threshold: "hot".into(),
             metric: "cpu.temperature".into(),
             subject: None,
             last_sample: None,
-            failing: true,
+            failing,
             text: "silent".into(),
         }
     }
@@ -140,7 +147,7 @@ mod tests {
         refusal.follow(&verdict(VerdictKind::Unknown, None));
         // One of two sensors answers, and asks for less.
         let partly_blind = Verdict {
-            missing: vec![missing()],
+            missing: vec![missing(true)],
             ..verdict(VerdictKind::Degraded, Some(Stage::Prepare))
         };
         refusal.follow(&partly_blind);
@@ -159,6 +166,13 @@ mod tests {
         refusal.set(Stage::Prepare);
         refusal.follow(&verdict(VerdictKind::Healthy, None));
         assert_eq!(Refusal::load(state.path()).stage(), None);
+        // What this host never measures asks for nothing.
+        refusal.set(Stage::Evacuate);
+        refusal.follow(&Verdict {
+            missing: vec![missing(false)],
+            ..verdict(VerdictKind::Degraded, Some(Stage::Prepare))
+        });
+        assert_eq!(refusal.stage(), None);
     }
 
     #[test]

@@ -171,7 +171,21 @@ fn part(chip: &Path, kind: String) -> String {
         return kind;
     };
     let device = name(&device);
-    if device.starts_with(&kind) {
+    // Numbers that follow the order in which drivers came up tell no part; of one on I2C its address does.
+    let of_order = |start: &str| {
+        let number = device.strip_prefix(start);
+        number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    if of_order("thermal_zone") || of_order("phy") {
+        return kind;
+    }
+    let address = device
+        .split_once('-')
+        .filter(|(bus, _)| bus.bytes().all(|byte| byte.is_ascii_digit()))
+        .map(|(_, address)| address);
+    if let Some(address) = address {
+        format!("{kind}-{address}")
+    } else if device.starts_with(&kind) {
         device
     } else {
         format!("{kind}-{device}")
@@ -400,7 +414,7 @@ mod tests {
         let part = |name| value(&reading, "sensor.temperature", name);
         assert_eq!(of("coretemp.0/Core 0"), Some(61.0));
         assert_eq!(of("coretemp.1/Core 0"), Some(97.0));
-        assert_eq!(part("jc42-3-0018/temp1"), Some(31.0));
+        assert_eq!(part("jc42-0018/temp1"), Some(31.0));
         assert_eq!(part("jc42/temp1"), Some(32.0), "it has no device");
         assert_eq!(part("jc42 2/temp1"), Some(35.0), "nor has this one");
         assert_eq!(part("mlx5-0000:3b:00.0/temp1"), Some(36.0));
