@@ -11,7 +11,9 @@ use super::keys;
 use super::later::Later;
 use super::opening;
 use super::places::{check_room, name_in_runtime, name_of, times_kept};
-use crate::containers::{Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError};
+use crate::containers::{
+    Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError, create,
+};
 use crate::fleet::agent::PairedState;
 use crate::model::control::{Offer, OfferAccepted, Owns, TargetStatus};
 use crate::model::fleet::Role;
@@ -23,8 +25,7 @@ use crate::transfer::ReceiveProgress;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -387,12 +388,10 @@ impl Target {
         }
         check_binds(plan).or_else(&not_ours)?;
         for volume in &plan.volumes {
-            let climbs = volume.source_path.components().any(|part| {
-                matches!(
-                    part,
-                    std::path::Component::ParentDir | std::path::Component::CurDir
-                )
-            });
+            let climbs = volume
+                .source_path
+                .components()
+                .any(|part| matches!(part, Component::ParentDir | Component::CurDir));
             if climbs || !volume.source_path.is_absolute() {
                 return not_ours(format!("volume {} has no plain absolute path", volume.name));
             }
@@ -733,22 +732,32 @@ pub(super) fn rebuild(
 
 /// Every host directory that a twin would mount, and every block device that it would be given, must be a
 /// volume of the plan.
-fn check_binds(plan: &Plan) -> Result<(), String> {
+pub(super) fn check_binds(plan: &Plan) -> Result<(), String> {
     for planned in &plan.containers {
-        let binds = planned.inspect["HostConfig"]["Binds"]
-            .as_array()
-            .into_iter()
-            .flatten();
-        let sources = binds.filter_map(|bind| bind.as_str()?.split(':').next());
-        for source in sources.filter(|source| source.starts_with('/')) {
-            if !plan
-                .volumes
-                .iter()
-                .any(|volume| Path::new(source).starts_with(&volume.source_path))
-            {
+        let name = &planned.container.name;
+        // As it will be asked for: configured, given as mounts, or implied by what the source's runtime mounted.
+        let made = create::body(&planned.inspect, "", false, false);
+        let list = |key: &str| made["HostConfig"][key].as_array().into_iter().flatten();
+        let binds = list("Binds").filter_map(|bind| bind.as_str()?.split(':').next());
+        let mounts = list("Mounts").filter(|mount| mount["Type"] == "bind");
+        let mounts = mounts.filter_map(|mount| mount["Source"].as_str());
+        for source in binds.filter(|source| source.starts_with('/')).chain(mounts) {
+            let path = Path::new(source);
+            let is_moved = |volume: &VolumeSpec| path.starts_with(&volume.source_path);
+            let climbs = path.components().any(|part| part == Component::ParentDir);
+            if climbs || !plan.volumes.iter().any(is_moved) {
                 return Err(format!(
-                    "{} would mount {source}, which is no volume of the plan",
-                    planned.container.name
+                    "{name} would mount {source}, which is no volume of the plan"
+                ));
+            }
+        }
+        for volume in &planned.volumes {
+            let option = |key: &str| volume["Options"][key].as_str().unwrap_or_default();
+            if option("device").starts_with('/') {
+                return Err(format!(
+                    "{name} has a volume {} that stands for {} of its host; mount that itself instead",
+                    volume["Name"],
+                    option("device")
                 ));
             }
         }

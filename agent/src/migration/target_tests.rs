@@ -5,7 +5,7 @@ use super::events::{ContainerFence, Place, SourceEvent, TargetEvent};
 use super::journal::{self, Entry, Journal, plan_directory};
 use super::pause::Pauses;
 use super::settings::Settings;
-use super::target::{Target, rebuild};
+use super::target::{Target, check_binds, rebuild};
 use crate::containers::{Fence, Means, Runtime, Runtimes, Scope};
 use crate::fleet::agent::PairedState;
 use crate::model::action::Actions;
@@ -933,4 +933,33 @@ fn what_a_plan_may_still_remove_is_not_given_to_another_one() {
     other.volumes[0].kind = VolumeKind::Named("other".into());
     assert!(life.target.check_free(&other, &places).is_ok());
     life.kill();
+}
+
+#[test]
+fn a_twin_mounts_volumes_of_its_plan_alone_however_that_is_asked_for() {
+    let stage = Stage::new();
+    let at = stage.path("place");
+    let inside = at.join("below").display().to_string();
+    let climbing = at.join("../../etc").display().to_string();
+    let refused = |inspect: Value, options: Value| {
+        let mut plan = plan(VolumeKind::Bind, at.clone());
+        plan.containers[0].inspect = inspect;
+        plan.containers[0].volumes = vec![json!({ "Name": "cache", "Options": options })];
+        check_binds(&plan).is_err()
+    };
+    for (source, expected) in [(inside.as_str(), false), (&climbing, true), ("/etc", true)] {
+        let bind = format!("{source}:/mnt");
+        let mount = json!({ "Type": "bind", "Source": source, "Target": "/mnt" });
+        let mounted =
+            json!({ "Type": "bind", "Source": source, "Destination": "/mnt", "RW": true });
+        for inspect in [
+            json!({ "HostConfig": { "Binds": [bind] } }),
+            json!({ "HostConfig": { "Mounts": [mount] } }),
+            json!({ "Mounts": [mounted] }),
+        ] {
+            assert_eq!(refused(inspect.clone(), json!(null)), expected, "{inspect}");
+        }
+    }
+    let options = |device: &str| json!({ "type": "none", "o": "bind", "device": device });
+    assert!(refused(json!({}), options("/etc")) && !refused(json!({}), options("tmpfs")));
 }
