@@ -168,15 +168,29 @@ impl Target {
         let runtime = self.runtime_for(plan).await;
         let runtime = runtime.map_err(|error| error.to_string())?;
         match runtime.inspect(name.as_str()).await {
-            Ok(inspect) => Ok(released
-                .iter()
-                .any(|(_, id)| inspect["Id"].as_str() == Some(id))),
+            Ok(inspect) => {
+                let is_it = |(_, id): &(UnixMillis, String)| inspect["Id"].as_str() == Some(id);
+                Ok(released.iter().any(is_it) || self.is_of_later(plan, name))
+            }
             // Nobody but the clock knows whether it was that one.
             Err(error) if error.not_found() => {
                 Ok(released.iter().any(|(at, _)| Some(*at) >= owned_at))
             }
             Err(error) => Err(error.to_string()),
         }
+    }
+
+    /// Whether a container of this name is the twin of a plan that came here after this one.
+    fn is_of_later(&self, plan: &Plan, name: &ContainerName) -> bool {
+        let plans = self.plans();
+        let Some(this) = plans.get(&plan.id).filter(|this| this.owns.is_some()) else {
+            return false;
+        };
+        plans.values().any(|other| {
+            other.plan.id != plan.id
+                && other.plan.container(name).is_some()
+                && (other.owns.is_none() || other.owned_at > this.owned_at)
+        })
     }
 
     /// Ends a twin and starts it again; one that does not start is the next life's.

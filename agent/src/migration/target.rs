@@ -252,7 +252,7 @@ impl Target {
                 None => images_present.push(volume.id),
             }
         }
-        self.check_free(&plan, &places)?;
+        self.check_free(&plan, &places, runtime)?;
         // Written before anything is made, so that a death in between leaves nothing behind for good.
         let event = TargetEvent::Offered {
             plan: Box::new(plan.clone()),
@@ -312,7 +312,13 @@ impl Target {
     }
 
     /// Refuses places and names of a plan that is not dismissed yet: its dismissal would remove them under this one.
-    pub(super) fn check_free(&self, plan: &Plan, places: &[Place]) -> Result<(), TargetError> {
+    pub(super) fn check_free(
+        &self,
+        plan: &Plan,
+        places: &[Place],
+        runtime: &Runtime,
+    ) -> Result<(), TargetError> {
+        let socket = runtime.socket().display().to_string();
         let plans = self.plans();
         let in_the_way = |what: String, other: &Plan| TargetError::InTheWay {
             what,
@@ -320,11 +326,15 @@ impl Target {
         };
         for known in plans.values().filter(|known| known.owns.is_none()) {
             let other = &known.plan;
+            let same_runtime = known
+                .runtime
+                .as_ref()
+                .is_none_or(|theirs| *theirs == socket);
             for place in places {
                 // A volume's path is known once its runtime made it.
                 let name = name_in_runtime(plan, place);
                 let meets = |one: &Place| match (name, name_in_runtime(other, one)) {
-                    (Some(name), Some(theirs)) => name == theirs,
+                    (Some(name), Some(theirs)) => same_runtime && name == theirs,
                     (None, None) => {
                         one.path.starts_with(&place.path) || place.path.starts_with(&one.path)
                     }
@@ -337,7 +347,7 @@ impl Target {
                 }
             }
             let mut names = plan.containers.iter().map(|one| &one.container.name);
-            if let Some(name) = names.find(|name| other.container(name).is_some()) {
+            if let Some(name) = names.find(|name| same_runtime && other.container(name).is_some()) {
                 return Err(in_the_way(format!("container {name}"), other));
             }
         }

@@ -182,6 +182,13 @@ struct Life {
 }
 
 impl Life {
+    fn check_free(&self, plan: &Plan, places: &[Place], runtime: &Fake) -> bool {
+        let socket = runtime.socket.display().to_string();
+        let runtimes = &self.target.parts.runtimes;
+        let runtime = runtimes.get(&socket).unwrap();
+        self.target.check_free(plan, places, runtime).is_ok()
+    }
+
     fn kill(self) {
         drop(self.target);
         self.runtime.shutdown_timeout(Duration::from_secs(5));
@@ -910,7 +917,7 @@ fn what_a_plan_may_still_remove_is_not_given_to_another_one() {
         other.containers[0].container.name = container.into();
         let (volume, made) = (VolumeId(0), true);
         let place = Place { volume, path, made };
-        life.target.check_free(&other, &[place]).is_ok()
+        life.check_free(&other, &[place], &stage.docker)
     };
     let bind = |container: &str, path: PathBuf| check(VolumeKind::Bind, container, path);
     assert!(bind("web", stage.path("placed")));
@@ -929,9 +936,10 @@ fn what_a_plan_may_still_remove_is_not_given_to_another_one() {
     other.containers[0].container.name = "web".into();
     let (volume, made, path) = (VolumeId(0), true, PathBuf::new());
     let places = [Place { volume, path, made }];
-    assert!(life.target.check_free(&other, &places).is_err());
+    assert!(!life.check_free(&other, &places, &stage.docker));
+    assert!(life.check_free(&other, &places, &stage.podman));
     other.volumes[0].kind = VolumeKind::Named("other".into());
-    assert!(life.target.check_free(&other, &places).is_ok());
+    assert!(life.check_free(&other, &places, &stage.docker));
     life.kill();
 }
 
@@ -962,4 +970,59 @@ fn a_twin_mounts_volumes_of_its_plan_alone_however_that_is_asked_for() {
     }
     let options = |device: &str| json!({ "type": "none", "o": "bind", "device": device });
     assert!(refused(json!({}), options("/etc")) && !refused(json!({}), options("tmpfs")));
+}
+
+#[test]
+fn a_twin_of_a_later_plan_is_not_taken_for_one_that_left() {
+    let stage = Stage::with("running");
+    stage.write(stage.owned());
+    let mut left = plan(VolumeKind::Bind, stage.path("place"));
+    left.id = "p2-2".into();
+    left.containers[0].container.id = "another".into();
+    let directory = plan_directory(stage.directory.path(), "source", &left.id);
+    let (mut journal, _) = Journal::<SourceEvent>::open(&directory).unwrap();
+    let TargetEvent::Owns { release, .. } = owns() else {
+        panic!("it is one")
+    };
+    let (plan, held) = (Box::new(left), false);
+    for event in [
+        SourceEvent::Planned { plan, held },
+        SourceEvent::Released { release },
+    ] {
+        journal.append(crate::fleet::now(), event).unwrap();
+    }
+    let life = stage.idle();
+    let (first, _) = life.target.known(&source(), &plan_id()).unwrap();
+    let has_left = |plan: &Plan| {
+        let name = &plan.containers[0].container.name;
+        let has_left = life.target.has_left(plan, name);
+        life.runtime.block_on(has_left).unwrap()
+    };
+    assert!(!has_left(&first), "it is not the one that was released");
+
+    let id = PlanId::from("p3-3");
+    let (mut journal, _) =
+        Journal::open(&plan_directory(stage.directory.path(), "target", &id)).unwrap();
+    let TargetEvent::Accepted {
+        mut plan,
+        places,
+        runtime,
+    } = stage.accepted(VolumeKind::Bind, stage.path("other"))
+    else {
+        panic!("it is one")
+    };
+    plan.id = id.clone();
+    let accepted = TargetEvent::Accepted {
+        plan,
+        places,
+        runtime,
+    };
+    journal.append(crate::fleet::now(), accepted).unwrap();
+    let entries = journal::read(&plan_directory(stage.directory.path(), "target", &id)).unwrap();
+    let known = rebuild(journal, &entries).unwrap();
+    let third = known.plan.clone();
+    life.target.plans().insert(id, known);
+    assert!(has_left(&first), "it is the third plan's");
+    assert!(!has_left(&third));
+    life.kill();
 }

@@ -356,6 +356,10 @@ impl Shared {
             let why = format!("what an earlier agent changed when it died is unknown: {why}");
             self.lose(&mut self.state(), &why);
         }
+        if self.is_lost.load(Ordering::Acquire) && !self.directory.join(LOST).exists() {
+            // Nothing else tells the next life.
+            return;
+        }
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 let why = format!("cannot remove what an earlier agent noted: {error}");
