@@ -50,6 +50,8 @@ mod switch_first_tests;
 mod take_over;
 pub mod target;
 #[cfg(test)]
+mod target_stage;
+#[cfg(test)]
 mod target_tests;
 mod traces;
 pub mod trusted;

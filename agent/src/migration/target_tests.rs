@@ -1,462 +1,17 @@
 //! The target against made-up runtimes: what it starts, ends and removes where, over several lives.
 
-use super::delegator::Parts;
-use super::events::{ContainerFence, Place, SourceEvent, TargetEvent};
-use super::journal::{self, Entry, Journal, plan_directory};
-use super::pause::Pauses;
-use super::settings::Settings;
-use super::target::{Target, check_binds, rebuild};
-use crate::containers::{Fence, Means, Runtime, Runtimes, Scope};
-use crate::fleet::agent::PairedState;
-use crate::model::action::Actions;
-use crate::model::container::Container;
-use crate::model::control::{Offer, Owns, Whole};
-use crate::model::fleet::PeerAddress;
-use crate::model::ids::{DeviceId, PlanId, VolumeId};
-use crate::model::plan::{
-    Chosen, Estimate, MigrationEvent, Plan, PlannedContainer, PlannedStep, SignedRelease, TwinState,
-};
-use crate::model::units::{Bytes, UnixMillis};
-use crate::model::volume::{VolumeKind, VolumeSpec};
-use axum::extract::{Request, State};
-use axum::http::{Method, StatusCode};
-use axum::{Json, Router};
+use super::events::{Place, TargetEvent};
+use super::journal::{self, Journal, plan_directory};
+use super::target::{check_binds, rebuild};
+use super::target_stage::*;
+use crate::model::control::{Offer, Whole};
+use crate::model::ids::{PlanId, VolumeId};
+use crate::model::plan::Plan;
+use crate::model::volume::VolumeKind;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
-use tempfile::TempDir;
-use tokio::net::UnixListener;
-use tokio::task::JoinHandle;
-
-const TWIN: &str = "db";
-const VOLUME: &str = "db-data";
-const PID: i32 = 4242;
-
-/// What a made-up runtime holds.
-#[derive(Default)]
-struct Held {
-    /// Containers and the runtime's word for their states.
-    containers: BTreeMap<String, &'static str>,
-    /// Volumes and where they are.
-    volumes: BTreeMap<String, PathBuf>,
-    /// Where new ones go.
-    root: PathBuf,
-    /// Changes that it was asked for.
-    asked: Vec<String>,
-    /// Changes that it refuses, by a part of what is asked.
-    refused: Option<&'static str>,
-}
-
-impl Held {
-    /// What Docker would answer, as far as a target asks.
-    fn answer(&mut self, method: &Method, path: &str) -> (StatusCode, Value) {
-        let path = path.strip_prefix("/v1.41/").unwrap();
-        if method != Method::GET {
-            self.asked.push(format!("{method} {path}"));
-            let asked = format!("{method} {path}");
-            if self.refused.is_some_and(|part| asked.contains(part)) {
-                let why = json!({ "message": "made to refuse" });
-                return (StatusCode::INTERNAL_SERVER_ERROR, why);
-            }
-        }
-        let done = (StatusCode::OK, Value::Null);
-        let none = (StatusCode::NOT_FOUND, json!({ "message": "no such thing" }));
-        match *path.split('/').collect::<Vec<_>>() {
-            ["version"] => (StatusCode::OK, json!({ "Version": "24.0.0" })),
-            ["images", "json"] => (StatusCode::OK, json!([])),
-            ["containers", name, what] => {
-                let Some(state) = self.containers.get_mut(name) else {
-                    return none;
-                };
-                match what {
-                    "json" => {
-                        let pid = if *state == "running" { PID } else { 0 };
-                        let shown = json!({
-                            "Id": name,
-                            "State": { "Status": *state, "Pid": pid },
-                            "HostConfig": { "RestartPolicy": { "Name": "no" } },
-                        });
-                        return (StatusCode::OK, shown);
-                    }
-                    "start" => *state = "running",
-                    "stop" | "kill" => *state = "exited",
-                    _ => {}
-                }
-                done
-            }
-            ["containers", name] => {
-                let name = name.split('?').next().unwrap();
-                self.containers.remove(name).map_or(none, |_| done)
-            }
-            ["volumes", "create"] => {
-                let at = self.root.join(VOLUME);
-                std::fs::create_dir_all(&at).unwrap();
-                self.volumes.insert(VOLUME.to_owned(), at.clone());
-                (
-                    StatusCode::CREATED,
-                    json!({ "Name": VOLUME, "Mountpoint": at }),
-                )
-            }
-            ["volumes", name] => match (self.volumes.get(name).cloned(), method) {
-                (None, _) => none,
-                (Some(_), &Method::DELETE) => {
-                    self.volumes.remove(name);
-                    done
-                }
-                (Some(at), _) => (StatusCode::OK, json!({ "Name": name, "Mountpoint": at })),
-            },
-            _ => none,
-        }
-    }
-}
-
-/// A runtime with the API of Docker as far as a target uses it.
-struct Fake {
-    socket: PathBuf,
-    held: Arc<Mutex<Held>>,
-    task: Option<JoinHandle<()>>,
-}
-
-impl Fake {
-    fn new(socket: PathBuf) -> Self {
-        let root = socket.with_extension("volumes");
-        Self {
-            held: Arc::new(Mutex::new(Held {
-                root,
-                ..Held::default()
-            })),
-            socket,
-            task: None,
-        }
-    }
-
-    fn up(&mut self, world: &tokio::runtime::Runtime) {
-        async fn answer(
-            State(held): State<Arc<Mutex<Held>>>,
-            request: Request,
-        ) -> (StatusCode, Json<Value>) {
-            let path = request.uri().path().to_owned();
-            let (status, body) = held.lock().unwrap().answer(request.method(), &path);
-            (status, Json(body))
-        }
-        let routes = Router::new().fallback(answer).with_state(self.held.clone());
-        let _inside = world.enter();
-        let listener = UnixListener::bind(&self.socket).unwrap();
-        self.task = Some(tokio::spawn(async move {
-            axum::serve(listener, routes).await.unwrap();
-        }));
-    }
-
-    fn held(&self) -> std::sync::MutexGuard<'_, Held> {
-        self.held.lock().unwrap()
-    }
-
-    fn state(&self) -> Option<&'static str> {
-        self.held().containers.get(TWIN).copied()
-    }
-
-    fn asked(&self, what: &str) -> bool {
-        self.held().asked.iter().any(|asked| asked.contains(what))
-    }
-
-    fn set(&self, state: &'static str) {
-        self.held().containers.insert(TWIN.to_owned(), state);
-    }
-}
-
-/// A host with two runtimes, of which the first is of the source's kind, and a target on it.
-struct Stage {
-    directory: TempDir,
-    world: tokio::runtime::Runtime,
-    docker: Fake,
-    podman: Fake,
-}
-
-/// One life of the agent.
-struct Life {
-    runtime: tokio::runtime::Runtime,
-    target: Arc<Target>,
-}
-
-impl Life {
-    fn check_free(&self, plan: &Plan, places: &[Place], runtime: &Fake) -> bool {
-        let socket = runtime.socket.display().to_string();
-        let runtimes = &self.target.parts.runtimes;
-        let runtime = runtimes.get(&socket).unwrap();
-        self.target.check_free(plan, places, runtime).is_ok()
-    }
-
-    fn kill(self) {
-        drop(self.target);
-        self.runtime.shutdown_timeout(Duration::from_secs(5));
-    }
-}
-
-impl Stage {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let fake = |name: &str| Fake::new(directory.path().join(name));
-        Self {
-            docker: fake("docker.sock"),
-            podman: fake("podman.sock"),
-            world: tokio::runtime::Runtime::new().unwrap(),
-            directory,
-        }
-    }
-
-    /// With its first runtime up, which holds the twin in this state.
-    fn with(state: &'static str) -> Self {
-        let mut stage = Self::new();
-        stage.docker.up(&stage.world);
-        stage.docker.set(state);
-        stage
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn live(&self) -> Life {
-        let sockets = [&self.docker, &self.podman].map(|one| one.socket.display().to_string());
-        let scope = Scope {
-            cgroup_root: self.path("cgroup"),
-        };
-        let settings = Settings {
-            settle_seconds: 0,
-            bind_roots: vec![self.directory.path().to_owned()],
-            ..Settings::default()
-        };
-        let (_, view) = tokio::sync::watch::channel(Arc::default());
-        let parts = Parts {
-            device: "target".into(),
-            state: self.directory.path().to_owned(),
-            settings,
-            transfer: Default::default(),
-            proc_root: self.path("proc"),
-            runtimes: Arc::new(Runtimes::new(&sockets, scope)),
-            data: None,
-            fleet: None,
-            view,
-            pauses: Arc::new(Pauses::load(self.directory.path())),
-            refusal: Arc::new(super::refusal::Refusal::load(self.directory.path())),
-            beat: Arc::default(),
-            troubles: Mutex::default(),
-            unheard: Mutex::default(),
-        };
-        let pairings = PairedState::open(self.directory.path(), "target".into()).unwrap();
-        let data = "127.0.0.1:1".parse().unwrap();
-        let target = Target::new(Arc::new(parts), Arc::new(pairings), data);
-        Life {
-            runtime: tokio::runtime::Runtime::new().unwrap(),
-            target: Arc::new(target),
-        }
-    }
-
-    /// A life that takes up what earlier ones left.
-    fn resume(&self) -> Life {
-        let life = self.live();
-        let inside = life.runtime.enter();
-        life.target.resume();
-        drop(inside);
-        life
-    }
-
-    /// A life that knows what earlier ones left, and does nothing about it.
-    fn idle(&self) -> Life {
-        let life = self.live();
-        let (journal, entries) = Journal::open(&self.plan_directory()).unwrap();
-        let known = rebuild(journal, &entries).unwrap();
-        life.target.plans().insert(plan_id(), known);
-        life
-    }
-
-    fn plan_directory(&self) -> PathBuf {
-        plan_directory(self.directory.path(), "target", &plan_id())
-    }
-
-    fn write(&self, events: Vec<TargetEvent>) {
-        let (mut journal, _) = Journal::open(&self.plan_directory()).unwrap();
-        for event in events {
-            journal.append(crate::fleet::now(), event).unwrap();
-        }
-    }
-
-    fn journal(&self) -> Vec<TargetEvent> {
-        let entries: Vec<Entry<TargetEvent>> = journal::read(&self.plan_directory()).unwrap();
-        entries.into_iter().map(|entry| entry.event).collect()
-    }
-
-    /// The plan was accepted and is owned, with a bind mount.
-    fn owned(&self) -> Vec<TargetEvent> {
-        let place = self.path("place");
-        std::fs::create_dir_all(&place).unwrap();
-        vec![self.accepted(VolumeKind::Bind, place), owns()]
-    }
-
-    fn accepted(&self, kind: VolumeKind, path: PathBuf) -> TargetEvent {
-        let (volume, made) = (VolumeId(0), true);
-        TargetEvent::Accepted {
-            plan: Box::new(plan(kind, self.path("place"))),
-            places: vec![Place { volume, path, made }],
-            runtime: Some(self.docker.socket.display().to_string()),
-        }
-    }
-
-    /// The same, switched first, and the twin was ready; its data is here but not in its place.
-    fn filling(&self) -> Vec<TargetEvent> {
-        let store = self.path("store");
-        std::fs::create_dir_all(store.join("data")).unwrap();
-        let source = PeerAddress {
-            device: source(),
-            addr: "127.0.0.1:1".parse().unwrap(),
-        };
-        let mut events = self.owned();
-        events.push(TargetEvent::Opening {
-            source,
-            stores: BTreeMap::from([(VolumeId(0), store)]),
-        });
-        let fence = Fence {
-            container: TWIN.to_owned(),
-            runtime: self.docker.socket.display().to_string(),
-            how: Means::RestartPolicy {
-                previous: json!({ "Name": "no" }),
-            },
-        };
-        let container = TWIN.into();
-        events.push(TargetEvent::TwinFenced {
-            fence: ContainerFence { container, fence },
-        });
-        events.extend([twin_ready(), TargetEvent::Completed]);
-        events
-    }
-
-    fn proven(&self) -> TargetEvent {
-        let data = std::fs::metadata(self.path("store/data")).unwrap();
-        TargetEvent::Proven {
-            inodes: BTreeMap::from([(VolumeId(0), data.ino())]),
-        }
-    }
-}
-
-fn plan_id() -> PlanId {
-    "p1-1".into()
-}
-
-fn source() -> DeviceId {
-    "source".into()
-}
-
-fn plan(kind: VolumeKind, source_path: PathBuf) -> Plan {
-    let container = Container {
-        id: TWIN.into(),
-        runtime: Some("/run/docker.sock".into()),
-        ..Container::of_cgroup(TWIN, 1, 1)
-    };
-    let volumes = match &kind {
-        VolumeKind::Named(name) => vec![json!({ "Name": name })],
-        _ => Vec::new(),
-    };
-    Plan {
-        id: plan_id(),
-        created: UnixMillis(1),
-        event: MigrationEvent::Operator,
-        guards: Default::default(),
-        source: source(),
-        containers: vec![PlannedContainer {
-            container,
-            service_ports: Default::default(),
-            inspect: json!({ "Name": TWIN }),
-            networks: Vec::new(),
-            volumes,
-            image_size: Bytes(0),
-        }],
-        order: vec![PlannedStep {
-            containers: vec![TWIN.into()],
-            sequential: false,
-        }],
-        groups: Vec::new(),
-        edges: Vec::new(),
-        volumes: vec![VolumeSpec {
-            id: VolumeId(0),
-            name: VOLUME.into(),
-            kind,
-            source_path,
-            containers: vec![TWIN.into()],
-            size: Bytes(1),
-            entries: 1,
-            device_nodes: 0,
-            unreadable: 0,
-            changes: Default::default(),
-            unused: Default::default(),
-        }],
-        fetch_orders: BTreeMap::new(),
-        epochs: BTreeMap::new(),
-        delegated: Actions::default(),
-        notes: Vec::new(),
-        blockers: Vec::new(),
-        estimate: Estimate {
-            bytes: Bytes(1),
-            rate: Bytes(1),
-            basis: String::new(),
-            duration: Duration::ZERO,
-        },
-        choice: None,
-        target: Some(Chosen {
-            device: "target".into(),
-            address: "127.0.0.1:1".into(),
-            pairing: None,
-            explanation: Vec::new(),
-        }),
-        paired: None,
-    }
-}
-
-fn owns() -> TargetEvent {
-    TargetEvent::Owns {
-        release: SignedRelease {
-            body: String::new(),
-            certificate: Vec::new(),
-            signature: Vec::new(),
-        },
-        owns: Owns {
-            plan: plan_id(),
-            target: "target".into(),
-            volumes: Vec::new(),
-        },
-    }
-}
-
-fn twin_ready() -> TargetEvent {
-    TargetEvent::TwinReady {
-        twin: TwinState {
-            container: TWIN.into(),
-            ready: Some("it settled".into()),
-            after: Duration::ZERO,
-            not_carried: Vec::new(),
-            error: None,
-        },
-    }
-}
-
-/// Waits until something is so.
-fn until(what: &str, is_so: impl Fn() -> bool) {
-    let since = Instant::now();
-    while !is_so() {
-        assert!(since.elapsed() < Duration::from_secs(30), "never {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn trouble(life: &Life) -> String {
-    let plans = life.target.plans();
-    let known = plans.get(&plan_id()).unwrap();
-    let later = known.later.as_ref();
-    let later = later.and_then(|later| later.arrival().trouble);
-    known.trouble.clone().or(later).unwrap_or_default()
-}
+use std::time::Duration;
 
 #[test]
 fn the_runtime_that_took_a_plan_has_its_twins_also_while_it_is_away_and_another_one_answers() {
@@ -649,12 +204,6 @@ fn data_takes_its_place_when_no_twin_is_being_started_and_none_is_fenced_afterwa
     life.kill();
 }
 
-async fn known(target: &Target) -> (Plan, &Runtime) {
-    let (plan, _) = target.known(&source(), &plan_id()).unwrap();
-    let runtime = target.runtime_for(&plan).await.unwrap();
-    (plan, runtime)
-}
-
 #[test]
 fn no_twin_counts_as_ended_before_its_runtime_says_so() {
     let stage = Stage::with("running");
@@ -754,22 +303,7 @@ fn a_twin_that_left_this_device_is_not_started_here_again_and_counts_as_done() {
     let mut events = stage.owned();
     events.push(twin_ready());
     stage.write(events);
-    let left = Plan {
-        id: "p2-2".into(),
-        ..plan(VolumeKind::Bind, stage.path("place"))
-    };
-    let directory = plan_directory(stage.directory.path(), "source", &left.id);
-    let (mut journal, _) = Journal::<SourceEvent>::open(&directory).unwrap();
-    let TargetEvent::Owns { release, .. } = owns() else {
-        panic!("it is one")
-    };
-    let (plan, held) = (Box::new(left), false);
-    for event in [
-        SourceEvent::Planned { plan, held },
-        SourceEvent::Released { release },
-    ] {
-        journal.append(crate::fleet::now(), event).unwrap();
-    }
+    stage.release(|_| {});
     for removed in [false, true] {
         if removed {
             stage.docker.held().containers.clear();
@@ -976,21 +510,7 @@ fn a_twin_mounts_volumes_of_its_plan_alone_however_that_is_asked_for() {
 fn a_twin_of_a_later_plan_is_not_taken_for_one_that_left() {
     let stage = Stage::with("running");
     stage.write(stage.owned());
-    let mut left = plan(VolumeKind::Bind, stage.path("place"));
-    left.id = "p2-2".into();
-    left.containers[0].container.id = "another".into();
-    let directory = plan_directory(stage.directory.path(), "source", &left.id);
-    let (mut journal, _) = Journal::<SourceEvent>::open(&directory).unwrap();
-    let TargetEvent::Owns { release, .. } = owns() else {
-        panic!("it is one")
-    };
-    let (plan, held) = (Box::new(left), false);
-    for event in [
-        SourceEvent::Planned { plan, held },
-        SourceEvent::Released { release },
-    ] {
-        journal.append(crate::fleet::now(), event).unwrap();
-    }
+    stage.release(|left| left.containers[0].container.id = "another".into());
     let life = stage.idle();
     let (first, _) = life.target.known(&source(), &plan_id()).unwrap();
     let has_left = |plan: &Plan| {
@@ -1025,4 +545,25 @@ fn a_twin_of_a_later_plan_is_not_taken_for_one_that_left() {
     assert!(has_left(&first), "it is the third plan's");
     assert!(!has_left(&third));
     life.kill();
+}
+
+#[test]
+fn a_twin_that_was_given_back_and_cannot_be_removed_keeps_what_keeps_it_from_being_started() {
+    for refused in [None, Some("DELETE containers")] {
+        let stage = Stage::with("exited");
+        let mut events = stage.filling();
+        let TargetEvent::Owns { release: word, .. } = owns() else {
+            panic!("it is one")
+        };
+        events.push(TargetEvent::GivenBack { word });
+        stage.write(events);
+        stage.docker.held().refused = refused;
+        let life = stage.idle();
+        let (source, plan) = (source(), plan_id());
+        let dismissed = life.target.dismiss(&source, &plan, "given back");
+        life.runtime.block_on(dismissed).unwrap();
+        assert!(stage.docker.asked("DELETE containers"));
+        assert_eq!(stage.docker.asked("/update"), refused.is_none());
+        life.kill();
+    }
 }
