@@ -108,33 +108,43 @@ fn a_broken_policy_never_replaces_a_good_one_and_a_good_one_is_applied() -> Resu
 }
 
 #[test]
-fn an_agent_does_not_start_with_a_broken_policy_and_says_where_it_is_broken() -> Result<()> {
-    if !is_root() {
-        eprintln!("skipped: lab hosts need root");
+fn an_agent_starts_with_a_policy_that_cannot_be_used_and_judges_on_as_soon_as_it_can() -> Result<()>
+{
+    let good = policy("first", true, "0s");
+    let Some((lab, mut crew)) = crew("upgraded", &good)? else {
         return Ok(());
-    }
-    let mut spec = LabSpec::of("no-start", &[]);
-    spec.hosts = vec![HostSpec {
-        containers: false,
-        ..DEVICE.into()
-    }];
-    let lab = Lab::up(&spec)?;
+    };
+    let before = wait_for_verdict(&crew, "degraded", "first-memory")?;
     let host = lab.host(DEVICE)?;
-    host.write(POLICY, policy("bad", true, "0s").replace("TiB", "TeB"))?;
-    let config = format!("device: {DEVICE}\npolicy: {POLICY}\n");
-    host.write("/etc/lifeboat/agent.yaml", config)?;
-    let lifeboat = workspace::binary("lifeboat");
-    let ended = host
-        .command([lifeboat.as_os_str(), "agent".as_ref()])
-        .output()?;
-    ensure!(
-        ended.status.code() == Some(1),
-        "it ended with {}",
-        ended.status
-    );
-    let error = String::from_utf8_lossy(&ended.stderr);
-    let place = format!("{POLICY}:6:12");
-    says(&error, &[&place, "thresholds.bad-memory.below", "1024TeB"])?;
+    for (text, place) in [
+        (good.replace("TiB", "TeB"), format!("{POLICY}:6:12")),
+        (good.replace("name: first\n", ""), POLICY.to_owned()),
+    ] {
+        crew.kill_agent(DEVICE)?;
+        host.write(POLICY, text)?;
+        crew.start_agent(DEVICE)?;
+        let unknown = wait_for_verdict(&crew, "unknown", "")?;
+        says(
+            &unknown["missing"].to_string(),
+            &["the policy cannot be used", &place],
+        )?;
+        says(&crew.log(DEVICE), &["the policy cannot be used", &place])?;
+        for command in ["status", "explain"] {
+            let told = crew.tell(DEVICE, &[command])?;
+            says(&told, &["the policy cannot be used", &place])?;
+        }
+        // It has not lost its memory by then.
+        host.write(POLICY, &good)?;
+        let after = wait_for_verdict(&crew, "degraded", "first-memory")?;
+        ensure!(
+            after["since"] == before["since"],
+            "before: {before}\nafter: {after}"
+        );
+    }
+    // From then on it is one that is in force.
+    reload(&lab, &crew, &good.replace("below:", "beneath:"))?;
+    logged(|| crew.log(DEVICE), &["the old one stays"])?;
+    wait_for_verdict(&crew, "degraded", "first-memory")?;
     Ok(())
 }
 

@@ -67,7 +67,7 @@ pub struct Status {
     /// Plans of other devices whose twins run here before their data is here.
     #[serde(default)]
     pub arriving: Vec<Arriving>,
-    /// What the verdict rests on and leads to; none without a policy.
+    /// What the verdict rests on and leads to; none without a policy in force.
     pub judgement: Option<Judgement>,
 }
 

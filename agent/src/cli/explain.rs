@@ -5,6 +5,7 @@ use super::output::say;
 use super::{Context, Failure, Outcome};
 use crate::api::local::{FailedTry, Judgement, Status};
 use crate::health::{Missing, Stage, Verdict, VerdictKind};
+use crate::migration::PlanStatus;
 use crate::model::metric::{Metric, Per};
 use crate::model::units::{UnixMillis, human_duration, utc};
 
@@ -33,19 +34,23 @@ pub fn run(_: &Arguments, context: &Context) -> Outcome {
 
 fn explain(status: &Status) -> String {
     let now = status.now;
-    let Some(judgement) = &status.judgement else {
-        return format!(
-            "{}: no policy is loaded, so there is no verdict.\nSet `policy` in the agent's configuration and restart it.",
-            status.device
-        );
-    };
     let Some(verdict) = &status.view.verdict else {
-        return format!(
-            "{}: there is no verdict yet: the agent has just started, and judges from its second sweep on, in a second.",
-            status.device
-        );
+        let why = match &status.judgement {
+            Some(_) => {
+                "there is no verdict yet: the agent has just started, and judges from its second sweep on, in a second."
+            }
+            None => {
+                "no policy is loaded, so there is no verdict.\nSet `policy` in the agent's configuration and restart it."
+            }
+        };
+        return format!("{}: {why}", status.device);
     };
-    let mut lines = vec![summary(&status.device, verdict, judgement, now)];
+    let mut lines = vec![summary(
+        &status.device,
+        verdict,
+        status.judgement.as_ref(),
+        now,
+    )];
     for evidence in &verdict.evidence {
         let metric = Metric::named(&evidence.metric).map_or("", |metric| metric.about);
         lines.push(format!("\n{}", evidence.text));
@@ -81,7 +86,20 @@ fn ends(missing: &Missing) -> Option<String> {
     })
 }
 
-fn summary(device: &str, verdict: &Verdict, judgement: &Judgement, now: UnixMillis) -> String {
+fn summary(
+    device: &str,
+    verdict: &Verdict,
+    judgement: Option<&Judgement>,
+    now: UnixMillis,
+) -> String {
+    let Some(judgement) = judgement else {
+        return format!(
+            "{device} is {} since {} ({}): no policy is in force.",
+            verdict.kind,
+            utc(verdict.since),
+            human_duration(now.since(verdict.since)),
+        );
+    };
     let stage = verdict
         .stage
         .map_or(String::new(), |stage| format!(", stage {stage}"));
@@ -110,10 +128,23 @@ fn summary(device: &str, verdict: &Verdict, judgement: &Judgement, now: UnixMill
 /// What will happen, sentence by sentence.
 fn next(status: &Status) -> Vec<String> {
     let now = status.now;
-    let (Some(verdict), Some(judgement)) = (&status.view.verdict, &status.judgement) else {
+    let Some(verdict) = &status.view.verdict else {
         return Vec::new();
     };
+    let under_way: Vec<_> = status.plans.iter().filter(|plan| !plan.over).collect();
+    let nothing = if under_way.is_empty() {
+        "Nothing moves"
+    } else {
+        "Nothing new is begun"
+    };
     let mut lines = Vec::new();
+    let Some(judgement) = &status.judgement else {
+        lines.extend(under_way.iter().flat_map(|plan| of_plan(plan)));
+        lines.push(format!(
+            "{nothing} by itself without a policy; `lifeboat evacuate --all` moves the containers, with no guards."
+        ));
+        return lines;
+    };
     if let Some(until) = verdict.held_until {
         lines.push(format!(
             "guards.hold keeps the verdict for another {}.",
@@ -127,28 +158,7 @@ fn next(status: &Status) -> Vec<String> {
             utc(pause.until)
         ));
     }
-    let under_way: Vec<_> = status.plans.iter().filter(|plan| !plan.over).collect();
-    for plan in &under_way {
-        lines.push(format!(
-            "Plan {} is under way ({}); `lifeboat status --watch` shows it.",
-            plan.plan, plan.phase
-        ));
-        if plan.held {
-            lines.push(format!(
-                "  Its data is kept up to date on {}; the containers run on here.",
-                plan.target
-                    .as_ref()
-                    .map_or("a target".to_owned(), ToString::to_string)
-            ));
-        }
-        for role in &plan.awaits {
-            lines.push(format!(
-                "  It waits for `lifeboat approve {} --as {role}`.",
-                plan.plan
-            ));
-        }
-        lines.extend(plan.trouble.iter().map(|text| format!("  {text}.")));
-    }
+    lines.extend(under_way.iter().flat_map(|plan| of_plan(plan)));
     if !judgement.automatic {
         lines.push(
             "Nothing moves by itself, as `migration.automatic` is false or the device is in no fleet; `lifeboat evacuate --all` moves the containers.".to_owned(),
@@ -160,12 +170,14 @@ fn next(status: &Status) -> Vec<String> {
             "A person said no at stage `{stage}` (an abort, or an approval that was not given): no plan is begun by itself before the stage of the verdict changes; `lifeboat evacuate --all` moves the containers."
         ));
     }
-    // Whether the policy would begin a plan now.
-    let free = judgement.automatic
-        && judgement.paused.is_none()
-        && acting.refused.is_none()
-        && under_way.is_empty();
-    let failed = acting.failed.as_ref().filter(|_| free);
+    let acts = judgement.automatic && judgement.paused.is_none() && acting.refused.is_none();
+    // Whether the policy would begin a plan now, and whether it would go on with what it copied in advance.
+    let free = acts && under_way.is_empty();
+    let goes_on =
+        acts && verdict.stage == Some(Stage::Evacuate) && under_way.iter().any(|plan| plan.held);
+    let asks = verdict.stage >= Some(Stage::Prepare);
+    let tries = asks && (free || goes_on);
+    let failed = acting.failed.as_ref().filter(|_| tries);
     if let Some(FailedTry { why, again }) = failed {
         lines.push(format!(
             "The last try failed: {why}. The next is at {}, in {}.",
@@ -173,11 +185,6 @@ fn next(status: &Status) -> Vec<String> {
             human_duration(again.since(now))
         ));
     }
-    let nothing = if under_way.is_empty() {
-        "Nothing moves"
-    } else {
-        "Nothing new is begun"
-    };
     let given_up = "What the verdict began and does not move yet is given up; what was copied in advance, after `guards.hold`.";
     match (verdict.kind, verdict.stage) {
         (VerdictKind::Degraded, Some(Stage::Watch)) => {
@@ -223,6 +230,30 @@ fn next(status: &Status) -> Vec<String> {
     lines
 }
 
+/// What is to be said of a plan under way.
+fn of_plan(plan: &PlanStatus) -> Vec<String> {
+    let mut lines = vec![format!(
+        "Plan {} is under way ({}); `lifeboat status --watch` shows it.",
+        plan.plan, plan.phase
+    )];
+    if plan.held {
+        lines.push(format!(
+            "  Its data is kept up to date on {}; the containers run on here.",
+            plan.target
+                .as_ref()
+                .map_or("a target".to_owned(), ToString::to_string)
+        ));
+    }
+    for role in &plan.awaits {
+        lines.push(format!(
+            "  It waits for `lifeboat approve {} --as {role}`.",
+            plan.plan
+        ));
+    }
+    lines.extend(plan.trouble.iter().map(|text| format!("  {text}.")));
+    lines
+}
+
 /// Entries of `degraded` of at least this stage.
 fn ladder(judgement: &Judgement, stage: Stage, start: &str) -> Vec<String> {
     judgement
@@ -237,7 +268,6 @@ fn ladder(judgement: &Judgement, stage: Stage, start: &str) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::api::local::Acting;
-    use crate::migration::PlanStatus;
     use crate::migration::pause::Pause;
     use crate::migration::view::HostView;
     use crate::model::metric::Subject;
@@ -312,6 +342,55 @@ mod tests {
                 why: "fans".into(),
             });
             assert!(!told(&status).contains(promise), "{}", told(&status));
+        }
+    }
+
+    #[test]
+    fn why_a_copy_in_advance_does_not_evacuate_is_told_and_no_try_that_nothing_asks_for() {
+        let mut status = status(VerdictKind::Degraded, Some(Stage::Evacuate));
+        let judgement = status.judgement.as_mut().unwrap();
+        judgement.acting.failed = Some(FailedTry {
+            why: "plan is blocked: /srv".into(),
+            again: UnixMillis(1_750_000_060_000),
+        });
+        status.plans.push(PlanStatus {
+            held: true,
+            ..plan()
+        });
+        let text = told(&status);
+        assert!(text.contains("plan is blocked: /srv"), "{text}");
+        assert!(text.contains("in 1 min"), "{text}");
+        // It copies on, as it is asked to; or moves.
+        for (stage, held) in [(Stage::Prepare, true), (Stage::Evacuate, false)] {
+            status.view.verdict.as_mut().unwrap().stage = Some(stage);
+            status.plans[0].held = held;
+            assert!(!told(&status).contains("blocked"), "{}", told(&status));
+        }
+        status.plans.clear();
+        assert!(told(&status).contains("blocked"), "{}", told(&status));
+        status.view.verdict.as_mut().unwrap().kind = VerdictKind::Healthy;
+        status.view.verdict.as_mut().unwrap().stage = None;
+        assert!(!told(&status).contains("blocked"), "{}", told(&status));
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_used_is_told_with_its_place_and_what_goes_on() {
+        let mut status = status(VerdictKind::Unknown, None);
+        status.judgement = None;
+        status.plans.push(plan());
+        let why = "/etc/p.yaml:6:5: thresholds.a: wrong\n/etc/p.yaml:9:1: name: empty";
+        status.view.verdict = Some(Verdict::without_policy(status.now, why));
+        let text = explain(&status);
+        for part in [
+            "h1 is unknown since",
+            "no policy is in force",
+            "the policy cannot be used",
+            "\n  /etc/p.yaml:6:5: thresholds.a: wrong\n",
+            "\n  /etc/p.yaml:9:1: name: empty\n",
+            "Plan p-1 is under way",
+            "Nothing new is begun by itself",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
         }
     }
 

@@ -77,9 +77,9 @@ pub enum AgentError {
         /// Configured.
         wanted: DeviceId,
     },
-    /// The policy is broken at start, when there is no good one to keep.
+    /// The sweep cannot be started.
     #[error("{0}")]
-    Policy(String),
+    Senses(String),
     /// A listener.
     #[error("cannot listen for {what}: {error}")]
     Listen {
@@ -166,7 +166,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
     let runtimes = Runtimes::new(&config.runtimes, scope)
         .registered_by(config.relations.registration_env.clone());
     let runtimes = Arc::new(runtimes);
-    let senses = Senses::start(&config, telemetry, runtimes.clone()).map_err(AgentError::Policy)?;
+    let senses = Senses::start(&config, telemetry, runtimes.clone()).map_err(AgentError::Senses)?;
     let view = senses.view();
     let transfer = transfer::Options {
         engine: if config.migration.disable_io_uring {
@@ -284,7 +284,13 @@ async fn wait(
             _ = interrupt.recv() => return Ok(()),
             _ = hangup.recv() => match (senses.reloader())() {
                 Ok(policy) => tracing::info!(policy = policy.name, "policy reloaded"),
-                Err(error) => tracing::error!("policy not reloaded, the old one stays: {error}"),
+                Err(error) => {
+                    let left = match (senses.policy())() {
+                        Some(_) => "the old one stays",
+                        None => "there is none in force",
+                    };
+                    tracing::error!("policy not reloaded, {left}: {error}");
+                }
             },
             () = senses.ended() => return Err(AgentError::Blind),
             ended = &mut api => {

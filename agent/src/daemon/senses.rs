@@ -1,7 +1,8 @@
 //! The sweep: discover containers, read the kernel, judge, publish a view, about once a second.
 //!
-//! Invariants: a broken policy never replaces a good one that is loaded; the verdict's state is on disk
-//! within seconds, so that a restart does not forget a degradation; a state directory that hangs stops no sweep.
+//! Invariants: a broken policy never replaces a good one that is loaded, and where there is none keeps the agent from
+//! judging alone; the verdict's state is on disk within seconds, so that a restart does not forget a degradation; a
+//! state directory that hangs stops no sweep.
 //! Non-goals: acting on a verdict.
 
 use super::comparison::Comparison;
@@ -12,6 +13,7 @@ use crate::containers::Runtimes;
 use crate::health::{Judge, Policy, SavedState, Verdict, VerdictKind};
 use crate::migration::view::HostView;
 use crate::model::edge::Edge;
+use crate::model::units::UnixMillis;
 use crate::telemetry::Telemetry;
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
@@ -33,38 +35,107 @@ const SAVE_EVERY: Duration = Duration::from_secs(10);
 /// Between two writes of the same edges.
 const SAVE_EDGES_EVERY: Duration = Duration::from_secs(60);
 
+/// Between two tries of a policy that cannot be used, while none is in force.
+const MENDED_POLL: Duration = Duration::from_secs(1);
+
 /// The running sweep.
 pub struct Senses {
     view: watch::Receiver<Arc<HostView>>,
     recent: Arc<Recent>,
-    judge: Arc<Mutex<Option<Judge>>>,
+    court: Arc<Court>,
     comparison: Arc<Comparison>,
+}
+
+/// Where the judge and its policy come from.
+struct Court {
+    judging: Mutex<Judging>,
     policy: Option<PathBuf>,
+    /// Where the judge's state is kept.
+    saved_at: PathBuf,
+}
+
+/// What judges the host.
+enum Judging {
+    /// No policy is set.
+    Nothing,
+    /// The policy that is set cannot be used: since when, and why.
+    Unusable(UnixMillis, String),
+    /// A policy is in force.
+    By(Box<Judge>),
+}
+
+impl Court {
+    fn new(config: &AgentConfig) -> Self {
+        let court = Self {
+            judging: Mutex::new(Judging::Nothing),
+            policy: config.policy.clone(),
+            saved_at: config.state.join("verdict.json"),
+        };
+        if court.policy.is_some()
+            && let Err(why) = court.load()
+        {
+            tracing::error!(
+                "the policy cannot be used, so nothing is judged; mend it, and it is loaded within seconds: {why}"
+            );
+            *locked(&court.judging) = Judging::Unusable(crate::fleet::now(), why);
+        }
+        court
+    }
+
+    /// Puts the policy file in force; one that is broken leaves in force what is.
+    fn load(&self) -> Result<Policy, String> {
+        let unset = "no `policy` is set in the agent's configuration";
+        let path = self.policy.as_deref().ok_or(unset)?;
+        let policy = load_policy(path)?;
+        // The disk is asked before the sweep would wait for it.
+        let first = !matches!(&*locked(&self.judging), Judging::By(_));
+        let saved = first.then(|| load_saved::<SavedState>(&self.saved_at));
+        let mut judging = locked(&self.judging);
+        match &mut *judging {
+            Judging::By(judge) => judge.replace_policy(policy.clone()),
+            other => {
+                let judge = Judge::new(policy.clone(), saved.flatten());
+                *other = Judging::By(Box::new(judge));
+            }
+        }
+        Ok(policy)
+    }
+
+    /// Loads the policy as soon as it can be used; returns when one is in force.
+    fn await_policy(&self) {
+        loop {
+            std::thread::sleep(MENDED_POLL);
+            if !matches!(&*locked(&self.judging), Judging::Unusable(..)) {
+                return;
+            }
+            let loaded = self.load();
+            match (loaded, &mut *locked(&self.judging)) {
+                (Ok(policy), _) => tracing::info!(policy = policy.name, "policy loaded"),
+                (Err(now), Judging::Unusable(_, why)) if *why != now => {
+                    tracing::error!("the policy cannot be used yet: {now}");
+                    *why = now;
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
 impl Senses {
     /// Starts the sweep.
     ///
     /// # Errors
-    /// The policy cannot be read or is broken; the text says where.
+    /// Its threads cannot be started.
     pub fn start(
         config: &AgentConfig,
         mut telemetry: Telemetry,
         runtimes: Arc<Runtimes>,
     ) -> Result<Self, String> {
-        let saved_at = config.state.join("verdict.json");
-        let judge = match &config.policy {
-            None => None,
-            Some(path) => Some(Judge::new(
-                load_policy(path)?,
-                load_saved::<SavedState>(&saved_at),
-            )),
-        };
-        let judge = Arc::new(Mutex::new(judge));
+        let court = Arc::new(Court::new(config));
         let (publish, view) = watch::channel(Arc::new(HostView::default()));
         let edges_at = edges_file(config);
         let recent = Arc::new(Recent::new(crate::fleet::now()));
-        let (shared, keeping) = (judge.clone(), recent.clone());
+        let (judged, keeping) = (court.clone(), recent.clone());
         let comparison = Arc::new(Comparison::default());
         let heard = comparison.clone();
         let cannot = |error| format!("cannot start the sweep's threads: {error}");
@@ -84,20 +155,26 @@ impl Senses {
                 let mut snapshot = telemetry.sweep(&discovery.containers, now);
                 snapshot.samples.extend(heard.samples(now));
                 let mut next = started + INTERVAL;
-                let verdict = locked(&shared).as_mut().map(|judge| {
-                    if let Some((before, up)) = before.zip(up) {
-                        judge.pass(now, up.saturating_sub(before));
+                let verdict = match &mut *locked(&judged.judging) {
+                    Judging::Nothing => None,
+                    Judging::Unusable(since, why) => Some(Verdict::without_policy(*since, why)),
+                    Judging::By(judge) => {
+                        if let Some((before, up)) = before.zip(up) {
+                            judge.pass(now, up.saturating_sub(before));
+                        }
+                        // A judge's first sweep goes on from where its memory was saved.
+                        before = up;
+                        judge.observe(&snapshot.samples, now);
+                        let verdict = judge.verdict(now);
+                        if is_due(&verdict, &mut saved) {
+                            put(&writer, &judged.saved_at, judge.saved());
+                        }
+                        if let Some(due) = judge.due() {
+                            next = next.min(sampled + due.max(SHORTEST_INTERVAL));
+                        }
+                        Some(verdict)
                     }
-                    judge.observe(&snapshot.samples, now);
-                    let verdict = judge.verdict(now);
-                    if is_due(&verdict, &mut saved) {
-                        put(&writer, &saved_at, judge.saved());
-                    }
-                    if let Some(due) = judge.due() {
-                        next = next.min(sampled + due.max(SHORTEST_INTERVAL));
-                    }
-                    verdict
-                });
+                };
                 number += 1;
                 let view = HostView {
                     containers: discovery.containers,
@@ -112,7 +189,6 @@ impl Senses {
                 if publish.send(view.clone()).is_err() {
                     return;
                 }
-                before = up;
                 save_edges(&view.snapshot.edges, &mut edges_saved, &edges_at, &writer);
                 telemetry.rest(next);
             }
@@ -121,12 +197,18 @@ impl Senses {
             .name("senses".into())
             .spawn(sweep)
             .map_err(cannot)?;
+        if matches!(&*locked(&court.judging), Judging::Unusable(..)) {
+            let mended = court.clone();
+            std::thread::Builder::new()
+                .name("policy".into())
+                .spawn(move || mended.await_policy())
+                .map_err(cannot)?;
+        }
         Ok(Self {
             view,
             recent,
-            judge,
+            court,
             comparison,
-            policy: config.policy.clone(),
         })
     }
 
@@ -157,24 +239,18 @@ impl Senses {
     /// A function that tells the policy in force.
     #[must_use]
     pub fn policy(&self) -> Arc<dyn Fn() -> Option<Policy> + Send + Sync> {
-        let judge = self.judge.clone();
-        Arc::new(move || locked(&judge).as_ref().map(|judge| judge.policy().clone()))
+        let court = self.court.clone();
+        Arc::new(move || match &*locked(&court.judging) {
+            Judging::By(judge) => Some(judge.policy().clone()),
+            Judging::Nothing | Judging::Unusable(..) => None,
+        })
     }
 
     /// A function that loads the policy file again and keeps the old policy when the new one is broken.
     #[must_use]
     pub fn reloader(&self) -> Arc<dyn Fn() -> Result<Policy, String> + Send + Sync> {
-        let (judge, path) = (self.judge.clone(), self.policy.clone());
-        Arc::new(move || {
-            let path = path
-                .as_deref()
-                .ok_or("no `policy` is set in the agent's configuration")?;
-            let policy = load_policy(path)?;
-            if let Some(judge) = locked(&judge).as_mut() {
-                judge.replace_policy(policy.clone());
-            }
-            Ok(policy)
-        })
+        let court = self.court.clone();
+        Arc::new(move || court.load())
     }
 }
 

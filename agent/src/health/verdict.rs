@@ -65,7 +65,7 @@ pub struct Evidence {
 /// Data that the policy needs and does not have.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Missing {
-    /// The threshold's name; empty, like the metric's, when the whole sweep is missing.
+    /// The threshold's name; empty, like the metric's, when the whole sweep or the policy is missing.
     pub threshold: String,
     /// The metric's name.
     pub metric: String,
@@ -103,6 +103,29 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    /// What is to be thought while the policy that is set cannot be used, since `since` and for the reasons `why`, one
+    /// on each line.
+    pub(crate) fn without_policy(since: UnixMillis, why: &str) -> Self {
+        let missing = |text: String| Missing {
+            threshold: String::new(),
+            metric: String::new(),
+            subject: None,
+            last_sample: None,
+            failing: false,
+            text,
+        };
+        let what = "the policy cannot be used, so nothing is judged; mend it, and it is loaded within seconds".to_owned();
+        Self {
+            since,
+            missing: [what]
+                .into_iter()
+                .chain(why.lines().map(str::to_owned))
+                .map(missing)
+                .collect(),
+            ..Self::default()
+        }
+    }
+
     /// What is to be thought when nothing was swept for `silence` since the sweep of this verdict, at `at`.
     pub(crate) fn unseen(&self, at: UnixMillis, silence: Duration) -> Self {
         Self {
