@@ -178,6 +178,29 @@ fn a_pause_missing_approvals_and_the_storm_guard_hold_an_automatic_evacuation_ba
     ensure!(runs(host, &id)?, "the container does not run");
     stage.writes_go_on(&CACHE)?;
 
+    // An operator makes the verdict's plan theirs, and then says no: that is one to the verdict, too.
+    let theirs = ["evacuate", "--all", "--yes", "--limit", "20MiB"];
+    crew.begin(SOURCE, "theirs", &theirs)?;
+    wait_for("the operator's word", PATIENCE, || {
+        let theirs = |plan: &Value| plan["over"] == false && plan["limits"]["cap"] == 20 << 20;
+        Ok(plans(crew)?.iter().any(theirs).then_some(()))
+    })?;
+    crew.tell(SOURCE, &["abort", &plan])?;
+    stage.crew.kill_agent(SOURCE)?;
+    stage.crew.start_agent(SOURCE)?;
+    let crew = &stage.crew;
+    three_sweeps(crew)?;
+    let told = crew.tell(SOURCE, &["explain"])?;
+    says(&told, &["A person said no at stage `evacuate`"])?;
+    wait_for_end(crew, SOURCE, &plan, PATIENCE)?;
+    let goes_on = plans(crew)?.into_iter().any(|plan| plan["over"] == false);
+    ensure!(!goes_on, "again: {:?}", plans(crew)?);
+    reload(crew, &policy(false, "5m"), "healthy")?;
+    reload(crew, &policy(true, "5m"), "degraded")?;
+    let plan = id_of(&waits_in(crew, "await approval")?);
+    crew.tell(SOURCE, &["approve", &plan, "--as", "oncall"])?;
+    waits_in(crew, "await the storm guard")?;
+
     let go = ["evacuate", "--all", "--yes", "--ignore-storm-guard"];
     crew.tell(SOURCE, &go)?;
     let report = wait_for_end(crew, SOURCE, &plan, PATIENCE)?;

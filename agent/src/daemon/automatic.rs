@@ -251,7 +251,7 @@ impl Automatic {
     fn rolled_back(&mut self, own: &Own, reason: String) {
         if reason.contains(OPERATOR_ABORT) || reason.contains(NOT_APPROVED) {
             tracing::warn!("{reason}: no automatic plan before the stage of the verdict changes");
-            // Mostly it is noted already. It is not where an operator made the verdict's plan theirs before they aborted it.
+            // Mostly it is noted already; who aborts it may be about to.
             if self.refusal.stage().is_none() {
                 self.refusal.set(own.stage);
             }

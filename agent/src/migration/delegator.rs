@@ -12,7 +12,7 @@ use super::journal::{Journal, JournalError, plan_directory};
 use super::moving::{Done, Move, Moved, OPERATOR_ABORT};
 use super::pause::Pauses;
 use super::planner::{self, Gathered, Origin, PlanError, Request};
-use super::refusal::Refusal;
+use super::refusal::{Refusal, refused_stage};
 use super::report::{Report, report};
 use super::settings::Settings;
 use super::source;
@@ -27,7 +27,7 @@ use crate::model::action::Actions;
 use crate::model::container::Container;
 use crate::model::fleet::{Configuration, PeerAddress};
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
-use crate::model::plan::{Plan, PlannedContainer};
+use crate::model::plan::{MigrationEvent, Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{ChangesBy, Unused, VolumeKind, VolumeSpec};
 use crate::serve::{ForwardError, Forwarder};
@@ -89,6 +89,28 @@ impl Parts {
     pub(super) fn trouble(&self, error: &JournalError) {
         tracing::error!("{error}; this plan is left as it is");
         locked(&self.troubles).push(error.to_string());
+    }
+
+    /// Those of a device of no fleet.
+    #[cfg(test)]
+    pub(crate) fn of_test(state: &Path, runtimes: Runtimes) -> Self {
+        let (_, view) = watch::channel(Arc::default());
+        Self {
+            device: "target".into(),
+            state: state.to_owned(),
+            settings: Settings::default(),
+            transfer: Options::default(),
+            proc_root: state.join("proc"),
+            runtimes: Arc::new(runtimes),
+            data: None,
+            fleet: None,
+            view,
+            pauses: Arc::new(Pauses::load(state)),
+            refusal: Arc::new(Refusal::load(state)),
+            beat: Arc::default(),
+            troubles: Mutex::default(),
+            unheard: Mutex::default(),
+        }
     }
 }
 
@@ -524,16 +546,13 @@ impl Delegator {
     /// # Errors
     /// As [`Self::abort`].
     pub fn refuse(&self, plan: &PlanId) -> Result<(), DelegatorError> {
+        let begun = self.entries(plan).map(|told| begun_by_verdict(&told));
         self.abort(plan, OPERATOR_ABORT)?;
         let active = locked(&self.plans).get(plan).cloned();
-        if let Some(active) = active.filter(|active| active.by_verdict()) {
-            // A copy in advance may wait where the verdict asks for more by now.
+        if let Some(active) = active.filter(|one| one.by_verdict() || begun.is_ok_and(|by| by)) {
             let view = self.parts.view.borrow();
-            let asked = view.verdict.as_ref().and_then(|verdict| verdict.stage);
-            let stage = active.stage();
-            self.parts
-                .refusal
-                .set(asked.map_or(stage, |asked| asked.max(stage)));
+            let stage = refused_stage(view.verdict.as_ref(), active.stage());
+            self.parts.refusal.set(stage);
         }
         Ok(())
     }
@@ -723,6 +742,14 @@ const ENDED_POLL: Duration = Duration::from_millis(100);
 
 /// Between two tries for a port that somebody else holds.
 const FORWARD_RETRY: Duration = Duration::from_secs(5);
+
+/// Whether a verdict began the plan, also where an operator has made it theirs since.
+pub(super) fn begun_by_verdict(entries: &[super::journal::Entry<SourceEvent>]) -> bool {
+    matches!(
+        entries.first().map(|entry| &entry.event),
+        Some(SourceEvent::Planned { plan, .. }) if matches!(plan.event, MigrationEvent::Degraded { .. })
+    )
+}
 
 pub(super) fn plan_of(entries: &[super::journal::Entry<SourceEvent>]) -> Option<Plan> {
     let mut entries = entries.iter();

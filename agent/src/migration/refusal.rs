@@ -110,10 +110,31 @@ impl Refusal {
     }
 }
 
+/// The stage that is refused with a plan that was told what to do at stage `told`: what the verdict asks for by now, which
+/// may be more than a copy in advance does or less than an operator told it; and at least `told` while something that
+/// failed is not seen, for it may be asked for again.
+pub(super) fn refused_stage(verdict: Option<&Verdict>, told: Stage) -> Stage {
+    let asked = |verdict: &Verdict| {
+        let asked = verdict.stage.filter(|stage| *stage >= Stage::Prepare)?;
+        let sees_all = verdict.missing.iter().all(|one| !one.failing);
+        Some(if sees_all { asked } else { asked.max(told) })
+    };
+    verdict.and_then(asked).unwrap_or(told)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::containers::{Runtimes, Scope};
     use crate::health::Missing;
+    use crate::migration::active::Active;
+    use crate::migration::delegator::{Delegator, Parts};
+    use crate::migration::events::SourceEvent;
+    use crate::migration::journal::{Journal, plan_directory};
+    use crate::migration::target_stage::plan;
+    use crate::model::plan::{MigrationEvent, Plan};
+    use crate::model::volume::VolumeKind;
+    use std::sync::Arc;
 
     fn missing(failing: bool) -> Missing {
         Missing {
@@ -173,6 +194,54 @@ mod tests {
             ..verdict(VerdictKind::Degraded, Some(Stage::Prepare))
         });
         assert_eq!(refusal.stage(), None);
+    }
+
+    #[test]
+    fn an_abort_says_no_to_what_is_asked_for_by_now() {
+        let asks = |stage| verdict(VerdictKind::Degraded, Some(stage));
+        let (copy, move_on) = (asks(Stage::Prepare), asks(Stage::Evacuate));
+        let of = |verdict: &Verdict, told| refused_stage(Some(verdict), told);
+        assert_eq!(of(&move_on, Stage::Prepare), Stage::Evacuate);
+        // An operator moves what the verdict only has copied.
+        assert_eq!(of(&copy, Stage::Evacuate), Stage::Prepare);
+        let partly_blind = Verdict {
+            missing: vec![missing(true)],
+            ..copy
+        };
+        assert_eq!(of(&partly_blind, Stage::Evacuate), Stage::Evacuate);
+        let blind = verdict(VerdictKind::Unknown, None);
+        assert_eq!(of(&blind, Stage::Prepare), Stage::Prepare);
+        assert_eq!(refused_stage(None, Stage::Evacuate), Stage::Evacuate);
+    }
+
+    #[test]
+    fn the_abort_of_a_plan_that_the_verdict_began_is_a_no_also_where_an_operator_has_made_it_theirs()
+     {
+        for (by_verdict, no) in [(true, Some(Stage::Evacuate)), (false, None)] {
+            let state = tempfile::tempdir().unwrap();
+            let cgroup_root = state.path().to_owned();
+            let parts = Parts::of_test(state.path(), Runtimes::new(&[], Scope { cgroup_root }));
+            let theirs = plan(VolumeKind::Bind, state.path().to_owned());
+            let mut begun = Plan::clone(&theirs);
+            if by_verdict {
+                begun.event = MigrationEvent::Degraded {
+                    evidence: Vec::new(),
+                };
+            }
+            let directory = plan_directory(state.path(), "source", &begun.id);
+            let (mut journal, _) = Journal::open(&directory).unwrap();
+            let planned = SourceEvent::Planned {
+                plan: Box::new(begun.clone()),
+                held: true,
+            };
+            journal.append(begun.created, planned).unwrap();
+            let active = Arc::new(Active::new(&begun, true));
+            assert!(active.evacuate(theirs.clone()));
+            let delegator = Delegator::new(Arc::new(parts));
+            locked(&delegator.plans).insert(begun.id.clone(), active);
+            delegator.refuse(&begun.id).unwrap();
+            assert_eq!(Refusal::load(state.path()).stage(), no);
+        }
     }
 
     #[test]

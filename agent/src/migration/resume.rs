@@ -2,7 +2,7 @@
 
 use super::active::{Active, locked};
 use super::clearance::Clearance;
-use super::delegator::{Delegator, plan_ids, plan_of, target_peer};
+use super::delegator::{Delegator, begun_by_verdict, plan_ids, plan_of, target_peer};
 use super::events::SourceEvent;
 use super::journal::{Entry, Journal, plan_directory};
 use super::moving::{Done, Move, Moved, OPERATOR_ABORT};
@@ -100,9 +100,9 @@ impl Delegator {
             core.moved.note(entry.at, &entry.event);
             core.clearance.note(&entry.event);
         }
-        // Aborted, and the agent ended before the journal had it.
-        let refused = self.parts.refusal.stage() >= Some(core.active.stage());
-        if refused && core.active.by_verdict() && matches!(after, UnderWay::Unreleased) {
+        // Aborted, and the agent ended before the journal had it: a verdict begins none while a refusal stands.
+        let refused = self.parts.refusal.stage().is_some() && begun_by_verdict(entries);
+        if refused && matches!(after, UnderWay::Unreleased) {
             core.active.cancel(OPERATOR_ABORT);
         }
         tokio::spawn(async move {

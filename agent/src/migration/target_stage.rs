@@ -3,7 +3,6 @@
 use super::delegator::Parts;
 use super::events::{ContainerFence, Place, SourceEvent, TargetEvent};
 use super::journal::{self, Entry, Journal, plan_directory};
-use super::pause::Pauses;
 use super::settings::Settings;
 use super::target::{Target, rebuild};
 use crate::containers::{Fence, Means, Runtime, Runtimes, Scope};
@@ -229,22 +228,10 @@ impl Stage {
             bind_roots: vec![self.directory.path().to_owned()],
             ..Settings::default()
         };
-        let (_, view) = tokio::sync::watch::channel(Arc::default());
+        let runtimes = Runtimes::new(&sockets, scope);
         let parts = Parts {
-            device: "target".into(),
-            state: self.directory.path().to_owned(),
             settings,
-            transfer: Default::default(),
-            proc_root: self.path("proc"),
-            runtimes: Arc::new(Runtimes::new(&sockets, scope)),
-            data: None,
-            fleet: None,
-            view,
-            pauses: Arc::new(Pauses::load(self.directory.path())),
-            refusal: Arc::new(super::refusal::Refusal::load(self.directory.path())),
-            beat: Arc::default(),
-            troubles: Mutex::default(),
-            unheard: Mutex::default(),
+            ..Parts::of_test(self.directory.path(), runtimes)
         };
         let pairings = PairedState::open(self.directory.path(), "target".into()).unwrap();
         let data = "127.0.0.1:1".parse().unwrap();
