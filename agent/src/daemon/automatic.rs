@@ -35,9 +35,9 @@ pub struct Automatic {
     /// The plan that this driver started and has not seen end.
     own: Option<Own>,
     refusal: Arc<Refusal>,
-    failed: Option<FailedTry>,
+    /// The last try, when it failed, and until when no other is made.
+    failed: Option<(FailedTry, Instant)>,
     acting: watch::Sender<Acting>,
-    not_before: Option<Instant>,
     pause: Duration,
     told: String,
 }
@@ -84,7 +84,6 @@ impl Automatic {
             refusal,
             failed: None,
             acting: watch::Sender::default(),
-            not_before: None,
             pause: RETRY,
             told: String::new(),
         }
@@ -104,7 +103,7 @@ impl Automatic {
                 self.follow(verdict, &now).await;
                 self.acting.send_replace(Acting {
                     refused: self.refusal.stage(),
-                    failed: self.failed.clone(),
+                    failed: self.failed.as_ref().map(|(failed, _)| failed.clone()),
                 });
             }
         }
@@ -112,7 +111,8 @@ impl Automatic {
 
     async fn follow(&mut self, verdict: &Verdict, view: &HostView) {
         let wanted = verdict.stage.filter(|stage| *stage >= Stage::Prepare);
-        if wanted.is_none() {
+        // What is asked for again soon still waits, and why must be told then.
+        if wanted.is_none() && !self.too_early() {
             self.failed = None;
         }
         if self.own.is_none() {
@@ -267,17 +267,58 @@ impl Automatic {
         }
         let pause = u64::try_from(self.pause.as_millis()).unwrap_or(u64::MAX);
         let again = UnixMillis(self.delegator.now().0.saturating_add(pause));
-        self.failed = Some(FailedTry { why, again });
         // A plan that fails late has frozen the workload: each failure waits twice as long.
-        self.not_before = Some(Instant::now() + self.pause);
+        self.failed = Some((FailedTry { why, again }, Instant::now() + self.pause));
         self.pause = (self.pause * 2).min(RETRY_MAX);
     }
 
     fn too_early(&self) -> bool {
-        self.not_before.is_some_and(|at| Instant::now() < at)
+        (self.failed.as_ref()).is_some_and(|(_, until)| Instant::now() < *until)
     }
 
     fn paused(&self) -> bool {
         self.pauses.now(self.delegator.now()).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::containers::{Runtimes, Scope};
+    use crate::migration::delegator::Parts;
+    use crate::model::container::Container;
+
+    #[tokio::test]
+    async fn a_try_that_failed_is_told_for_as_long_as_it_keeps_the_next_one_waiting() {
+        let state = tempfile::tempdir().unwrap();
+        let cgroup_root = state.path().to_owned();
+        let parts = Parts::of_test(state.path(), Runtimes::new(&[], Scope { cgroup_root }));
+        let (pauses, refusal) = (parts.pauses.clone(), parts.refusal.clone());
+        let delegator = Arc::new(Delegator::new(Arc::new(parts)));
+        let mut automatic = Automatic::new(delegator, pauses, Arc::new(|| None), refusal);
+        let view = HostView {
+            containers: vec![Container {
+                runtime: Some("/run/none.sock".into()),
+                ..Container::of_cgroup("db", 1, 1)
+            }],
+            ..HostView::default()
+        };
+        let verdict = |kind, stage| Verdict {
+            kind,
+            stage,
+            ..Verdict::default()
+        };
+        let degraded = verdict(VerdictKind::Degraded, Some(Stage::Evacuate));
+        automatic.follow(&degraded, &view).await;
+        let failed = automatic.failed.clone().expect("nothing can be moved");
+        // Well for a moment: the wait goes on, and who asks is told why.
+        let healthy = verdict(VerdictKind::Healthy, None);
+        automatic.follow(&healthy, &view).await;
+        automatic.follow(&degraded, &view).await;
+        assert_eq!(automatic.failed, Some(failed.clone()));
+        // Once it is over nothing is left of it.
+        automatic.failed = Some((failed.0, Instant::now()));
+        automatic.follow(&healthy, &view).await;
+        assert_eq!(automatic.failed, None);
     }
 }
