@@ -517,33 +517,92 @@ fn too_little_load_is_not_made_much_by_a_short_first_sample() {
     assert_eq!(at(35, 110_000.0).kind, VerdictKind::Degraded);
 }
 
-#[test]
-fn a_wall_clock_that_is_set_ends_no_failure_no_hold_and_no_count() {
-    let text = "metric: block.latency_p99\nabove: 40ms\nfor: 5s";
-    let hour = 3600;
-    for step in [hour, -hour] {
-        let mut judge = judge(text);
-        let mut wall = i64::try_from(START).unwrap();
-        let mut next = |judge: &mut Judge, step: i64, ms: f64| {
-            wall += 1000 + step * 1000;
-            let now = UnixMillis(wall.unsigned_abs());
-            let mut sample = sample("block.latency_p99", Per::Device, "", ms * MS, 0);
-            sample.at = now;
-            judge.pass(now, Duration::from_secs(1));
-            judge.observe(&[sample], now);
-            judge.verdict(now)
-        };
-        for _ in 0..3 {
-            assert_eq!(next(&mut judge, 0, 50.0).kind, VerdictKind::Healthy);
+/// What is judged of sweeps 900 ms apart, sweep by sweep as seen from its own instant: failures, counts, climbs, a hold
+/// and stages follow on each other. At sweep `set` the wall clock is set by `step` milliseconds.
+fn judged_while_the_clock_is_set(set: u64, step: i64) -> Vec<String> {
+    let text = "version: 1
+name: t
+thresholds:
+  slow: { metric: block.latency_p99, above: 40ms, clear: 15ms, for: 3s }
+  errors: { metric: block.errors, count: { at_least: 3, within: 10s } }
+  climbs: { metric: cpu.used, above: 50%, for: 5s, rising: true }
+degraded:
+  - any: [slow]
+  - any: [errors]
+    stage: prepare
+guards: { hold: 12s }
+";
+    let mut judge = Judge::new(Policy::parse(text, "t").unwrap(), None);
+    let mut told = Vec::new();
+    for sweep in 0..80 {
+        let stepped = if sweep < set { 0 } else { step };
+        let now = UnixMillis((START + sweep * 900).saturating_add_signed(stepped));
+        let passes = |from, to| (from..to).contains(&sweep);
+        let slow = passes(6, 16) || passes(40, 60);
+        let error = [3, 9, 12, 30, 33, 36].contains(&sweep);
+        let samples = [
+            ("block.latency_p99", if slow { 50.0 * MS } else { 5.0 * MS }),
+            ("block.errors", f64::from(u8::from(error))),
+            (
+                "cpu.used",
+                if sweep < 30 {
+                    30.0 + sweep as f64
+                } else {
+                    40.0
+                },
+            ),
+        ]
+        .map(|(metric, value)| Sample {
+            at: now,
+            ..sample(metric, Per::Device, "", value, 0)
+        });
+        if sweep > 0 {
+            judge.pass(now, Duration::from_millis(900));
         }
-        // It is set in the middle of `for`, which starts neither anew nor is over.
-        assert_eq!(next(&mut judge, step, 50.0).kind, VerdictKind::Healthy);
-        assert_eq!(next(&mut judge, 0, 50.0).kind, VerdictKind::Healthy);
-        let degraded = next(&mut judge, 0, 50.0);
-        assert_eq!(degraded.kind, VerdictKind::Degraded, "{step}");
-        let before = judge.saved().clone();
-        let now = UnixMillis(wall.unsigned_abs());
-        assert_eq!(judge.saved().wall_time(before.ticks), now);
+        judge.observe(&samples, now);
+        let verdict = judge.verdict(now);
+        let failing = verdict.evidence.iter();
+        told.push(format!(
+            "{sweep}: {} {:?} since {} ms, held for {:?}, failing: {:?}, due in {:?}",
+            verdict.kind,
+            verdict.stage,
+            now.since(verdict.since).as_millis(),
+            verdict.held_until.map(|until| until.since(now)),
+            failing
+                .map(|one| (&one.threshold, one.value, now.since(one.since)))
+                .collect::<Vec<_>>(),
+            judge.due(),
+        ));
+    }
+    told
+}
+
+#[test]
+fn a_wall_clock_that_is_set_changes_no_failure_no_hold_and_no_count() {
+    let steady = judged_while_the_clock_is_set(0, 0);
+    let all = steady.join("\n");
+    for seen in [
+        "degraded Some(Prepare)",
+        "degraded Some(Evacuate)",
+        "suspect",
+        "healthy",
+        "held for Some",
+        "\"slow\"",
+        "\"errors\"",
+        "\"climbs\"",
+        "due in Some",
+    ] {
+        assert!(all.contains(seen), "{seen} is in no sweep:\n{all}");
+    }
+    for step in [
+        3_600_000, 40_000, 2_000, 600, -600, -2_000, -40_000, -3_600_000,
+    ] {
+        for set in 1..80 {
+            let stepped = judged_while_the_clock_is_set(set, step);
+            for (steady, stepped) in steady.iter().zip(&stepped) {
+                assert_eq!(steady, stepped, "set by {step} ms at sweep {set}");
+            }
+        }
     }
 }
 
