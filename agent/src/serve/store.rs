@@ -117,7 +117,7 @@ pub struct Store {
     refused: AtomicU64,
     /// Why what arrived last could not be kept.
     unkept: Mutex<Option<String>>,
-    withheld: Mutex<Option<Withheld>>,
+    withheld: Mutex<Withheld>,
     /// Why nothing more counts as durable in this life of the host.
     unsafe_here: Mutex<Option<String>>,
     unsafe_note: File,
@@ -338,15 +338,18 @@ impl Store {
             if !self.is_mended(proof)? {
                 return Ok(None);
             }
-            locked(&self.withheld).take();
+            *locked(&self.withheld) = Withheld::default();
             self.write_back()?;
             return proof.root(&self.directory, &self.origins);
         }
         let fetcher = locked(&self.fetcher).clone();
-        let Some(fetcher) = fetcher.filter(|_| !self.is_put_off()) else {
+        let Some(fetcher) = fetcher else {
             return Ok(None);
         };
         for place in lacking {
+            if self.is_put_off(place) {
+                continue;
+            }
             {
                 let mut signing = locked(&self.signing);
                 if signing.len() >= ASKED_CAP || !signing.insert(place) {

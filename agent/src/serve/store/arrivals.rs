@@ -12,6 +12,7 @@ use crate::volume::scan::read_full;
 use crate::volume::sign::{ZERO, signature};
 use crate::volume::tree::shown;
 use nix::fcntl::{FallocateFlags, fallocate};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -27,31 +28,83 @@ const PUT_OFF: Duration = Duration::from_millis(500);
 /// At most after this: its disk may be dying, and each try takes long there.
 const PUT_OFF_MAX: Duration = Duration::from_secs(60);
 
-/// A block that the source did not give to the background, which has not come since.
+/// Blocks that wait each by itself: where there are more the disk is dying, and all of its blocks wait together.
+const WAITING_CAP: usize = 64;
+
+/// Blocks that the source did not give to the background, which have not come since.
+#[derive(Default)]
 pub(super) struct Withheld {
-    place: Place,
+    pub(super) places: BTreeMap<Place, Wait>,
+    /// There are more than these.
+    all: Option<Wait>,
+}
+
+/// How long something is not asked for.
+#[derive(Clone, Copy)]
+pub(super) struct Wait {
     why: Refusal,
-    /// Nothing is asked for again before.
     until: Instant,
     pause: Duration,
 }
 
-impl Withheld {
-    fn at(now: Instant, place: Place, why: Refusal) -> Self {
+impl Wait {
+    fn since(now: Instant, why: Refusal) -> Self {
         Self {
-            place,
             why,
             until: now + PUT_OFF,
             pause: PUT_OFF,
         }
     }
 
-    /// Something was not given again; what was asked for at the same time counts once.
+    /// It was not given again; what was asked for at the same time counts once.
     fn again(&mut self, now: Instant) {
         if self.until <= now {
             self.pause = (self.pause * 2).min(PUT_OFF_MAX);
             self.until = now + self.pause;
         }
+    }
+
+    fn lasts(&self, now: Instant) -> bool {
+        now < self.until
+    }
+}
+
+impl Withheld {
+    fn refused(&mut self, now: Instant, place: Place, why: Refusal) {
+        let is_full = self.places.len() >= WAITING_CAP;
+        let wait = match self.places.get_mut(&place) {
+            Some(wait) => Some(wait),
+            None if is_full => self.all.as_mut(),
+            None => None,
+        };
+        match wait {
+            Some(wait) => wait.again(now),
+            None if is_full => self.all = Some(Wait::since(now, why)),
+            None => {
+                self.places.insert(place, Wait::since(now, why));
+            }
+        }
+    }
+
+    fn given(&mut self, place: Place) {
+        if self.places.remove(&place).is_some() {
+            self.all = None;
+        }
+    }
+
+    fn waits(&self, now: Instant, place: Place) -> bool {
+        self.waits_itself(now, place) || self.all.is_some_and(|wait| wait.lasts(now))
+    }
+
+    fn waits_itself(&self, now: Instant, place: Place) -> bool {
+        self.places.get(&place).is_some_and(|wait| wait.lasts(now))
+    }
+
+    /// Whether nothing of it is due.
+    fn all_wait(&self, now: Instant) -> bool {
+        let mut waits = self.places.values();
+        let all = self.all.is_some_and(|wait| wait.lasts(now));
+        all || (!self.places.is_empty() && waits.all(|wait| wait.lasts(now)))
     }
 }
 
@@ -175,6 +228,11 @@ impl Store {
         let Some(origin) = self.origins.get(number as usize) else {
             return false;
         };
+        // Where all wait, who began to ask for everything goes on: what lies behind a bad region may be good.
+        let waits = || locked(&self.withheld).waits_itself(Instant::now(), place);
+        if class == Class::Background && waits() {
+            return false;
+        }
         {
             let mut asked = locked(&self.shard(place).asked);
             if self.missing(origin, block) == 0 {
@@ -226,35 +284,41 @@ impl Store {
     fn note_withheld(&self, class: Class, place: Place, refused: Option<Refusal>) {
         let mut withheld = locked(&self.withheld);
         let now = Instant::now();
-        match (refused, withheld.as_mut()) {
-            (None, _) => drop(withheld.take_if(|known| known.place == place)),
+        match refused {
+            None => withheld.given(place),
             // Who waits for it asks as often as it likes.
-            (Some(_), _) if class == Class::Demand => {}
-            (Some(_), Some(known)) => known.again(now),
-            (Some(why), None) => *withheld = Some(Withheld::at(now, place, why)),
+            Some(_) if class == Class::Demand => {}
+            Some(why) => withheld.refused(now, place, why),
         }
     }
 
-    /// Whether the source is left alone for now, as it did not give something.
-    pub(super) fn is_put_off(&self) -> bool {
-        let withheld = locked(&self.withheld);
-        withheld
-            .as_ref()
-            .is_some_and(|known| Instant::now() < known.until)
+    /// Whether the source is not asked for a block for now, as it did not give it.
+    pub(super) fn is_put_off(&self, place: Place) -> bool {
+        locked(&self.withheld).waits(Instant::now(), place)
+    }
+
+    /// Whether the source did not give something, and nothing of that is asked for again yet.
+    pub(super) fn waits_for_source(&self) -> bool {
+        locked(&self.withheld).all_wait(Instant::now())
     }
 
     /// What the source does not give, for people; none while it gives everything.
     #[must_use]
     pub fn withheld(&self) -> Option<String> {
         let withheld = locked(&self.withheld);
-        let Withheld { place, why, .. } = withheld.as_ref()?;
+        let (place, Wait { why, .. }) = withheld.places.first_key_value()?;
+        let more = match withheld.places.len() - 1 {
+            0 => String::new(),
+            _ if withheld.all.is_some() => " and many more blocks".to_owned(),
+            more => format!(" and {more} more block(s)"),
+        };
         let path = shown(&self.origins.get(place.file as usize)?.path);
         let why = match why {
             Refusal::Gone => "the file is not there any more; see who removed it",
             Refusal::Unreadable => "it cannot be read there; look for disk errors",
         };
         Some(format!(
-            "volume {}: the source does not give `{path}` at offset {}: {why}; it is asked again and again, or `lifeboat \
+            "volume {}: the source does not give `{path}` at offset {}{more}: {why}; it is asked again and again, or `lifeboat \
              abort` on the source brings everything back there",
             self.name,
             place.block * BLOCK
@@ -421,18 +485,45 @@ mod tests {
     #[test]
     fn what_is_not_given_is_asked_for_again_after_longer_and_longer_pauses() {
         let now = Instant::now();
-        let place = Place { file: 0, block: 0 };
-        let mut withheld = Withheld::at(now, place, Refusal::Gone);
-        let mut pauses = vec![withheld.until - now];
+        let mut wait = Wait::since(now, Refusal::Gone);
+        let mut pauses = vec![wait.until - now];
         for _ in 0..9 {
-            let asked = withheld.until;
+            let asked = wait.until;
             for later in 0..3 {
-                withheld.again(asked + Duration::from_millis(later));
+                wait.again(asked + Duration::from_millis(later));
             }
-            pauses.push(withheld.until - asked);
+            pauses.push(wait.until - asked);
         }
         assert!(pauses.is_sorted());
         assert_eq!(pauses[..3], [PUT_OFF, PUT_OFF * 2, PUT_OFF * 4]);
         assert_eq!(pauses[9], PUT_OFF_MAX);
+    }
+
+    #[test]
+    fn a_block_that_is_not_given_holds_no_other_up_and_very_many_hold_up_all() {
+        let mut now = Instant::now();
+        let place = |block| Place { file: 0, block };
+        let mut withheld = Withheld::default();
+        assert!(!withheld.all_wait(now));
+        for _ in 0..9 {
+            withheld.refused(now, place(0), Refusal::Unreadable);
+            now = withheld.places[&place(0)].until;
+        }
+        withheld.refused(now, place(0), Refusal::Unreadable);
+        assert!(withheld.waits(now, place(0)) && !withheld.waits(now, place(1)));
+        assert!(withheld.all_wait(now));
+        // The next one is due long before it.
+        withheld.refused(now, place(1), Refusal::Gone);
+        now += PUT_OFF;
+        assert!(withheld.waits(now, place(0)) && !withheld.waits(now, place(1)));
+        assert!(!withheld.all_wait(now), "one of them is due");
+        withheld.given(place(1));
+        for block in 1..2 * WAITING_CAP as u64 {
+            withheld.refused(now, place(block), Refusal::Unreadable);
+        }
+        assert_eq!(withheld.places.len(), WAITING_CAP);
+        assert!(withheld.waits(now, place(1 << 20)) && withheld.all_wait(now));
+        withheld.given(place(1));
+        assert!(!withheld.waits(now, place(1 << 20)));
     }
 }

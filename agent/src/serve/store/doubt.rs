@@ -156,17 +156,19 @@ impl Store {
 
     /// Whether no block is left that differs and may be fetched again; asks for some otherwise.
     pub(super) fn is_mended(&self, proof: &Proof) -> io::Result<bool> {
-        let differing = proof.differing(&self.origins, WINDOW)?;
+        // What waits to be asked for again stands in nobody's way.
+        let waiting = locked(&self.withheld).places.len();
+        let differing = proof.differing(&self.origins, WINDOW + waiting)?;
         if differing.is_empty() {
             proof.believe()?;
             return Ok(true);
         }
         let fetcher = locked(&self.fetcher).clone();
-        let Some(fetcher) = fetcher.filter(|_| !self.is_put_off()) else {
+        let Some(fetcher) = fetcher else {
             return Ok(false);
         };
         for (place, came) in differing {
-            if locked(&self.doubt).open.insert(place, came).is_none() {
+            if !self.is_put_off(place) && locked(&self.doubt).open.insert(place, came).is_none() {
                 let path = &self.origins[place.file as usize].path;
                 fetcher.ask(Class::Background, place, path, None);
             }

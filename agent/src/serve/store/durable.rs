@@ -244,7 +244,7 @@ impl Store {
     /// or could not be let go of.
     #[must_use]
     pub fn is_unfinished(&self) -> bool {
-        if self.is_put_off() {
+        if self.waits_for_source() {
             return false;
         }
         let numbers = self.numbers.read().unwrap_or_else(PoisonError::into_inner);

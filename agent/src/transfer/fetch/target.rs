@@ -42,7 +42,7 @@ pub struct Grant {
 }
 
 /// A block of a file: the number that the caller gave the file, and the block's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
     /// File.
     pub file: u32,
