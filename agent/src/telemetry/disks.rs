@@ -59,6 +59,18 @@ pub fn own(root: &Path, device: u32, served: &mut BTreeSet<u32>) -> Option<Strin
     (!served.contains(&device)).then_some(name)
 }
 
+/// Whether a disk is a path of a multipath device, which tries on another one what fails here and tells itself of what
+/// fails on all.
+pub fn is_path(root: &Path, disk: &str) -> bool {
+    let holders = entries(&root.join("sys/block").join(disk).join("holders"));
+    holders.iter().any(|holder| is_multipath(holder))
+}
+
+fn is_multipath(device: &Path) -> bool {
+    let uuid = text(&device.join("dm/uuid"));
+    uuid.is_some_and(|uuid| uuid.starts_with("mpath-"))
+}
+
 /// Whether what a disk of this name does is counted at another one too.
 pub fn counted_again<'m>(
     root: &Path,
@@ -66,14 +78,11 @@ pub fn counted_again<'m>(
     disk: &str,
 ) -> Again {
     let block = root.join("sys/block");
-    let is_multipath = |holder: &PathBuf| {
-        // One that takes bios has no requests that could be counted.
-        let uuid = text(&holder.join("dm/uuid"));
-        holder.join("mq").exists() && uuid.is_some_and(|uuid| uuid.starts_with("mpath-"))
-    };
+    // One that takes bios has no requests that could be counted.
+    let counts = |holder: &PathBuf| holder.join("mq").exists() && is_multipath(holder);
     if entries(&block.join(disk).join("holders"))
         .iter()
-        .any(is_multipath)
+        .any(counts)
     {
         return Again::AsPath;
     }
@@ -306,6 +315,8 @@ mod tests {
         let of = |disk| again(root.path(), "", disk);
         assert_eq!(of("sda"), Again::AsPath);
         assert_eq!(of("sdb"), Again::No, "the multipath device takes bios");
+        let paths = ["sda", "sdb", "sdc", "dm-0"].map(|disk| is_path(root.path(), disk));
+        assert_eq!(paths, [true, true, false, false]);
         for disk in ["sdc", "vda", "259:7"] {
             assert_eq!(of(disk), Again::No, "{disk}");
         }

@@ -7,6 +7,7 @@
 use super::{HostReading, Look};
 use crate::model::metric::{METRICS, Per};
 use crate::model::telemetry::Loss;
+use crate::telemetry::disks;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -91,8 +92,9 @@ impl KernelLog {
         })
     }
 
-    /// Counts what was logged since the reading before.
-    pub fn read(&mut self, _: Look, reading: &mut HostReading) {
+    /// Counts what was logged since the reading before. What a path of a multipath device failed is in no sum: where no
+    /// other path did it, the log tells of that device too.
+    pub fn read(&mut self, look: Look, reading: &mut HostReading) {
         let metrics = METRICS
             .iter()
             .filter(|metric| metric.name.starts_with("kernel."));
@@ -103,9 +105,13 @@ impl KernelLog {
                 }
             }
             Ok(found) => {
+                let is_path = |disk: &String| disks::is_path(look.root, disk);
                 for metric in metrics {
                     let of = found.iter().filter(|((name, _), _)| *name == metric.name);
-                    let count: u64 = of.clone().map(|(_, count)| count).sum();
+                    let summed = of.clone();
+                    let summed =
+                        summed.filter(|((_, disk), _)| !disk.as_ref().is_some_and(is_path));
+                    let count: u64 = summed.map(|(_, count)| count).sum();
                     reading.device(metric.name, count as f64);
                     for ((_, disk), count) in of {
                         if let Some(disk) = disk {
@@ -160,7 +166,7 @@ impl<'a> Record<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{recorded, value};
+    use super::super::tests::{LATER, recorded, value, write};
     use std::fs::File;
     use std::io::Write;
     use std::time::Duration;
@@ -188,5 +194,22 @@ mod tests {
         assert_eq!(second.losses[0].lost, 3, "records 14 to 16");
         let third = host.read(&[], Duration::from_secs(1));
         assert_eq!(value(&third, "kernel.io_errors", ""), Some(0.0));
+    }
+
+    #[test]
+    fn what_failed_on_one_path_is_no_error_of_the_host_and_what_failed_on_all_is_one() {
+        let uuid = "sys/block/sda/holders/dm-0/dm/uuid";
+        let (root, mut host) = recorded(&[("dev/kmsg", ""), (uuid, "mpath-3600508b4\n")]);
+        let error = |number, disk| {
+            format!(
+                "3,{number},200,-;I/O error, dev {disk}, sector 8 op 0x0:(READ) flags 0x0 phys_seg 1 prio class 2\n"
+            )
+        };
+        let told = format!("{}{}{}", error(1, "sda"), error(2, "sda"), error(3, "dm-0"));
+        write(root.path(), &[("dev/kmsg", &told)]);
+        let read = host.read(&[], LATER);
+        assert_eq!(value(&read, "kernel.io_errors", "sda"), Some(2.0));
+        assert_eq!(value(&read, "kernel.io_errors", "dm-0"), Some(1.0));
+        assert_eq!(value(&read, "kernel.io_errors", ""), Some(1.0));
     }
 }
