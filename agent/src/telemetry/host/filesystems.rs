@@ -36,6 +36,8 @@ const METRICS: [&str; 7] = [
 pub struct Filesystems {
     clock: Duration,
     mounts: BTreeMap<String, Mount>,
+    /// By the device of a file system: which of its mounts were writable when it last was itself.
+    writable: BTreeMap<String, BTreeSet<i32>>,
     errors: Counters,
     /// Devices of which the kernel's log told since the last reading that they take no writes any more.
     told: BTreeSet<String>,
@@ -66,13 +68,21 @@ impl Filesystems {
             reading.absent(&errors, &why);
             return;
         };
-        let mut devices = BTreeSet::new();
+        let mut devices: BTreeMap<&str, Vec<&MountInfo>> = BTreeMap::new();
+        for mount in mounts.0.iter().filter(|mount| keeps_data(mount)) {
+            devices.entry(&mount.majmin).or_default().push(mount);
+        }
+        self.writable
+            .retain(|device, _| devices.contains_key(device.as_str()));
         let mut present = BTreeSet::new();
         let mut names = BTreeMap::new();
-        for mount in &mounts.0 {
-            if !keeps_data(mount) || !devices.insert(&mount.majmin) {
+        for (device, of_device) in devices {
+            let meant = self.is_meant(device, &of_device);
+            // How it is for who writes there; a second mount that is only read says nothing of that.
+            let writable = of_device.iter().find(|mount| !is_read_only(mount));
+            let Some(&mount) = writable.filter(|_| !meant).or(of_device.first()) else {
                 continue;
-            }
+            };
             let point = unescaped(&mount.mount_point.to_string_lossy());
             for name in kernel_names(look, mount) {
                 if self.told.remove(&name) {
@@ -81,7 +91,7 @@ impl Filesystems {
                 }
                 names.insert(name, point.clone());
             }
-            self.mount(look, reading, mount, &point);
+            self.mount(look, reading, mount, &point, meant);
             reading.of("filesystem.mounted", Per::Mount, &point, 1.0);
             present.insert(point);
         }
@@ -107,11 +117,44 @@ impl Filesystems {
         );
     }
 
-    fn mount(&mut self, look: Look, reading: &mut HostReading, mount: &MountInfo, point: &str) {
+    /// Whether a file system that takes no writes is so because somebody wants that: who mounts it read-only, or anew so,
+    /// says so of a mount too; the kernel, which gives up writing, does not.
+    fn is_meant(&mut self, device: &str, mounts: &[&MountInfo]) -> bool {
+        let (read_only, writable): (Vec<&MountInfo>, Vec<&MountInfo>) = mounts
+            .iter()
+            .copied()
+            .partition(|mount| is_read_only(mount));
+        if mounts
+            .iter()
+            .all(|mount| !mount.super_options.contains_key("ro"))
+        {
+            let writable = writable.iter().map(|mount| mount.mnt_id).collect();
+            self.writable.insert(device.to_owned(), writable);
+            return read_only.len() == mounts.len();
+        }
+        let was_writable = |before: &BTreeSet<i32>| {
+            let mut anew = read_only.iter();
+            anew.any(|mount| before.contains(&mount.mnt_id))
+        };
+        // An agent that starts only then goes by the first mount.
+        let first = || mounts.first().is_some_and(|mount| is_read_only(mount));
+        let before = self.writable.get(device);
+        writable.is_empty() || before.map_or_else(first, was_writable)
+    }
+
+    fn mount(
+        &mut self,
+        look: Look,
+        reading: &mut HostReading,
+        mount: &MountInfo,
+        point: &str,
+        meant: bool,
+    ) {
         let state = self.mounts.entry(point.to_owned()).or_default();
-        let read_only = gave_up(mount) || state.told == Some(mount.mnt_id);
-        if !read_only && mount.mount_options.contains_key("ro") {
-            return; // meant to be read only
+        let gave_up = gave_up(mount) || (mount.super_options.contains_key("ro") && !meant);
+        let read_only = gave_up || state.told == Some(mount.mnt_id);
+        if !read_only && meant {
+            return;
         }
         let value = f64::from(u8::from(read_only));
         reading.of("filesystem.read_only", Per::Mount, point, value);
@@ -219,15 +262,18 @@ fn keeps_data(mount: &MountInfo) -> bool {
         || (mount.fs_type == "overlay" && mount.mount_point == Path::new("/"))
 }
 
-/// Whether the file system takes no writes any more though nobody wanted that: whoever mounts it read-only, or anew so,
-/// says so of the mount too; the kernel, which gives up writing, does not. `emergency_ro` and `shutdown` are what ext4
-/// and XFS show since Linux 6.14 and 6.8.
+/// Whether the file system says that it gave up writing: `emergency_ro` and `shutdown` are what ext4 and XFS show since
+/// Linux 6.14 and 6.8.
 fn gave_up(mount: &MountInfo) -> bool {
     let has = |option| {
         mount.super_options.contains_key(option) || mount.mount_options.contains_key(option)
     };
-    let is_meant = mount.mount_options.contains_key("ro");
-    has("emergency_ro") || has("shutdown") || (mount.super_options.contains_key("ro") && !is_meant)
+    has("emergency_ro") || has("shutdown")
+}
+
+/// Whether nobody writes through this mount, whatever its file system takes.
+fn is_read_only(mount: &MountInfo) -> bool {
+    mount.mount_options.contains_key("ro")
 }
 
 fn of_btrfs(stats: &str) -> u64 {
@@ -367,6 +413,36 @@ mod tests {
         write(root.path(), &[("proc/self/mountinfo", &emergency)]);
         let reading = host.read(&[], LATER);
         assert_eq!(value(&reading, "filesystem.read_only", "/"), Some(1.0));
+    }
+
+    #[test]
+    fn of_several_mounts_of_a_file_system_that_counts_through_which_somebody_writes() {
+        let mounts = "22 1 254:1 / / ro - xfs /dev/sda1 rw
+23 22 254:1 /var /var rw - xfs /dev/sda1 rw
+24 22 254:1 /etc /etc rw - xfs /dev/sda1 rw
+";
+        let (root, mut host) = recorded(&[("proc/self/mountinfo", mounts)]);
+        fs::create_dir_all(root.path().join("var")).expect("made");
+        let first = host.read(&[], LATER);
+        assert_eq!(value(&first, "filesystem.read_only", "/var"), Some(0.0));
+        assert!(value(&first, "disk.capacity", "/var").is_some_and(|bytes| bytes > 0.0));
+        assert_eq!(value(&first, "filesystem.mounted", ""), Some(1.0));
+        let mut after = |mounts: &str| {
+            write(root.path(), &[("proc/self/mountinfo", mounts)]);
+            let reading = host.read(&[], LATER);
+            value(&reading, "filesystem.read_only", "/var")
+        };
+        let given_up = mounts.replace("sda1 rw", "sda1 ro");
+        assert_eq!(after(&given_up), Some(1.0));
+        assert_eq!(after(mounts), Some(0.0));
+        // As `mount -o remount,ro /etc` leaves it.
+        assert_eq!(after(&given_up.replace("/etc rw", "/etc ro")), None);
+        // As `mount -o remount,bind,ro /etc` leaves it: it is written to elsewhere.
+        assert_eq!(after(&mounts.replace("/etc rw", "/etc ro")), Some(0.0));
+        assert_eq!(after(&given_up.replace("/etc rw", "/etc ro")), Some(1.0));
+        // Unmounted, and mounted read-only by somebody.
+        let anew = "31 1 254:1 / /var ro - xfs /dev/sda1 ro\n";
+        assert_eq!(after(anew), None);
     }
 
     #[test]
