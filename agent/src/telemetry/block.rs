@@ -24,8 +24,10 @@ pub struct Request {
 /// Requests that a disk has under way, by the kernel's own count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnderWay {
-    /// So many.
+    /// So many, without those that wait to be tried again.
     Count(u64),
+    /// So many, also of those.
+    All(u64),
     /// The kernel does not count them.
     Unknown,
     /// The disk is gone.
@@ -167,7 +169,8 @@ fn ops(io: &mut BlockIo, operation: u32) -> Option<&mut BlockOps> {
 ///
 /// Of what is older than the interval these are, on a disk that answers others: the oldest, as far as the disk says that
 /// it has fewer under way, and what is older than any request becomes. A disk that answers nothing may have taken its
-/// requests back for a later try, and Linux before 6.10 does not count these: they wait, and age.
+/// requests back for a later try, and Linux before 6.10 does not count these: they wait, and age. Where these are counted
+/// too the count is believed of every disk: one that has nothing to do any more answers nothing either.
 pub fn ended_unseen(
     in_flight: &[Request],
     now_ns: u64,
@@ -187,19 +190,21 @@ pub fn ended_unseen(
     let mut ended = Vec::new();
     for device in disks {
         let of_disk = old.iter().filter(|one| one.key.device == device);
-        let count = match under_way(device) {
+        let under_way = under_way(device);
+        let count = match under_way {
             UnderWay::Gone => {
                 ended.extend(of_disk);
                 continue;
             }
-            UnderWay::Count(count) => Some(count),
+            UnderWay::Count(count) | UnderWay::All(count) => Some(count),
             UnderWay::Unknown => None,
         };
-        if !answers(device) {
+        let answers = answers(device);
+        if !answers && !matches!(under_way, UnderWay::All(_)) {
             continue;
         }
         let (ancient, others): (Vec<Request>, Vec<Request>) =
-            of_disk.partition(|one| older(one, ANCIENT));
+            of_disk.partition(|one| answers && older(one, ANCIENT));
         ended.extend(ancient);
         // The kernel does not count flushes among what is under way; nor do they have a latency.
         let counted = others.iter().filter(|one| one.key.op != op::FLUSH);
@@ -344,6 +349,15 @@ mod tests {
     fn a_disk_that_answers_nothing_is_slow_and_not_idle_whatever_the_kernel_counts() {
         let issued = [(op::READ, 990), (op::WRITE, 600), (op::FLUSH, 600)];
         assert_eq!(given_up(&issued, false, UnderWay::Count(0)), [0; 0]);
+    }
+
+    #[test]
+    fn a_disk_without_anything_to_do_has_nothing_under_way_where_the_kernel_counts_all_of_it() {
+        let issued = [(op::READ, 990), (op::WRITE, 920), (op::WRITE, 600)];
+        let of = |count| given_up(&issued, false, UnderWay::All(count));
+        assert_eq!(of(3), [0; 0], "it hangs");
+        assert_eq!(of(2), [600]);
+        assert_eq!(of(0), [600, 920, 990]);
     }
 
     #[test]

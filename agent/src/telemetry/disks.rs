@@ -13,6 +13,9 @@ const CHARGING: [&str; 4] = ["ext4", "xfs", "btrfs", "f2fs"];
 /// Since when loop devices charge what they do to their file to whom they do it for, also through the page cache.
 const LOOPS_CHARGE: (u32, u32) = (5, 14);
 
+/// Since when requests that wait to be tried again are counted among those under way.
+const COUNTS_WAITING: (u32, u32) = (6, 10);
+
 /// Whether what a disk does is counted a second time, at another disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Again {
@@ -197,7 +200,12 @@ pub fn under_way(root: &Path, device: u32) -> UnderWay {
     }
     let is_of = |line: &&Line| line.device == device || directory.join(line.name).is_dir();
     let of_disk = lines.iter().filter(is_of).map(|line| line.under_way);
-    UnderWay::Count(of_disk.sum())
+    let count = of_disk.sum();
+    if kernel(root).is_some_and(|version| version >= COUNTS_WAITING) {
+        UnderWay::All(count)
+    } else {
+        UnderWay::Count(count)
+    }
 }
 
 /// A line of /proc/diskstats (Linux, Documentation/admin-guide/iostats.rst).
@@ -269,6 +277,16 @@ mod tests {
         ]);
         let of = |device| under_way(root.path(), device);
         assert_eq!(of(8 << 20), UnderWay::Count(3));
+        let release = root.path().join("proc/sys/kernel/osrelease");
+        fs::create_dir_all(release.parent().unwrap()).unwrap();
+        for (version, counted) in [
+            ("6.9.12-100.fc38\n", UnderWay::Count(3)),
+            ("6.12.7-amd64\n", UnderWay::All(3)),
+        ] {
+            fs::write(&release, version).unwrap();
+            assert_eq!(of(8 << 20), counted, "{version}");
+        }
+        fs::remove_file(&release).unwrap();
         assert_eq!(of(8 << 20 | 16), UnderWay::Count(0));
         assert_eq!(of(8 << 20 | 32), UnderWay::Unknown, "it does not count");
         assert_eq!(of(8 << 20 | 48), UnderWay::Gone);
