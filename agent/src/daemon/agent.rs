@@ -16,6 +16,7 @@ use crate::fleet::identity::Identity;
 use crate::fleet::registry::Heartbeat;
 use crate::fleet::server::{ControlServer, ServeError};
 use crate::health::Policy;
+use crate::migration::Forwards;
 use crate::migration::access::Access;
 use crate::migration::delegator::{Delegator, FleetContext, Parts};
 use crate::migration::paired::Paired;
@@ -191,6 +192,7 @@ pub async fn run(config: AgentConfig, telemetry: Telemetry) -> Result<(), AgentE
         view: view.clone(),
         pauses: pauses.clone(),
         refusal: refusal.clone(),
+        forwards: Forwards::load(&config.state),
         beat: Arc::default(),
         troubles: Mutex::default(),
         unheard: Mutex::default(),

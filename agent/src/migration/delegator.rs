@@ -7,7 +7,8 @@ use super::active::{Active, PlanStatus, locked};
 use super::changes::{self, BelowFiles};
 use super::choosing;
 use super::clearance::Clearance;
-use super::events::{Approval, Forwarding, SourceEvent};
+use super::events::{Approval, SourceEvent};
+use super::forwarding::Forwards;
 use super::journal::{Journal, JournalError, plan_directory};
 use super::moving::{Done, Move, Moved, OPERATOR_ABORT};
 use super::pause::Pauses;
@@ -16,7 +17,6 @@ use super::refusal::{Refusal, refused_stage};
 use super::report::{Report, report};
 use super::settings::Settings;
 use super::source;
-use super::switch::forwardings;
 use super::traces::{self, TraceUnusable};
 use super::trusted::Network;
 use super::view::HostView;
@@ -30,11 +30,9 @@ use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{MigrationEvent, Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{ChangesBy, Unused, VolumeKind, VolumeSpec};
-use crate::serve::{ForwardError, Forwarder};
 use crate::transfer::{DataPath, DataServer, Options, Sender};
 use crate::volume::FleetKey;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -77,6 +75,8 @@ pub struct Parts {
     pub pauses: Arc<Pauses>,
     /// A person's no to what the verdict asks for.
     pub refusal: Arc<Refusal>,
+    /// Ports that are forwarded to where their containers went.
+    pub forwards: Forwards,
     /// Sends the next heartbeat at once.
     pub beat: Arc<Notify>,
     /// What an operator must see to: journals that cannot be read.
@@ -107,6 +107,7 @@ impl Parts {
             view,
             pauses: Arc::new(Pauses::load(state)),
             refusal: Arc::new(Refusal::load(state)),
+            forwards: Forwards::load(state),
             beat: Arc::default(),
             troubles: Mutex::default(),
             unheard: Mutex::default(),
@@ -182,7 +183,6 @@ pub enum DelegatorError {
 pub struct Delegator {
     pub(super) parts: Arc<Parts>,
     pub(super) plans: Mutex<BTreeMap<PlanId, Arc<Active>>>,
-    forwarders: Mutex<Vec<Forwarder>>,
     measured_rate: Mutex<Option<(PlanId, Bytes)>>,
 }
 
@@ -193,7 +193,6 @@ impl Delegator {
         Self {
             parts,
             plans: Mutex::default(),
-            forwarders: Mutex::default(),
             measured_rate: Mutex::default(),
         }
     }
@@ -683,46 +682,6 @@ impl Delegator {
             self.parts.transfer.clone(),
         )
     }
-
-    /// Forwards the plan's published ports; one that cannot be had is tried again in the background.
-    pub(super) async fn forward(self: &Arc<Self>, plan: &Plan, target: IpAddr) -> Vec<Forwarding> {
-        let ports = forwardings(plan, target);
-        for port in &ports {
-            if let Err(error) = self.forward_one(port).await {
-                tracing::error!("not forwarded yet: {error}");
-                let (delegator, port) = (self.clone(), port.clone());
-                tokio::spawn(async move {
-                    while delegator.forward_one(&port).await.is_err() {
-                        tokio::time::sleep(FORWARD_RETRY).await;
-                    }
-                });
-            }
-        }
-        ports
-    }
-
-    /// Lets go of the ports that were forwarded for a plan.
-    pub(super) async fn stop_forwarding(&self, plan: &Plan) {
-        let ports: Vec<std::net::SocketAddr> = plan
-            .containers
-            .iter()
-            .flat_map(|planned| planned.container.published.iter())
-            .map(|port| (port.host_ip, port.host_port).into())
-            .collect();
-        let (ended, kept) = std::mem::take(&mut *locked(&self.forwarders))
-            .into_iter()
-            .partition(|forwarder| ports.contains(&forwarder.listen()));
-        *locked(&self.forwarders) = kept;
-        for forwarder in ended {
-            forwarder.stop().await;
-        }
-    }
-
-    async fn forward_one(&self, port: &Forwarding) -> Result<(), ForwardError> {
-        let forwarder = Forwarder::start(port.listen, port.to).await?;
-        locked(&self.forwarders).push(forwarder);
-        Ok(())
-    }
 }
 
 fn refuse_blocked(plan: &Plan) -> Result<(), DelegatorError> {
@@ -739,9 +698,6 @@ fn refuse_blocked(plan: &Plan) -> Result<(), DelegatorError> {
 
 /// Between two looks whether a plan has ended.
 const ENDED_POLL: Duration = Duration::from_millis(100);
-
-/// Between two tries for a port that somebody else holds.
-const FORWARD_RETRY: Duration = Duration::from_secs(5);
 
 /// Whether a verdict began the plan, also where an operator has made it theirs since.
 pub(super) fn begun_by_verdict(entries: &[super::journal::Entry<SourceEvent>]) -> bool {

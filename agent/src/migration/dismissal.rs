@@ -41,6 +41,8 @@ impl Target {
             Some(known) if known.owns.is_some() => return Err(TargetError::Owned(id.clone())),
             Some(known) => known.plan.clone(),
         };
+        // Its source forwards nothing to here any more; of what ran here nothing does.
+        self.parts.forwards.take_again(id).await;
         // Before anything is removed, and asked: one that is away would have all of it left behind.
         let runtime = self.runtime_for(&plan).await?;
         runtime.answers().await?;

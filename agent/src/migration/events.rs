@@ -1,5 +1,6 @@
 //! What the journals of a plan hold, on the source and on the target.
 
+use super::forwarding::Back;
 use crate::model::action::Actions;
 use crate::model::choice::Choice;
 use crate::model::control::Owns;
@@ -368,6 +369,9 @@ pub enum TargetEvent {
         release: SignedRelease,
         /// Ownership.
         owns: Owns,
+        /// What came back here with it.
+        #[serde(default, skip_serializing_if = "Back::is_empty")]
+        back: Back,
     },
     /// A twin was made and started.
     TwinReady {

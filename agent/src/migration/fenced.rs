@@ -155,9 +155,18 @@ impl Target {
     /// Whether a twin is another device's by now: a plan of which this one was the source has released it since.
     pub(super) async fn has_left(&self, plan: &Plan, name: &ContainerName) -> Result<bool, String> {
         let state = &self.parts.state;
-        let owned_at = self.plans().get(&plan.id).map(|known| known.owned_at);
+        let known = self
+            .plans()
+            .get(&plan.id)
+            .map(|known| (known.owned_at, known.back.clone()));
+        let (owned_at, back) = known.unzip();
+        let back = back.unwrap_or_default();
         let mut released = Vec::new();
-        for id in plan_ids(state, "source") {
+        // With what it came back with it left before that.
+        let since = plan_ids(state, "source")
+            .into_iter()
+            .filter(|id| !back.contains_key(id));
+        for id in since {
             // One that cannot be read was told of when the agent started.
             let entries = journal::read(&plan_directory(state, "source", &id)).unwrap_or_default();
             released.extend(released_of(&entries, name));

@@ -59,6 +59,17 @@ pub fn read<E: DeserializeOwned>(directory: &Path) -> Result<Vec<Entry<E>>, Jour
     read_whole(&directory.join("journal.jsonl")).map(|(entries, _)| entries)
 }
 
+/// Those whole entries of the journal in `directory` that can be read, also where it is damaged.
+#[must_use]
+pub fn legible<E: DeserializeOwned>(directory: &Path) -> Vec<Entry<E>> {
+    let text = std::fs::read(directory.join("journal.jsonl")).unwrap_or_default();
+    let lines = text.split_inclusive(|byte| *byte == b'\n');
+    let whole = lines.filter(|line| line.ends_with(b"\n"));
+    whole
+        .filter_map(|line| serde_json::from_slice(line).ok())
+        .collect()
+}
+
 /// The entries and the length of the bytes that hold them.
 fn read_whole<E: DeserializeOwned>(path: &Path) -> Result<(Vec<Entry<E>>, usize), JournalError> {
     let fail = |error| JournalError {

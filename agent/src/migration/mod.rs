@@ -18,6 +18,7 @@ pub mod events;
 mod faults;
 mod fenced;
 mod foreground;
+mod forwarding;
 mod freezing;
 mod guard;
 mod images;
@@ -60,6 +61,7 @@ pub mod verify;
 pub mod view;
 
 pub use active::{Limits, PlanStatus};
+pub use forwarding::Forwards;
 pub use later::Arriving;
 pub use moving::{NOT_APPROVED, OPERATOR_ABORT};
 pub use settings::Settings;

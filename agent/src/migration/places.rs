@@ -19,7 +19,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 impl Target {
-    pub(super) async fn check_names(plan: &Plan, runtime: &Runtime) -> Result<(), TargetError> {
+    pub(super) async fn check_names(
+        &self,
+        plan: &Plan,
+        runtime: &Runtime,
+    ) -> Result<(), TargetError> {
         for planned in &plan.containers {
             let name = planned.container.name.as_str();
             match runtime.inspect(name).await {
@@ -34,14 +38,24 @@ impl Target {
             }
             for port in planned.container.published.iter().filter(|port| !port.udp) {
                 let address = SocketAddr::from((port.host_ip, port.host_port));
-                if let Err(error) = std::net::TcpListener::bind(address) {
-                    return Err(TargetError::InTheWay {
-                        what: name.to_owned(),
-                        why: format!(
-                            "its published port {address} cannot be had here: {error}; free it"
-                        ),
-                    });
-                }
+                let Err(error) = std::net::TcpListener::bind(address) else {
+                    continue;
+                };
+                let why = match self.parts.forwards.holder(address, &plan.source).await {
+                    // It comes back: the port is let go of when this device takes it over.
+                    Some((_, device)) if device == plan.source => continue,
+                    Some((left, device)) => format!(
+                        "its published port {address} is forwarded from here to {device}, since plan {left}; move back \
+                         from there what that moved, or choose another target"
+                    ),
+                    None => {
+                        format!("its published port {address} cannot be had here: {error}; free it")
+                    }
+                };
+                return Err(TargetError::InTheWay {
+                    what: name.to_owned(),
+                    why,
+                });
             }
         }
         Ok(())

@@ -45,7 +45,7 @@ impl Delegator {
                     if let Some(target) = target_peer(&plan) {
                         let delegator = self.clone();
                         tokio::spawn(async move {
-                            delegator.forward(&plan, target.addr.ip()).await;
+                            delegator.forward(&plan, &target).await;
                         });
                     }
                 }

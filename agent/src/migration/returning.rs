@@ -314,7 +314,7 @@ impl Move {
             })
             .collect();
         self.record(SourceEvent::Returned { epochs, changes }).await;
-        self.delegator.stop_forwarding(&self.plan).await;
+        self.delegator.parts().forwards.end(&self.plan.id).await;
         self.let_run().await;
         self.start_again().await;
         let delegator = self.delegator.clone();

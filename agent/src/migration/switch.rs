@@ -2,7 +2,7 @@
 //!
 //! Invariant: there is no way back, so every step is retried until it succeeds; each may be done again.
 
-use super::events::{Forwarding, SourceEvent};
+use super::events::SourceEvent;
 use super::faults::die_at;
 use super::moving::{Move, MoveError};
 use super::switch_first::is_later;
@@ -10,7 +10,7 @@ use crate::containers::PauseError;
 use crate::model::control::{Owns, TakeOver, TargetStatus};
 use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::ids::ContainerName;
-use crate::model::plan::{Plan, PlannedContainer, SignedRelease, TwinState};
+use crate::model::plan::{PlannedContainer, SignedRelease, TwinState};
 use std::time::{Duration, Instant};
 
 /// The source owns nothing any more.
@@ -66,7 +66,7 @@ impl Released<'_> {
         futures_util::future::join_all(kills).await;
         core.record(SourceEvent::SourceStopped { containers: names })
             .await;
-        let ports = core.delegator.forward(&core.plan, target.addr.ip()).await;
+        let ports = core.delegator.forward(&core.plan, &target).await;
         core.record(SourceEvent::Forwarding { ports }).await;
         core.active.enter("start twins");
         die_at("start twins");
@@ -168,18 +168,4 @@ async fn kill_until_dead(core: &Move, planned: &PlannedContainer) {
         }
         tokio::time::sleep(RETRY).await;
     }
-}
-
-/// Where a plan's ports are forwarded to.
-#[must_use]
-pub(super) fn forwardings(plan: &Plan, target: std::net::IpAddr) -> Vec<Forwarding> {
-    plan.containers
-        .iter()
-        .flat_map(|planned| planned.container.published.iter())
-        .filter(|port| !port.udp && !port.host_ip.is_loopback())
-        .map(|port| Forwarding {
-            listen: (port.host_ip, port.host_port).into(),
-            to: (target, port.host_port).into(),
-        })
-        .collect()
 }

@@ -60,9 +60,11 @@ impl Target {
                 })
                 .collect(),
         };
+        let back = self.comes_back(&plan);
         let event = TargetEvent::Owns {
             release: signed,
             owns: owns.clone(),
+            back: back.clone(),
         };
         {
             let mut plans = self.plans();
@@ -73,7 +75,10 @@ impl Target {
             known.journal.append(now, event)?;
             known.owns = Some(owns.clone());
             known.owned_at = now;
+            known.back.clone_from(&back);
         }
+        // Before its source hears of it: that will forward the ports to here.
+        self.parts.forwards.let_go(id, back).await;
         self.shut(id);
         tracing::info!(plan = %id, "this target owns the plan's volumes");
         tokio::spawn(self.clone().start_twins(plan));

@@ -6,6 +6,7 @@
 use super::admission::{Keys, layers_held};
 use super::delegator::{Parts, plan_ids};
 use super::events::{Place, TargetEvent};
+use super::forwarding::Back;
 use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
 use super::later::Later;
@@ -126,6 +127,8 @@ pub(super) struct Receiving {
     pub(super) owns: Option<Owns>,
     /// Since when, by this device's clock.
     pub(super) owned_at: UnixMillis,
+    /// What came back here with it.
+    pub(super) back: Back,
     /// All its twins were ready once: what ended since was ended by somebody.
     pub(super) completed: bool,
     pub(super) twins: Vec<TwinState>,
@@ -153,6 +156,7 @@ impl Receiving {
             devices: BTreeMap::new(),
             owns: None,
             owned_at: UnixMillis::default(),
+            back: Back::new(),
             completed: false,
             twins: Vec::new(),
             start_up: None,
@@ -241,7 +245,7 @@ impl Target {
         }
         let runtime = self.choose_runtime(&plan).await?;
         let socket = Some(runtime.socket().display().to_string());
-        Self::check_names(&plan, runtime).await?;
+        self.check_names(&plan, runtime).await?;
         let layers_present = layers_held(runtime, &layers).await?;
         let directory = plan_directory(&self.parts.state, "target", &plan.id);
         let (mut journal, _) = Journal::open(&directory)?;
@@ -696,9 +700,10 @@ pub(super) fn rebuild(
             (TargetEvent::Attached { devices }, Some(known)) => {
                 known.devices.clone_from(devices);
             }
-            (TargetEvent::Owns { owns, .. }, Some(known)) => {
+            (TargetEvent::Owns { owns, back, .. }, Some(known)) => {
                 known.owns = Some(owns.clone());
                 known.owned_at = entry.at;
+                known.back.clone_from(back);
             }
             (TargetEvent::TwinReady { twin }, Some(known)) => {
                 known

@@ -432,6 +432,7 @@ pub(super) fn owns() -> TargetEvent {
             target: "target".into(),
             volumes: Vec::new(),
         },
+        back: Default::default(),
     }
 }
 
