@@ -22,10 +22,21 @@ const SLOW: Fault = Fault::Net {
 
 #[test]
 fn what_left_comes_back_to_the_device_that_forwards_its_port() -> Result<()> {
-    let Some((mut stage, _)) = moved_away("comes-back")? else {
+    let Some((mut stage, left)) = moved_away("comes-back")? else {
         return Ok(());
     };
     let (source, target) = (stage.source()?.clone(), stage.target()?.clone());
+    // A person stops it there, which is nobody's plan.
+    target.podman(["stop", CACHE.name])?;
+    let (code, proof) = stage.crew.ask(SOURCE, &["verify", &left])?;
+    let stopped = "it was ready, and does not run now";
+    ensure!(
+        code == 5 && proof.to_string().contains(stopped),
+        "{proof:#}"
+    );
+    target.podman(["start", CACHE.name])?;
+    stage.writes_go_on(&CACHE)?;
+
     // Its agent dies as soon as it owns the data again.
     stage.crew.kill_agent(SOURCE)?;
     stage
@@ -51,6 +62,13 @@ fn what_left_comes_back_to_the_device_that_forwards_its_port() -> Result<()> {
     // The next life does not take the port from a twin that is started anew.
     source.podman(["restart", CACHE.name])?;
     stage.writes_go_on(&CACHE)?;
+    let (code, proof) = stage.crew.ask(SOURCE, &["verify", &left])?;
+    let gone = &proof["twins_left"][CACHE.name];
+    ensure!(
+        code == 0 && gone["device"] == SOURCE && gone["plan"] == back.as_str(),
+        "{proof:#}"
+    );
+    stage.crew.tell(TARGET, &["verify", &back])?;
     // As it came here, and what was kept there.
     stage.check_data(&CACHE)?;
     stage.lab.down()

@@ -207,6 +207,14 @@ pub fn verify(arguments: &Arguments, context: &Context) -> Outcome {
             "twins ready: {} of {}",
             proof.twins_ready.0, proof.twins_ready.1
         );
+        for (twin, left) in &proof.twins_left {
+            println!(
+                "{} has left to {} with plan {}",
+                visible(twin.as_str()),
+                visible(left.device.as_str()),
+                visible(left.plan.as_str())
+            );
+        }
         println!("running on the source: {}", proof.running_on_source.len());
         println!("can be started on the source: {}", proof.unfenced.len());
     }

@@ -11,7 +11,7 @@ use super::target::{Target, TargetError};
 use crate::containers::{Fence, Means, Runtime};
 use crate::model::container::State;
 use crate::model::ids::{ContainerName, PlanId};
-use crate::model::plan::{Plan, PlannedContainer};
+use crate::model::plan::{Left, Plan, PlannedContainer};
 use crate::model::units::UnixMillis;
 use std::sync::Arc;
 use std::time::Duration;
@@ -154,6 +154,16 @@ impl Target {
 
     /// Whether a twin is another device's by now: a plan of which this one was the source has released it since.
     pub(super) async fn has_left(&self, plan: &Plan, name: &ContainerName) -> Result<bool, String> {
+        let left = self.left_with(plan, name).await?;
+        Ok(left.is_some())
+    }
+
+    /// Where a twin has gone since, and with which plan.
+    pub(super) async fn left_with(
+        &self,
+        plan: &Plan,
+        name: &ContainerName,
+    ) -> Result<Option<Left>, String> {
         let state = &self.parts.state;
         let known = self
             .plans()
@@ -162,31 +172,33 @@ impl Target {
         let (owned_at, back) = known.unzip();
         let back = back.unwrap_or_default();
         let mut released = Vec::new();
-        // With what it came back with it left before that.
-        let since = plan_ids(state, "source")
-            .into_iter()
-            .filter(|id| !back.contains_key(id));
-        for id in since {
+        for id in plan_ids(state, "source") {
+            // With that it had left before it came back with this plan.
+            if back.contains_key(&id) {
+                continue;
+            }
             // One that cannot be read was told of when the agent started.
             let entries = journal::read(&plan_directory(state, "source", &id)).unwrap_or_default();
             released.extend(released_of(&entries, name));
         }
-        if released.is_empty() {
-            return Ok(false);
-        }
+        released.sort_by_key(|gone| gone.at);
+        let Some(last) = released.last() else {
+            return Ok(None);
+        };
+        let since = released.iter().find(|gone| Some(gone.at) >= owned_at);
         let runtime = self.runtime_for(plan).await;
         let runtime = runtime.map_err(|error| error.to_string())?;
-        match runtime.inspect(name.as_str()).await {
+        let gone = match runtime.inspect(name.as_str()).await {
             Ok(inspect) => {
-                let is_it = |(_, id): &(UnixMillis, String)| inspect["Id"].as_str() == Some(id);
-                Ok(released.iter().any(is_it) || self.is_of_later(plan, name))
+                let is_it = |gone: &&Gone| inspect["Id"].as_str() == Some(&gone.container);
+                let it = released.iter().find(is_it);
+                it.or_else(|| self.is_of_later(plan, name).then(|| since.unwrap_or(last)))
             }
             // Nobody but the clock knows whether it was that one.
-            Err(error) if error.not_found() => {
-                Ok(released.iter().any(|(at, _)| Some(*at) >= owned_at))
-            }
-            Err(error) => Err(error.to_string()),
-        }
+            Err(error) if error.not_found() => since,
+            Err(error) => return Err(error.to_string()),
+        };
+        Ok(gone.map(|gone| gone.left.clone()))
     }
 
     /// Whether a container of this name is the twin of a plan that came here after this one.
@@ -278,11 +290,16 @@ impl Target {
     }
 }
 
-/// When the plan of this journal released a container, and its id here; none when it came back, or was never of it.
-fn released_of(
-    entries: &[Entry<SourceEvent>],
-    name: &ContainerName,
-) -> Option<(UnixMillis, String)> {
+/// A container that a plan released here.
+struct Gone {
+    at: UnixMillis,
+    /// Its id here.
+    container: String,
+    left: Left,
+}
+
+/// How the plan of this journal released a container; none when it came back, or was never of it.
+fn released_of(entries: &[Entry<SourceEvent>], name: &ContainerName) -> Option<Gone> {
     let is_back = |entry: &Entry<SourceEvent>| matches!(entry.event, SourceEvent::Returned { .. });
     let is_released =
         |entry: &&Entry<SourceEvent>| matches!(entry.event, SourceEvent::Released { .. });
@@ -292,5 +309,12 @@ fn released_of(
     }
     let plan = plan_of(entries)?;
     let planned = plan.container(name)?;
-    Some((released.at, planned.container.id.clone()))
+    Some(Gone {
+        at: released.at,
+        container: planned.container.id.clone(),
+        left: Left {
+            device: plan.target.as_ref()?.device.clone(),
+            plan: plan.id.clone(),
+        },
+    })
 }

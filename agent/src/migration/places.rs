@@ -10,7 +10,7 @@ use super::target::{Target, TargetError};
 use crate::containers::Runtime;
 use crate::model::ids::{Epoch, PlanId, VolumeId};
 use crate::model::plan::Plan;
-use crate::model::units::Bytes;
+use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::{TimesKept, VolumeKind, VolumeSpec};
 use crate::volume::times::kept_in;
 use std::collections::BTreeMap;
@@ -321,6 +321,26 @@ pub(super) fn filling(state: &Path) -> BTreeMap<PathBuf, PlanId> {
         }
     }
     filling
+}
+
+/// Places that plans have taken over here since a plan was released, at this time.
+#[must_use]
+pub(super) fn taken_since(state: &Path, left: &PlanId, at: UnixMillis) -> Vec<PathBuf> {
+    let mut taken = Vec::new();
+    for id in plan_ids(state, "target") {
+        let entries = journal::read::<TargetEvent>(&plan_directory(state, "target", &id));
+        let (mut here, mut since) = (Vec::new(), false);
+        for entry in entries.unwrap_or_default() {
+            match entry.event {
+                TargetEvent::Accepted { places, .. } => here = places,
+                TargetEvent::Owns { back, .. } => since = entry.at > at || back.contains_key(left),
+                TargetEvent::Dismissed { .. } => since = false,
+                _ => {}
+            }
+        }
+        taken.extend(here.into_iter().filter(|_| since).map(|place| place.path));
+    }
+    taken
 }
 
 /// The epoch from which this device owns each of `volumes`, from the plans it took over.

@@ -444,6 +444,7 @@ pub(super) fn twin_ready() -> TargetEvent {
             after: Duration::ZERO,
             not_carried: Vec::new(),
             error: None,
+            left: None,
         },
     }
 }

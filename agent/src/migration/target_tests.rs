@@ -259,9 +259,24 @@ fn whoever_looks_is_told_of_a_twin_that_was_ready_and_does_not_run() {
     stage.docker.set("exited");
     let twin = look();
     assert_eq!(twin.ready, None);
-    assert_eq!(twin.error.as_deref(), Some("it does not run, it is exited"));
+    let why = "it was ready, and does not run now: it is exited";
+    assert_eq!(twin.error.as_deref(), Some(why));
     stage.docker.held().containers.clear();
     assert!(look().error.unwrap().contains("no such thing"));
+    // It left with a plan of this device, and what it left there may be removed or not.
+    stage.release(|left| left.target.as_mut().unwrap().device = "third".into());
+    for here in [false, true] {
+        let twin = look();
+        let left = twin.left.unwrap();
+        assert_eq!(
+            (left.device.as_str(), left.plan.as_str()),
+            ("third", "p2-2")
+        );
+        assert!(twin.ready.is_some() && twin.error.is_none());
+        if !here {
+            stage.docker.set("exited");
+        }
+    }
 }
 
 #[test]

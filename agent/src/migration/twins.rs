@@ -62,16 +62,22 @@ impl Target {
         let runtime = self.runtime_for(&plan).await;
         let runtime = runtime.as_ref().map_err(ToString::to_string);
         let look = |twin: TwinState| {
-            let runtime = runtime.clone();
+            let (plan, runtime) = (&plan, runtime.clone());
             async move {
-                let name = twin.container.as_str();
-                let error = match runtime {
-                    Ok(runtime) => match runtime.state(name).await {
+                let name = &twin.container;
+                let left = self.left_with(plan, name).await;
+                let error = match (left, runtime) {
+                    (Ok(left @ Some(_)), _) => return TwinState { left, ..twin },
+                    (Ok(None), Ok(runtime)) => match runtime.state(name.as_str()).await {
                         Ok(State::Running) => return twin,
-                        Ok(state) => format!("it does not run, it is {state:?}").to_lowercase(),
+                        Ok(state) => format!("it is {state:?}").to_lowercase(),
                         Err(error) => error.to_string(),
                     },
-                    Err(error) => error,
+                    (Err(error), _) | (_, Err(error)) => error,
+                };
+                let error = match &twin.ready {
+                    Some(_) => format!("it was ready, and does not run now: {error}"),
+                    None => format!("it does not run: {error}"),
                 };
                 let (ready, error) = (None, twin.error.or(Some(error)));
                 TwinState {
@@ -154,6 +160,7 @@ impl Target {
             after: Duration::ZERO,
             not_carried: Vec::new(),
             error: None,
+            left: None,
         };
         let outcome = self
             .make_ready(plan, planned, devices, runtime, &mut twin)

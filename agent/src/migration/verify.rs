@@ -3,12 +3,13 @@
 use super::active::Times;
 use super::delegator::{Delegator, DelegatorError};
 use super::events::SourceEvent;
+use super::places::taken_since;
 use super::switch_first::is_later;
 use crate::model::container::State;
 use crate::model::control::{Owns, TargetStatus};
 use crate::model::fleet::PeerAddress;
 use crate::model::ids::{ContainerName, Epoch, PlanId, Signature, VolumeId};
-use crate::model::plan::{Content, Plan, Release};
+use crate::model::plan::{Content, Left, Plan, Release};
 use crate::model::volume::{TimesKept, VolumeSpec};
 use crate::volume::{self, BlockSize, FleetKey, Unreadable};
 use serde::{Deserialize, Serialize};
@@ -49,6 +50,9 @@ pub struct Verification {
     pub volumes: Vec<VolumeProof>,
     /// Twins that are ready, of all.
     pub twins_ready: (usize, usize),
+    /// Twins that have gone from the target since, which is as it should be.
+    #[serde(default)]
+    pub twins_left: BTreeMap<ContainerName, Left>,
     /// Containers of the plan that run on the source: must be empty.
     pub running_on_source: Vec<ContainerName>,
     /// Containers of the plan that the source's runtime would start again: must be empty.
@@ -68,29 +72,29 @@ impl Delegator {
             .ok_or_else(|| DelegatorError::UnknownPlan(id.clone()))?;
         let release = entries.iter().find_map(|entry| match &entry.event {
             SourceEvent::Released { release } => {
-                serde_json::from_str::<Release>(&release.body).ok()
+                let release = serde_json::from_str::<Release>(&release.body).ok()?;
+                Some((release, entry.at))
             }
             _ => None,
         });
-        let Some(release) = release else {
+        let Some((release, released_at)) = release else {
             return Err(DelegatorError::NotReleased(id.clone()));
         };
         let status = self.ask_target(&plan).await?;
         // What is mounted from them went on here.
-        let mounted: Vec<&PathBuf> = entries
-            .iter()
-            .filter_map(|entry| match &entry.event {
-                SourceEvent::Freezing { devices } => Some(devices),
-                _ => None,
-            })
-            .flatten()
-            .collect();
+        let mounted = entries.iter().filter_map(|entry| match &entry.event {
+            SourceEvent::Freezing { devices } => Some(devices),
+            _ => None,
+        });
+        let mut others: Vec<PathBuf> = mounted.flatten().cloned().collect();
+        // And what came back.
+        others.extend(taken_since(&self.parts().state, id, released_at));
         let times = entries.iter().rev().find_map(|entry| match &entry.event {
             SourceEvent::Prepared { times, .. } => Some(times.clone()),
             _ => None,
         });
         let times = times.unwrap_or_default();
-        let kept = self.kept_roots(&plan, &release, &mounted, &times).await?;
+        let kept = self.kept_roots(&plan, &release, &others, &times).await?;
         let proven = entries.iter().find_map(|entry| match &entry.event {
             SourceEvent::Whole { roots, .. } => Some(roots.clone()),
             _ => None,
@@ -154,7 +158,7 @@ impl Delegator {
         &self,
         plan: &Plan,
         release: &Release,
-        mounted: &[&PathBuf],
+        others: &[PathBuf],
         times: &Times,
     ) -> Result<BTreeMap<String, Kept>, DelegatorError> {
         let fleet = self.fleet().ok_or(DelegatorError::NoFleet)?;
@@ -168,7 +172,7 @@ impl Delegator {
                     .iter()
                     .any(|released| released.volume == volume.id)
             })
-            .filter(|volume| volume.source_path.exists() && !mounted.contains(&&volume.source_path))
+            .filter(|volume| volume.source_path.exists() && !others.contains(&volume.source_path))
             .map(|volume| {
                 let kept = times.get(&volume.id).copied().unwrap_or_default();
                 (
@@ -279,18 +283,18 @@ fn judge(
         }
         volumes.push(proof);
     }
-    let ready = status
-        .twins
-        .iter()
-        .filter(|twin| twin.ready.is_some())
-        .count();
-    if ready < plan.containers.len() {
+    let (left, here): (Vec<_>, Vec<_>) = status.twins.iter().partition(|twin| twin.left.is_some());
+    let left = left.into_iter();
+    let left = left.filter_map(|twin| Some((twin.container.clone(), twin.left.clone()?)));
+    let twins_left: BTreeMap<ContainerName, Left> = left.collect();
+    let ready = here.iter().filter(|twin| twin.ready.is_some()).count();
+    if ready + twins_left.len() < plan.containers.len() {
         faults.push(format!(
             "{ready} of {} twins are ready",
-            plan.containers.len()
+            plan.containers.len() - twins_left.len()
         ));
     }
-    for twin in &status.twins {
+    for twin in here {
         if let Some(error) = &twin.error {
             faults.push(format!("twin {}: {error}", twin.container));
         }
@@ -307,6 +311,7 @@ fn judge(
         plan: plan.id.clone(),
         volumes,
         twins_ready: (ready, plan.containers.len()),
+        twins_left,
         running_on_source,
         unfenced,
         faults,
@@ -334,8 +339,12 @@ fn may_differ(lost: &[Unreadable], now: &[Unreadable]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::events::TargetEvent;
+    use super::super::target_stage::{owns, plan, twin_ready};
     use super::*;
+    use crate::model::plan::TwinState;
     use crate::model::units::Bytes;
+    use crate::model::volume::VolumeKind;
 
     fn lost(path: &str, bytes: std::ops::Range<u64>, kept: bool) -> Unreadable {
         Unreadable {
@@ -364,11 +373,60 @@ mod tests {
     }
 
     #[test]
+    fn a_twin_that_has_left_is_in_order_and_one_that_somebody_stopped_is_not() {
+        let plan = plan(VolumeKind::Bind, "/var/x".into());
+        let text = r#"{"plan":"p","source":"s","target":"t","volumes":[],"at":0}"#;
+        let release: Release = serde_json::from_str(text).unwrap();
+        let (TargetEvent::TwinReady { twin }, TargetEvent::Owns { owns, .. }) =
+            (twin_ready(), owns())
+        else {
+            panic!("they are")
+        };
+        let judged = |twin: TwinState| {
+            let status = TargetStatus {
+                phase: "running".into(),
+                arrived: Vec::new(),
+                owns: Some(owns.clone()),
+                twins: vec![twin],
+                start_up: None,
+                arrival: None,
+            };
+            let found = Found {
+                kept: BTreeMap::new(),
+                proven: BTreeMap::new(),
+                lost: BTreeMap::new(),
+            };
+            let (none, unfenced, faults) = (Vec::new(), Vec::new(), Vec::new());
+            judge(&plan, &release, &status, &found, none, unfenced, faults)
+        };
+        let here = judged(twin.clone());
+        assert!(here.faults.is_empty() && here.twins_left.is_empty());
+        assert_eq!(here.twins_ready, (1, 1));
+        let left = Left {
+            device: "third".into(),
+            plan: "p2-2".into(),
+        };
+        let gone = judged(TwinState {
+            left: Some(left.clone()),
+            ..twin.clone()
+        });
+        assert_eq!(gone.faults, Vec::<String>::new());
+        assert_eq!(gone.twins_ready, (0, 1));
+        assert_eq!(gone.twins_left.into_values().collect::<Vec<_>>(), [left]);
+        let stopped = judged(TwinState {
+            ready: None,
+            error: Some("it was ready".into()),
+            ..twin
+        });
+        assert_eq!(stopped.faults.len(), 2, "{:?}", stopped.faults);
+    }
+
+    #[test]
     fn a_release_is_read_over_the_blocks_that_it_says_whatever_this_build_would_take() {
         let volume = VolumeSpec {
             id: VolumeId(1),
             name: "data".into(),
-            kind: crate::model::volume::VolumeKind::Bind,
+            kind: VolumeKind::Bind,
             source_path: PathBuf::new(),
             containers: Vec::new(),
             size: Bytes(64 << 30),

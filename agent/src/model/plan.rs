@@ -244,6 +244,18 @@ pub struct TwinState {
     pub not_carried: Vec<String>,
     /// Why it is not ready, when it failed.
     pub error: Option<String>,
+    /// Where it has gone since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<Left>,
+}
+
+/// Where a twin has gone from its target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// The target of that plan.
+    pub device: DeviceId,
+    /// The plan.
+    pub plan: PlanId,
 }
 
 #[cfg(test)]
