@@ -115,7 +115,7 @@ pub(super) fn resident_mib(pid: u32) -> Result<f64> {
 }
 
 /// User and system time of a process with all its threads: fields 14 and 15 of /proc/PID/stat (proc(5)).
-fn ticks(pid: u32) -> Result<u64> {
+pub(super) fn ticks(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/stat");
     let text = fs::read_to_string(Path::new(&path)).with_context(|| format!("{path} is gone"))?;
     stat_ticks(&text).with_context(|| format!("cannot understand {path}"))
