@@ -13,10 +13,13 @@ use super::inspect;
 use crate::model::container::Container;
 use crate::model::ids::ContainerName;
 use futures_util::future::join_all;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What is there, and what could not be looked at.
@@ -57,8 +60,8 @@ struct Known {
     container: Container,
     /// The list's word for its state when it was inspected.
     listed: String,
-    /// Start time of the first process, in clock ticks since boot: tells a reused PID apart.
-    started: Option<u64>,
+    /// The first process, which a number that is used again does not stand for.
+    process: Option<Arc<OwnedFd>>,
 }
 
 impl Runtimes {
@@ -192,16 +195,14 @@ impl Runtimes {
     /// Whether every first process is still the one that was seen.
     fn all_alive(&self, containers: &[Container]) -> bool {
         let known = self.known();
-        containers.iter().all(|container| {
-            let key = container
-                .runtime
-                .as_ref()
-                .map(|socket| (socket.clone(), container.id.clone()));
-            container.pid == 0
-                || key
-                    .and_then(|key| known.get(&key)?.started)
-                    .is_some_and(|started| start_time(container.pid) == Some(started))
-        })
+        let running = containers.iter().filter(|container| container.pid != 0);
+        let processes: Option<Vec<&OwnedFd>> = running
+            .map(|container| {
+                let key = (container.runtime.clone()?, container.id.clone());
+                known.get(&key)?.process.as_deref()
+            })
+            .collect();
+        processes.is_some_and(|processes| run(&processes))
     }
 
     /// Whether no bare cgroup is there that was not there after the last look by [`Runtimes::know`].
@@ -255,7 +256,10 @@ impl Runtimes {
         let key = (runtime.socket().display().to_string(), id.to_owned());
         let known = self.known().get(&key)?.clone();
         let same_process = known.container.pid == 0
-            || (known.started.is_some() && known.started == start_time(known.container.pid));
+            || known
+                .process
+                .as_deref()
+                .is_some_and(|process| run(&[process]));
         (known.listed == listed && same_process).then_some(known.container)
     }
 
@@ -288,7 +292,7 @@ impl Runtimes {
         }
         let known = Known {
             listed: listed.to_owned(),
-            started: start_time(container.pid),
+            process: pidfd(container.pid),
             container: container.clone(),
         };
         self.known().insert((socket, id.to_owned()), known);
@@ -427,6 +431,20 @@ fn bare_cgroups(discovery: &Discovery) -> impl Iterator<Item = u64> {
     of.map(|container| container.cgroup_id)
 }
 
+fn pidfd(pid: i32) -> Option<Arc<OwnedFd>> {
+    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty());
+    process.ok().map(Arc::new)
+}
+
+/// Whether none of them has ended: then it could be read (pidfd_open(2)).
+fn run(processes: &[&OwnedFd]) -> bool {
+    let each = processes.iter();
+    let mut waiting: Vec<PollFd<'_>> = each
+        .map(|process| PollFd::new(process.as_fd(), PollFlags::POLLIN))
+        .collect();
+    poll(&mut waiting, PollTimeout::ZERO) == Ok(0)
+}
+
 /// Field 22 of /proc/PID/stat (proc(5)); the name in field 2 may hold spaces and parentheses.
 pub(super) fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -455,6 +473,26 @@ mod tests {
         assert!(discovery.containers.is_empty());
         assert_eq!(discovery.problems.len(), 1);
         assert!(discovery.problems[0].contains("/nonexistent/p.sock"));
+    }
+
+    #[test]
+    fn processes_run_until_one_of_them_has_ended() {
+        let mut sleepers = [1, 2].map(|_| {
+            let mut sleep = std::process::Command::new("sleep");
+            sleep.arg("100").spawn().unwrap()
+        });
+        let number = |sleeper: &std::process::Child| i32::try_from(sleeper.id()).unwrap();
+        let processes = sleepers
+            .each_ref()
+            .map(|sleeper| pidfd(number(sleeper)).unwrap());
+        let processes = processes.each_ref().map(|process| &**process);
+        assert!(run(&processes) && run(&[]));
+        sleepers[1].kill().unwrap();
+        sleepers[1].wait().unwrap();
+        assert!(!run(&processes) && run(&processes[..1]));
+        sleepers[0].kill().unwrap();
+        sleepers[0].wait().unwrap();
+        assert!(pidfd(0).is_none());
     }
 
     #[test]

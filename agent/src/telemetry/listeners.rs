@@ -17,12 +17,17 @@ use std::time::{Duration, Instant};
 /// them walks the whole host's socket table, so one namespace is read in a sweep at most.
 const AGAIN: Duration = Duration::from_secs(60);
 
+/// How often it is looked which network namespace a process is in: few ever change it.
+const NETNS_AGAIN: Duration = Duration::from_secs(5);
+
 /// What the socket tables of the containers' network namespaces say.
 #[derive(Default)]
 pub struct Listeners {
     /// Containers whose namespace has been read, with the process it was read through.
     known: BTreeMap<ContainerName, i32>,
     namespaces: BTreeMap<u64, Namespace>,
+    /// By first process: its network namespace, and when it was looked at.
+    netns: BTreeMap<i32, (u64, Instant)>,
 }
 
 struct Namespace {
@@ -33,14 +38,21 @@ struct Namespace {
 
 impl Listeners {
     /// The network namespace of each running container.
-    #[must_use]
-    pub fn netns(root: &Path, containers: &[Container]) -> BTreeMap<ContainerName, u64> {
-        running(containers)
-            .filter_map(|container| {
-                let netns = sockets::netns(root, &container.pid.to_string())?;
-                Some((container.name.clone(), netns))
-            })
-            .collect()
+    pub fn netns(&mut self, root: &Path, containers: &[Container]) -> BTreeMap<ContainerName, u64> {
+        let mut looked = std::mem::take(&mut self.netns);
+        looked.retain(|_, (_, at)| at.elapsed() < NETNS_AGAIN);
+        let netns = running(containers).filter_map(|container| {
+            let known = match looked.get(&container.pid) {
+                Some(known) => *known,
+                None => {
+                    let netns = sockets::netns(root, &container.pid.to_string())?;
+                    (netns, Instant::now())
+                }
+            };
+            self.netns.insert(container.pid, known);
+            Some((container.name.clone(), known.0))
+        });
+        netns.collect()
     }
 
     /// Reads the namespaces of containers that are new, and one that was read long ago. Connections that
@@ -55,8 +67,9 @@ impl Listeners {
         book: &mut EdgeBook,
     ) {
         self.known.retain(|name, _| netns.contains_key(name));
+        let present: BTreeSet<u64> = netns.values().copied().collect();
         self.namespaces
-            .retain(|namespace, _| netns.values().any(|known| known == namespace));
+            .retain(|namespace, _| present.contains(namespace));
         let mut due: BTreeSet<u64> = BTreeSet::new();
         for container in running(containers) {
             let before = self.known.insert(container.name.clone(), container.pid);
@@ -103,8 +116,21 @@ impl Listeners {
     }
 }
 
+/// A process in each network namespace.
+pub fn entrances(
+    containers: &[Container],
+    netns: &BTreeMap<ContainerName, u64>,
+) -> BTreeMap<u64, i32> {
+    let entrance = |container: &Container| {
+        netns
+            .get(&container.name)
+            .map(|found| (*found, container.pid))
+    };
+    running(containers).filter_map(entrance).collect()
+}
+
 /// Running containers of a network namespace.
-pub fn inside<'a>(
+fn inside<'a>(
     containers: &'a [Container],
     netns: &BTreeMap<ContainerName, u64>,
     namespace: u64,

@@ -114,7 +114,7 @@ impl Ports {
 
     /// Takes in a sweep, and forgets what is older than `age`.
     pub fn sweep(&mut self, root: &Path, scope: &Path, age: Duration, seen: &Seen<'_>) {
-        let netns = Listeners::netns(root, seen.containers);
+        let netns = self.listeners.netns(root, seen.containers);
         self.count(seen);
         let (containers, now) = (seen.containers, seen.clock.now);
         self.listeners

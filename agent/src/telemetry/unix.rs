@@ -6,7 +6,7 @@
 
 use super::book::EdgeBook;
 use super::edges::{Kind, Role};
-use super::listeners::{inside, processes};
+use super::listeners::{entrances, processes};
 use super::sockets;
 use crate::model::container::Container;
 use crate::model::edge::{Learnt, Protocol};
@@ -61,25 +61,16 @@ impl UnixSockets {
         now: UnixMillis,
         book: &mut EdgeBook,
     ) {
-        let present: BTreeSet<u64> = netns.values().copied().collect();
-        self.namespaces.retain(|known, _| present.contains(known));
-        let due: Vec<u64> = present
-            .iter()
-            .filter(|namespace| {
-                let known = self.namespaces.get(namespace);
-                known.is_none_or(|(read, _)| read.elapsed() >= AGAIN)
-            })
-            .copied()
-            .collect();
-        for &namespace in &due {
-            let pid = inside(containers, netns, namespace).first().map(|c| c.pid);
-            // One that cannot be entered any more has ended.
-            let read = pid
-                .and_then(|pid| table(root, pid).ok())
-                .unwrap_or_default();
-            self.namespaces.insert(namespace, (Instant::now(), read));
-        }
+        let mut due = entrances(containers, netns);
+        self.namespaces.retain(|known, _| due.contains_key(known));
+        due.retain(|namespace, _| {
+            let known = self.namespaces.get(namespace);
+            known.is_none_or(|(read, _)| read.elapsed() >= AGAIN)
+        });
         if !due.is_empty() {
+            for (namespace, read) in tables(root, due) {
+                self.namespaces.insert(namespace, (Instant::now(), read));
+            }
             let all = self.namespaces.values().flat_map(|(_, sockets)| sockets);
             let connected = connected(all.copied());
             self.pairs.retain(|pair, _| connected.contains(pair));
@@ -138,20 +129,27 @@ fn connected(sockets: impl Iterator<Item = Socket>) -> BTreeSet<(u32, u32)> {
     pairs.collect()
 }
 
-/// The unix sockets of a process's network namespace.
+/// The unix sockets of network namespaces that are entered through a process each; none of one that cannot be entered
+/// any more, for it has ended.
+fn tables(root: &Path, due: BTreeMap<u64, i32>) -> BTreeMap<u64, Vec<Socket>> {
+    let root = root.to_owned();
+    // A thread enters them one after the other and ends in the last; this one never leaves its own.
+    let look = move || {
+        let read = due
+            .into_iter()
+            .map(|(namespace, pid)| (namespace, table(&root, pid).unwrap_or_default()));
+        read.collect()
+    };
+    let thread = thread::Builder::new().name("unix-sockets".into());
+    let looked = thread.spawn(look).map(thread::JoinHandle::join);
+    looked.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+/// Enters the network namespace of a process for good, and reads its unix sockets.
 fn table(root: &Path, pid: i32) -> io::Result<Vec<Socket>> {
     let namespace = File::open(root.join(format!("proc/{pid}/ns/net")))?;
-    // A thread enters it and ends there; this one never leaves its own.
-    let look = move || {
-        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        ask()
-    };
-    let thread = thread::Builder::new()
-        .name("unix-sockets".into())
-        .spawn(look)?;
-    thread
-        .join()
-        .map_err(|_| io::Error::other("the look at unix sockets failed"))?
+    nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
+    ask()
 }
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
