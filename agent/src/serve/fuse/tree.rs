@@ -3,6 +3,8 @@
 //! Invariant: a name is used while no rename or removal is under way, so that a call never meets another file
 //! than it was made for.
 
+mod names;
+
 use super::convert::{encoded, kind, spec, system_time};
 use super::handles::{Handle, Handles, Listing};
 use super::nodes::{Nodes, Opened, ROOT};
@@ -10,14 +12,14 @@ use crate::serve::mirror::{Intent, joined};
 use crate::serve::store::{Held, Store};
 use crate::volume::confined::{open_beneath, proc_path};
 use crate::volume::walk::walk;
-use fuser::{FileAttr, FileHandle, FileType, INodeNo, RenameFlags, Request, TimeOrNow};
+use fuser::{FileAttr, FileHandle, FileType, INodeNo, Request, TimeOrNow};
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, renameat2};
+use nix::fcntl::{AtFlags, FallocateFlags, OFlag, fallocate};
 use nix::sys::stat::{
     FchmodatFlags, FileStat, Mode, UtimensatFlags, fchmod, fchmodat, fstat, fstatat, futimens,
     utimensat,
 };
-use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchown, fchownat, linkat, lseek, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, Whence, fchown, fchownat, lseek, unlinkat};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -597,118 +599,6 @@ impl Tree {
             fchmod(file, Mode::from_bits_truncate(left & 0o7777))?;
         }
         Ok(())
-    }
-
-    pub(super) fn remove(
-        &self,
-        parent: u64,
-        name: &OsStr,
-        flag: UnlinkatFlags,
-    ) -> Result<(), Errno> {
-        let intent = || Ok(Some(Intent::Removed(self.path_in(parent, name)?)));
-        self.mirrored(intent, None, || self.unlink(parent, name, flag))
-    }
-
-    fn unlink(&self, parent: u64, name: &OsStr, flag: UnlinkatFlags) -> Result<(), Errno> {
-        let mut nodes = self.change_nodes();
-        let directory = self.directory_in(&nodes, parent)?;
-        let found = self.look(&directory, name)?;
-        let last = self.last_of(&directory, name, &found);
-        unlinkat(&directory, name, flag)?;
-        let inode = found.0.st_ino;
-        nodes.removed(parent, name, inode, is_last(&found));
-        if let Some(last) = last {
-            nodes.keep(inode, last);
-        }
-        Ok(())
-    }
-
-    pub(super) fn rename(
-        &self,
-        from: (u64, &OsStr),
-        to: (u64, &OsStr),
-        flags: RenameFlags,
-    ) -> Result<(), Errno> {
-        let intent = || {
-            if flags.contains(RenameFlags::RENAME_WHITEOUT) {
-                return Err(Errno::EINVAL);
-            }
-            let inode = |(parent, name): (u64, &OsStr)| {
-                let directory = self.directory(parent)?;
-                let stat = fstatat(&directory, name, AtFlags::AT_SYMLINK_NOFOLLOW);
-                stat.map(|stat| stat.st_ino)
-            };
-            let moved = inode(from)?;
-            // Two names of one file stay as they are.
-            if inode(to) == Ok(moved) {
-                return Ok(None);
-            }
-            Ok(Some(Intent::Renamed {
-                from: self.path_in(from.0, from.1)?,
-                to: self.path_in(to.0, to.1)?,
-                exchange: flags.contains(RenameFlags::RENAME_EXCHANGE),
-                inode: moved,
-            }))
-        };
-        self.mirrored(intent, None, || self.move_name(from, to, flags))
-    }
-
-    fn move_name(
-        &self,
-        from: (u64, &OsStr),
-        to: (u64, &OsStr),
-        flags: RenameFlags,
-    ) -> Result<(), Errno> {
-        let mut nodes = self.change_nodes();
-        let old = self.directory_in(&nodes, from.0)?;
-        let new = self.directory_in(&nodes, to.0)?;
-        let moved = self.look(&old, from.1)?.0.st_ino;
-        let replaced = self.look(&new, to.1).ok();
-        let exchanges = flags.contains(RenameFlags::RENAME_EXCHANGE);
-        let last = replaced
-            .as_ref()
-            .filter(|(stat, _)| !exchanges && stat.st_ino != moved);
-        let last = last.and_then(|found| self.last_of(&new, to.1, found));
-        let how = nix::fcntl::RenameFlags::from_bits_truncate(flags.bits());
-        renameat2(&old, from.1, &new, to.1, how)?;
-        match replaced {
-            // Two names of one file: `rename` does nothing.
-            Some((stat, _)) if stat.st_ino == moved => return Ok(()),
-            Some((stat, _)) if exchanges => {
-                nodes.moved(stat.st_ino, to, from);
-            }
-            Some(replaced) => {
-                let inode = replaced.0.st_ino;
-                nodes.removed(to.0, to.1, inode, is_last(&replaced));
-                if let Some(last) = last {
-                    nodes.keep(inode, last);
-                }
-            }
-            None => {}
-        }
-        nodes.moved(moved, from, to);
-        Ok(())
-    }
-
-    pub(super) fn link(
-        &self,
-        inode: u64,
-        parent: u64,
-        name: &OsStr,
-    ) -> Result<(FileAttr, u64), Errno> {
-        let directory = self.directory(parent)?;
-        let intent = || {
-            Ok(Some(Intent::Linked {
-                from: self.nodes().path(inode)?,
-                to: self.path_in(parent, name)?,
-            }))
-        };
-        self.mirrored(intent, None, || {
-            self.named(inode, |from, old| {
-                linkat(from, old, &directory, name, AtFlags::empty())
-            })
-        })?;
-        self.entry_in(&directory, parent, name)
     }
 
     pub(super) fn list(&self, inode: u64) -> Result<Listing, Errno> {

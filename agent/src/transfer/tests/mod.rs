@@ -1,6 +1,7 @@
 //! The data plane over loopback: real files, real sockets, each path, both engines.
 
 mod anew;
+mod damaged;
 mod dedup;
 mod disks;
 mod extents;
@@ -178,6 +179,7 @@ impl Bench {
             source_path: self.source.clone(),
             containers: Vec::new(),
             size: Bytes(0),
+            holes: Bytes(0),
             entries: 0,
             device_nodes: 0,
             unreadable: 0,
