@@ -634,6 +634,34 @@ fn the_last_container_and_the_last_link_end_their_failures_and_a_disk_does_not()
 }
 
 #[test]
+fn a_container_or_interface_that_ends_while_others_are_measured_is_gone_at_once_and_a_failing_interface_is_not()
+ {
+    let cases = [
+        ("memory.used_bytes", Per::Container, 1.0, true),
+        ("memory.used_bytes", Per::Container, 1e12, true),
+        ("network.link_down", Per::Interface, 0.0, true),
+        ("network.link_down", Per::Interface, 1.0, false),
+        ("block.latency_p99", Per::Disk, 0.0, false),
+    ];
+    for (metric, per, value, ends) in cases {
+        let limit = match metric {
+            "block.latency_p99" => "above: 10ms",
+            "network.link_down" => "above: 0",
+            _ => "above: 1MiB",
+        };
+        let mut judge = judge(&format!("metric: {metric}\nper: {}\n{limit}", per.word()));
+        let other = (metric, per, "other", 0.0);
+        sweep(&mut judge, 0, &[(metric, per, "ended", value), other]);
+        for second in 1..30 {
+            let verdict = sweep(&mut judge, second, &[other]);
+            let silent = verdict.missing.iter().any(|one| one.subject.is_some());
+            let waits = !ends && second > 10;
+            assert_eq!(silent, waits, "{metric} {value} at {second}: {verdict}");
+        }
+    }
+}
+
+#[test]
 fn the_last_link_that_was_well_is_gone_when_nothing_is_measured_of_it() {
     let mut judge = judge("metric: peer.latency\nper: peer\nabove: 10ms\noptional: false");
     let link = |ms: f64| ("peer.latency", Per::Peer, "a", ms * MS);

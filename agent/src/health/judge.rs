@@ -17,7 +17,7 @@ use std::time::Duration;
 /// A subject other than the device that is silent for this many times `stale_after`, while another
 /// subject of the same threshold is measured, is taken as removed (a container that ended, a disk
 /// that was pulled) and no longer makes the verdict unknown. So is a container or peer of which nothing
-/// at all is measured any more.
+/// at all is measured any more, and, without that wait, a container or interface while others are measured.
 const REMOVED_AFTER: u32 = 10;
 
 /// Applies a policy to samples.
@@ -425,11 +425,17 @@ fn forget_removed(
     stale: Duration,
 ) {
     let per = threshold.per;
+    let samples = samples.iter().map(|sample| &sample.subject);
+    let all: BTreeSet<&str> = samples
+        .filter(|subject| subject.per == per)
+        .map(|subject| subject.name.as_str())
+        .collect();
     // Containers end and links are closed, the last one too: then nothing at all is measured of them.
-    let gone = |name: &str| {
-        let mut subjects = samples.iter().map(|sample| &sample.subject);
-        matches!(per, Per::Container | Per::Peer)
-            && !subjects.any(|subject| subject.per == per && subject.name == name)
+    let gone = |name: &str| matches!(per, Per::Container | Per::Peer) && !all.contains(name);
+    // An everyday end: who measures them works, for it measures others; a container takes its interfaces along.
+    let ended = |name: &str, one: &Series| {
+        let everyday = per == Per::Container || per == Per::Interface && !one.failed;
+        everyday && !all.is_empty() && !all.contains(name) && !one.is_fresh(tick, stale)
     };
     state.blind.retain(|name, _| !gone(name));
     let series = &mut state.series;
@@ -438,7 +444,8 @@ fn forget_removed(
     // ordinary enough to be taken as the end of its failure, and that of a link, on which nothing is
     // measured once a plan is over.
     series.retain(|name, one| {
-        one.is_fresh(tick, stale * REMOVED_AFTER)
-            || !(gone(name) || measured && (!one.failed || per == Per::Container))
+        !ended(name, one)
+            && (one.is_fresh(tick, stale * REMOVED_AFTER)
+                || !(gone(name) || measured && (!one.failed || per == Per::Container)))
     });
 }
