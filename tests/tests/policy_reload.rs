@@ -88,6 +88,14 @@ fn a_broken_policy_never_replaces_a_good_one_and_a_good_one_is_applied() -> Resu
     let line = logged(|| crew.log(DEVICE), &["the old one stays"])?;
     let place = format!("{POLICY}:6:5");
     says(&line, &[&place, "thresholds.second-memory", "beneath"])?;
+    let problems = || -> Result<String> {
+        let (_, status) = crew.ask(DEVICE, &["status"])?;
+        Ok(status["view"]["problems"].to_string())
+    };
+    wait_for("the refusal in the status", Duration::from_secs(10), || {
+        let told = problems()?;
+        Ok((told.contains("from before is in force") && told.contains(&place)).then_some(()))
+    })?;
     let sample = |verdict: &Value| verdict["evidence"][0]["last_sample"].as_u64();
     let later = wait_for("a later sample", Duration::from_secs(10), || {
         let later = verdict(&crew)?;
@@ -102,6 +110,8 @@ fn a_broken_policy_never_replaces_a_good_one_and_a_good_one_is_applied() -> Resu
 
     reload(&lab, &crew, &policy("third", true, "0s"))?;
     wait_for_verdict(&crew, "degraded", "third-memory")?;
+    let told = problems()?;
+    ensure!(!told.contains("in force"), "{told}");
     reload(&lab, &crew, &policy("fourth", false, "0s"))?;
     wait_for_verdict(&crew, "healthy", "")?;
     Ok(())

@@ -348,13 +348,14 @@ async fn pause(
         until: UnixMillis(since.0.saturating_add(lasting)),
         why: request.why,
     };
-    tracing::warn!(why = pause.why, "policy paused by an operator");
-    match context.pauses.set(pause.clone()) {
-        Ok(()) => Ok(Json(pause)),
-        Err(error) => Err(refused(format!(
+    let kept = context.pauses.set(pause.clone());
+    kept.map_err(|error| {
+        refused(format!(
             "the pause cannot be kept, so it is not in force: {error}"
-        ))),
-    }
+        ))
+    })?;
+    tracing::warn!(why = pause.why, "policy paused by an operator");
+    Ok(Json(pause))
 }
 
 async fn resume(State(context): State<Context>) -> Result<Json<Option<Pause>>, Refused> {

@@ -12,6 +12,7 @@ use crate::migration::pause::Pause;
 use crate::model::locate::{Fault, Field, Position};
 use crate::model::units::{human_duration, utc};
 use anyhow::Context as _;
+use clap::builder::NonEmptyStringValueParser;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -51,10 +52,10 @@ enum Command {
     /// Let the policy judge and move nothing by itself, also over a restart of the agent.
     Pause {
         /// How long, such as 2h.
-        #[arg(long = "for", value_name = "SPAN", value_parser = span)]
+        #[arg(long = "for", value_name = "SPAN", value_parser = some_span)]
         lasting: Duration,
         /// Why; shown by status and explain.
-        #[arg(long, value_name = "TEXT")]
+        #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
         why: String,
     },
     /// End a pause.
@@ -77,6 +78,14 @@ pub fn run(args: Args, context: &Context) -> Outcome {
         Command::Pause { lasting, why } => pause(lasting, why, context),
         Command::Resume => resume(context),
     }
+}
+
+fn some_span(text: &str) -> Result<Duration, String> {
+    let lasting = span(text)?;
+    if lasting.is_zero() {
+        return Err("no time at all; `lifeboat policy resume` ends a pause".into());
+    }
+    Ok(lasting)
 }
 
 fn pause(lasting: Duration, why: String, context: &Context) -> Outcome {

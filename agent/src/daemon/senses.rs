@@ -18,6 +18,7 @@ use crate::telemetry::Telemetry;
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -52,6 +53,8 @@ struct Court {
     policy: Option<PathBuf>,
     /// Where the judge's state is kept.
     saved_at: PathBuf,
+    /// By file: why it could not be loaded or saved the last time.
+    troubles: Mutex<BTreeMap<PathBuf, String>>,
 }
 
 /// What judges the host.
@@ -70,6 +73,7 @@ impl Court {
             judging: Mutex::new(Judging::Nothing),
             policy: config.policy.clone(),
             saved_at: config.state.join("verdict.json"),
+            troubles: Mutex::default(),
         };
         if court.policy.is_some()
             && let Err(why) = court.load()
@@ -86,9 +90,13 @@ impl Court {
     fn load(&self) -> Result<Policy, String> {
         let unset = "no `policy` is set in the agent's configuration";
         let path = self.policy.as_deref().ok_or(unset)?;
-        let policy = load_policy(path)?;
         // The disk is asked before the sweep would wait for it.
+        let policy = load_policy(path);
         let first = !matches!(&*locked(&self.judging), Judging::By(_));
+        let refused = policy.as_ref().err().filter(|_| !first);
+        let refused = refused.map(|why| format!("the policy from before is in force: {why}"));
+        self.tell(path, refused);
+        let policy = policy?;
         let saved = first.then(|| load_saved::<SavedState>(&self.saved_at));
         let mut judging = locked(&self.judging);
         match &mut *judging {
@@ -99,6 +107,27 @@ impl Court {
             }
         }
         Ok(policy)
+    }
+
+    /// Takes in what is wrong with a file, or that nothing is.
+    fn tell(&self, path: &Path, trouble: Option<String>) {
+        let mut troubles = locked(&self.troubles);
+        match trouble {
+            Some(trouble) => troubles.insert(path.to_owned(), trouble),
+            None => troubles.remove(path),
+        };
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) {
+        let written = crate::fleet::files::write_private(path, bytes).err();
+        let trouble = written.map(|error| {
+            let file = path.display();
+            format!("cannot save {file}, which a restart of the agent goes on from: {error}")
+        });
+        if let Some(trouble) = &trouble {
+            tracing::error!("{trouble}");
+        }
+        self.tell(path, trouble);
     }
 
     /// Loads the policy as soon as it can be used; returns when one is in force.
@@ -139,6 +168,8 @@ impl Senses {
         let comparison = Arc::new(Comparison::default());
         let heard = comparison.clone();
         let cannot = |error| format!("cannot start the sweep's threads: {error}");
+        let keeper = court.clone();
+        let write = move |path: &Path, bytes: &[u8]| keeper.write(path, bytes);
         let writer = Writer::start(write).map_err(cannot)?;
         let handle = tokio::runtime::Handle::current();
         // A thread of its own: sweeping blocks, and must go on when the async runtime is busy.
@@ -176,9 +207,11 @@ impl Senses {
                     }
                 };
                 number += 1;
+                let mut problems = discovery.problems;
+                problems.extend(locked(&judged.troubles).values().cloned());
                 let view = HostView {
                     containers: discovery.containers,
-                    problems: discovery.problems,
+                    problems,
                     snapshot,
                     verdict,
                     number,
@@ -325,11 +358,5 @@ fn put(writer: &Writer, path: &Path, what: &impl Serialize) {
     match serde_json::to_vec(what) {
         Ok(bytes) => writer.put(path, bytes),
         Err(error) => tracing::error!("cannot save {}: {error}", path.display()),
-    }
-}
-
-fn write(path: &Path, bytes: &[u8]) {
-    if let Err(error) = crate::fleet::files::write_private(path, bytes) {
-        tracing::error!("cannot save {}: {error}", path.display());
     }
 }
