@@ -172,6 +172,7 @@ fn send(way: &str, target: SocketAddr, from: &Path, relay: Option<SocketAddr>) -
         source_path: PathBuf::from(from),
         containers: Vec::new(),
         size: Bytes(size),
+        holes: Bytes(0),
         entries: 0,
         device_nodes: 0,
         unreadable: 0,

@@ -2,9 +2,9 @@
 
 use super::daemon::{Selection, ask};
 use super::{Context, Failure, Outcome};
-use crate::model::ids::visible::visible;
+use crate::model::ids::visible::{visible, visible_lines};
 use crate::model::plan::Plan;
-use crate::model::units::human_duration;
+use crate::model::units::{Bytes, human_duration};
 use crate::model::volume::Unused;
 use std::fmt::Write as _;
 
@@ -78,6 +78,9 @@ pub fn render(plan: &Plan) -> String {
             visible(&volume.name),
             users.join(", ")
         );
+        if volume.holes > Bytes(0) {
+            let _ = writeln!(out, "              {} of it are holes", volume.holes);
+        }
         if volume.kind.is_one() {
             let _ = writeln!(out, "              changes are found {}", volume.changes);
         }
@@ -113,7 +116,7 @@ pub fn render(plan: &Plan) -> String {
             out,
             "blocked: {}: {}",
             visible(&blocker.what),
-            visible(&blocker.why)
+            visible_lines(&blocker.why)
         );
     }
     out

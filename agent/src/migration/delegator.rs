@@ -130,7 +130,9 @@ pub enum DelegatorError {
     )]
     Busy(PlanId),
     /// No fleet.
-    #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
+    #[error(
+        "this device's agent is in no fleet: enrol the device with `lifeboat fleet join`, and set `fleet` in the agent's configuration"
+    )]
     NoFleet,
     /// No such plan.
     #[error("no plan {0} is known here; `lifeboat status` lists the plans of this device")]
@@ -784,6 +786,7 @@ async fn measure(origins: Vec<Origin>) -> Result<Vec<VolumeSpec>, DelegatorError
                     source_path: origin.path,
                     containers: origin.containers,
                     size: measure.size,
+                    holes: measure.holes,
                     entries: measure.entries,
                     device_nodes: measure.device_nodes,
                     unreadable: measure.unreadable,

@@ -312,6 +312,7 @@ mod tests {
             source_path: device.to_owned(),
             containers: Vec::new(),
             size: Bytes(size),
+            holes: Bytes(0),
             entries: 2,
             device_nodes: 0,
             unreadable: 0,

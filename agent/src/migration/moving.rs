@@ -127,7 +127,9 @@ pub enum MoveError {
         answer: String,
     },
     /// The device left its fleet.
-    #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
+    #[error(
+        "this device's agent is in no fleet: enrol the device with `lifeboat fleet join`, and set `fleet` in the agent's configuration"
+    )]
     NoFleet,
     /// The journal cannot be written.
     #[error("{0}")]

@@ -535,6 +535,7 @@ pub fn image_volumes(
                 source_path: directory.join(format!("image-{id}")),
                 containers: Vec::new(),
                 size: planned.image_size,
+                holes: Bytes(0),
                 entries: 1,
                 device_nodes: 0,
                 unreadable: 0,

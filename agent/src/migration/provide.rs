@@ -34,7 +34,9 @@ pub enum ProvideError {
     )]
     Replaced(DeviceId),
     /// No data plane.
-    #[error("this device is in no fleet; enrol it with `lifeboat fleet join`")]
+    #[error(
+        "this device's agent is in no fleet: enrol the device with `lifeboat fleet join`, and set `fleet` in the agent's configuration"
+    )]
     NoFleet,
 }
 

@@ -392,6 +392,7 @@ pub(super) fn plan(kind: VolumeKind, source_path: PathBuf) -> Plan {
             source_path,
             containers: vec![TWIN.into()],
             size: Bytes(1),
+            holes: Bytes(0),
             entries: 1,
             device_nodes: 0,
             unreadable: 0,

@@ -116,6 +116,7 @@ mod tests {
             source_path: path,
             containers: Vec::new(),
             size: Bytes(0),
+            holes: Bytes(0),
             entries: 0,
             device_nodes: 0,
             unreadable: 0,

@@ -430,6 +430,7 @@ mod tests {
             source_path: PathBuf::new(),
             containers: Vec::new(),
             size: Bytes(64 << 30),
+            holes: Bytes(0),
             entries: 0,
             device_nodes: 0,
             unreadable: 0,

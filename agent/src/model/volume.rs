@@ -148,6 +148,9 @@ pub struct VolumeSpec {
     pub containers: Vec<ContainerName>,
     /// Apparent size when the plan was made.
     pub size: Bytes,
+    /// What of that is holes of files, which are told and do not move.
+    #[serde(default)]
+    pub holes: Bytes,
     /// Entries (files, directories, links, …) when the plan was made.
     pub entries: u64,
     /// Device nodes among them.
@@ -168,7 +171,9 @@ impl VolumeSpec {
     /// What is left of its size when what need not move is taken away.
     #[must_use]
     pub fn to_move(&self) -> Bytes {
-        Bytes(self.size.0.saturating_sub(self.unused.bytes().0))
+        // What a file system does not use may well be holes of its image.
+        let stays = self.holes.max(self.unused.bytes());
+        Bytes(self.size.0.saturating_sub(stays.0))
     }
 }
 

@@ -1,9 +1,11 @@
 //! How much a tree holds, before it is read.
 
-use super::scan::ScanError;
-use super::walk::{kind_of, open_root, walk};
+use super::confined::Confined;
+use super::scan::{Holes, ScanError};
+use super::walk::{Found, kind_of, open_root, walk};
 use crate::model::units::Bytes;
-use nix::sys::stat::SFlag;
+use nix::fcntl::OFlag;
+use nix::sys::stat::{Mode, SFlag};
 use std::path::Path;
 
 /// Size and number of entries of a tree.
@@ -11,6 +13,8 @@ use std::path::Path;
 pub struct Measure {
     /// Apparent size of its regular files.
     pub size: Bytes,
+    /// What of that is holes.
+    pub holes: Bytes,
     /// Files, directories, links, ….
     pub entries: u64,
     /// Device nodes among them; the whiteouts of overlay file systems give access to nothing and do not count.
@@ -27,19 +31,22 @@ pub struct Measure {
 /// Anything that exists but cannot be looked at, unless it is the disk that fails.
 pub fn measure(path: &Path) -> Result<Measure, ScanError> {
     let mut measure = Measure::default();
-    for found in walk(&open_root(path)?) {
-        let stat = match found {
+    let root = open_root(path)?;
+    for found in walk(&root) {
+        let found = match found {
             Err(error) if error.is_loss() => {
                 measure.unreadable += 1;
                 continue;
             }
-            other => other?.stat,
+            other => other?,
         };
+        let stat = found.stat;
         measure.entries += 1;
         match kind_of(&stat) {
             SFlag::S_IFREG => {
                 let size = Bytes(stat.st_size.unsigned_abs());
                 measure.size += size;
+                measure.holes += holes(&root, &found);
                 measure.largest = measure.largest.max(size);
             }
             SFlag::S_IFBLK => measure.device_nodes += 1,
@@ -48,4 +55,41 @@ pub fn measure(path: &Path) -> Result<Measure, ScanError> {
         }
     }
     Ok(measure)
+}
+
+/// Holes of a file; none where it cannot be looked at, which whoever reads it finds, too.
+fn holes(root: &Confined, found: &Found) -> Bytes {
+    let stat = &found.stat;
+    // Most files have none, and their blocks tell so.
+    if stat.st_blocks.saturating_mul(512) >= stat.st_size {
+        return Bytes(0);
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = root.open_beneath(&found.path, flags, Mode::empty());
+    let holes = file
+        .ok()
+        .and_then(|file| Holes::of(&file.into(), stat).ok());
+    Bytes(holes.map_or(0, |holes| holes.bytes(stat.st_size.unsigned_abs())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn holes_of_files_are_told_apart_from_what_moves() {
+        // `/tmp` may be a file system that knows no holes.
+        let place = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
+        let directory = tempfile::tempdir_in(place).unwrap();
+        fs::write(directory.path().join("full"), [1; 5000]).unwrap();
+        let sparse = File::create(directory.path().join("sparse")).unwrap();
+        sparse.write_all_at(&[1; 100], 0).unwrap();
+        sparse.set_len(1 << 40).unwrap();
+        let measured = measure(directory.path()).unwrap();
+        assert_eq!(measured.size, Bytes((1 << 40) + 5000));
+        let data = measured.size.0 - measured.holes.0;
+        assert!((5100..1 << 20).contains(&data), "{data} bytes of data");
+    }
 }

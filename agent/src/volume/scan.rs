@@ -291,6 +291,16 @@ impl Holes {
         }
     }
 
+    /// How much of a file of so many bytes is holes.
+    #[must_use]
+    pub fn bytes(&self, size: u64) -> u64 {
+        let Some(extents) = &self.data else {
+            return 0;
+        };
+        let data: u64 = extents.iter().map(|(start, end)| end - start).sum();
+        size.saturating_sub(data)
+    }
+
     fn find(file: &File, stat: &FileStat) -> io::Result<Self> {
         if stat.st_blocks.saturating_mul(512) >= stat.st_size {
             return Ok(Self::default());
