@@ -6,8 +6,8 @@ use crate::migration::paired::{Paired, RelayError};
 use crate::migration::provide::{ProvideError, Provider};
 use crate::migration::target::{Target, TargetError};
 use crate::model::control::{
-    Dismiss, LEFT_BEHIND, Offer, OfferAccepted, Open, Owns, Provided, RelayAccepted, RelayRequest,
-    TakeOver, TargetStatus, Whole,
+    Dismiss, Offer, OfferAccepted, Open, Owns, Provided, RelayAccepted, RelayRequest, TakeOver,
+    TargetStatus, Whole,
 };
 use crate::model::ids::PlanId;
 use crate::model::plan::{SignedRelease, VolumeRelease};
@@ -66,12 +66,7 @@ fn refused(error: TargetError) -> ErrorAnswer {
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     };
     tracing::warn!("refused: {error}");
-    let is_over = matches!(error, TargetError::LeftBehind { .. });
-    let answer = ErrorAnswer::new(status, error);
-    if is_over {
-        return answer.code(LEFT_BEHIND);
-    }
-    answer
+    ErrorAnswer::new(status, error)
 }
 
 fn not_provided(error: ProvideError) -> ErrorAnswer {

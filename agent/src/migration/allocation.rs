@@ -1,13 +1,11 @@
 //! The delegator's dealings with the duplicator and the devices it lent: get, give back, dismiss.
 
 use super::delegator::{Delegator, FleetContext};
-use super::events::SourceEvent;
 use super::moving::MoveError;
-use crate::fleet::client::CallError;
 use crate::fleet::pairing::{self, Pairing, PairingRequest};
 use crate::fleet::registry::ActionCost;
 use crate::model::action::Actions;
-use crate::model::control::{Dismiss, LEFT_BEHIND};
+use crate::model::control::Dismiss;
 use crate::model::fleet::{DutyOutcome, PeerAddress, Role, TwinNeeds};
 use crate::model::ids::DeviceId;
 use crate::model::plan::{Blocker, Chosen, Plan};
@@ -17,25 +15,6 @@ use std::time::Duration;
 
 /// A device that is told of an end answers soon or is not waited for: its pairing ends by itself.
 const FAREWELL: Duration = Duration::from_secs(5);
-
-/// What became of what a target made for a plan that was rolled back.
-pub(super) enum Freed {
-    /// It is gone, but for what the target says, if it says so.
-    Over(Option<String>),
-    /// The target is to be asked again, and why.
-    NotYet(String),
-}
-
-impl Freed {
-    /// What is written down of it.
-    pub(super) fn event(self) -> SourceEvent {
-        let left = match self {
-            Self::Over(left) => left,
-            Self::NotYet(why) => Some(why),
-        };
-        SourceEvent::TargetFreed { left }
-    }
-}
 
 impl Delegator {
     /// Gets a target for the plan.
@@ -103,24 +82,17 @@ impl Delegator {
             .is_some_and(|fleet| fleet.trusted.iter().any(|network| network.holds(address)))
     }
 
-    /// Tells target and paired device that the plan was rolled back.
-    pub(super) async fn dismiss(&self, plan: &Plan, reason: &str) -> Freed {
-        let mut freed = Freed::Over(None);
+    /// Tells target and paired device that the plan was rolled back; false while the target has not heard.
+    pub(super) async fn dismiss(&self, plan: &Plan, reason: &str) -> bool {
         let Some(fleet) = self.fleet() else {
-            return freed;
+            return true;
         };
+        let (id, mut freed) = (&plan.id, true);
         if let Some(target) = plan.target.as_ref().and_then(peer) {
             let body = Dismiss {
                 reason: reason.to_owned(),
             };
-            let path = format!("/v1/plans/{}/dismiss", plan.id);
-            freed = match tell(fleet, &target, &path, &body).await {
-                Ok(()) => Freed::Over(None),
-                Err(error) if error.code() == Some(LEFT_BEHIND) => {
-                    Freed::Over(Some(error.to_string()))
-                }
-                Err(error) => Freed::NotYet(error.to_string()),
-            };
+            freed = tell(fleet, &target, &format!("/v1/plans/{id}/dismiss"), &body).await;
         }
         fleet.end_relay(plan).await;
         freed
@@ -155,8 +127,7 @@ impl FleetContext {
     async fn end_relay(&self, plan: &Plan) {
         if let Some(paired) = plan.paired.as_ref().and_then(peer) {
             let path = format!("/v1/plans/{}/relay/end", plan.id);
-            // What is wrong is said where it is found.
-            let _ = tell(self, &paired, &path, &()).await;
+            tell(self, &paired, &path, &()).await;
         }
     }
 
@@ -231,29 +202,11 @@ async fn tell(
     peer: &PeerAddress,
     path: &str,
     body: &impl serde::Serialize,
-) -> Result<(), CallError> {
+) -> bool {
     let client = fleet.client.clone().with_timeout(FAREWELL);
-    let told = client.post(peer, path, body).await;
+    let told = client.post::<_, ()>(peer, path, body).await;
     if let Err(error) = &told {
         tracing::warn!("not told of the end: {error}");
     }
-    told
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_target_left_behind_is_in_the_journal_and_none_of_an_earlier_build_says_so() {
-        let line = |event: &SourceEvent| serde_json::to_string(event).unwrap();
-        let left = Freed::Over(Some("volume db-data".into())).event();
-        assert!(line(&left).contains("volume db-data"));
-        let gone = Freed::Over(None).event();
-        assert_eq!(line(&gone), r#"{"event":"target-freed"}"#);
-        for event in [left, gone] {
-            let read: SourceEvent = serde_json::from_str(&line(&event)).unwrap();
-            assert_eq!(read, event);
-        }
-    }
+    told.is_ok()
 }

@@ -286,11 +286,7 @@ pub enum SourceEvent {
         reason: String,
     },
     /// After that: the target has removed what it had made for the plan.
-    TargetFreed {
-        /// What it could not remove, in its words.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        left: Option<String>,
-    },
+    TargetFreed,
 }
 
 /// One forwarded port.

@@ -201,20 +201,16 @@ pub(super) fn times_kept(plan: &Plan, places: &[Place]) -> BTreeMap<VolumeId, Ti
 }
 
 /// Removes the places; what is left, and why.
-pub(super) async fn remove_places(
-    plan: &Plan,
-    places: &mut Vec<Place>,
-    runtime: &Runtime,
-) -> Vec<String> {
+pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) -> Vec<String> {
     let mut left = Vec::new();
-    for place in std::mem::take(places) {
-        let removed = match kind_of(plan, &place) {
+    for place in places {
+        let removed = match kind_of(plan, place) {
             Some(VolumeKind::Named(name)) => runtime
                 .remove_volume(name)
                 .await
                 .map_err(|error| error.to_string()),
             Some(VolumeKind::File | VolumeKind::Device) => {
-                devices::remove(&place).map_err(|error| error.to_string())
+                devices::remove(place).map_err(|error| error.to_string())
             }
             _ if !place.path.exists() => Ok(()),
             _ if place.made => {
@@ -228,7 +224,6 @@ pub(super) async fn remove_places(
                 "volume {name} at {}: {error}",
                 place.path.display()
             ));
-            places.push(place);
         }
     }
     left

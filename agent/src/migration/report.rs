@@ -346,14 +346,7 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines
         }
         SourceEvent::Completed => vec!["completed".into()],
-        SourceEvent::TargetFreed { left: None } => {
-            vec!["the target has removed what it had made".into()]
-        }
-        SourceEvent::TargetFreed { left: Some(what) } => {
-            vec![format!(
-                "not all that the target had made is removed: {what}"
-            )]
-        }
+        SourceEvent::TargetFreed => vec!["the target has removed what it had made".into()],
         SourceEvent::Aborted { reason } => {
             vec![format!("aborted, the source's containers run on: {reason}")]
         }

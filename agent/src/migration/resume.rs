@@ -1,7 +1,6 @@
 //! After a restart of the agent: what an earlier life left is gone on with, from what arrived, or its roll-back is.
 
 use super::active::{Active, locked};
-use super::allocation::Freed;
 use super::clearance::Clearance;
 use super::delegator::{Delegator, begun_by_verdict, plan_ids, plan_of, target_peer};
 use super::events::SourceEvent;
@@ -66,20 +65,13 @@ impl Delegator {
         reason: String,
     ) {
         let mut pause = Duration::from_secs(1);
-        // None when an earlier life rolled it back.
-        let active = locked(&self.plans).get(&plan.id).cloned();
-        let freed = loop {
-            match self.dismiss(&plan, &reason).await {
-                Freed::NotYet(why) => active.iter().for_each(|active| active.trouble(&why)),
-                freed => break freed,
-            }
+        while !self.dismiss(&plan, &reason).await {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(60));
-        };
-        if let Err(error) = journal.append(self.now(), freed.event()) {
+        }
+        if let Err(error) = journal.append(self.now(), SourceEvent::TargetFreed) {
             tracing::error!("{error}");
         }
-        active.iter().for_each(|active| active.enter("aborted"));
     }
 
     fn resume_plan(
@@ -192,7 +184,7 @@ impl After {
             after = match event {
                 SourceEvent::Completed => Self::Forward,
                 SourceEvent::Aborted { reason } => Self::FreeTarget(reason.clone()),
-                SourceEvent::TargetFreed { .. } => Self::Nothing,
+                SourceEvent::TargetFreed => Self::Nothing,
                 _ => Self::GoOn(UnderWay::Unreleased),
             };
         }

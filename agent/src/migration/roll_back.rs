@@ -3,7 +3,6 @@
 //! Invariant: when it is over, the source's containers run and can be started as if nothing had happened.
 
 use super::active::SUSPENDED;
-use super::allocation::Freed;
 use super::events::SourceEvent;
 use super::moving::{Move, MoveError};
 use super::switch::RETRY;
@@ -44,14 +43,12 @@ impl Move {
         })
         .await;
         let _ = tokio::fs::remove_dir_all(delegator.image_directory(&self.plan.id)).await;
-        if let Freed::NotYet(why) = &freed {
-            self.active.enter("aborted");
-            self.active.trouble(why);
-        } else {
-            self.record(freed.event()).await;
+        if freed {
+            self.record(SourceEvent::TargetFreed).await;
             self.active.enter("aborted");
             return;
         }
+        self.active.enter("aborted");
         delegator
             .free_target(self.plan, self.journal, reason.to_owned())
             .await;

@@ -5,14 +5,13 @@
 
 use super::admission::{Keys, layers_held};
 use super::delegator::{Parts, plan_ids};
-use super::dismissal::Removing;
 use super::events::{Place, TargetEvent};
 use super::forwarding::Back;
 use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
 use super::later::Later;
 use super::opening;
-use super::places::{check_room, name_of, times_kept};
+use super::places::{check_room, name_in_runtime, name_of, times_kept};
 use crate::containers::{
     Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError, create,
 };
@@ -89,22 +88,6 @@ pub enum TargetError {
     /// The target owns the plan's volumes: too late to dismiss it.
     #[error("plan {0} was taken over: this target owns its volumes and runs the twins")]
     Owned(PlanId),
-    /// Not everything that a plan made can be removed now.
-    #[error("what plan {plan} made here is not all removed, it is tried again when asked: {left}")]
-    Left {
-        /// Plan.
-        plan: PlanId,
-        /// What is left, and why.
-        left: String,
-    },
-    /// Not everything that a plan made could be removed.
-    #[error("what plan {plan} made here is left behind, remove it: {left}")]
-    LeftBehind {
-        /// Plan.
-        plan: PlanId,
-        /// What is left, and why.
-        left: String,
-    },
     /// A runtime failed.
     #[error("{0}")]
     Runtime(#[from] RuntimeError),
@@ -155,8 +138,8 @@ pub(super) struct Receiving {
     pub(super) ended: BTreeSet<ContainerName>,
     /// Its places were made.
     pub(super) accepted: bool,
-    /// What it made is being removed, and its journal does not say yet that it was.
-    pub(super) removing: Option<Removing>,
+    /// What it made was removed, and its journal does not say so yet.
+    pub(super) removed: bool,
     /// Its data comes behind its twins.
     pub(super) later: Option<Later>,
 }
@@ -180,7 +163,7 @@ impl Receiving {
             trouble: None,
             ended: BTreeSet::new(),
             accepted,
-            removing: None,
+            removed: false,
             later: None,
         }
     }
@@ -257,14 +240,8 @@ impl Target {
         }
         // A source runs one plan at a time: what it left unowned here is over.
         for id in self.unowned_of(peer) {
-            let dismissed = self.dismiss_now(&id, "its source offers another plan");
-            match dismissed.await {
-                // What of it would be in the way of this one is found below.
-                Err(left @ (TargetError::Left { .. } | TargetError::LeftBehind { .. })) => {
-                    tracing::warn!("{left}");
-                }
-                dismissed => dismissed?,
-            }
+            self.dismiss_now(&id, "its source offers another plan")
+                .await?;
         }
         let runtime = self.choose_runtime(&plan).await?;
         let socket = Some(runtime.socket().display().to_string());
@@ -336,6 +313,59 @@ impl Target {
             cannot_serve: opening::cannot_serve(plan, places),
             times: times_kept(plan, places),
         }
+    }
+
+    /// Refuses places and names of a plan that is not dismissed yet: its dismissal would remove them under this one.
+    pub(super) fn check_free(
+        &self,
+        plan: &Plan,
+        places: &[Place],
+        runtime: &Runtime,
+    ) -> Result<(), TargetError> {
+        let socket = runtime.socket().display().to_string();
+        let plans = self.plans();
+        let in_the_way = |what: String, other: &Plan| TargetError::InTheWay {
+            what,
+            why: format!("plan {} is to have it until it is dismissed", other.id),
+        };
+        for known in plans.values().filter(|known| known.owns.is_none()) {
+            let other = &known.plan;
+            let same_runtime = known
+                .runtime
+                .as_ref()
+                .is_none_or(|theirs| *theirs == socket);
+            for place in places {
+                // A volume's path is known once its runtime made it.
+                let name = name_in_runtime(plan, place);
+                let meets = |one: &Place| match (name, name_in_runtime(other, one)) {
+                    (Some(name), Some(theirs)) => same_runtime && name == theirs,
+                    (None, None) => {
+                        one.path.starts_with(&place.path) || place.path.starts_with(&one.path)
+                    }
+                    _ => false,
+                };
+                if known.places.iter().any(meets) {
+                    let path = || place.path.display().to_string();
+                    let what = name.map_or_else(path, |name| format!("volume {name}"));
+                    return Err(in_the_way(what, other));
+                }
+            }
+            let mut names = plan.containers.iter().map(|one| &one.container.name);
+            if let Some(name) = names.find(|name| same_runtime && other.container(name).is_some()) {
+                return Err(in_the_way(format!("container {name}"), other));
+            }
+        }
+        Ok(())
+    }
+
+    fn unowned_of(&self, source: &DeviceId) -> Vec<PlanId> {
+        let plans = self.plans();
+        let unowned = plans.values().filter(|known| known.owns.is_none());
+        unowned
+            .map(|known| &known.plan)
+            .filter(|plan| &plan.source == source)
+            .map(|plan| plan.id.clone())
+            .collect()
     }
 
     fn check_ours(&self, peer: &DeviceId, plan: &Plan) -> Result<(), TargetError> {

@@ -203,9 +203,6 @@ pub struct TargetStatus {
     pub arrival: Option<Arrival>,
 }
 
-/// The word of a target's error by which a plan is over there although not all of it could be removed.
-pub const LEFT_BEHIND: &str = "left-behind";
-
 /// Source → target: the plan was rolled back.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Dismiss {
