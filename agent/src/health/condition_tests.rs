@@ -634,16 +634,16 @@ fn the_last_container_and_the_last_link_end_their_failures_and_a_disk_does_not()
 }
 
 #[test]
-fn a_container_or_interface_that_ends_while_others_are_measured_is_gone_at_once_and_a_failing_interface_is_not()
- {
+fn a_container_that_was_well_is_gone_at_once_with_its_interface_while_others_are_measured() {
     let cases = [
-        ("memory.used_bytes", Per::Container, 1.0, true),
-        ("memory.used_bytes", Per::Container, 1e12, true),
-        ("network.link_down", Per::Interface, 0.0, true),
-        ("network.link_down", Per::Interface, 1.0, false),
-        ("block.latency_p99", Per::Disk, 0.0, false),
+        ("memory.used_bytes", Per::Container, "ended", 1.0, true),
+        ("memory.used_bytes", Per::Container, "ended", 1e12, false),
+        ("network.link_down", Per::Interface, "veth1", 0.0, true),
+        ("network.link_down", Per::Interface, "veth1", 1.0, false),
+        ("network.link_down", Per::Interface, "eth1", 0.0, false),
+        ("block.latency_p99", Per::Disk, "sdb", 0.0, false),
     ];
-    for (metric, per, value, ends) in cases {
+    for (metric, per, name, value, ends) in cases {
         let limit = match metric {
             "block.latency_p99" => "above: 10ms",
             "network.link_down" => "above: 0",
@@ -651,12 +651,15 @@ fn a_container_or_interface_that_ends_while_others_are_measured_is_gone_at_once_
         };
         let mut judge = judge(&format!("metric: {metric}\nper: {}\n{limit}", per.word()));
         let other = (metric, per, "other", 0.0);
-        sweep(&mut judge, 0, &[(metric, per, "ended", value), other]);
+        sweep(&mut judge, 0, &[(metric, per, name, value), other]);
         for second in 1..30 {
             let verdict = sweep(&mut judge, second, &[other]);
             let silent = verdict.missing.iter().any(|one| one.subject.is_some());
             let waits = !ends && second > 10;
-            assert_eq!(silent, waits, "{metric} {value} at {second}: {verdict}");
+            assert_eq!(
+                silent, waits,
+                "{metric} {name} {value} at {second}: {verdict}"
+            );
         }
     }
 }

@@ -17,8 +17,12 @@ use std::time::Duration;
 /// A subject other than the device that is silent for this many times `stale_after`, while another
 /// subject of the same threshold is measured, is taken as removed (a container that ended, a disk
 /// that was pulled) and no longer makes the verdict unknown. So is a container or peer of which nothing
-/// at all is measured any more, and, without that wait, a container or interface while others are measured.
+/// at all is measured any more, and, without that wait, a container or its interface that was well while others are
+/// measured.
 const REMOVED_AFTER: u32 = 10;
+
+/// How the interfaces that runtimes make for containers are called.
+const OF_CONTAINERS: &str = "veth";
 
 /// Applies a policy to samples.
 #[derive(Clone, Debug)]
@@ -432,10 +436,12 @@ fn forget_removed(
         .collect();
     // Containers end and links are closed, the last one too: then nothing at all is measured of them.
     let gone = |name: &str| matches!(per, Per::Container | Per::Peer) && !all.contains(name);
-    // An everyday end: who measures them works, for it measures others; a container takes its interfaces along.
+    // An everyday end: who measures them works, for it measures others; a container takes its interface along.
     let ended = |name: &str, one: &Series| {
-        let everyday = per == Per::Container || per == Per::Interface && !one.failed;
-        everyday && !all.is_empty() && !all.contains(name) && !one.is_fresh(tick, stale)
+        let everyday =
+            per == Per::Container || per == Per::Interface && name.starts_with(OF_CONTAINERS);
+        let others = !all.is_empty() && !all.contains(name);
+        everyday && others && one.is_well() && !one.is_fresh(tick, stale)
     };
     state.blind.retain(|name, _| !gone(name));
     let series = &mut state.series;

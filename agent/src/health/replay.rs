@@ -124,10 +124,10 @@ fn metrics(policy: &Policy) -> BTreeSet<&'static str> {
         };
         let limit = limits::own_limit(threshold.metric);
         let mounted = (threshold.per == Per::Mount).then_some(MOUNTED);
-        // A container or peer is gone once nothing at all is measured of it.
+        // One of these is gone once nothing at all is measured of it.
         let per = threshold.per;
         let gone = move |metric: &&'static Metric| {
-            matches!(per, Per::Container | Per::Peer) && metric.per.contains(&per)
+            matches!(per, Per::Container | Per::Interface | Per::Peer) && metric.per.contains(&per)
         };
         let metrics = [Some(threshold.metric), load, limit].into_iter().flatten();
         let metrics = metrics.chain(METRICS.iter().filter(gone));

@@ -271,6 +271,11 @@ impl Series {
         sum
     }
 
+    /// Whether it neither fails nor is on the way there.
+    pub(super) fn is_well(&self) -> bool {
+        !self.failed && self.window.is_empty()
+    }
+
     /// Whether the last sample is recent enough to say something about now.
     pub(super) fn is_fresh(&self, now: Ticks, stale: Duration) -> bool {
         u128::from(now.saturating_sub(self.last_at)) <= stale.as_millis()
