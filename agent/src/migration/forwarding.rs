@@ -9,7 +9,7 @@
 use super::active::locked;
 use super::delegator::{Delegator, plan_ids, plan_of};
 use super::events::{Forwarding, SourceEvent, TargetEvent};
-use super::journal::{self, Entry, plan_directory};
+use super::journal::{self, Entry, JournalError, plan_directory};
 use super::target::Target;
 use crate::model::fleet::PeerAddress;
 use crate::model::ids::{DeviceId, PlanId};
@@ -146,8 +146,10 @@ impl Forwards {
     pub fn load(state: &Path) -> Self {
         let mut ports = Ports::default();
         for id in plan_ids(state, "target") {
-            // Also of a damaged one: what came back must not be forwarded for it.
+            // Also of a damaged one: what came back must not be forwarded for it. One that cannot be read is told of when
+            // the agent takes up its plans.
             let entries = journal::legible(&plan_directory(state, "target", &id));
+            let entries = entries.unwrap_or_default();
             ports
                 .back
                 .extend(came_back(&entries).map(|back| (id, back)));
@@ -234,14 +236,19 @@ impl Delegator {
 
 impl Target {
     /// What comes back here with a plan.
-    pub(super) fn comes_back(&self, plan: &Plan) -> Back {
+    ///
+    /// # Errors
+    /// A journal cannot be read: a port that is not let go of would be forwarded in a circle.
+    pub(super) fn comes_back(&self, plan: &Plan) -> Result<Back, JournalError> {
         let state = &self.parts.state;
-        let back = plan_ids(state, "source").into_iter().filter_map(|id| {
-            // One that cannot be read was told of when the agent started, and is forwarded by nobody.
-            let entries = journal::read(&plan_directory(state, "source", &id)).unwrap_or_default();
-            Some((id, comes_back(&entries, plan)?))
-        });
-        back.collect()
+        let mut back = Back::new();
+        for id in plan_ids(state, "source") {
+            let entries = journal::legible(&plan_directory(state, "source", &id))?;
+            if let Some(ports) = comes_back(&entries, plan) {
+                back.insert(id, ports);
+            }
+        }
+        Ok(back)
     }
 }
 
@@ -259,10 +266,11 @@ fn forwardings(plan: &Plan, target: IpAddr) -> Vec<Forwarding> {
         .collect()
 }
 
-/// Whether two addresses cannot be listened on side by side.
-fn meets(one: SocketAddr, other: SocketAddr) -> bool {
-    let any = one.ip().is_unspecified() || other.ip().is_unspecified();
-    one.port() == other.port() && (any || one.ip() == other.ip())
+/// Whether a port that is forwarded, for IPv6 for that alone, and another one cannot be listened on side by side.
+fn meets(forwarded: SocketAddr, other: SocketAddr) -> bool {
+    let any = forwarded.ip().is_unspecified() || other.ip().is_unspecified();
+    let hears = any && !(forwarded.is_ipv6() && other.is_ipv4());
+    forwarded.port() == other.port() && (hears || forwarded.ip() == other.ip())
 }
 
 /// The ports that end with the return of `plan`, of the plan of this journal, with which containers of it had left; none
@@ -278,15 +286,21 @@ fn comes_back(entries: &[Entry<SourceEvent>], plan: &Plan) -> Option<BTreeSet<So
     let target = left.target.as_ref().map(|target| &target.device);
     let published = plan.containers.iter();
     let published = published.flat_map(|planned| &planned.container.published);
-    // By number: what is forwarded to one of its source would come from there again, whatever the address here.
-    let numbers: BTreeSet<u16> = published
+    let published: Vec<SocketAddr> = published
         .filter(|port| !port.udp)
-        .map(|port| port.host_port)
+        .map(|port| (port.host_ip, port.host_port).into())
         .collect();
+    // By number: what is forwarded to one of its source would come from there again, whatever the address here. What is
+    // forwarded elsewhere is refused when it is offered; what was taken since is the twin's, which cannot start without.
+    let from_there = target == Some(&plan.source);
+    let ends = |listen: &SocketAddr| {
+        let mut published = published.iter();
+        published.any(|port| from_there && port.port() == listen.port() || meets(*listen, *port))
+    };
     let ports: BTreeSet<SocketAddr> = forwardings(&left, IpAddr::from([0, 0, 0, 0]))
         .into_iter()
         .map(|port| port.listen)
-        .filter(|listen| target == Some(&plan.source) && numbers.contains(&listen.port()))
+        .filter(ends)
         .collect();
     let mut names = plan.containers.iter().map(|one| &one.container.name);
     let same = names.any(|name| left.container(name).is_some());
@@ -405,7 +419,8 @@ mod tests {
     }
 
     #[test]
-    fn only_ports_that_are_forwarded_to_where_their_containers_come_from_end_with_the_return() {
+    fn ports_end_that_are_forwarded_to_where_their_containers_come_from_or_that_the_twins_themselves_need()
+     {
         let TargetEvent::Owns { release, .. } = owns() else {
             panic!("it is one")
         };
@@ -446,7 +461,16 @@ mod tests {
         assert_eq!(ports(&all, &other), None);
         left.target.as_mut().unwrap().device = "third".into();
         let to_third = [planned(&left), released];
-        assert_eq!(ports(&to_third, &comes), Some(Vec::new()));
+        assert_eq!(
+            ports(&to_third, &comes),
+            Some(vec![443]),
+            "nobody else gets it"
+        );
+        let mut beside = publishing(&[443]);
+        beside.containers[0].container.published[0].host_ip = IpAddr::from([127, 0, 0, 9]);
+        left.containers[0].container.published[1].host_ip = IpAddr::from([127, 0, 0, 8]);
+        let there = [planned(&left), to_third[1].clone()];
+        assert_eq!(ports(&there, &beside), Some(Vec::new()));
         assert_eq!(ports(&to_third, &publishing(&[])), Some(Vec::new()));
     }
 

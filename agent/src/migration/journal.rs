@@ -59,30 +59,38 @@ pub fn read<E: DeserializeOwned>(directory: &Path) -> Result<Vec<Entry<E>>, Jour
     read_whole(&directory.join("journal.jsonl")).map(|(entries, _)| entries)
 }
 
-/// Those whole entries of the journal in `directory` that can be read, also where it is damaged.
-#[must_use]
-pub fn legible<E: DeserializeOwned>(directory: &Path) -> Vec<Entry<E>> {
-    let text = std::fs::read(directory.join("journal.jsonl")).unwrap_or_default();
+/// Those whole entries of the journal in `directory` that are understood, also where it is damaged; none when there is
+/// no journal.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn legible<E: DeserializeOwned>(directory: &Path) -> Result<Vec<Entry<E>>, JournalError> {
+    let text = text(&directory.join("journal.jsonl"))?;
     let lines = text.split_inclusive(|byte| *byte == b'\n');
     let whole = lines.filter(|line| line.ends_with(b"\n"));
-    whole
-        .filter_map(|line| serde_json::from_slice(line).ok())
-        .collect()
+    let entries = whole.filter_map(|line| serde_json::from_slice(line).ok());
+    Ok(entries.collect())
+}
+
+/// What a journal holds; nothing when there is none.
+fn text(path: &Path) -> Result<Vec<u8>, JournalError> {
+    match std::fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(|error| failed_read(path, error)),
+    }
+}
+
+fn failed_read(path: &Path, error: std::io::Error) -> JournalError {
+    JournalError {
+        doing: "read",
+        path: path.to_owned(),
+        error,
+    }
 }
 
 /// The entries and the length of the bytes that hold them.
 fn read_whole<E: DeserializeOwned>(path: &Path) -> Result<(Vec<Entry<E>>, usize), JournalError> {
-    let fail = |error| JournalError {
-        doing: "read",
-        path: path.to_owned(),
-        error,
-    };
-    let text = match std::fs::read(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(fail(error)),
-    };
-    entries(&text).map_err(|error| fail(std::io::Error::other(error)))
+    entries(&text(path)?).map_err(|error| failed_read(path, std::io::Error::other(error)))
 }
 
 /// The whole entries of a journal's text, and the length of the bytes that hold them: a torn last line is

@@ -60,7 +60,7 @@ impl Target {
                 })
                 .collect(),
         };
-        let back = self.comes_back(&plan);
+        let back = self.comes_back(&plan)?;
         let event = TargetEvent::Owns {
             release: signed,
             owns: owns.clone(),
