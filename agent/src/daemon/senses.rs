@@ -53,6 +53,8 @@ struct Court {
     policy: Option<PathBuf>,
     /// Where the judge's state is kept.
     saved_at: PathBuf,
+    /// Held while the policy is loaded, so that an older text never follows a newer one.
+    loading: Mutex<()>,
     /// By file: why it could not be loaded or saved the last time.
     troubles: Mutex<BTreeMap<PathBuf, String>>,
 }
@@ -73,6 +75,7 @@ impl Court {
             judging: Mutex::new(Judging::Nothing),
             policy: config.policy.clone(),
             saved_at: config.state.join("verdict.json"),
+            loading: Mutex::default(),
             troubles: Mutex::default(),
         };
         if court.policy.is_some()
@@ -90,6 +93,7 @@ impl Court {
     fn load(&self) -> Result<Policy, String> {
         let unset = "no `policy` is set in the agent's configuration";
         let path = self.policy.as_deref().ok_or(unset)?;
+        let _loading = locked(&self.loading);
         // The disk is asked before the sweep would wait for it.
         let policy = load_policy(path);
         let first = !matches!(&*locked(&self.judging), Judging::By(_));

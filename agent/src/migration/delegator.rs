@@ -551,8 +551,9 @@ impl Delegator {
         self.abort(plan, OPERATOR_ABORT)?;
         let active = locked(&self.plans).get(plan).cloned();
         if let Some(active) = active.filter(|one| one.by_verdict() || begun.is_ok_and(|by| by)) {
-            let view = self.parts.view.borrow();
-            let stage = refused_stage(view.verdict.as_ref(), active.stage());
+            // Nobody waits for the disk with the view in his hands: the sweep would wait for him.
+            let verdict = self.parts.view.borrow().verdict.clone();
+            let stage = refused_stage(verdict.as_ref(), active.stage());
             self.parts.refusal.set(stage);
         }
         Ok(())
