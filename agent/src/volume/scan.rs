@@ -275,6 +275,8 @@ fn seek(file: &File, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
     }
 }
 
+const LARGEST_BLOCK: u64 = 1 << 20;
+
 /// Most extents that are remembered; a file with more is read in full (zeros are still found).
 const EXTENTS_CAP: usize = 100_000;
 
@@ -291,14 +293,27 @@ impl Holes {
         }
     }
 
-    /// How much of a file of so many bytes is holes.
+    /// How much of a file of so many bytes is holes that hold whole blocks, however large those are: a block with a byte
+    /// of data in it moves.
     #[must_use]
     pub fn bytes(&self, size: u64) -> u64 {
         let Some(extents) = &self.data else {
             return 0;
         };
-        let data: u64 = extents.iter().map(|(start, end)| end - start).sum();
-        size.saturating_sub(data)
+        let whole = |start: u64, end: u64| {
+            let (from, to) = (
+                start.next_multiple_of(LARGEST_BLOCK),
+                end / LARGEST_BLOCK * LARGEST_BLOCK,
+            );
+            to.saturating_sub(from)
+        };
+        let mut holes = 0;
+        let mut from = 0;
+        for (start, end) in extents {
+            holes += whole(from, *start);
+            from = *end;
+        }
+        holes + whole(from, size)
     }
 
     fn find(file: &File, stat: &FileStat) -> io::Result<Self> {
