@@ -26,7 +26,7 @@ catalogue! {
     "cpu.load1" Count [Device] "1-minute load average" from "/proc/loadavg";
     "cpu.load_per_core" Count [Device] "1-minute load average divided by online CPUs" from "/proc/loadavg, /proc/stat";
     "cpu.used" Percent [Device Cpu Container]
-        "share of CPU time not idle; of a container, of the time of all CPUs" from "/proc/stat, cgroup cpu.stat";
+        "share of CPU time not idle; of a container, of the time of all CPUs; of the device, where its cgroup tells, without stolen time" from "/proc/stat, cgroup cpu.stat";
     "cpu.steal" Percent [Device Cpu] "share of CPU time that the hypervisor gave to others" from "/proc/stat";
     "cpu.waiting_for_io" Percent [Device] "share of CPU time idle while a task waited for I/O" from "/proc/stat";
     "cpu.runnable" Count [Device] "tasks that run or want to" from "/proc/stat procs_running";
