@@ -26,6 +26,18 @@ pub enum ClientError {
         /// Cause.
         error: String,
     },
+    /// It takes the request and does nothing.
+    #[error(
+        "the agent on {socket} has not answered for {} s: it is stopped or hangs; look whether its process is stopped \
+         (state T: `kill -CONT`) or waits for a disk, and at its log; what was asked it may still do when it goes on",
+        after.as_secs()
+    )]
+    Silent {
+        /// Socket.
+        socket: PathBuf,
+        /// For how long it was waited for.
+        after: Duration,
+    },
     /// It refused.
     #[error("{0}")]
     Refused(String),
@@ -47,10 +59,16 @@ pub enum ClientError {
     },
 }
 
-/// A client of the agent on one socket.
+/// Between two looks whether an agent that works on an answer lives.
+const LOOK: Duration = Duration::from_secs(2);
+/// An agent that lives answers such a look sooner, also on a sick host.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A client of the agent on one socket. It waits for an answer for as long as the agent lives.
 pub struct Client {
     socket: PathBuf,
     http: reqwest::Client,
+    patience: Duration,
 }
 
 impl Client {
@@ -65,11 +83,11 @@ impl Client {
             .unix_socket(socket)
             // A host without certificate authorities has an agent too.
             .tls_certs_only([])
-            .timeout(Duration::from_secs(600))
             .build()?;
         Ok(Self {
             socket: socket.to_owned(),
             http,
+            patience: PATIENCE,
         })
     }
 
@@ -112,6 +130,34 @@ impl Client {
         &self,
         request: reqwest::RequestBuilder,
     ) -> Result<T, ClientError> {
+        tokio::select! {
+            answer = self.whole_answer(request) => answer,
+            error = self.silence() => Err(error),
+        }
+    }
+
+    /// Ends when the agent does not answer at all any more, whatever it works on.
+    async fn silence(&self) -> ClientError {
+        loop {
+            tokio::time::sleep(LOOK.min(self.patience)).await;
+            let look = self.http.get(url("/v1/alive")).timeout(self.patience);
+            match look.send().await {
+                Err(error) if error.is_timeout() => {
+                    return ClientError::Silent {
+                        socket: self.socket.clone(),
+                        after: self.patience,
+                    };
+                }
+                // That it is gone the request hears, too; and any answer is one.
+                _ => {}
+            }
+        }
+    }
+
+    async fn whole_answer<T: DeserializeOwned>(
+        &self,
+        request: reqwest::RequestBuilder,
+    ) -> Result<T, ClientError> {
         let garbled = |error| ClientError::Garbled {
             socket: self.socket.clone(),
             error,
@@ -134,4 +180,60 @@ impl Client {
 
 fn url(path: &str) -> String {
     format!("http://agent{path}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::routing::get;
+    use axum::{Json, Router};
+    use std::sync::Arc;
+    use tokio::net::UnixListener;
+    use tokio::sync::Notify;
+
+    fn client(directory: &tempfile::TempDir) -> (Client, UnixListener) {
+        let socket = directory.path().join("agent.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let patience = Duration::from_millis(200);
+        let client = Client::new(&socket).unwrap();
+        (Client { patience, ..client }, listener)
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_takes_requests_and_answers_none_is_told_of() {
+        let directory = tempfile::tempdir().unwrap();
+        let (client, listener) = client(&directory);
+        let asked = client.get::<()>("/v1/status");
+        let asked = tokio::time::timeout(Duration::from_secs(30), asked);
+        let error = asked.await.expect("it waits for ever").unwrap_err();
+        assert!(matches!(error, ClientError::Silent { .. }), "{error}");
+        assert!(error.to_string().contains("agent.sock"), "{error}");
+        drop(listener);
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_waited_for_as_long_as_the_agent_lives() {
+        let directory = tempfile::tempdir().unwrap();
+        let (client, listener) = client(&directory);
+        let looks = Arc::new(Notify::new());
+        let (looked, is_over) = (looks.clone(), looks.clone());
+        let alive = async move || {
+            looked.notify_one();
+            Json(())
+        };
+        let verify = async move || {
+            // Longer than it would be waited for in silence.
+            for _ in 0..4 {
+                is_over.notified().await;
+            }
+            Json(7)
+        };
+        let routes = Router::new()
+            .route("/v1/alive", get(alive))
+            .route("/v1/verify", get(verify));
+        tokio::spawn(async move { axum::serve(listener, routes).await });
+        let asked = client.get::<u32>("/v1/verify");
+        let asked = tokio::time::timeout(Duration::from_secs(30), asked);
+        assert_eq!(asked.await.expect("it is looked at").unwrap(), 7);
+    }
 }

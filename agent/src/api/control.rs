@@ -181,7 +181,7 @@ async fn dismiss(
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
     Json(request): Json<Dismiss>,
-) -> Answer<()> {
+) -> Answer<Option<String>> {
     whole(async move { target.dismiss(&peer.device, &plan, &request.reason).await }).await
 }
 

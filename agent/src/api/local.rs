@@ -257,6 +257,7 @@ pub async fn serve(socket: PathBuf, context: Context) -> std::io::Result<()> {
 
 fn router(context: Context) -> Router {
     Router::new()
+        .route("/v1/alive", get(alive))
         .route("/v1/status", get(status))
         .route("/v1/plan", post(plan))
         .route("/v1/evacuate", post(evacuate))
@@ -273,6 +274,11 @@ fn router(context: Context) -> Router {
         .route("/v1/policy/pause", post(pause))
         .route("/v1/policy/resume", post(resume))
         .with_state(context)
+}
+
+/// Says that the agent lives, whatever it works on.
+async fn alive() -> Json<()> {
+    Json(())
 }
 
 async fn status(State(context): State<Context>) -> Json<Status> {
@@ -341,13 +347,7 @@ async fn pause(
     State(context): State<Context>,
     Json(request): Json<PauseRequest>,
 ) -> Result<Json<Pause>, Refused> {
-    let since = context.delegator.now();
-    let lasting = u64::try_from(request.lasting.as_millis()).unwrap_or(u64::MAX);
-    let pause = Pause {
-        since,
-        until: UnixMillis(since.0.saturating_add(lasting)),
-        why: request.why,
-    };
+    let pause = asked(request, context.delegator.now())?;
     let kept = context.pauses.set(pause.clone());
     kept.map_err(|error| {
         refused(format!(
@@ -356,6 +356,27 @@ async fn pause(
     })?;
     tracing::warn!(why = pause.why, "policy paused by an operator");
     Ok(Json(pause))
+}
+
+/// The pause that is asked for.
+fn asked(request: PauseRequest, since: UnixMillis) -> Result<Pause, Refused> {
+    let wrong = if request.lasting < Duration::from_millis(1) {
+        "a pause for no time at all; `lifeboat policy resume` ends one"
+    } else if request.why.trim().is_empty() {
+        "a pause without a reason: say why, it is shown by status and explain"
+    } else {
+        let lasting = u64::try_from(request.lasting.as_millis()).unwrap_or(u64::MAX);
+        return Ok(Pause {
+            since,
+            until: UnixMillis(since.0.saturating_add(lasting)),
+            why: request.why,
+        });
+    };
+    Err(Refused::new(
+        StatusCode::BAD_REQUEST,
+        Because::Other,
+        &wrong,
+    ))
 }
 
 async fn resume(State(context): State<Context>) -> Result<Json<Option<Pause>>, Refused> {
@@ -514,4 +535,35 @@ async fn reload(State(context): State<Context>) -> Result<Json<String>, Refused>
                 },
             )
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_for_no_time_or_without_a_reason_is_refused() {
+        let now = UnixMillis(7_000);
+        let ask = |lasting, why: &str| {
+            let why = why.to_owned();
+            let asked = asked(PauseRequest { lasting, why }, now);
+            asked.map_err(|Refused(status, refusal)| (status, refusal.error))
+        };
+        let hour = Duration::from_hours(1);
+        for (lasting, why, told) in [
+            (Duration::ZERO, "fans", "no time at all"),
+            (Duration::from_micros(1), "fans", "no time at all"),
+            (hour, "", "without a reason"),
+            (hour, " \t", "without a reason"),
+        ] {
+            let (status, error) = ask(lasting, why).unwrap_err();
+            assert_eq!(status, StatusCode::BAD_REQUEST);
+            assert!(error.contains(told), "{error}");
+        }
+        let pause = ask(hour, "fans").unwrap();
+        assert_eq!(
+            (pause.until, pause.why.as_str()),
+            (UnixMillis(3_607_000), "fans")
+        );
+    }
 }

@@ -14,6 +14,7 @@ impl Failure {
     pub fn of(error: ClientError) -> Self {
         match error {
             ClientError::Unreachable { .. }
+            | ClientError::Silent { .. }
             | ClientError::Denied { .. }
             | ClientError::Device(_) => Self::Unreachable(error.into()),
             ClientError::Blocked(_) => Self::Blocked(error.into()),

@@ -1,6 +1,7 @@
 //! `lifeboat record --dirty`: what changes on a block device.
 
 use super::output::say;
+use super::record::as_root;
 use super::{Context, Outcome};
 use crate::model::units::Bytes;
 use crate::telemetry::dirty::{Changes, Watch};
@@ -15,7 +16,7 @@ pub fn run(
     context: &Context,
 ) -> Outcome {
     let end = lasting.map(|lasting| Instant::now() + lasting);
-    let mut watch = Watch::start(Path::new("/"), device)?;
+    let mut watch = Watch::start(Path::new("/"), device).map_err(as_root("--dirty"))?;
     loop {
         let left = end.map_or(every, |end| end.saturating_duration_since(Instant::now()));
         std::thread::sleep(every.min(left));

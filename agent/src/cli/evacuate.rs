@@ -14,6 +14,9 @@ use std::time::Duration;
 
 /// Moves containers and their data to a target that the duplicator chooses.
 #[derive(clap::Args)]
+#[command(
+    override_usage = "lifeboat evacuate [OPTIONS] <CONTAINERS>...\n       lifeboat evacuate [OPTIONS] --all"
+)]
 pub struct Arguments {
     #[command(flatten)]
     selection: Selection,

@@ -2,6 +2,7 @@
 
 use super::daemon::ask;
 use super::output::say;
+use super::policy::lasts;
 use super::{Context, Failure, Outcome};
 use crate::api::local::{FailedTry, Judgement, Status};
 use crate::health::{Missing, Stage, Verdict, VerdictKind};
@@ -152,17 +153,22 @@ fn next(status: &Status) -> Vec<String> {
         ));
     }
     if let Some(pause) = &judgement.paused {
+        let lasts = lasts(pause);
+        let or = if lasts.contains("resume") {
+            ""
+        } else {
+            ", or `lifeboat policy resume`"
+        };
         lines.push(format!(
-            "An operator paused the policy ({}): nothing moves by itself until {}, or `lifeboat policy resume`.",
+            "An operator paused the policy ({}): nothing moves by itself {lasts}{or}.",
             pause.why,
-            utc(pause.until)
         ));
     }
     lines.extend(under_way.iter().flat_map(|plan| of_plan(plan)));
     if !judgement.automatic {
-        lines.push(
-            "Nothing moves by itself, as `migration.automatic` is false or the device is in no fleet; `lifeboat evacuate --all` moves the containers.".to_owned(),
-        );
+        lines.push(format!(
+            "{nothing} by itself, as `migration.automatic` is false or the device is in no fleet; `lifeboat evacuate --all` moves the containers."
+        ));
     }
     let acting = &judgement.acting;
     if let Some(stage) = acting.refused {
@@ -185,10 +191,13 @@ fn next(status: &Status) -> Vec<String> {
             human_duration(again.since(now))
         ));
     }
+    // Said already where nothing would whatever the verdict was.
+    let nothing = (judgement.automatic && judgement.paused.is_none()).then_some(nothing);
     let given_up = "What the verdict began and does not move yet is given up; what was copied in advance, after `guards.hold`.";
     match (verdict.kind, verdict.stage) {
         (VerdictKind::Degraded, Some(Stage::Watch)) => {
-            lines.push(format!("Stage `watch`: it is shown. {nothing}."));
+            let nothing = nothing.map_or(String::new(), |nothing| format!(" {nothing}."));
+            lines.push(format!("Stage `watch`: it is shown.{nothing}"));
             if judgement.automatic {
                 lines.extend(ladder(judgement, Stage::Prepare, "It would act when"));
             }
@@ -201,7 +210,7 @@ fn next(status: &Status) -> Vec<String> {
             } else if under_way.is_empty() {
                 format!("Stage `prepare`, at which {copied}: not now.")
             } else {
-                format!("Stage `prepare`. {nothing} beside what is under way.")
+                "Stage `prepare`. Nothing new is begun beside what is under way.".to_owned()
             });
             lines.extend(ladder(judgement, Stage::Evacuate, "It would evacuate when"));
         }
@@ -217,10 +226,10 @@ fn next(status: &Status) -> Vec<String> {
         }
         (VerdictKind::Degraded, _) => {}
         (VerdictKind::Unknown, _) => {
-            lines.push(format!("{nothing} while the verdict is unknown."));
+            lines.extend(nothing.map(|nothing| format!("{nothing} while the verdict is unknown.")));
         }
         (VerdictKind::Suspect | VerdictKind::Healthy, _) => {
-            lines.push(format!("{nothing}."));
+            lines.extend(nothing.map(|nothing| format!("{nothing}.")));
             if !under_way.is_empty() && judgement.automatic {
                 lines.push(given_up.to_owned());
             }
@@ -405,6 +414,36 @@ mod tests {
             assert!(told(&status).contains("Nothing moves"), "{kind}");
             status.plans.push(plan());
             assert!(!told(&status).contains("Nothing moves"), "{kind}");
+        }
+    }
+
+    #[test]
+    fn that_nothing_moves_is_said_once() {
+        let kinds = [
+            (VerdictKind::Healthy, None),
+            (VerdictKind::Unknown, None),
+            (VerdictKind::Degraded, Some(Stage::Watch)),
+        ];
+        for (kind, stage) in kinds {
+            let mut status = status(kind, stage);
+            let times =
+                |status: &Status| told(status).to_lowercase().matches("nothing moves").count();
+            assert_eq!(times(&status), 1, "{}", told(&status));
+            status.judgement.as_mut().unwrap().automatic = false;
+            assert_eq!(times(&status), 1, "{}", told(&status));
+            let judgement = status.judgement.as_mut().unwrap();
+            judgement.automatic = true;
+            judgement.paused = Some(Pause {
+                since: UnixMillis(0),
+                until: UnixMillis(u64::MAX),
+                why: "pause.json cannot be read".into(),
+            });
+            assert_eq!(times(&status), 1, "{}", told(&status));
+            let text = told(&status);
+            assert!(
+                text.contains("by itself until `lifeboat policy resume`."),
+                "{text}"
+            );
         }
     }
 

@@ -9,13 +9,18 @@ use std::time::{Duration, Instant};
 /// Share of the newest rate in the smoothed one; looks are a quarter of a second to a second apart.
 const NEWEST: f64 = 0.3;
 
+/// Between two lines about the same phase without a terminal.
+const EACH: Duration = Duration::from_secs(30);
+
 /// One plan's meter.
 #[derive(Default)]
 pub struct Meter {
     last: Option<Look>,
-    rate: f64,
+    /// None before the second look at a phase.
+    rate: Option<f64>,
     drawn: bool,
     told: (String, Option<String>),
+    told_at: Option<Instant>,
 }
 
 struct Look {
@@ -38,9 +43,10 @@ impl Meter {
             Some(last) if last.phase == plan.phase => {
                 let seconds = now.duration_since(last.at).as_secs_f64().max(1e-3);
                 let newest = done.0.saturating_sub(last.done.0) as f64 / seconds;
-                self.rate += NEWEST * (newest - self.rate);
+                let rate = self.rate.unwrap_or(newest);
+                self.rate = Some(rate + NEWEST * (newest - rate));
             }
-            _ => self.rate = 0.0,
+            _ => self.rate = None,
         }
         self.last = Some(Look {
             at: now,
@@ -48,13 +54,18 @@ impl Meter {
             done,
         });
         let moves = exports || plan.phase == "replicate";
+        // Later rounds read what changed on top of it.
+        let total = total.max(done);
         let left = total.0.saturating_sub(done.0) as f64;
-        let remaining = if moves && self.rate > 1.0 {
-            let left = Duration::from_secs_f64(left / self.rate);
-            format!(", {} left", human_duration(left))
-        } else {
-            String::new()
+        let remaining = match self.rate {
+            Some(rate) if moves && rate > 1.0 => {
+                let left = Duration::from_secs_f64(left / rate);
+                format!(", {} left", human_duration(left))
+            }
+            _ => String::new(),
         };
+        let rate = self.rate.map(|rate| Bytes(rate as u64));
+        let rate = rate.map_or_else(String::new, |rate| format!(", {rate}/s"));
         let trouble = plan.trouble.as_ref();
         let retrying = trouble.map_or_else(String::new, |text| format!(" [retrying: {text}]"));
         let arrival = plan
@@ -70,27 +81,33 @@ impl Meter {
             );
         }
         format!(
-            "plan {}: {}: {done} of about {total} read, {} sent, {}/s{}{remaining}{}",
+            "plan {}: {}: {done} of about {total} read, {} sent{rate}{}{remaining}{retrying}",
             plan.plan,
             plan.phase,
             plan.bytes_sent,
-            Bytes(self.rate as u64),
             limited(&plan.limits),
-            retrying,
         )
     }
 
-    /// Draws the line over itself on a terminal; elsewhere prints one for each new phase or trouble.
+    /// Draws the line over itself on a terminal; elsewhere prints one for each new phase or trouble, and now and then.
     pub fn draw(&mut self, plan: &PlanStatus) {
         let line = self.line(plan);
-        let now = (plan.phase.clone(), plan.trouble.clone());
         if std::io::stderr().is_terminal() {
             redraw(&line);
             self.drawn = true;
-        } else if self.told != now {
+        } else if self.is_due(plan, Instant::now()) {
             eprintln!("{line}");
         }
-        self.told = now;
+    }
+
+    fn is_due(&mut self, plan: &PlanStatus, now: Instant) -> bool {
+        let news = (plan.phase.clone(), plan.trouble.clone());
+        let late = |told: Instant| now.saturating_duration_since(told) >= EACH;
+        let is_due = self.told != news || self.told_at.is_none_or(late);
+        if is_due {
+            (self.told, self.told_at) = (news, Some(now));
+        }
+        is_due
     }
 
     /// Ends the line.
@@ -122,4 +139,46 @@ fn limited(limits: &Limits) -> String {
         };
         format!(" of at most {rate}/s ({whose}{lost})")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(phase: &str, read: u64) -> PlanStatus {
+        let text = format!(
+            r#"{{"plan":"p","phase":"{phase}","over":false,"target":null,"paired":null,"bytes_read":{read},
+                "bytes_sent":0,"bytes_total":1048576,"images":[0,0],"since":0,"twins":[],"trouble":null}}"#
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn a_rate_is_told_once_there_were_two_looks_and_never_more_than_all_is_read() {
+        let mut meter = Meter::default();
+        let first = meter.line(&status("replicate", 0));
+        assert!(!first.contains("/s"), "{first}");
+        std::thread::sleep(Duration::from_millis(20));
+        let second = meter.line(&status("replicate", 1 << 19));
+        assert!(
+            second.contains("/s") && !second.contains(" 0 B/s"),
+            "{second}"
+        );
+        let changeset = meter.line(&status("replicate", 3 << 20));
+        assert!(
+            changeset.contains("3.0 MiB of about 3.0 MiB"),
+            "{changeset}"
+        );
+        let next = meter.line(&status("switch", 3 << 20));
+        assert!(!next.contains("/s"), "{next}");
+    }
+
+    #[test]
+    fn without_a_terminal_there_is_a_line_for_each_phase_and_now_and_then_one_with_a_rate() {
+        let (mut meter, now) = (Meter::default(), Instant::now());
+        assert!(meter.is_due(&status("replicate", 0), now));
+        assert!(!meter.is_due(&status("replicate", 1), now + EACH / 2));
+        assert!(meter.is_due(&status("replicate", 2), now + EACH));
+        assert!(meter.is_due(&status("switch", 2), now + EACH));
+    }
 }

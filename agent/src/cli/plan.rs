@@ -10,6 +10,9 @@ use std::fmt::Write as _;
 
 /// Shows order, groups, sizes, actions, estimate and what blocks the plan; changes nothing.
 #[derive(clap::Args)]
+#[command(
+    override_usage = "lifeboat plan [OPTIONS] <CONTAINERS>...\n       lifeboat plan [OPTIONS] --all"
+)]
 pub struct Arguments {
     #[command(flatten)]
     selection: Selection,

@@ -184,13 +184,18 @@ pub fn verify(arguments: &Arguments, context: &Context) -> Outcome {
                 root.map_or_else(|| "-".to_owned(), |root| root.to_string()[..16].to_owned())
             };
             println!(
-                "{}  {}: released {} (epoch {}), received {} (owned from epoch {}), kept on the source {}",
+                "{}  {}: {} {} (epoch {}), received {} (owned from epoch {}), kept on the source {}",
                 match (volume.agrees, volume.incomparable) {
                     (true, false) => "agrees ",
                     (true, true) => "unread ",
                     (false, _) => "DIFFERS",
                 },
                 volume.name,
+                if volume.listed {
+                    "switched first with list"
+                } else {
+                    "released"
+                },
                 shown(Some(volume.released)),
                 volume.released_epoch,
                 shown(volume.received),

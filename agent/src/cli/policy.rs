@@ -10,9 +10,8 @@ use crate::health::{
 };
 use crate::migration::pause::Pause;
 use crate::model::locate::{Fault, Field, Position};
-use crate::model::units::{human_duration, utc};
+use crate::model::units::{UnixMillis, human_duration, utc};
 use anyhow::Context as _;
-use clap::builder::NonEmptyStringValueParser;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -52,10 +51,10 @@ enum Command {
     /// Let the policy judge and move nothing by itself, also over a restart of the agent.
     Pause {
         /// How long, such as 2h.
-        #[arg(long = "for", value_name = "SPAN", value_parser = some_span)]
+        #[arg(long = "for", value_name = "SPAN", value_parser = span)]
         lasting: Duration,
         /// Why; shown by status and explain.
-        #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
+        #[arg(long, value_name = "TEXT")]
         why: String,
     },
     /// End a pause.
@@ -80,12 +79,12 @@ pub fn run(args: Args, context: &Context) -> Outcome {
     }
 }
 
-fn some_span(text: &str) -> Result<Duration, String> {
-    let lasting = span(text)?;
-    if lasting.is_zero() {
-        return Err("no time at all; `lifeboat policy resume` ends a pause".into());
+/// Until when a pause lasts. One of which the file cannot be read has no end of its own.
+pub fn lasts(pause: &Pause) -> String {
+    match pause.until {
+        UnixMillis(u64::MAX) => "until `lifeboat policy resume`".to_owned(),
+        until => format!("until {}", utc(until)),
     }
-    Ok(lasting)
 }
 
 fn pause(lasting: Duration, why: String, context: &Context) -> Outcome {
@@ -100,8 +99,8 @@ fn pause(lasting: Duration, why: String, context: &Context) -> Outcome {
         serde_json::to_string(&pause)?
     } else {
         format!(
-            "paused until {}: the policy judges, and nothing moves by itself",
-            utc(pause.until)
+            "paused {}: the policy judges, and nothing moves by itself",
+            lasts(&pause)
         )
     });
     Ok(())
@@ -116,6 +115,10 @@ fn resume(context: &Context) -> Outcome {
     })?;
     say(&match ended {
         _ if context.json => serde_json::to_string(&ended)?,
+        // Of one that could not be read.
+        Some(pause) if pause.since == UnixMillis(0) => {
+            format!("resumed; it was paused ({})", pause.why)
+        }
         Some(pause) => format!(
             "resumed; it was paused since {} ({})",
             utc(pause.since),
@@ -133,18 +136,20 @@ fn replay_one(recording: &Path, policy: &Path, json: bool) -> Outcome {
     };
     let named = || recording.display().to_string();
     let bytes = std::fs::read(recording).with_context(|| format!("cannot read {}", named()))?;
-    let summary = replay(&bytes, policy, |event| {
-        say(&if json {
-            json!(event).to_string()
-        } else {
-            told(&event)
-        });
-    })
-    .with_context(named)?;
     if json {
-        say(&json!({ "event": "summary", "summary": summary }).to_string());
-        return whole(recording, bytes.len(), &summary);
+        let mut events = Vec::new();
+        let summary = replay(&bytes, policy, |event| events.push(json!(event)));
+        let summary = summary.with_context(named)?;
+        let mut told = json!({ "events": events, "summary": summary });
+        let altered = whole(recording, bytes.len(), &summary).err();
+        if let Some(why) = &altered {
+            told["error"] = why.to_string().into();
+            told["code"] = 1.into();
+        }
+        say(&told.to_string());
+        return altered.map_or(Ok(()), |_| Err(Failure::Told(1)));
     }
+    let summary = replay(&bytes, policy, |event| say(&told(&event))).with_context(named)?;
     say(&format!(
         "{} sweeps over {}: {} change(s) of the verdict, {} time(s) it would have acted",
         summary.sweeps,
@@ -158,20 +163,19 @@ fn replay_one(recording: &Path, policy: &Path, json: bool) -> Outcome {
             summary.torn
         ));
     }
-    whole(recording, bytes.len(), &summary)
+    Ok(whole(recording, bytes.len(), &summary)?)
 }
 
 /// An error where a recording was altered: what follows was not judged.
-fn whole(recording: &Path, length: usize, summary: &ReplaySummary) -> Outcome {
+fn whole(recording: &Path, length: usize, summary: &ReplaySummary) -> anyhow::Result<()> {
     if !summary.altered {
         return Ok(());
     }
     let (recording, torn) = (recording.display(), summary.torn);
     let at = length - torn;
-    let why = anyhow::anyhow!(
+    anyhow::bail!(
         "{recording} was altered at byte {at}: the {torn} bytes from there on were not judged"
-    );
-    Err(why.into())
+    )
 }
 
 fn told(event: &Replayed) -> String {

@@ -8,6 +8,7 @@ use crate::health::{Encoder, MAGIC, RecordingHeader, recorded, span};
 use crate::model::units::{Bytes, UnixMillis, human_duration};
 use crate::telemetry::trace::What;
 use anyhow::{Context as _, anyhow};
+use clap::ArgGroup;
 use std::fs::{File, TryLockError};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -21,30 +22,29 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Or prints what changed on a block device, epoch by epoch. Or traces which parts of a device or directory
 /// are accessed first and how often.
 #[derive(clap::Args)]
+#[command(
+    group(ArgGroup::new("record").required(true).args(["output", "dirty", "trace"])),
+    group(ArgGroup::new("traced").args(["device", "volume"]).conflicts_with_all(["output", "dirty"]))
+)]
 pub struct Arguments {
     /// The recording.
-    #[arg(short, long, value_name = "FILE", required_unless_present_any = ["dirty", "trace"])]
+    #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Print which extents of this block device were written, zeroed or discarded; needs root and no agent.
-    #[arg(long, value_name = "DEVICE", conflicts_with = "output")]
+    #[arg(long, value_name = "DEVICE")]
     dirty: Option<PathBuf>,
     /// Write an access trace to this file, of --device or --volume; needs root. The agent, when it runs, names
     /// the containers.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "dirty"])]
+    #[arg(long, value_name = "FILE", requires = "traced")]
     trace: Option<PathBuf>,
     /// The block device that is traced.
-    #[arg(long, requires = "trace", required_unless_present_any = ["volume", "output", "dirty"])]
+    #[arg(long, requires = "trace")]
     device: Option<PathBuf>,
     /// The directory whose files are traced.
-    #[arg(
-        long,
-        value_name = "DIRECTORY",
-        requires = "trace",
-        conflicts_with = "device"
-    )]
+    #[arg(long, value_name = "DIRECTORY", requires = "trace")]
     volume: Option<PathBuf>,
     /// Length of an epoch of `--dirty`.
-    #[arg(long, value_name = "SPAN", value_parser = span, default_value = "1s", requires = "dirty")]
+    #[arg(long, value_name = "SPAN", value_parser = span, default_value = "1s", conflicts_with_all = ["output", "trace"])]
     every: Duration,
     /// End after this time, such as 10m or 1d.
     #[arg(long = "for", value_name = "SPAN", value_parser = span)]
@@ -114,6 +114,19 @@ pub fn run(arguments: &Arguments, context: &Context) -> Outcome {
     Ok(())
 }
 
+/// What of `record` needs root says so, where that is why it fails.
+pub fn as_root<E: Into<anyhow::Error>>(what: &str) -> impl FnOnce(E) -> anyhow::Error {
+    move |error| {
+        let error = error.into();
+        if nix::unistd::geteuid().is_root() {
+            return error;
+        }
+        error.context(format!(
+            "`record {what}` needs root (`sudo lifeboat record {what} …`)"
+        ))
+    }
+}
+
 struct Recorder {
     file: File,
     path: PathBuf,
@@ -164,8 +177,10 @@ impl Recorder {
             let path = format!("/v1/samples?life={}&number={number}", life.0);
             match agent.get::<Sweep>(&path).await {
                 Ok(sweep) => self.sweep(&sweep)?,
-                // A restarted agent is waited for: a recording lasts longer than an upgrade.
-                Err(ClientError::Unreachable { .. }) => tokio::time::sleep(RETRY).await,
+                // A restarted agent is waited for: a recording lasts longer than an upgrade, and than a hang.
+                Err(ClientError::Unreachable { .. } | ClientError::Silent { .. }) => {
+                    tokio::time::sleep(RETRY).await;
+                }
                 Err(error) => return Err(Failure::of(error)),
             }
         }
@@ -269,6 +284,44 @@ mod tests {
             bytes.extend(encoder.sweep(UnixMillis(number), &[]));
         }
         bytes
+    }
+
+    #[test]
+    fn what_is_to_be_recorded_is_one_thing_and_only_what_belongs_to_it_may_be_said() {
+        use clap::Args as _;
+        let parse = |said: &[&str]| {
+            let command = Arguments::augment_args(clap::Command::new("record"));
+            let parsed = command.try_get_matches_from([&["record"], said].concat());
+            parsed.map(|_| ()).map_err(|error| error.to_string())
+        };
+        let nothing = parse(&[]).unwrap_err();
+        let ways = "<--output <FILE>|--dirty <DEVICE>|--trace <FILE>>";
+        assert!(
+            nothing.contains(ways) && !nothing.contains("--device"),
+            "{nothing}"
+        );
+        let trace = parse(&["--trace", "t"]).unwrap_err();
+        assert!(
+            trace.contains("<--device <DEVICE>|--volume <DIRECTORY>>"),
+            "{trace}"
+        );
+        for good in [
+            &["-o", "f", "--for", "1m"][..],
+            &["--dirty", "d", "--every", "2s"],
+            &["--trace", "t", "--device", "d"],
+            &["--trace", "t", "--volume", "v"],
+        ] {
+            parse(good).unwrap();
+        }
+        for bad in [
+            &["-o", "f", "--device", "d"][..],
+            &["-o", "f", "--every", "2s"],
+            &["-o", "f", "--dirty", "d"],
+            &["--dirty", "d", "--volume", "v"],
+            &["--trace", "t", "--device", "d", "--volume", "v"],
+        ] {
+            parse(bad).unwrap_err();
+        }
     }
 
     #[test]

@@ -442,11 +442,11 @@ mod tests {
             ),
             (
                 r#"{"containers":["a"],"edges":[{"child":"a"}]}"#,
-                "f:1:30: edges[0]: missing field `parent`",
+                "f:1:30: edges[0]: `parent` is missing: write it",
             ),
             (
                 r#"{"containers":["a"],"edge":[]}"#,
-                "f:1:21: edge: unknown field `edge`",
+                "f:1:21: edge: unknown field; did you mean edges?",
             ),
             (r#"{"containers":["a""#, "f:1:"),
         ] {

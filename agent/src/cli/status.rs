@@ -3,6 +3,7 @@
 use super::daemon::ask;
 use super::meter::Meter;
 use super::output::clear;
+use super::policy::lasts;
 use super::{Context, Failure, Outcome};
 use crate::api::local::Status;
 use crate::health::Stage;
@@ -93,8 +94,8 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
     }
     if let Some(pause) = status.judgement.iter().find_map(|one| one.paused.as_ref()) {
         lines.push(format!(
-            "  paused until {}: nothing moves by itself ({})",
-            utc(pause.until),
+            "  paused {}: nothing moves by itself ({})",
+            lasts(pause),
             pause.why
         ));
     }

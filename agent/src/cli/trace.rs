@@ -1,6 +1,7 @@
 //! `lifeboat record --trace`, and `lifeboat trace`, which shows what it recorded.
 
 use super::output::{say, table};
+use super::record::as_root;
 use super::{Context, Outcome};
 use crate::api::client::Client;
 use crate::api::local::Status;
@@ -73,7 +74,8 @@ pub fn record(file: &Path, what: What, lasting: Option<Duration>, context: &Cont
         let end = lasting.map(|lasting| Instant::now() + lasting);
         let cgroup = Scope::default().cgroup_root;
         let now = crate::fleet::now();
-        let mut recorder = Recorder::start(Path::new("/"), &cgroup, what, now)?;
+        let mut recorder =
+            Recorder::start(Path::new("/"), &cgroup, what, now).map_err(as_root("--trace"))?;
         eprintln!("tracing; Ctrl-C ends it and writes {}", file.display());
         let mut is_over = false;
         while !is_over {

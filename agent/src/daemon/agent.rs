@@ -371,9 +371,10 @@ async fn serve_fleet(
         paired,
         provider,
     }));
+    // Before the first heartbeat, which names the plans that are under way, and before any offer, to which a port that is
+    // forwarded from here is not free.
+    delegator.resume().await;
     tokio::spawn(server.serve(routes, stop.clone()));
-    // Before the first heartbeat, which names the plans that are under way.
-    delegator.resume();
     let (client, duplicator) = (fleet.client.clone(), fleet.identity.duplicator().clone());
     let (started, beating) = (Instant::now(), delegator.clone());
     let beat = parts.beat.clone();

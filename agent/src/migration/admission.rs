@@ -83,7 +83,8 @@ impl Target {
         layers: &BTreeMap<VolumeId, Vec<String>>,
     ) -> Result<Option<OfferAccepted>, TargetError> {
         let known = self.plans().get(&plan.id).and_then(|known| {
-            let same = known.accepted && !known.removed && known.plan.volumes == plan.volumes;
+            let same =
+                known.accepted && known.removed.is_none() && known.plan.volumes == plan.volumes;
             same.then(|| known.places.clone())
         });
         let Some(places) = known else {

@@ -1,6 +1,7 @@
 //! The delegator's dealings with the duplicator and the devices it lent: get, give back, dismiss.
 
 use super::delegator::{Delegator, FleetContext};
+use super::events::SourceEvent;
 use super::moving::MoveError;
 use crate::fleet::pairing::{self, Pairing, PairingRequest};
 use crate::fleet::registry::ActionCost;
@@ -82,12 +83,13 @@ impl Delegator {
             .is_some_and(|fleet| fleet.trusted.iter().any(|network| network.holds(address)))
     }
 
-    /// Tells target and paired device that the plan was rolled back; false while the target has not heard.
-    pub(super) async fn dismiss(&self, plan: &Plan, reason: &str) -> bool {
+    /// Tells target and paired device that the plan was rolled back; none while the target has not heard.
+    pub(super) async fn dismiss(&self, plan: &Plan, reason: &str) -> Option<SourceEvent> {
+        let mut freed = Some(None);
         let Some(fleet) = self.fleet() else {
-            return true;
+            return freed.map(|left| SourceEvent::TargetFreed { left });
         };
-        let (id, mut freed) = (&plan.id, true);
+        let id = &plan.id;
         if let Some(target) = plan.target.as_ref().and_then(peer) {
             let body = Dismiss {
                 reason: reason.to_owned(),
@@ -95,7 +97,7 @@ impl Delegator {
             freed = tell(fleet, &target, &format!("/v1/plans/{id}/dismiss"), &body).await;
         }
         fleet.end_relay(plan).await;
-        freed
+        freed.map(|left| SourceEvent::TargetFreed { left })
     }
 
     /// Gives back what was lent, with what the work cost.
@@ -127,7 +129,7 @@ impl FleetContext {
     async fn end_relay(&self, plan: &Plan) {
         if let Some(paired) = plan.paired.as_ref().and_then(peer) {
             let path = format!("/v1/plans/{}/relay/end", plan.id);
-            tell(self, &paired, &path, &()).await;
+            let _: Option<()> = tell(self, &paired, &path, &()).await;
         }
     }
 
@@ -197,16 +199,14 @@ pub(super) fn peer(chosen: &Chosen) -> Option<PeerAddress> {
     })
 }
 
-async fn tell(
+async fn tell<T: serde::de::DeserializeOwned>(
     fleet: &FleetContext,
     peer: &PeerAddress,
     path: &str,
     body: &impl serde::Serialize,
-) -> bool {
+) -> Option<T> {
     let client = fleet.client.clone().with_timeout(FAREWELL);
-    let told = client.post::<_, ()>(peer, path, body).await;
-    if let Err(error) = &told {
-        tracing::warn!("not told of the end: {error}");
-    }
-    told.is_ok()
+    let told = client.post(peer, path, body).await;
+    told.inspect_err(|error| tracing::warn!("not told of the end: {error}"))
+        .ok()
 }

@@ -1,43 +1,51 @@
 //! The end of a plan that was not taken over, on its target: what it made here is removed.
 //!
-//! Invariant: what a plan made is removed once: a place that could be removed may be another plan's soon after. Non-goal:
-//! what cannot be removed, which is told of and left behind.
+//! Invariant: what a plan made is removed once: a place that could be removed may be another plan's soon after, which it
+//! is not before the journal says so. What cannot be removed is in the journal then (`leftovers`).
 
-use super::events::TargetEvent;
+use super::events::{Place, TargetEvent};
 use super::later::Later;
-use super::places::remove_places;
-use super::target::{Receiving, Target, TargetError};
+use super::leftovers::Left;
+use super::places::name_in_runtime;
+use super::target::{Target, TargetError};
 use crate::containers::Runtime;
-use crate::model::container::{Container, State};
+use crate::model::container::Container;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::Plan;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Longest wait for this device's own view to show that containers were removed.
 const VIEW_TIME: Duration = Duration::from_secs(3);
 
 impl Target {
-    /// Ends a plan that was not taken over and removes what it made here.
+    /// Ends a plan that was not taken over and removes what it made here; what is left of that, in words.
     ///
     /// # Errors
     /// The plan was taken over, belongs to another source, or its runtime is away: nothing is removed then.
     pub async fn dismiss(
-        &self,
+        self: &Arc<Self>,
         peer: &DeviceId,
         id: &PlanId,
         why: &str,
-    ) -> Result<(), TargetError> {
+    ) -> Result<Option<String>, TargetError> {
         let _turn = self.turn(peer).await;
+        // What is removed here is found free by nobody before the journal says that it is over.
+        let _offer = self.offers.lock().await;
         match self.known(peer, id) {
-            Err(TargetError::Unknown(_)) => Ok(()),
+            Err(TargetError::Unknown(_)) => Ok(self.left_of(peer, id)),
             Err(error) => Err(error),
             Ok(_) => self.dismiss_now(id, why).await,
         }
     }
 
-    pub(super) async fn dismiss_now(&self, id: &PlanId, why: &str) -> Result<(), TargetError> {
+    pub(super) async fn dismiss_now(
+        self: &Arc<Self>,
+        id: &PlanId,
+        why: &str,
+    ) -> Result<Option<String>, TargetError> {
         let plan = match self.plans().get(id) {
-            None => return Ok(()),
+            None => return Ok(None),
             Some(known) if known.owns.is_some() => return Err(TargetError::Owned(id.clone())),
             Some(known) => known.plan.clone(),
         };
@@ -46,51 +54,92 @@ impl Target {
         // Before anything is removed, and asked: one that is away would have all of it left behind.
         let runtime = self.runtime_for(&plan).await?;
         runtime.answers().await?;
+        let things = self.made_of(id, runtime).await?;
         self.shut(id);
+        self.close_later(id).await;
         let Some(mut known) = self.plans().remove(id) else {
-            return Ok(());
+            return Ok(None);
         };
         let ran = known.later.as_ref().is_some_and(Later::is_given_back);
-        if !known.removed {
-            for left in self.remove_all(&mut known, runtime).await {
-                tracing::warn!(plan = %id, "left behind: {left}");
-            }
-        }
+        let left = match known.removed.take() {
+            Some(left) => left,
+            None => Left::after(&plan.source, things, runtime).await,
+        };
+        let words = left.words();
         let reason = why.to_owned();
-        let event = TargetEvent::Dismissed { reason };
+        let event = TargetEvent::Dismissed {
+            reason,
+            left: words.is_some().then(|| Box::new(left.clone())),
+        };
         if let Err(error) = known.journal.append(crate::fleet::now(), event) {
             // A next life would remove it once more: until then nobody else gets its places.
-            known.removed = true;
+            known.removed = Some(left);
             self.plans().insert(id.clone(), known);
             return Err(error.into());
         }
         tracing::info!(plan = %id, why, "dismissed");
+        if let Some(words) = &words {
+            tracing::warn!(plan = %id, "left behind: {words}");
+            self.go_on_removing(id, left, known.journal);
+        }
         if ran {
             self.tell_ports(&plan).await;
+        }
+        Ok(words)
+    }
+
+    /// Refuses places and names of a plan that is not dismissed yet: its dismissal would remove them under this one.
+    pub(super) fn check_free(
+        &self,
+        plan: &Plan,
+        places: &[Place],
+        runtime: &Runtime,
+    ) -> Result<(), TargetError> {
+        let socket = runtime.socket().display().to_string();
+        let plans = self.plans();
+        let in_the_way = |what: String, other: &Plan| TargetError::InTheWay {
+            what,
+            why: format!("plan {} is to have it until it is dismissed", other.id),
+        };
+        for known in plans.values().filter(|known| known.owns.is_none()) {
+            let other = &known.plan;
+            let same_runtime = known
+                .runtime
+                .as_ref()
+                .is_none_or(|theirs| *theirs == socket);
+            for place in places {
+                // A volume's path is known once its runtime made it.
+                let name = name_in_runtime(plan, place);
+                let meets = |one: &Place| match (name, name_in_runtime(other, one)) {
+                    (Some(name), Some(theirs)) => same_runtime && name == theirs,
+                    (None, None) => {
+                        one.path.starts_with(&place.path) || place.path.starts_with(&one.path)
+                    }
+                    _ => false,
+                };
+                if known.places.iter().any(meets) {
+                    let path = || place.path.display().to_string();
+                    let what = name.map_or_else(path, |name| format!("volume {name}"));
+                    return Err(in_the_way(what, other));
+                }
+            }
+            let mut names = plan.containers.iter().map(|one| &one.container.name);
+            if let Some(name) = names.find(|name| same_runtime && other.container(name).is_some()) {
+                return Err(in_the_way(format!("container {name}"), other));
+            }
         }
         Ok(())
     }
 
-    /// Removes what a plan made here; what is left of it, and why.
-    async fn remove_all(&self, known: &mut Receiving, runtime: &Runtime) -> Vec<String> {
-        let mut left = self.remove_returned(known, runtime).await;
-        left.extend(self.remove_later(known).await);
-        // A rehearsal that was cut short may have left a twin, which was never started.
-        for planned in &known.plan.containers {
-            let name = planned.container.name.as_str();
-            let removed = match runtime.state(name).await {
-                Ok(State::Created) => runtime.remove(name).await,
-                Err(error) if !error.not_found() => Err(error),
-                _ => Ok(()),
-            };
-            left.extend(removed.err().map(|error| error.to_string()));
-        }
-        left.extend(remove_places(&known.plan, &known.places, runtime).await);
-        for name in &known.networks {
-            let removed = runtime.remove_network(name).await;
-            left.extend(removed.err().map(|error| error.to_string()));
-        }
-        left
+    /// Plans of a source that are not taken over, nor dismissed.
+    pub(super) fn unowned_of(&self, source: &DeviceId) -> Vec<PlanId> {
+        let plans = self.plans();
+        let unowned = plans.values().filter(|known| known.owns.is_none());
+        unowned
+            .map(|known| &known.plan)
+            .filter(|plan| &plan.source == source)
+            .map(|plan| plan.id.clone())
+            .collect()
     }
 
     /// Tells the duplicator at once that the ports of twins that were removed are free.

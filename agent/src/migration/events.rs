@@ -1,6 +1,7 @@
 //! What the journals of a plan hold, on the source and on the target.
 
 use super::forwarding::Back;
+use super::leftovers::Left;
 use crate::model::action::Actions;
 use crate::model::choice::Choice;
 use crate::model::control::Owns;
@@ -286,7 +287,11 @@ pub enum SourceEvent {
         reason: String,
     },
     /// After that: the target has removed what it had made for the plan.
-    TargetFreed,
+    TargetFreed {
+        /// But for this, in its words.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        left: Option<String>,
+    },
 }
 
 /// One forwarded port.
@@ -386,10 +391,13 @@ pub enum TargetEvent {
     },
     /// All twins are ready.
     Completed,
-    /// What the plan had made here is gone again.
+    /// The plan is over, and what it had made here is gone again.
     Dismissed {
         /// Why.
         reason: String,
+        /// But for this.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        left: Option<Box<Left>>,
     },
 }
 
@@ -402,4 +410,24 @@ pub struct Place {
     pub path: PathBuf,
     /// Whether the plan made it, so that a dismissal removes it.
     pub made: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::tell;
+    use super::*;
+
+    #[test]
+    fn what_a_target_could_not_remove_is_in_the_report_and_a_journal_of_an_earlier_build_says_nothing_of_it()
+     {
+        let read = |line: &str| serde_json::from_str::<SourceEvent>(line).unwrap();
+        let freed = read(r#"{"event":"target-freed"}"#);
+        assert_eq!(tell(&freed), ["the target has removed what it had made"]);
+        let left = Some("volume db-data".to_owned());
+        let line = serde_json::to_string(&SourceEvent::TargetFreed { left }).unwrap();
+        assert!(tell(&read(&line))[0].ends_with("volume db-data"));
+        let line = r#"{"event":"dismissed","reason":"asked to"}"#;
+        let dismissed: TargetEvent = serde_json::from_str(line).unwrap();
+        assert_eq!(serde_json::to_string(&dismissed).unwrap(), line);
+    }
 }

@@ -495,6 +495,7 @@ mod tests {
             (
                 TargetEvent::Dismissed {
                     reason: "given back".into(),
+                    left: None,
                 },
                 true,
             ),
@@ -553,6 +554,42 @@ mod tests {
             assert!(error.contains("forwarded from here to source"), "{error}");
         });
         life.kill();
+    }
+
+    #[test]
+    fn what_earlier_lives_forwarded_is_forwarded_when_the_agent_has_taken_up_its_plans() {
+        let owned = SourceEvent::SourceStopped {
+            containers: vec![TWIN.into()],
+        };
+        for last in [SourceEvent::Completed, owned] {
+            let stage = Stage::new();
+            let port = free().port();
+            stage.release(|left| {
+                left.containers = publishing(&[port]).containers;
+                left.target.as_mut().unwrap().address = "127.0.0.2:1".into();
+            });
+            let id = PlanId::from("p2-2");
+            let directory = plan_directory(stage.directory.path(), "source", &id);
+            let (mut journal, _) = journal::Journal::open(&directory).unwrap();
+            journal.append(UnixMillis(1), last).unwrap();
+            let life = stage.live();
+            let delegator = Arc::new(Delegator::new(life.target.parts.clone()));
+            life.runtime.block_on(async {
+                delegator.resume().await;
+                let listen = SocketAddr::from(([0, 0, 0, 0], port));
+                let left = locked(&life.target.parts.forwards.0)
+                    .left
+                    .contains_key(&(id, listen));
+                assert!(left, "an offer would find it free");
+                assert_eq!(
+                    held_for(&life.target.parts.forwards, listen)
+                        .await
+                        .as_deref(),
+                    Some("p2-2")
+                );
+            });
+            life.kill();
+        }
     }
 
     #[test]

@@ -601,29 +601,6 @@ impl Target {
             tracing::error!("internal task failed: {error}");
         }
     }
-
-    /// Removes the stores of a plan that was not taken over; what is left of them, and why.
-    pub(super) async fn remove_later(&self, known: &mut Receiving) -> Vec<String> {
-        let Some(later) = &mut known.later else {
-            return Vec::new();
-        };
-        let (live, stores) = (std::mem::take(&mut later.live), later.stores.clone());
-        let removing = tokio::task::spawn_blocking(move || {
-            for live in live.into_values() {
-                live.store.detach();
-                drop(live);
-            }
-            let removed = stores.into_values().filter_map(|directory| {
-                let error = remove_store(&directory).err()?;
-                Some(format!("{}: {error}", directory.display()))
-            });
-            removed.collect()
-        });
-        match removing.await {
-            Ok(left) => left,
-            Err(error) => vec![format!("internal task failed: {error}")],
-        }
-    }
 }
 
 /// Lets the kernel forget what it read of files of a mount that were written below it.

@@ -3,7 +3,7 @@
 //! Invariant: only what the plan made is removed.
 
 use super::delegator::plan_ids;
-use super::devices::{self, find_counterpart};
+use super::devices::find_counterpart;
 use super::events::{Place, SourceEvent, TargetEvent};
 use super::journal::{self, plan_directory};
 use super::target::{Target, TargetError};
@@ -198,35 +198,6 @@ pub(super) fn times_kept(plan: &Plan, places: &[Place]) -> BTreeMap<VolumeId, Ti
         }
     }
     times
-}
-
-/// Removes the places; what is left, and why.
-pub(super) async fn remove_places(plan: &Plan, places: &[Place], runtime: &Runtime) -> Vec<String> {
-    let mut left = Vec::new();
-    for place in places {
-        let removed = match kind_of(plan, place) {
-            Some(VolumeKind::Named(name)) => runtime
-                .remove_volume(name)
-                .await
-                .map_err(|error| error.to_string()),
-            Some(VolumeKind::File | VolumeKind::Device) => {
-                devices::remove(place).map_err(|error| error.to_string())
-            }
-            _ if !place.path.exists() => Ok(()),
-            _ if place.made => {
-                std::fs::remove_dir_all(&place.path).map_err(|error| error.to_string())
-            }
-            _ => empty(&place.path).map_err(|error| error.to_string()),
-        };
-        if let Err(error) = removed {
-            let name = name_of(plan, place.volume);
-            left.push(format!(
-                "volume {name} at {}: {error}",
-                place.path.display()
-            ));
-        }
-    }
-    left
 }
 
 pub(super) fn empty(directory: &Path) -> std::io::Result<()> {

@@ -65,7 +65,7 @@ impl Line {
             Self::Completed => SourceEvent::Completed,
             Self::GivenUp => SourceEvent::GivenUp { reason: reason() },
             Self::Aborted => SourceEvent::Aborted { reason: reason() },
-            Self::TargetFreed => SourceEvent::TargetFreed,
+            Self::TargetFreed => SourceEvent::TargetFreed { left: None },
             Self::Resumed => SourceEvent::Resumed,
         }
     }

@@ -181,7 +181,7 @@ fn per_gib(time: Duration, bytes: Bytes) -> Option<Duration> {
     (bytes.0 > 0).then(|| time.mul_f64(GIB / bytes.0 as f64))
 }
 
-fn tell(event: &SourceEvent) -> Vec<String> {
+pub(super) fn tell(event: &SourceEvent) -> Vec<String> {
     match event {
         SourceEvent::Planned { plan, .. } => tell_plan(plan),
         SourceEvent::TargetChosen { target } => {
@@ -346,7 +346,14 @@ fn tell(event: &SourceEvent) -> Vec<String> {
             lines
         }
         SourceEvent::Completed => vec!["completed".into()],
-        SourceEvent::TargetFreed => vec!["the target has removed what it had made".into()],
+        SourceEvent::TargetFreed { left: None } => {
+            vec!["the target has removed what it had made".into()]
+        }
+        SourceEvent::TargetFreed { left: Some(left) } => {
+            vec![format!(
+                "the target could not remove all that it had made: {left}"
+            )]
+        }
         SourceEvent::Aborted { reason } => {
             vec![format!("aborted, the source's containers run on: {reason}")]
         }

@@ -13,9 +13,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Delegator {
-    /// Goes on with what an earlier life of the agent left behind. A journal that cannot be read
-    /// is told of and left alone: the other plans must not wait for it.
-    pub fn resume(self: &Arc<Self>) {
+    /// Goes on with what an earlier life of the agent left behind. When this returns, the ports that it forwarded are
+    /// known to be forwarded: nobody may be told before that they are free. A journal that cannot be read is told of and
+    /// left alone: the other plans must not wait for it.
+    pub async fn resume(self: &Arc<Self>) {
         for id in plan_ids(&self.parts.state, "source") {
             let directory = plan_directory(&self.parts.state, "source", &id);
             let (journal, entries) = match Journal::<SourceEvent>::open(&directory) {
@@ -39,16 +40,20 @@ impl Delegator {
                 // An earlier life may have died before it removed it; mostly there is none.
                 let _ = std::fs::remove_dir_all(mirror_directory(&self.parts.state, &id));
             }
-            match After::of(entries.iter().map(|entry| &entry.event)) {
-                After::Nothing => {}
-                After::Forward => {
-                    if let Some(target) = target_peer(&plan) {
-                        let delegator = self.clone();
-                        tokio::spawn(async move {
-                            delegator.forward(&plan, &target).await;
-                        });
-                    }
-                }
+            let after = After::of(entries.iter().map(|entry| &entry.event));
+            let stopped = |entry: &Entry<SourceEvent>| {
+                matches!(entry.event, SourceEvent::SourceStopped { .. })
+            };
+            let forwards = match &after {
+                After::Forward => true,
+                After::GoOn(UnderWay::Released(_)) => entries.iter().any(stopped),
+                _ => false,
+            };
+            if let Some(target) = target_peer(&plan).filter(|_| forwards) {
+                self.forward(&plan, &target).await;
+            }
+            match after {
+                After::Nothing | After::Forward => {}
                 After::FreeTarget(reason) => {
                     tokio::spawn(self.clone().free_target(plan, journal, reason));
                 }
@@ -65,11 +70,14 @@ impl Delegator {
         reason: String,
     ) {
         let mut pause = Duration::from_secs(1);
-        while !self.dismiss(&plan, &reason).await {
+        let freed = loop {
+            if let Some(freed) = self.dismiss(&plan, &reason).await {
+                break freed;
+            }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(60));
-        }
-        if let Err(error) = journal.append(self.now(), SourceEvent::TargetFreed) {
+        };
+        if let Err(error) = journal.append(self.now(), freed) {
             tracing::error!("{error}");
         }
     }
@@ -184,7 +192,7 @@ impl After {
             after = match event {
                 SourceEvent::Completed => Self::Forward,
                 SourceEvent::Aborted { reason } => Self::FreeTarget(reason.clone()),
-                SourceEvent::TargetFreed => Self::Nothing,
+                SourceEvent::TargetFreed { .. } => Self::Nothing,
                 _ => Self::GoOn(UnderWay::Unreleased),
             };
         }

@@ -11,8 +11,7 @@ use super::moving::{Move, MoveError};
 use super::opening::Lists;
 use super::switch::RETRY;
 use super::switch_first::trees;
-use super::target::{Receiving, Target, TargetError};
-use crate::containers::Runtime;
+use super::target::{Target, TargetError};
 use crate::fleet::identity;
 use crate::model::container::State;
 use crate::model::control::GivenBack;
@@ -189,31 +188,6 @@ impl Target {
             signature: signature.map_err(|error| error.to_string())?,
         })
     }
-
-    /// Removes the twins of a plan that was given back, with what kept them from being started; what is left, and why.
-    pub(super) async fn remove_returned(
-        &self,
-        known: &Receiving,
-        runtime: &Runtime,
-    ) -> Vec<String> {
-        let mut left = Vec::new();
-        let Some(later) = known.later.as_ref().filter(|later| later.is_given_back()) else {
-            return left;
-        };
-        for planned in &known.plan.containers {
-            let name = &planned.container.name;
-            if let Err(error) = runtime.remove(name.as_str()).await {
-                // Its fence stays: nothing else keeps the runtime from starting it beside the source's container.
-                left.push(error.to_string());
-                continue;
-            }
-            for fence in later.fences.iter().filter(|fence| &fence.container == name) {
-                let lifted = runtime.lift_fence(&fence.fence).await;
-                left.extend(lifted.err().map(|error| error.to_string()));
-            }
-        }
-        left
-    }
 }
 
 impl Move {
@@ -328,13 +302,16 @@ impl Move {
         })
         .await;
         self.active.enter("aborted");
-        while !freed {
-            tokio::time::sleep(RETRY * 10).await;
+        let freed = loop {
+            match freed {
+                Some(freed) => break freed,
+                None => tokio::time::sleep(RETRY * 10).await,
+            }
             freed = delegator.dismiss(&self.plan, reason).await;
-        }
+        };
         let mirror = mirror_directory(&delegator.parts().state, &self.plan.id);
         let _ = tokio::fs::remove_dir_all(mirror).await;
-        self.record(SourceEvent::TargetFreed).await;
+        self.record(freed).await;
     }
 
     async fn write_mirror(

@@ -43,8 +43,8 @@ impl Move {
         })
         .await;
         let _ = tokio::fs::remove_dir_all(delegator.image_directory(&self.plan.id)).await;
-        if freed {
-            self.record(SourceEvent::TargetFreed).await;
+        if let Some(freed) = freed {
+            self.record(freed).await;
             self.active.enter("aborted");
             return;
         }

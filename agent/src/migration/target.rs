@@ -10,8 +10,9 @@ use super::forwarding::Back;
 use super::journal::{Entry, Journal, JournalError, plan_directory};
 use super::keys;
 use super::later::Later;
+use super::leftovers::{Left, left_of};
 use super::opening;
-use super::places::{check_room, name_in_runtime, name_of, times_kept};
+use super::places::{check_room, name_of, times_kept};
 use crate::containers::{
     Engine, ImageError, ResourceError, Runtime, RuntimeError, TwinError, create,
 };
@@ -138,8 +139,8 @@ pub(super) struct Receiving {
     pub(super) ended: BTreeSet<ContainerName>,
     /// Its places were made.
     pub(super) accepted: bool,
-    /// What it made was removed, and its journal does not say so yet.
-    pub(super) removed: bool,
+    /// What it made was removed but for this, and its journal does not say so yet.
+    pub(super) removed: Option<Left>,
     /// Its data comes behind its twins.
     pub(super) later: Option<Later>,
 }
@@ -163,7 +164,7 @@ impl Receiving {
             trouble: None,
             ended: BTreeSet::new(),
             accepted,
-            removed: false,
+            removed: None,
             later: None,
         }
     }
@@ -182,8 +183,10 @@ pub struct Target {
     pub(super) pairings: Arc<PairedState>,
     data: SocketAddr,
     plans: Mutex<BTreeMap<PlanId, Receiving>>,
-    /// One offer at a time: what is found free must still be free when it is taken.
-    offers: tokio::sync::Mutex<()>,
+    /// What could not be removed of plans that are over.
+    pub(super) left: Mutex<BTreeMap<PlanId, Left>>,
+    /// One offer or removal at a time: what is found free must still be free when it is taken.
+    pub(super) offers: tokio::sync::Mutex<()>,
     /// No twin is started while another one's end is awaited.
     pub(super) starts: tokio::sync::Mutex<()>,
     /// The agent ends: no twin is started any more.
@@ -201,6 +204,7 @@ impl Target {
             pairings,
             data,
             plans: Mutex::default(),
+            left: Mutex::default(),
             offers: tokio::sync::Mutex::default(),
             starts: tokio::sync::Mutex::default(),
             ending: AtomicBool::new(false),
@@ -225,7 +229,11 @@ impl Target {
     ///
     /// # Errors
     /// The plan is not for us, something is in the way, or there is too little space.
-    pub async fn offer(&self, peer: &DeviceId, offer: Offer) -> Result<OfferAccepted, TargetError> {
+    pub async fn offer(
+        self: &Arc<Self>,
+        peer: &DeviceId,
+        offer: Offer,
+    ) -> Result<OfferAccepted, TargetError> {
         let Offer { plan, layers } = offer;
         let _turn = self.turn(peer).await;
         let _offer = self.offers.lock().await;
@@ -243,6 +251,7 @@ impl Target {
             self.dismiss_now(&id, "its source offers another plan")
                 .await?;
         }
+        self.check_removed(&plan.id)?;
         let runtime = self.choose_runtime(&plan).await?;
         let socket = Some(runtime.socket().display().to_string());
         self.check_names(&plan, runtime).await?;
@@ -313,59 +322,6 @@ impl Target {
             cannot_serve: opening::cannot_serve(plan, places),
             times: times_kept(plan, places),
         }
-    }
-
-    /// Refuses places and names of a plan that is not dismissed yet: its dismissal would remove them under this one.
-    pub(super) fn check_free(
-        &self,
-        plan: &Plan,
-        places: &[Place],
-        runtime: &Runtime,
-    ) -> Result<(), TargetError> {
-        let socket = runtime.socket().display().to_string();
-        let plans = self.plans();
-        let in_the_way = |what: String, other: &Plan| TargetError::InTheWay {
-            what,
-            why: format!("plan {} is to have it until it is dismissed", other.id),
-        };
-        for known in plans.values().filter(|known| known.owns.is_none()) {
-            let other = &known.plan;
-            let same_runtime = known
-                .runtime
-                .as_ref()
-                .is_none_or(|theirs| *theirs == socket);
-            for place in places {
-                // A volume's path is known once its runtime made it.
-                let name = name_in_runtime(plan, place);
-                let meets = |one: &Place| match (name, name_in_runtime(other, one)) {
-                    (Some(name), Some(theirs)) => same_runtime && name == theirs,
-                    (None, None) => {
-                        one.path.starts_with(&place.path) || place.path.starts_with(&one.path)
-                    }
-                    _ => false,
-                };
-                if known.places.iter().any(meets) {
-                    let path = || place.path.display().to_string();
-                    let what = name.map_or_else(path, |name| format!("volume {name}"));
-                    return Err(in_the_way(what, other));
-                }
-            }
-            let mut names = plan.containers.iter().map(|one| &one.container.name);
-            if let Some(name) = names.find(|name| same_runtime && other.container(name).is_some()) {
-                return Err(in_the_way(format!("container {name}"), other));
-            }
-        }
-        Ok(())
-    }
-
-    fn unowned_of(&self, source: &DeviceId) -> Vec<PlanId> {
-        let plans = self.plans();
-        let unowned = plans.values().filter(|known| known.owns.is_none());
-        unowned
-            .map(|known| &known.plan)
-            .filter(|plan| &plan.source == source)
-            .map(|plan| plan.id.clone())
-            .collect()
     }
 
     fn check_ours(&self, peer: &DeviceId, plan: &Plan) -> Result<(), TargetError> {
@@ -628,6 +584,10 @@ impl Target {
                     continue;
                 }
             };
+            if let Some(left) = left_of(&entries) {
+                self.go_on_removing(&id, left, journal);
+                continue;
+            }
             let Some(known) = rebuild(journal, &entries) else {
                 continue;
             };

@@ -21,7 +21,7 @@ use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode};
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -45,8 +45,12 @@ pub(super) struct Held {
     pub(super) root: PathBuf,
     /// Changes that it was asked for.
     pub(super) asked: Vec<String>,
+    /// Networks, whose names are their ids.
+    pub(super) networks: BTreeSet<String>,
     /// Changes that it refuses, by a part of what is asked.
     pub(super) refused: Option<&'static str>,
+    /// It refuses them because somebody uses the thing.
+    pub(super) in_use: bool,
 }
 
 impl Held {
@@ -58,7 +62,15 @@ impl Held {
             let asked = format!("{method} {path}");
             if self.refused.is_some_and(|part| asked.contains(part)) {
                 let why = json!({ "message": "made to refuse" });
-                return (StatusCode::INTERNAL_SERVER_ERROR, why);
+                let failed = StatusCode::INTERNAL_SERVER_ERROR;
+                return (
+                    if self.in_use {
+                        StatusCode::CONFLICT
+                    } else {
+                        failed
+                    },
+                    why,
+                );
             }
         }
         let done = (StatusCode::OK, Value::Null);
@@ -89,6 +101,13 @@ impl Held {
             ["containers", name] => {
                 let name = name.split('?').next().unwrap();
                 self.containers.remove(name).map_or(none, |_| done)
+            }
+            ["networks", name] if !self.networks.contains(name) => none,
+            ["networks", name] => {
+                if *method == Method::DELETE {
+                    self.networks.remove(name);
+                }
+                (StatusCode::OK, json!({ "Name": name, "Id": name }))
             }
             ["volumes", "create"] => {
                 let at = self.root.join(VOLUME);

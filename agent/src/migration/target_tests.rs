@@ -280,6 +280,25 @@ fn whoever_looks_is_told_of_a_twin_that_was_ready_and_does_not_run() {
 }
 
 #[test]
+fn whoever_looks_is_told_of_a_twin_that_left_before_it_was_ready_also_by_the_next_life() {
+    let stage = Stage::with("exited");
+    stage.write(stage.owned());
+    let life = stage.idle();
+    let look = || {
+        let (source, plan) = (source(), plan_id());
+        let looked = life.target.look(&source, &plan);
+        life.runtime.block_on(looked).unwrap().twins
+    };
+    assert!(look().is_empty());
+    stage.release(|left| left.target.as_mut().unwrap().device = "third".into());
+    let twins = look();
+    assert_eq!(twins.len(), 1);
+    assert_eq!(twins[0].container.as_str(), TWIN);
+    assert_eq!(twins[0].left.as_ref().unwrap().device.as_str(), "third");
+    life.kill();
+}
+
+#[test]
 fn a_dismissal_removes_nothing_while_its_runtime_is_away_and_everything_once() {
     let mut stage = Stage::new();
     let at = stage.path("place");
@@ -309,6 +328,165 @@ fn a_dismissal_removes_nothing_while_its_runtime_is_away_and_everything_once() {
     set(&stage);
     dismiss().unwrap();
     assert!(!stage.docker.held().volumes.is_empty() && stage.docker.state().is_some());
+    life.kill();
+}
+
+#[test]
+fn a_dismissal_asks_its_runtime_now_and_not_what_it_answered_once() {
+    let mut stage = Stage::with("created");
+    let kind = VolumeKind::Named(VOLUME.into());
+    stage.write(vec![stage.accepted(kind, stage.path("place"))]);
+    let life = stage.idle();
+    let dismiss = || {
+        let (source, plan) = (source(), plan_id());
+        let dismissed = life.target.dismiss(&source, &plan, "asked to");
+        life.runtime.block_on(dismissed)
+    };
+    life.runtime.block_on(async {
+        let (_, runtime) = known(&life.target).await;
+        runtime.engine().await.unwrap();
+    });
+    stage.docker.task.take().unwrap().abort();
+    std::fs::remove_file(&stage.docker.socket).unwrap();
+    let error = dismiss().unwrap_err().to_string();
+    assert!(error.contains("docker.sock"), "{error}");
+    assert_eq!(stage.journal().len(), 1);
+    stage.docker.up(&stage.world);
+    assert_eq!(dismiss().unwrap(), None);
+    assert_eq!(stage.docker.state(), None);
+    life.kill();
+}
+
+/// A dismissal removed the twin and could not remove its volume, and what it says of that.
+fn dismissed_without_its_volume(stage: &Stage) -> String {
+    let at = stage.path("place");
+    std::fs::create_dir_all(at.join("below")).unwrap();
+    std::fs::write(at.join("below/file"), "the plan's").unwrap();
+    let mut held = stage.docker.held();
+    held.volumes.insert(VOLUME.to_owned(), at.clone());
+    held.refused = Some("DELETE volumes");
+    drop(held);
+    let kind = VolumeKind::Named(VOLUME.into());
+    stage.write(vec![stage.accepted(kind, at)]);
+    let life = stage.idle();
+    let dismiss = || {
+        let (source, plan) = (source(), plan_id());
+        let dismissed = life.target.dismiss(&source, &plan, "asked to");
+        life.runtime.block_on(dismissed).unwrap()
+    };
+    let left = dismiss();
+    assert_eq!(stage.docker.state(), None);
+    assert!(!life.target.plans().contains_key(&plan_id()), "it is over");
+    assert_eq!(dismiss(), left, "whoever did not hear it is told again");
+    let (stranger, plan) = ("third".into(), plan_id());
+    let asked = life.target.dismiss(&stranger, &plan, "whose?");
+    assert_eq!(life.runtime.block_on(asked).unwrap(), None);
+    life.kill();
+    let mut held = stage.docker.held();
+    held.refused = None;
+    held.asked.clear();
+    left.unwrap()
+}
+
+/// The next life of the agent has tried once more; whether nothing is left to try.
+fn tried_again(stage: &Stage) -> bool {
+    let life = stage.resume();
+    let (mut journal, _) = Journal::open(&stage.plan_directory()).unwrap();
+    let plan = plan_id();
+    let tried = life.target.remove_again(&plan, &mut journal);
+    let is_over = life.runtime.block_on(tried);
+    life.kill();
+    is_over
+}
+
+#[test]
+fn what_a_dismissal_could_not_remove_is_tried_again_alone_also_by_the_next_life() {
+    let stage = Stage::with("created");
+    let left = dismissed_without_its_volume(&stage);
+    assert!(
+        left.contains(VOLUME) && left.contains("made to refuse") && left.contains("tried again"),
+        "{left}"
+    );
+    // Of the same name by now, and somebody else's.
+    stage.docker.set("created");
+    stage.docker.held().refused = Some("DELETE volumes");
+    assert!(!tried_again(&stage));
+    assert_eq!(stage.docker.held().asked, ["DELETE volumes/db-data"]);
+    stage.docker.held().refused = None;
+    assert!(tried_again(&stage));
+    assert!(stage.docker.held().volumes.is_empty());
+    assert_eq!(stage.docker.state(), Some("created"));
+    let last = stage.journal().pop();
+    assert!(
+        matches!(last, Some(TargetEvent::Dismissed { left: None, .. })),
+        "{last:?}"
+    );
+    assert!(tried_again(&stage));
+    assert_eq!(stage.docker.held().asked.len(), 2);
+}
+
+#[test]
+fn what_a_dismissal_could_not_remove_stays_once_somebody_has_written_to_it_or_made_it_anew() {
+    let write = |at: &std::path::Path| std::fs::write(at.join("below/file"), "another's").unwrap();
+    let make_anew = |at: &std::path::Path| {
+        std::fs::remove_dir_all(at).unwrap();
+        std::fs::create_dir_all(at.join("below")).unwrap();
+        std::fs::write(at.join("below/file"), "the plan's").unwrap();
+    };
+    for change in [&write as &dyn Fn(&std::path::Path), &make_anew] {
+        let stage = Stage::with("created");
+        dismissed_without_its_volume(&stage);
+        change(&stage.path("place"));
+        assert!(tried_again(&stage));
+        assert_eq!(stage.docker.held().asked, Vec::<String>::new());
+        assert!(stage.path("place/below/file").exists());
+    }
+}
+
+#[test]
+fn what_is_in_use_is_tried_again_while_the_plans_own_twin_may_be_who_uses_it_and_stays_otherwise() {
+    for twin in [true, false] {
+        let stage = Stage::with("created");
+        if !twin {
+            stage.docker.held().containers.clear();
+        }
+        let at = stage.path("place");
+        std::fs::create_dir_all(&at).unwrap();
+        let names = vec!["shop".to_owned()];
+        let mut held = stage.docker.held();
+        held.networks.extend(names.clone());
+        held.volumes.insert(VOLUME.to_owned(), at.clone());
+        (held.refused, held.in_use) = (Some("DELETE"), true);
+        drop(held);
+        let kind = VolumeKind::Named(VOLUME.into());
+        let accepted = stage.accepted(kind, at);
+        stage.write(vec![accepted, TargetEvent::Networks { names }]);
+        let life = stage.idle();
+        let (source, plan) = (source(), plan_id());
+        let dismissed = life.target.dismiss(&source, &plan, "asked to");
+        let left = life.runtime.block_on(dismissed).unwrap().unwrap();
+        assert_eq!(left.contains("tried again"), twin, "{left}");
+        assert_eq!(left.contains("stays there"), !twin, "{left}");
+        life.kill();
+        let mut held = stage.docker.held();
+        held.refused = None;
+        held.asked.clear();
+        drop(held);
+        assert!(tried_again(&stage));
+        let held = stage.docker.held();
+        assert_eq!(held.networks.is_empty() && held.volumes.is_empty(), twin);
+        assert_eq!(held.asked.is_empty(), !twin);
+    }
+}
+
+#[test]
+fn a_plan_of_which_an_earlier_offer_is_not_all_removed_is_not_taken() {
+    let stage = Stage::with("created");
+    dismissed_without_its_volume(&stage);
+    let life = stage.resume();
+    let refused = life.target.check_removed(&plan_id()).unwrap_err();
+    assert!(refused.to_string().contains(VOLUME), "{refused}");
+    life.target.check_removed(&"p2-2".into()).unwrap();
     life.kill();
 }
 
@@ -576,9 +754,13 @@ fn a_twin_that_was_given_back_and_cannot_be_removed_keeps_what_keeps_it_from_bei
         let life = stage.idle();
         let (source, plan) = (source(), plan_id());
         let dismissed = life.target.dismiss(&source, &plan, "given back");
-        life.runtime.block_on(dismissed).unwrap();
+        let left = life.runtime.block_on(dismissed).unwrap();
+        assert_eq!(left.is_some(), refused.is_some());
         assert!(stage.docker.asked("DELETE containers"));
         assert_eq!(stage.docker.asked("/update"), refused.is_none());
         life.kill();
+        stage.docker.held().refused = None;
+        assert!(tried_again(&stage));
+        assert!(stage.docker.asked("/update") && stage.docker.state().is_none());
     }
 }

@@ -59,6 +59,21 @@ impl Target {
     pub async fn look(&self, peer: &DeviceId, id: &PlanId) -> Result<TargetStatus, TargetError> {
         let (plan, _) = self.known(peer, id)?;
         let mut status = self.status(peer, id)?;
+        // Of one that left before it was ready the journal says nothing.
+        for planned in &plan.containers {
+            let container = planned.container.name.clone();
+            let is_known = status.twins.iter().any(|twin| twin.container == container);
+            if !is_known && let Ok(left @ Some(_)) = self.left_with(&plan, &container).await {
+                status.twins.push(TwinState {
+                    container,
+                    ready: None,
+                    after: Duration::ZERO,
+                    not_carried: Vec::new(),
+                    error: None,
+                    left,
+                });
+            }
+        }
         let runtime = self.runtime_for(&plan).await;
         let runtime = runtime.as_ref().map_err(ToString::to_string);
         let look = |twin: TwinState| {

@@ -27,6 +27,9 @@ pub struct VolumeProof {
     pub owned_epoch: Option<Epoch>,
     /// Root that was released; of a volume that was switched first, that of its list.
     pub released: Signature,
+    /// Whether it was switched first: what was released is no root of data.
+    #[serde(default)]
+    pub listed: bool,
     /// Root of what the target received, computed there.
     pub received: Option<Signature>,
     /// Root of the source's kept data, read again now; none when it is gone.
@@ -266,6 +269,7 @@ fn judge(
             released_epoch: released.epoch,
             owned_epoch: owned.map(|owned| owned.epoch),
             released: root,
+            listed: matches!(released.content, Content::Later(_)),
             received,
             kept,
             agrees: taken && sent.is_some() && (!differs || incomparable),

@@ -170,34 +170,26 @@ impl Reading<'_, '_> {
     ) -> Result<Option<Waiting>, SourceError> {
         let mut piece = self.begin_piece(large, span);
         for run in piece.reads.clone() {
-            let place = piece.place(self.source.block_size, &run);
-            piece.record[piece.data..][place].fill(0);
-            let blocks: Vec<u64> = run.collect();
-            for run in blocks.chunk_by(|a, b| large.skips(*a) == large.skips(*b)) {
-                if large.skips(run[0]) {
-                    continue;
-                }
-                let part =
-                    piece.place(self.source.block_size, &(run[0]..run[0] + run.len() as u64));
-                let offset = piece.offset + part.start as u64;
-                let bytes = &mut piece.record[piece.data..][part];
-                let (done, lost) = salvage::read(&large.file, bytes, offset)
-                    .map_err(|e| self.unread(large, offset, &e))?;
-                if !lost.is_empty() {
-                    let before = || self.before(&large.path, &large.file, &large.stat);
-                    let salvaged = Salvaged {
-                        path: &large.path,
-                        size: large.size,
-                        held: &large.held,
-                        before: large.before.get_or_init(before),
-                        offset,
-                        bytes,
-                    };
-                    piece.kept.extend(self.name_lost(&salvaged, &lost));
-                }
-                self.source.progress.read(done as u64);
-                add(&self.tally.bytes_read, done as u64);
+            let part = piece.place(self.source.block_size, &run);
+            let offset = piece.offset + part.start as u64;
+            let bytes = &mut piece.record[piece.data..][part];
+            bytes.fill(0);
+            let (done, lost) = salvage::read(&large.file, bytes, offset)
+                .map_err(|e| self.unread(large, offset, &e))?;
+            if !lost.is_empty() {
+                let before = || self.before(&large.path, &large.file, &large.stat);
+                let salvaged = Salvaged {
+                    path: &large.path,
+                    size: large.size,
+                    held: &large.held,
+                    before: large.before.get_or_init(before),
+                    offset,
+                    bytes,
+                };
+                piece.kept.extend(self.name_lost(&salvaged, &lost));
             }
+            self.source.progress.read(done as u64);
+            add(&self.tally.bytes_read, done as u64);
         }
         self.finish_piece(piece)
     }
@@ -206,18 +198,22 @@ impl Reading<'_, '_> {
     fn begin_piece(&self, large: &Arc<Large>, span: &Span) -> Piece {
         let block_size = self.source.block_size;
         let (first, count) = (span.blocks.start, span.blocks.end - span.blocks.start);
-        let length = |run: &Range<u64>| -> usize {
-            let blocks = run.clone();
-            blocks.map(|at| block_size.length_of(large.size, at)).sum()
-        };
+        let length_of = |at: u64| block_size.length_of(large.size, at);
         let held = |index: u64| large.held.get(usize::try_from(index).ok()?);
-        let mut reads = span.changed.clone();
-        reads.retain(|run| {
-            let is_hole = large
-                .holes
-                .covers(run.start * block_size.bytes(), length(run) as u64);
-            !is_hole && !run.clone().all(|block| large.skips(block))
-        });
+        // What need not be read costs the disk nothing, and is no part of the estimate.
+        let is_read = |block: &u64| {
+            let (offset, length) = (block * block_size.bytes(), length_of(*block) as u64);
+            !large.skips(*block) && !large.holes.covers(offset, length)
+        };
+        let wanted: Vec<u64> = span
+            .changed
+            .iter()
+            .cloned()
+            .flatten()
+            .filter(is_read)
+            .collect();
+        let runs = wanted.chunk_by(|one, next| one + 1 == *next);
+        let reads: Vec<Range<u64>> = runs.map(|run| run[0]..run[0] + run.len() as u64).collect();
         // Of blocks that are read this is not the last word.
         let mut blocks: Vec<(Signature, Fate)> = span
             .blocks
@@ -231,7 +227,8 @@ impl Reading<'_, '_> {
         }
         drop(marks);
         let (head, descriptors) = head(large, first, count);
-        let (offset, length) = (first * block_size.bytes(), length(&span.blocks));
+        let length: usize = span.blocks.clone().map(length_of).sum();
+        let offset = first * block_size.bytes();
         // Direct reads are of whole sectors.
         let room = if reads.is_empty() {
             0
@@ -350,9 +347,7 @@ impl Reading<'_, '_> {
         for index in piece.reads.iter().cloned().flatten() {
             let place = piece.place(self.source.block_size, &(index..index + 1));
             let bytes = &piece.record[piece.data..][place];
-            let signature = if piece.file.skips(index) {
-                ZERO
-            } else if let Some(kept) = piece.kept.get(&index) {
+            let signature = if let Some(kept) = piece.kept.get(&index) {
                 *kept
             } else {
                 sign::signature(self.source.key, bytes)

@@ -54,6 +54,23 @@ fn a_second_volume_of_the_same_content_costs_less_than_a_hundredth_of_its_bytes(
 }
 
 #[test]
+fn of_a_sparse_file_only_blocks_with_data_are_read() {
+    const EACH: u64 = 64 << 10;
+    for (way, engine) in every() {
+        let bench = Bench::new(engine);
+        let image = fs::File::create(bench.source.join("image")).unwrap();
+        for at in 0..4 {
+            let data = random(EACH as usize, at);
+            image.write_all_at(&data, (at << 20) + 3 * EACH).unwrap();
+        }
+        image.set_len(9 << 20).unwrap();
+        image.sync_all().unwrap();
+        let report = to_new(&bench, way, "first");
+        assert_eq!(report.bytes_read, Bytes(4 * EACH), "{way:?} {engine:?}");
+    }
+}
+
+#[test]
 fn over_a_spool_nothing_is_offered() {
     let bench = Bench::new(EngineChoice::Auto);
     fill(&bench.source);
