@@ -163,6 +163,27 @@ pub const fn groups_of(identity: u64, groups: u32) -> [[u32; 2]; 2] {
     [[near, near], [one, other]]
 }
 
+/// UDP ports that were let go of are kept in groups of so many.
+pub const RELEASED_GROUP: usize = 8;
+
+/// Groups of them.
+pub const RELEASED_GROUPS: u32 = 1_024;
+
+/// log2 of the nanoseconds in which the time is counted at which a port was let go of: 134 ms, for 18 years.
+pub const RELEASED_SHIFT: u32 = 27;
+
+/// In which group a port of a network namespace is that was let go of, and by what it is told from others there: the
+/// upper half of its word, of which the lower is the time.
+#[inline(always)]
+#[must_use]
+pub const fn released_at(netns: u32, port: u16) -> (u32, u32) {
+    let place = (netns as u64) << 16 | port as u64;
+    // As for [`groups_of`].
+    let mixed = (place ^ place >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let mixed = mixed ^ mixed >> 33;
+    ((mixed >> 32) as u32 % RELEASED_GROUPS, mixed as u32)
+}
+
 /// In place of a connection's identity: nobody's, and one that is just being noted. Both are less than any
 /// identity.
 pub mod place {

@@ -11,14 +11,22 @@ use crate::ports::{EPHEMERAL, MAPPED, address, mapped, note, udp_closed};
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::{bpf_get_current_cgroup_id, bpf_get_socket_cookie};
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, map};
-use aya_ebpf::maps::LruHashMap;
+use aya_ebpf::maps::{Array, LruHashMap};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use lifeboat_ebpf::{Address, End, Flow, FlowKey, Open, PortKey, loss, protocol, role};
+use lifeboat_ebpf::{
+    Address, End, Flow, FlowKey, Open, PortKey, RELEASED_GROUP, RELEASED_GROUPS, RELEASED_SHIFT,
+    loss, protocol, released_at, role,
+};
 
 /// Flows of sockets that are not connected; also whom a socket asked (port 0; [`MANY`]), and who asked a container
 /// ([`asked_from`]).
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(8_192, 0);
+
+/// Which ports were let go of last, and when ([`released_at`]); in each group the oldest makes room. Whoever has one
+/// still is in the socket tables, so that both together tell whether somebody was there to hear a datagram.
+#[map]
+static RELEASED: Array<[u64; RELEASED_GROUP]> = Array::with_max_entries(RELEASED_GROUPS, 0);
 
 /// How often a flow tells its kind that it is alive.
 const AGAIN_NS: u64 = 1_000_000_000;
@@ -79,8 +87,45 @@ pub fn udp_release(ctx: SockContext) -> i32 {
         && let Some(sock) = address_of(ctx.sock.cast())
     {
         udp_closed(sock as u64);
+        released(sock);
     }
     ALLOW
+}
+
+#[inline(always)]
+fn released(sock: Object) {
+    let Some(port @ 1..) = probe::<u16>(sock, layout!(sock_num)) else {
+        return;
+    };
+    let net = probe::<Object>(sock, layout!(sock_net));
+    let Some(netns) = net.and_then(|net| probe::<u32>(net, layout!(net_inum))) else {
+        return;
+    };
+    let (group, tag) = released_at(netns, port);
+    let Some(group) = RELEASED.get_ptr_mut(group) else {
+        return;
+    };
+    let words = group.cast::<u64>();
+    let (mut place, mut oldest) = (words, u32::MAX);
+    for slot in 0..RELEASED_GROUP {
+        // SAFETY: map values live for the whole program run, and the slot is less than a group has.
+        unsafe {
+            let at = words.add(slot);
+            let word = at.read_volatile();
+            // Its own place before all others.
+            let time = if (word >> 32) as u32 == tag {
+                0
+            } else {
+                word as u32
+            };
+            if time < oldest {
+                (place, oldest) = (at, time);
+            }
+        }
+    }
+    let time = (now_ns() >> RELEASED_SHIFT) as u32;
+    // SAFETY: as above.
+    unsafe { place.write_volatile(u64::from(tag) << 32 | u64::from(time)) };
 }
 
 #[inline(always)]

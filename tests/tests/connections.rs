@@ -283,6 +283,49 @@ fn what_was_asked_of_many_makes_a_child_of_the_asker_and_not_of_who_answers() {
 }
 
 #[test]
+fn a_datagram_makes_an_edge_where_somebody_was_there_to_hear_it_be_it_for_a_moment_and_else_none() {
+    let Some(scope) = Scope::new("heard") else {
+        return;
+    };
+    let cable = Cable::lay();
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses();
+    let inside = |end: usize| ["ip", "netns", "exec", &cable.0[end]];
+    let serve = |what| Talker::start_through(&inside(1), &db, &["serve", what]).awaited();
+    let server = serve("udp=198.51.100.2:4543");
+    let containers = [container("web", 0), container("db", server.pid())];
+    senses.sweep(&containers, now());
+    let ask = |port: u16| {
+        let times = format!("3=198.51.100.2:{port}");
+        let made = Talker::start_through(&inside(0), &web, &["ask", &times]).made();
+        assert_eq!(made, 3);
+    };
+    // Whoever is seen with the second was seen with the first.
+    ask(4542);
+    ask(4543);
+    let told = sweep_until_seen(&mut senses, &containers, 1);
+    assert_eq!(named(&told), [("web", "db", 4543)]);
+    let end = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < end {
+        let snapshot = senses.sweep(&containers, now());
+        assert_eq!(named(&snapshot), [("web", "db", 4543)]);
+        sleep(Duration::from_millis(300));
+    }
+    let _gone = serve("udp-once=198.51.100.2:4542");
+    ask(4542);
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        let snapshot = senses.sweep(&containers, now());
+        let told = named(&snapshot);
+        if told == [("web", "db", 4542), ("web", "db", 4543)] {
+            break;
+        }
+        assert!(Instant::now() < end, "{told:?}");
+        sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
 fn open_connections_beyond_the_limit_are_seen_without_their_bytes() {
     let Some(scope) = Scope::new("open") else {
         return;

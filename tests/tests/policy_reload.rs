@@ -217,10 +217,8 @@ fn a_pause_is_told_and_survives_kill_9_and_a_recording_is_judged_as_the_agent_di
     run(&["record", "-o", file, "--for", "4s"])?;
     run(&["record", "-o", file, "--for", "3s"])?;
     let replayed = run(&["policy", "replay", file, "--policy", POLICY, "--json"])?;
-    let events: Vec<Value> = replayed
-        .lines()
-        .map(serde_json::from_str)
-        .collect::<Result<_, _>>()?;
+    let replay: Value = serde_json::from_str(&replayed)?;
+    let events = replay["events"].as_array().context("no events")?;
     let starts = events.iter().filter(|event| event["event"] == "started");
     ensure!(starts.count() == 2, "{replayed}");
     let first = events
@@ -233,7 +231,7 @@ fn a_pause_is_told_and_survives_kill_9_and_a_recording_is_judged_as_the_agent_di
             && first["verdict"]["evidence"][0]["threshold"] == "first-memory",
         "{first}"
     );
-    let summary = &events.last().context("no summary")?["summary"];
+    let summary = &replay["summary"];
     ensure!(
         summary["sweeps"].as_u64() >= Some(5) && summary["torn"] == 0,
         "{summary}"

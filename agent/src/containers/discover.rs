@@ -286,8 +286,13 @@ impl Runtimes {
             match self.place(&mut container, problems) {
                 Ok(true) => {}
                 Ok(false) => return Ok(None),
-                // Ended since it was inspected: shown as such the next time.
-                Err(_) => container.pid = 0,
+                // Ended since it was inspected, of which its list's word may say nothing if it began anew: not kept, so
+                // that it is inspected the next time.
+                Err(_) => {
+                    container.pid = 0;
+                    self.known().remove(&(socket, id.to_owned()));
+                    return Ok(Some(container));
+                }
             }
         }
         let known = Known {
@@ -458,6 +463,7 @@ pub(super) fn start_time(pid: i32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[tokio::test]
     async fn a_runtime_that_is_not_there_is_a_problem_and_not_a_failure() {
@@ -473,6 +479,43 @@ mod tests {
         assert!(discovery.containers.is_empty());
         assert_eq!(discovery.problems.len(), 1);
         assert!(discovery.problems[0].contains("/nonexistent/p.sock"));
+    }
+
+    #[tokio::test]
+    async fn who_ended_between_inspection_and_look_is_inspected_the_next_time() {
+        // A number that no process has: more than the kernel gives (PID_MAX_LIMIT).
+        let ended = 1 << 23;
+        let inspected = Arc::new(Mutex::new(0));
+        let count = inspected.clone();
+        let answer = move |uri: axum::http::Uri| async move {
+            let running = json!({ "Status": "running", "Pid": ended });
+            axum::Json(match uri.path() {
+                path if path.ends_with("/containers/json") => {
+                    json!([{ "Id": "c1", "State": "running", "Names": ["/web"] }])
+                }
+                path if path.ends_with("/version") => json!({ "Version": "27.0.0" }),
+                _ => {
+                    *count.lock().unwrap() += 1;
+                    json!({ "Id": "c1", "Name": "/web", "State": running })
+                }
+            })
+        };
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("cgroup.procs"), "").unwrap();
+        let socket = directory.path().join("d.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let router = axum::Router::new().fallback(answer);
+        tokio::spawn(async { axum::serve(listener, router).await });
+        let scope = Scope {
+            cgroup_root: directory.path().to_owned(),
+        };
+        let runtimes = Runtimes::new(&[socket.display().to_string()], scope);
+        for times in 1..=2 {
+            let discovery = runtimes.discover().await;
+            assert_eq!(discovery.problems, Vec::<String>::new());
+            assert_eq!(discovery.containers[0].pid, 0);
+            assert_eq!(*inspected.lock().unwrap(), times);
+        }
     }
 
     #[test]

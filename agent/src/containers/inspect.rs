@@ -93,7 +93,7 @@ fn text(value: &Value) -> String {
 }
 
 /// Podman says `stopped` and `initialized` and `configured` where Docker has one word less.
-pub(super) fn state(word: &str) -> State {
+pub(crate) fn state(word: &str) -> State {
     match word {
         "created" | "initialized" | "configured" => State::Created,
         "running" | "restarting" => State::Running,

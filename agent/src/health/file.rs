@@ -18,16 +18,20 @@ const STALE_AFTER: Duration = Duration::from_secs(10);
 pub(super) fn read(text: &str) -> Result<Policy, Vec<Fault>> {
     // Editors of other systems put a byte order mark in front, which the parser takes for a part of the first key.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let file = form::read(text).map_err(|fault| vec![fault])?;
+    let (file, unknown) = form::read(text);
+    let Some(file) = file else {
+        return Err(unknown);
+    };
     let mut check = Check {
         text,
         faults: Vec::new(),
     };
     let policy = check.policy(file);
-    if check.faults.is_empty() {
+    let faults = form::without_followers(check.faults, unknown);
+    if faults.is_empty() {
         Ok(policy)
     } else {
-        Err(check.faults)
+        Err(faults)
     }
 }
 
@@ -245,8 +249,11 @@ impl Check<'_> {
             );
         }
         for (place, role) in entry.approvals.iter().enumerate() {
+            let at = field.at("approvals").at(place);
             if role.trim().is_empty() {
-                self.value(&field.at("approvals").at(place), "the role's name is empty");
+                self.value(&at, "the role's name is empty");
+            } else if entry.approvals[..place].contains(role) {
+                self.value(&at, format!("`{role}` stands here twice: remove one"));
             }
         }
         let timeout = field.at("approval_timeout");

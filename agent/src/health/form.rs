@@ -1,11 +1,10 @@
 //! The form of the policy file: keys and kinds of values, each mistake with its place.
 
 use super::policy::{Among, OnTimeout, Severity, Stage};
-use super::schema::{ActionName, MetricName, PerName, Span};
+use super::schema::{ActionName, MetricName, PerName, Span, unknown_fields};
 use crate::model::action::Action;
 use crate::model::locate::{Fault, parse};
 use crate::model::metric::Per;
-use crate::model::nearest::hint;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
@@ -13,32 +12,31 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
-/// Reads the form of a policy.
-pub(super) fn read(text: &str) -> Result<FilePolicy, Fault> {
-    parse(text).map_err(explained)
+/// Reads the form of a policy: what is there of it, and every mistake of form.
+pub(super) fn read(text: &str) -> (Option<FilePolicy>, Vec<Fault>) {
+    // serde would end at the first unknown field, and so hide what else is wrong.
+    let unknown = unknown_fields(text);
+    match (parse(text), unknown) {
+        (Ok(file), Ok(unknown)) => (Some(file), unknown),
+        (Err(fault), Ok(unknown)) => (None, without_followers(vec![fault], unknown)),
+        (Ok(_), Err(fault)) | (Err(fault), Err(_)) => (None, vec![fault]),
+    }
 }
 
-/// serde's message for an unknown field, in our words.
-fn explained(mut fault: Fault) -> Fault {
-    let unknown = fault
-        .message
-        .strip_prefix("unknown field `")
-        .and_then(|rest| rest.split_once('`'))
-        .map(|(key, rest)| (key.to_owned(), rest.to_owned()));
-    if let Some((key, rest)) = unknown {
-        let known: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
-        fault.message = format!("unknown field{}", hint(&key, known));
-    }
-    fault
+/// Mistakes of which those are left out that are told of a mapping as a whole and come from its unknown fields.
+pub(super) fn without_followers(mut faults: Vec<Fault>, unknown: Vec<Fault>) -> Vec<Fault> {
+    faults.retain(|fault| {
+        let mut unknown = unknown.iter().map(|one| one.field.0.split_last());
+        !unknown.any(|split| split.is_some_and(|(_, above)| *above == fault.field.0[..]))
+    });
+    faults.extend(unknown);
+    faults
 }
 
 /// A degradation policy of Lifeboat.
 #[derive(Deserialize, JsonSchema)]
-#[serde(
-    deny_unknown_fields,
-    expecting = "a policy: `version`, `name`, `thresholds` and `degraded`"
-)]
-#[schemars(rename = "Policy")]
+#[serde(expecting = "a policy: `version`, `name`, `thresholds` and `degraded`")]
+#[schemars(deny_unknown_fields, rename = "Policy")]
 pub(super) struct FilePolicy {
     /// Version of this format: 1.
     #[schemars(range(min = 1, max = 1))]
@@ -64,8 +62,7 @@ pub(super) struct FilePolicy {
 
 /// A signal with its limit: one of above, below, count and forecast.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Threshold")]
+#[schemars(deny_unknown_fields, rename = "Threshold")]
 pub(super) struct FileThreshold {
     /// What is measured; `lifeboat metrics` lists all.
     #[schemars(with = "MetricName")]
@@ -112,8 +109,7 @@ pub(super) struct FileThreshold {
 
 /// A number of events within a span.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Count")]
+#[schemars(deny_unknown_fields, rename = "Count")]
 pub(super) struct FileCount {
     /// Events.
     #[schemars(range(min = 1))]
@@ -125,8 +121,7 @@ pub(super) struct FileCount {
 
 /// A value that is reached soon if it goes on as it did: one of reaches and falls_to.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Forecast")]
+#[schemars(deny_unknown_fields, rename = "Forecast")]
 pub(super) struct FileForecast {
     /// A value above.
     #[serde(default, deserialize_with = "given")]
@@ -145,8 +140,7 @@ pub(super) struct FileForecast {
 
 /// The load that a value is divided by.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Load")]
+#[schemars(deny_unknown_fields, rename = "Load")]
 pub(super) struct FileLoad {
     /// The load's metric.
     #[schemars(with = "MetricName")]
@@ -162,8 +156,7 @@ pub(super) struct FileLoad {
 
 /// Whom a value is compared with.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Peers")]
+#[schemars(deny_unknown_fields, rename = "Peers")]
 pub(super) struct FilePeers {
     /// The other parts of this host, or the other devices of the fleet. Default: host.
     #[serde(default)]
@@ -178,8 +171,7 @@ pub(super) struct FilePeers {
 
 /// What must hold: exactly one of failures, any, all and not.
 #[derive(Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Condition")]
+#[schemars(deny_unknown_fields, rename = "Condition")]
 pub(super) struct FileCondition {
     /// At least so many thresholds fail.
     #[serde(default, deserialize_with = "given")]
@@ -197,8 +189,7 @@ pub(super) struct FileCondition {
 
 /// An entry of `degraded`: exactly one of failures, any, all and not, and how far the device is helped.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Degraded")]
+#[schemars(deny_unknown_fields, rename = "Degraded")]
 pub(super) struct FileDegraded {
     /// At least so many thresholds fail.
     #[serde(default, deserialize_with = "given")]
@@ -254,8 +245,7 @@ impl<'de> Visitor<'de> for Term {
 
 /// Which actions the paired device does.
 #[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Delegation")]
+#[schemars(deny_unknown_fields, rename = "Delegation")]
 pub(super) struct FileDelegation {
     /// The condition.
     pub when: FileCondition,
@@ -267,8 +257,7 @@ pub(super) struct FileDelegation {
 
 /// Brakes.
 #[derive(Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "Guards")]
+#[schemars(deny_unknown_fields, rename = "Guards")]
 pub(super) struct FileGuards {
     /// Least time between two changes into or out of degraded. Default: 10m.
     #[serde(default, deserialize_with = "given")]

@@ -38,6 +38,17 @@ impl Check<'_> {
         let measure = self.measure(field, entry, metric, per);
         let lasting = self.span(&field.at("for"), entry.lasting.as_ref(), Duration::ZERO);
         let rule = self.rule(field, entry, metric, unit);
+        if let Some(Rule::Above { enter, .. }) = rule
+            && measure == Some(Measure::Value)
+            && metric.is_flag(per)
+            && enter.number >= 1.0
+        {
+            let (name, per) = (metric.name, per.word());
+            self.value(
+                &field.at("above"),
+                format!("{name} is never above 1 per {per}: write a smaller limit"),
+            );
+        }
         if entry.rising && lasting < RISES_IN {
             self.key(
                 &field.at("rising"),

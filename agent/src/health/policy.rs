@@ -433,7 +433,7 @@ impl Policy {
     /// Reads a policy. `file` is the name that errors show.
     ///
     /// # Errors
-    /// The first mistake of form, or all mistakes of meaning.
+    /// Every unknown field, and the first other mistake of form or all mistakes of meaning.
     pub fn parse(text: &str, file: &str) -> Result<Self, PolicyError> {
         super::file::read(text).map_err(|mut faults| {
             faults.sort_by_key(|fault| fault.position);

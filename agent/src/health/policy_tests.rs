@@ -130,7 +130,7 @@ fn a_mistake_names_file_line_column_field_and_what_would_be_right() {
     wrong(
         "below: 3GiB",
         "below: 100000000000000000000000GiB",
-        "f:16:12: thresholds.memory-low.below: `100000000000000000000000GiB` is beyond anything there is: write at most 8388608TiB",
+        "f:16:12: thresholds.memory-low.below: `100000000000000000000000GiB` is beyond anything there is: write less than 8388608TiB",
     );
     wrong(
         "fleet_max_evacuating: 30%",
@@ -165,17 +165,17 @@ fn a_mistake_of_form_is_told_in_the_same_way() {
     wrong(
         "severity: critical",
         "severity: fatal",
-        "f:13:15: thresholds.disk-errors.severity: unknown variant `fatal`",
+        "f:13:15: thresholds.disk-errors.severity: `fatal` is not known: write warning or critical",
     );
     wrong(
         "    metric: memory.available\n",
         "",
-        "f:14:3: thresholds.memory-low: missing field `metric`",
+        "f:14:3: thresholds.memory-low: `metric` is missing: write it",
     );
     wrong(
         "[encrypt, transfer]",
         "[encrypt, move]",
-        "f:23:24: delegate[0].actions[1]: unknown variant `move`",
+        "f:23:24: delegate[0].actions[1]: `move` is not known: write encrypt or transfer or serve",
     );
     wrong(
         "  disk-errors:",
@@ -186,6 +186,86 @@ fn a_mistake_of_form_is_told_in_the_same_way() {
         "at_least: 3",
         "at_least: -3",
         "f:12:24: thresholds.disk-errors.count.at_least: ",
+    );
+}
+
+/// Every fault of the good policy with some lines changed.
+fn all_wrong(changes: &[(&str, &str)]) -> Vec<String> {
+    let text = changes.iter().fold(GOOD.to_owned(), |text, (from, to)| {
+        assert!(text.contains(from), "{from}");
+        text.replacen(from, to, 1)
+    });
+    let faults = Policy::parse(&text, "f").unwrap_err().faults;
+    faults.iter().map(|fault| fault.in_file("f")).collect()
+}
+
+#[test]
+fn an_unknown_field_hides_no_other_mistake_and_brings_none_of_its_own() {
+    let told = all_wrong(&[
+        ("above: 40ms", "abvoe: 40ms"),
+        ("below: 3GiB", "below: 3ms"),
+        ("  hold: 1h30m", "  holt: 1h30m"),
+        ("any: [disk-errors]", "any: [{ nott: disk-slow }, gone]"),
+    ]);
+    let expected = [
+        "f:7:5: thresholds.disk-slow.abvoe: unknown field; did you mean above?",
+        "f:16:12: thresholds.memory-low.below: `3ms` does not fit",
+        "f:20:13: degraded[1].any[0].nott: unknown field; did you mean not?",
+        "f:20:32: degraded[1].any[1]: unknown threshold `gone`",
+        "f:25:3: guards.holt: unknown field; did you mean hold?",
+    ];
+    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    for (told, expected) in told.iter().zip(expected) {
+        assert!(told.starts_with(expected), "{told}\n{expected}");
+    }
+    let told = all_wrong(&[("metric: memory.available", "metrik: memory.available")]);
+    assert_eq!(told.len(), 1, "{told:#?}");
+    // Twice the same, of which neither is read.
+    let told = all_wrong(&[(
+        "    severity: critical",
+        "    colour: red\n    colour: blue",
+    )]);
+    assert!(told[0].contains("colour"), "{told:#?}");
+}
+
+#[test]
+fn what_can_never_be_or_is_no_wish_is_refused_where_it_stands() {
+    let flag = |metric: &str, rest: &str| {
+        let text = format!("metric: {metric}\n    {rest}");
+        GOOD.replacen("metric: memory.available\n    below: 3GiB", &text, 1)
+    };
+    let told = |text: &str| Policy::parse(text, "f").map_err(|error| error.to_string());
+    let refused = told(&flag("raid.failed", "per: array\n    above: 1"));
+    assert_eq!(
+        refused.unwrap_err(),
+        "f:17:12: thresholds.memory-low.above: raid.failed is never above 1 per array: write a smaller limit"
+    );
+    // Of the device it is how many.
+    assert!(told(&flag("raid.failed", "above: 1")).is_ok());
+    assert!(told(&flag("raid.failed", "per: array\n    above: 0")).is_ok());
+    assert!(told(&flag("filesystem.mounted", "per: mount\n    below: 2")).is_ok());
+    // A default that does not fit is told at what it is the default of.
+    let refused = told(&flag("disk.capacity", "below: 3GiB")).unwrap_err();
+    assert!(
+        refused.starts_with(
+            "f:14:3: thresholds.memory-low.per: disk.capacity is not measured per device"
+        ),
+        "{refused}"
+    );
+    wrong(
+        "approvals: [oncall]",
+        "approvals: [oncall, oncall]",
+        "f:27:23: guards.approvals[1]: `oncall` stands here twice: remove one",
+    );
+    wrong(
+        "below: 3GiB",
+        "below: 8388608TiB",
+        "f:16:12: thresholds.memory-low.below: `8388608TiB` is beyond anything there is: write less than 8388608TiB",
+    );
+    wrong(
+        "above: 40ms",
+        "above: 36525d",
+        "f:7:12: thresholds.disk-slow.above: `36525d` is beyond anything there is: write less than 36525d",
     );
 }
 
@@ -208,7 +288,10 @@ fn a_byte_order_mark_in_front_of_a_policy_is_no_part_of_it() {
 #[test]
 fn what_is_no_policy_is_told_in_words_of_the_file() {
     let error = Policy::parse("- a\n", "f").unwrap_err().to_string();
-    assert!(error.contains("expected a policy: `version`"), "{error}");
+    assert!(
+        error.contains("a list does not fit here: write a policy: `version`"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -312,7 +395,7 @@ fn not_and_stages_are_checked_at_their_place() {
     wrong(
         "- failures: 2",
         "- { failures: 2, stage: later }",
-        "f:19:27: degraded[0].stage: unknown variant `later`",
+        "f:19:27: degraded[0].stage: `later` is not known: write watch or prepare or evacuate",
     );
     let text = GOOD.replace(
         "- failures: 2",

@@ -75,9 +75,10 @@ fn within(text: &str, unit: Unit, (most, shown): (f64, &str)) -> Result<f64, Str
         ));
     }
     let value = number * factor;
-    if value > most {
+    // What is a share may be all of it.
+    if value > most || (value == most && unit != Unit::Percent) {
         return Err(format!(
-            "`{text}` is beyond anything there is: write at most {shown}"
+            "`{text}` is beyond anything there is: write less than {shown}"
         ));
     }
     Ok(value)

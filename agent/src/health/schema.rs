@@ -1,7 +1,9 @@
 //! The policy file's JSON schema, generated from the types that read it.
 
 use super::form::{FilePolicy, Scalar};
+use crate::model::locate::{Fault, Field, parse};
 use crate::model::metric::METRICS;
+use crate::model::nearest::hint;
 use schemars::generate::SchemaSettings;
 use schemars::transform::RecursiveTransform;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -17,6 +19,78 @@ pub fn policy_schema() -> Value {
         .into_generator()
         .into_root_schema_for::<FilePolicy>();
     schema.to_value()
+}
+
+/// Fields that the form does not have, each at its key.
+///
+/// # Errors
+/// The text is no YAML.
+pub(super) fn unknown_fields(text: &str) -> Result<Vec<Fault>, Fault> {
+    let tree: serde_yaml::Value = parse(text)?;
+    let root = policy_schema();
+    let mut walk = Fields {
+        text,
+        root: &root,
+        unknown: Vec::new(),
+    };
+    walk.of(&root, &tree, &Field::default());
+    Ok(walk.unknown)
+}
+
+struct Fields<'a> {
+    text: &'a str,
+    root: &'a Value,
+    unknown: Vec<Fault>,
+}
+
+impl Fields<'_> {
+    fn of(&mut self, schema: &Value, value: &serde_yaml::Value, field: &Field) {
+        match value {
+            serde_yaml::Value::Mapping(entries) => {
+                let Some(schema) = self.of_mapping(schema) else {
+                    return;
+                };
+                let known = schema["properties"].as_object();
+                let others = schema
+                    .get("additionalProperties")
+                    .filter(|any| any.is_object());
+                for (key, value) in entries {
+                    let Some(key) = key.as_str() else { continue };
+                    let field = field.at(key);
+                    match known.and_then(|known| known.get(key)).or(others) {
+                        Some(schema) => self.of(schema, value, &field),
+                        None => {
+                            let names = known.into_iter().flat_map(|known| known.keys());
+                            let near = hint(key, names.map(String::as_str));
+                            let message = format!("unknown field{near}");
+                            self.unknown.push(Fault::in_key(self.text, &field, message));
+                        }
+                    }
+                }
+            }
+            serde_yaml::Value::Sequence(elements) => {
+                let schema = schema["items"].clone();
+                for (place, value) in elements.iter().enumerate() {
+                    self.of(&schema, value, &field.at(place));
+                }
+            }
+            serde_yaml::Value::Tagged(tagged) => self.of(schema, &tagged.value, field),
+            _ => {}
+        }
+    }
+
+    /// What a mapping must be here.
+    fn of_mapping(&self, schema: &Value) -> Option<Value> {
+        if let Some(name) = schema["$ref"].as_str() {
+            return self.of_mapping(self.root.pointer(name.strip_prefix('#')?)?);
+        }
+        if let Some(any) = schema["anyOf"].as_array() {
+            return any.iter().find_map(|one| self.of_mapping(one));
+        }
+        let holds = ["properties", "additionalProperties"];
+        let holds = holds.iter().any(|what| schema.get(what).is_some());
+        holds.then(|| schema.clone())
+    }
 }
 
 /// A key without a value is refused, so no value may be null.

@@ -128,6 +128,9 @@ struct Course {
 /// A changeset that is not smaller than this share of the one before has stopped shrinking, in percent.
 const SHRINKS_PERCENT: u128 = 80;
 
+/// What is shorter is not known from bytes alone.
+const TELLS_PAUSE: Duration = Duration::from_secs(1);
+
 /// Longer forecasts are not told apart: a rate near zero must not overflow a duration.
 const FOR_EVER: Duration = Duration::from_hours(24 * 365);
 
@@ -308,20 +311,18 @@ impl Outlook {
             None => String::new(),
         };
         let copy = &self.copy;
+        // Before a changeset was sent the bytes alone are known; a short pause is mostly something else.
+        let pause = match self.last {
+            None if course.pause < TELLS_PAUSE => "a pause that is not measured yet".to_owned(),
+            _ => format!("a pause of about {}", human_duration(course.pause)),
+        };
+        let (rounds, copying) = (course.rounds, human_duration(course.copying));
         let then = match next {
-            Next::Pause => format!("a pause of about {}", human_duration(course.pause)),
-            Next::Copy => format!(
-                "{} more round(s) in {}, then a pause of about {}",
-                course.rounds,
-                human_duration(course.copying),
-                human_duration(course.pause)
-            ),
-            Next::SwitchFirst => format!(
-                "copying would take {} more round(s) in {} and a pause of about {}",
-                course.rounds,
-                human_duration(course.copying),
-                human_duration(course.pause)
-            ),
+            Next::Pause => pause,
+            Next::Copy => format!("{rounds} more round(s) in {copying}, then {pause}"),
+            Next::SwitchFirst => {
+                format!("copying would take {rounds} more round(s) in {copying} and {pause}")
+            }
         };
         format!(
             "{what}, {}/s copied ({}){dirty}: {then}",

@@ -60,6 +60,27 @@ fn a_calm_workload_is_copied_first_and_the_pause_is_told() {
 }
 
 #[test]
+fn a_short_pause_is_told_once_a_changeset_was_sent_and_a_long_one_before() {
+    for dirty in [None, Some(1)] {
+        let mut outlook = outlook(GIB, 100 * MIB, dirty);
+        let why = outlook.clone().choose().why;
+        assert!(
+            why.contains("then a pause that is not measured yet"),
+            "{why}"
+        );
+        outlook.whole = Some(Duration::from_secs(10));
+        outlook.last = Some(Changeset {
+            bytes: Bytes(MIB),
+            took: Duration::from_millis(30),
+        });
+        let why = outlook.choose().why;
+        assert!(why.contains("a pause of about"), "{why}");
+    }
+    let why = outlook(100 * GIB, 100 * MIB, Some(200 * MIB)).choose().why;
+    assert!(why.contains("a pause of about"), "{why}");
+}
+
+#[test]
 fn a_workload_that_writes_faster_than_the_copy_is_switched_first() {
     let choice = outlook(100 * GIB, 100 * MIB, Some(200 * MIB)).choose();
     assert_eq!(choice.next, Next::SwitchFirst, "{}", choice.why);

@@ -4,6 +4,7 @@
 //! key or value itself. Invariants: positions come from the parser that reads the file, never from a
 //! search in the text. Non-goals: reading files; the caller knows the file's name.
 
+use super::nearest::hint;
 use serde::de::{
     DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess,
     Visitor,
@@ -93,8 +94,13 @@ impl Fault {
     }
 
     fn new(text: &str, field: &Field, key: bool, message: String) -> Self {
+        // A default that is wrong stands nowhere: told at the key under which it would stand.
+        let above = (1..field.0.len()).rev();
+        let above = above.map(|length| (Field(field.0[..length].to_vec()), true));
+        let mut places = std::iter::once((field.clone(), key)).chain(above);
+        let found = places.find_map(|(field, key)| locate(text, &field, key));
         Self {
-            position: locate(text, field, key).unwrap_or(Position { line: 1, column: 1 }),
+            position: found.unwrap_or(Position { line: 1, column: 1 }),
             field: field.clone(),
             message,
         }
@@ -150,9 +156,104 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Fault> {
         Fault {
             position,
             field,
-            message,
+            message: in_words(&message),
         }
     })
+}
+
+/// What the parser and serde say, as a person would.
+fn in_words(message: &str) -> String {
+    let names = |text: &str| -> Vec<String> {
+        text.split('`')
+            .skip(1)
+            .step_by(2)
+            .map(str::to_owned)
+            .collect()
+    };
+    let expected = |rest: &str| {
+        rest.split_once(", expected ")
+            .map(|(_, tail)| tail.to_owned())
+    };
+    if let Some(rest) = message.strip_prefix("unknown field ") {
+        let mut names = names(rest).into_iter();
+        let key = names.next().unwrap_or_default();
+        let known: Vec<String> = names.collect();
+        return format!(
+            "unknown field{}",
+            hint(&key, known.iter().map(String::as_str))
+        );
+    }
+    if let Some(rest) = message.strip_prefix("unknown variant ") {
+        let mut names = names(rest).into_iter();
+        let given = names.next().unwrap_or_default();
+        let known: Vec<String> = names.collect();
+        return format!("`{given}` is not known: write {}", known.join(" or "));
+    }
+    if let Some(rest) = message.strip_prefix("missing field ") {
+        let name = names(rest).concat();
+        return format!("`{name}` is missing: write it");
+    }
+    for start in ["invalid type: ", "invalid value: ", "invalid length "] {
+        if let Some((given, wanted)) = message
+            .strip_prefix(start)
+            .and_then(|rest| Some((rest.split_once(", expected ")?.0, expected(rest)?)))
+        {
+            return format!(
+                "{} does not fit here: write {}",
+                kind(given),
+                right(&wanted)
+            );
+        }
+    }
+    if YAML.iter().any(|start| message.starts_with(start)) {
+        return format!(
+            "this is no YAML ({message}): look before this place for a bracket or quote that is not closed, a missing colon or a wrong indentation"
+        );
+    }
+    message.to_owned()
+}
+
+/// How libyaml begins to say what is no YAML.
+const YAML: [&str; 8] = [
+    "did not find",
+    "could not find",
+    "found ",
+    "mapping values are not allowed",
+    "block sequence entries are not allowed",
+    "block collection entries are not allowed",
+    "control characters are not allowed",
+    "EOF while parsing",
+];
+
+/// What serde calls what it was given.
+fn kind(given: &str) -> String {
+    match given {
+        "map" => "a mapping".to_owned(),
+        "sequence" => "a list".to_owned(),
+        "unit value" => "nothing".to_owned(),
+        _ => match given.split_once(' ') {
+            Some(("string", text)) => text.replace('"', "`"),
+            Some((_, value)) if value.contains('`') => {
+                format!("`{}`", value.split('`').nth(1).unwrap_or(value))
+            }
+            _ => given.to_owned(),
+        },
+    }
+}
+
+/// What serde calls what would be right.
+fn right(wanted: &str) -> String {
+    match wanted {
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more".to_owned(),
+        "i8" | "i16" | "i32" | "i64" => "a whole number".to_owned(),
+        "f32" | "f64" => "a number".to_owned(),
+        "a boolean" => "true or false".to_owned(),
+        "a string" => "text".to_owned(),
+        "a sequence" => "a list".to_owned(),
+        "a map" => "a mapping".to_owned(),
+        _ if wanted.starts_with("struct ") => "a mapping of fields".to_owned(),
+        _ => wanted.to_owned(),
+    }
 }
 
 /// The parser's message without the path and position that it adds; both are told in a [`Fault`].
@@ -325,7 +426,7 @@ mod tests {
     fn an_unknown_key_is_found_at_the_key() {
         let message = fault("list:\n  - size: 1\n    colour: red\n");
         assert!(
-            message.starts_with("f:3:5: list[0].colour: unknown field `colour`"),
+            message.starts_with("f:3:5: list[0].colour: unknown field; known: size"),
             "{message}"
         );
     }
@@ -336,9 +437,49 @@ mod tests {
         assert!(message.starts_with("f:2:20: list[0].size: "), "{message}");
         let message = fault("list: [\n");
         assert!(
-            message.starts_with("f:1:7: list: did not find"),
+            message.starts_with("f:1:7: list: this is no YAML (did not find"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn what_the_parser_says_is_told_in_words_that_a_person_knows() {
+        for (text, told) in [
+            (
+                "list: 3\n",
+                "f:1:7: list: `3` does not fit here: write a list",
+            ),
+            (
+                "list: [3]\n",
+                "f:1:8: list[0]: `3` does not fit here: write a mapping of fields",
+            ),
+            (
+                "list: [{ size: big }]\n",
+                "f:1:16: list[0].size: `big` does not fit here: write a whole number, 0 or more",
+            ),
+            (
+                "list: [{ size: -2 }]\n",
+                "f:1:16: list[0].size: `-2` does not fit here: write a whole number, 0 or more",
+            ),
+            (
+                "list: [{ size: [] }]\n",
+                "f:1:16: list[0].size: a list does not fit here: write a whole number, 0 or more",
+            ),
+            (
+                "list: [{}]\n",
+                "f:1:8: list[0]: `size` is missing: write it",
+            ),
+        ] {
+            assert_eq!(fault(text), told, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_about_what_is_not_written_is_found_where_it_would_be() {
+        let text = "a:\n  b: { c: 1 }\n";
+        let below = Field::default().at("a").at("b").at("d").at("e");
+        let fault = Fault::in_value(text, &below, "no");
+        assert_eq!(fault.in_file("f"), "f:2:3: a.b.d.e: no");
     }
 
     #[test]

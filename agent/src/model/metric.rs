@@ -123,6 +123,21 @@ impl Metric {
     pub fn passes_whole(&self) -> bool {
         self.name == "disk.wear"
     }
+
+    /// Whether it is 0 or 1 of such a part; of the device it is their sum.
+    #[must_use]
+    pub fn is_flag(&self, per: Per) -> bool {
+        let flags = [
+            "disk.offline",
+            "disk.smart_failed",
+            "raid.failed",
+            "raid.rebuilding",
+            "filesystem.read_only",
+            "filesystem.mounted",
+            "network.link_down",
+        ];
+        per != Per::Device && flags.contains(&self.name)
+    }
 }
 
 /// What one sample was measured on.

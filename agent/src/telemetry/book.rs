@@ -3,7 +3,7 @@
 //! Invariants: a kind is resolved when its peers exist and stays resolved after they are gone; the same
 //! connections seen from both sides count once; memory is bounded; what is older than its age is gone.
 
-use super::edges::{Kind, Map, Meaning, Role, World};
+use super::edges::{Ears, Kind, Map, Meaning, Proof, Role, World};
 use crate::model::edge::{Edge, How, Learnt, Protocol};
 use crate::model::ids::ContainerName;
 use crate::model::telemetry::External;
@@ -14,6 +14,10 @@ use std::time::Duration;
 
 /// Nothing open and nothing new for so long makes an edge stale.
 const STALE_AFTER: Duration = Duration::from_secs(600);
+
+/// A socket that sends on and on is told of once a second: what came so long ago may be the last but one that came, and
+/// is looked up again.
+const FRESH_MS: u64 = 2_000;
 
 /// Most kinds kept; every client of a public service is one. The oldest that make no edge go first.
 const MOST_KINDS: usize = 16_384;
@@ -95,6 +99,8 @@ struct Entry {
     /// Of a kind whose other end is told by its address alone: what came since its meaning was looked up, because
     /// addresses get other owners.
     newer: Option<Totals>,
+    /// When it was found last that nobody had been there to hear it.
+    unheard: Option<UnixMillis>,
 }
 
 impl Entry {
@@ -103,18 +109,60 @@ impl Entry {
             totals,
             meaning: None,
             newer: None,
+            unheard: None,
         }
     }
 
-    /// Takes in what came since the meaning was looked up. Returns the edge of what came before, when the address is
-    /// another container's by now.
-    fn look_again(&mut self, kind: &Kind, map: &Map<'_>) -> Option<Edge> {
-        let newer = self.newer.take()?;
-        let now = map.meaning(kind);
-        let edge = |meaning: &Option<(Meaning, How)>| match meaning {
-            Some((edge @ Meaning::Edge { .. }, _)) => Some(edge.clone()),
-            _ => None,
+    /// Whether there is something to look up.
+    fn is_open(&self, now: UnixMillis) -> bool {
+        match self.meaning {
+            Some(_) => self.newer.is_some(),
+            None if is_stale(self.totals.last_seen, now) => false,
+            // After a step of the clock it is not known which was first.
+            None => self
+                .unheard
+                .is_none_or(|at| at > now || is_fresh(&self.totals, at)),
+        }
+    }
+
+    /// When the first, at the earliest, and the last came of what is not looked up yet.
+    fn came(&self, now: UnixMillis) -> [UnixMillis; 2] {
+        let (first, last) = match &self.newer {
+            Some(newer) => {
+                let first = newer.last_seen.0.saturating_sub(FRESH_MS);
+                (UnixMillis(first), newer.last_seen)
+            }
+            None => (self.totals.first_seen, self.totals.last_seen),
         };
+        let unheard = self.unheard.filter(|at| *at <= now);
+        [unheard.map_or(first, |at| at.max(first)), last]
+    }
+
+    /// Takes in that up to now nobody was there to hear what came since the meaning was looked up. Returns whether that is
+    /// all there was to look up.
+    fn nobody_heard(&mut self, now: UnixMillis) -> bool {
+        self.unheard = Some(now);
+        if self.meaning.is_none() {
+            self.totals.connections = 0;
+            self.totals.first_seen = self.totals.last_seen;
+        }
+        !is_fresh(self.newer.as_ref().unwrap_or(&self.totals), now)
+    }
+
+    /// Takes in the meaning of what was not resolved yet.
+    fn is(&mut self, told: Option<(Meaning, How)>) {
+        if told.is_some() && self.unheard.is_some() {
+            // A socket that went on as if nothing had happened is one more pair.
+            self.totals.connections = self.totals.connections.max(1);
+        }
+        self.meaning = told;
+    }
+
+    /// Takes in what came since the meaning was looked up, and what that means. Returns the edge of what came before,
+    /// when the address is another container's by now.
+    fn look_again(&mut self, kind: &Kind, now: Option<(Meaning, How)>) -> Option<Edge> {
+        let newer = self.newer.take()?;
+        let edge = |meaning: &Option<(Meaning, How)>| edge_of(meaning.as_ref()).cloned();
         match (edge(&self.meaning), edge(&now)) {
             (Some(before), Some(after)) if before != after => {
                 let before = self.edge(kind);
@@ -279,6 +327,12 @@ impl EdgeBook {
             .filter(|name| name.as_str().starts_with('/'))
             .filter_map(|path| Some((path.clone(), name_of(path)?)))
             .collect();
+        self.rename(&named);
+    }
+
+    /// Calls containers otherwise from now on, and in all that is known of them; all at once, as two may have changed
+    /// their names with each other.
+    pub fn rename(&mut self, named: &BTreeMap<ContainerName, ContainerName>) {
         if named.is_empty() {
             return;
         }
@@ -317,27 +371,42 @@ impl EdgeBook {
     }
 
     /// Resolves what is not resolved yet, and what an address means that was used again. What could not be told while
-    /// it was there is not told by who listens there later.
-    pub fn resolve(&mut self, world: &World<'_>, now: UnixMillis) {
-        let mut open = self
-            .kinds
-            .iter_mut()
-            .filter(|(_, entry)| match entry.meaning {
-                None => !is_stale(entry.totals.last_seen, now),
-                Some(_) => entry.newer.is_some(),
-            })
-            .peekable();
+    /// it was there is not told by who listens there later. Returns the network namespaces that must be looked at to
+    /// tell whether somebody was there to hear; those that are not are wanted again.
+    pub fn resolve(
+        &mut self,
+        world: &World<'_>,
+        ears: &Ears<'_>,
+        now: UnixMillis,
+    ) -> BTreeSet<u64> {
+        let mut wanted = BTreeSet::new();
+        let open = self.kinds.iter_mut();
+        let mut open = open.filter(|(_, entry)| entry.is_open(now)).peekable();
         if open.peek().is_none() {
-            return;
+            return wanted;
         }
         let map = Map::of(world);
         for (kind, entry) in open {
+            let told = map.meaning(kind);
+            let known = edge_of(entry.meaning.as_ref());
+            let new = edge_of(told.as_ref()).filter(|edge| Some(*edge) != known);
+            let proof = new.map(|edge| map.proof(kind, edge, entry.came(now), ears));
+            let told = match proof {
+                None | Some(Proof::Heard) => told,
+                Some(Proof::Unheard) if entry.nobody_heard(now) => None,
+                Some(Proof::Unheard) => continue,
+                Some(Proof::Wanted(netns)) => {
+                    wanted.insert(netns);
+                    continue;
+                }
+            };
             if entry.meaning.is_none() {
-                entry.meaning = map.meaning(kind);
-            } else if let Some(edge) = entry.look_again(kind, &map) {
+                entry.is(told);
+            } else if let Some(edge) = entry.look_again(kind, told) {
                 remember(&mut self.remembered, edge);
             }
         }
+        wanted
     }
 
     /// Forgets what was last seen longer ago than `age`, and the oldest where there is too much.
@@ -437,6 +506,16 @@ impl EdgeBook {
 
 fn is_stale(last_seen: UnixMillis, now: UnixMillis) -> bool {
     u128::from(now.0.saturating_sub(last_seen.0)) > STALE_AFTER.as_millis()
+}
+
+/// Whether more may have come since, that is not told yet.
+fn is_fresh(totals: &Totals, now: UnixMillis) -> bool {
+    totals.last_seen.0 + FRESH_MS >= now.0
+}
+
+fn edge_of(told: Option<&(Meaning, How)>) -> Option<&Meaning> {
+    told.map(|(meaning, _)| meaning)
+        .filter(|meaning| matches!(meaning, Meaning::Edge { .. }))
 }
 
 type EdgeKey<'a> = (&'a ContainerName, &'a ContainerName, Protocol, u16);

@@ -6,8 +6,9 @@
 use crate::model::container::{Container, State};
 use crate::model::edge::{How, Learnt, Protocol};
 use crate::model::ids::ContainerName;
+use crate::model::units::UnixMillis;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// Side of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -75,6 +76,37 @@ pub struct World<'a> {
     /// Who listens where: (transport, network namespace, port).
     pub listeners: BTreeMap<(Protocol, u64, u16), Vec<Listener>>,
 }
+
+/// Whether somebody was there to hear a datagram: nothing tells its sender.
+pub struct Ears<'a> {
+    /// What the network namespaces that were looked at in this sweep say.
+    pub looks: BTreeMap<u64, Look>,
+    /// When a UDP port of a network namespace was let go of last, at the latest; known from the look on at least.
+    pub released: &'a dyn Fn(u64, u16) -> UnixMillis,
+}
+
+/// A look at the UDP sockets of a network namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Where they are.
+    pub ends: BTreeSet<SocketAddr>,
+    /// Since when no datagram came for a port without a socket.
+    pub quiet_since: UnixMillis,
+}
+
+/// What there is to show that somebody heard a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// Somebody did, or may have.
+    Heard,
+    /// Nobody was there.
+    Unheard,
+    /// This network namespace must be looked at.
+    Wanted(u64),
+}
+
+/// A port may be let go of so long before what it heard is noted.
+const RELEASED_BEFORE: u64 = 1_000;
 
 /// Who listens at a port, and at which address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -156,6 +188,52 @@ impl<'a> Map<'a> {
             port,
         };
         Some((edge, how))
+    }
+
+    /// Whether somebody was there to hear what makes this edge and came from a first time to a last. Wherever that cannot
+    /// be told somebody was: a socket that is there, or was, and also none where the network namespace has not missed
+    /// the last (it may hand datagrams on).
+    #[must_use]
+    pub fn proof(
+        &self,
+        kind: &Kind,
+        edge: &Meaning,
+        [first, last]: [UnixMillis; 2],
+        ears: &Ears<'_>,
+    ) -> Proof {
+        let Meaning::Edge { parent, port, .. } = edge else {
+            return Proof::Heard;
+        };
+        let by_address = kind.role == Role::Client && kind.other.is_none();
+        let observed = kind.learnt == Learnt::Observed && kind.protocol == Protocol::Udp;
+        let Some(&netns) = self
+            .world
+            .netns
+            .get(parent)
+            .filter(|_| by_address && observed)
+        else {
+            return Proof::Heard;
+        };
+        if (ears.released)(netns, *port).0 + RELEASED_BEFORE >= first.0 {
+            return Proof::Heard;
+        }
+        let Some(look) = ears.looks.get(&netns) else {
+            return Proof::Wanted(netns);
+        };
+        // An address that is not the parent's own was translated, who knows to which of its.
+        let own = kind.peer.filter(|&peer| {
+            let mut there = self.inside.get(&peer).into_iter().flatten();
+            peer.is_loopback() || there.any(|one| one.name == *parent)
+        });
+        let hears = |end: &SocketAddr| {
+            let ip = end.ip();
+            end.port() == *port && (ip.is_unspecified() || own.is_none_or(|own| own == ip))
+        };
+        if look.quiet_since < last || look.ends.iter().any(hears) {
+            Proof::Heard
+        } else {
+            Proof::Unheard
+        }
     }
 
     /// Where a client's connection ended.

@@ -2,7 +2,7 @@
 
 use super::book::EdgeBook;
 use super::cgroups;
-use super::edges::{Kind, Listener, Role};
+use super::edges::{Kind, Listener, Look, Role};
 use super::sockets;
 use crate::model::container::{Container, State};
 use crate::model::edge::{Learnt, Protocol};
@@ -17,8 +17,13 @@ use std::time::{Duration, Instant};
 /// them walks the whole host's socket table, so one namespace is read in a sweep at most.
 const AGAIN: Duration = Duration::from_secs(60);
 
-/// How often it is looked which network namespace a process is in: few ever change it.
+/// How often it is looked which network namespace a process is in: few ever change it but those that have just begun,
+/// which are looked at each time.
 const NETNS_AGAIN: Duration = Duration::from_secs(5);
+
+/// Most namespaces that are looked at in a sweep for who may have heard a datagram; the others have their turn in the next
+/// ones. Each look is a walk over all UDP sockets of the host.
+const MOST_LOOKS: usize = 16;
 
 /// What the socket tables of the containers' network namespaces say.
 #[derive(Default)]
@@ -26,8 +31,17 @@ pub struct Listeners {
     /// Containers whose namespace has been read, with the process it was read through.
     known: BTreeMap<ContainerName, i32>,
     namespaces: BTreeMap<u64, Namespace>,
-    /// By first process: its network namespace, and when it was looked at.
-    netns: BTreeMap<i32, (u64, Instant)>,
+    netns: BTreeMap<i32, Place>,
+    /// By network namespace that was looked at: datagrams that nobody heard, since when none more, and the last look.
+    unheard: BTreeMap<u64, (u64, UnixMillis, UnixMillis)>,
+}
+
+/// Where a container's first process is.
+#[derive(Clone, Copy)]
+struct Place {
+    netns: u64,
+    known: Instant,
+    looked: Instant,
 }
 
 struct Namespace {
@@ -39,18 +53,22 @@ struct Namespace {
 impl Listeners {
     /// The network namespace of each running container.
     pub fn netns(&mut self, root: &Path, containers: &[Container]) -> BTreeMap<ContainerName, u64> {
-        let mut looked = std::mem::take(&mut self.netns);
-        looked.retain(|_, (_, at)| at.elapsed() < NETNS_AGAIN);
+        let before = std::mem::take(&mut self.netns);
+        let lately = |at: Instant| at.elapsed() < NETNS_AGAIN;
         let netns = running(containers).filter_map(|container| {
-            let known = match looked.get(&container.pid) {
-                Some(known) => *known,
-                None => {
-                    let netns = sockets::netns(root, &container.pid.to_string())?;
-                    (netns, Instant::now())
+            let place = match before.get(&container.pid) {
+                Some(place) if lately(place.looked) && !lately(place.known) => *place,
+                before => {
+                    let looked = Instant::now();
+                    Place {
+                        netns: sockets::netns(root, &container.pid.to_string())?,
+                        known: before.map_or(looked, |place| place.known),
+                        looked,
+                    }
                 }
             };
-            self.netns.insert(container.pid, known);
-            Some((container.name.clone(), known.0))
+            self.netns.insert(container.pid, place);
+            Some((container.name.clone(), place.netns))
         });
         netns.collect()
     }
@@ -73,8 +91,11 @@ impl Listeners {
         let mut due: BTreeSet<u64> = BTreeSet::new();
         for container in running(containers) {
             let before = self.known.insert(container.name.clone(), container.pid);
-            if before != Some(container.pid) {
-                due.extend(netns.get(&container.name));
+            // It may have entered its namespace after it was first looked at.
+            let at = netns.get(&container.name);
+            let unread = at.is_some_and(|namespace| !self.namespaces.contains_key(namespace));
+            if before != Some(container.pid) || unread {
+                due.extend(at);
             }
         }
         if due.is_empty() {
@@ -93,6 +114,39 @@ impl Listeners {
                 self.namespaces.insert(namespace, known);
             }
         }
+    }
+
+    /// Looks at UDP sockets; `now` is read at each look. Nothing that cannot be read goes for unheard.
+    pub fn look(
+        &mut self,
+        root: &Path,
+        containers: &[Container],
+        netns: &BTreeMap<ContainerName, u64>,
+        wanted: &BTreeSet<u64>,
+        now: impl Fn() -> UnixMillis,
+    ) -> BTreeMap<u64, Look> {
+        let entrances = entrances(containers, netns);
+        self.unheard
+            .retain(|namespace, _| entrances.contains_key(namespace));
+        let mut wanted: Vec<u64> = wanted.iter().copied().collect();
+        wanted.sort_by_key(|namespace| self.unheard.get(namespace).map(|(.., looked)| *looked));
+        let looks = wanted.into_iter().take(MOST_LOOKS).map(|namespace| {
+            let through = entrances.get(&namespace);
+            let seen = through.and_then(|&pid| {
+                let ends = sockets::udp_ends(root, pid)?;
+                Some((ends, sockets::udp_unheard(root, pid)?))
+            });
+            let (ends, unheard) = seen.unwrap_or_default();
+            let now = now();
+            let quiet_since = match self.unheard.get(&namespace) {
+                Some(&(before, since, _)) if before == unheard => since,
+                _ if unheard == 0 => UnixMillis(0),
+                _ => now,
+            };
+            self.unheard.insert(namespace, (unheard, quiet_since, now));
+            (namespace, Look { ends, quiet_since })
+        });
+        looks.collect()
     }
 
     /// Every listening port found: (transport, network namespace, port) and who listens.
@@ -206,4 +260,53 @@ fn read_namespace(
         addresses: sockets::addresses(root, through.pid),
         listening,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn whoever_enters_its_network_namespace_after_the_first_look_is_read_there() {
+        let root = tempfile::tempdir().expect("a directory");
+        let process = root.path().join("proc/7");
+        for directory in ["ns", "net", "fd"] {
+            fs::create_dir_all(process.join(directory)).expect("a directory");
+        }
+        let listens = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
+                       0: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 \
+                       0000000000000000 100 0 0 10 0\n";
+        fs::write(process.join("net/tcp"), listens).expect("a table");
+        fs::write(process.join("ns/net"), "").expect("the host's");
+        fs::write(process.join("ns/own"), "").expect("its own");
+        let containers = [Container {
+            name: "web".into(),
+            ..Container::of_cgroup("/web", 0, 7)
+        }];
+        let mut listeners = Listeners::default();
+        let mut book = EdgeBook::default();
+        let mut read = |listeners: &mut Listeners| {
+            let netns = listeners.netns(root.path(), &containers);
+            let now = UnixMillis(1);
+            listeners.read(
+                root.path(),
+                root.path(),
+                &containers,
+                &netns,
+                now,
+                &mut book,
+            );
+            let known = listeners.iter().map(|((_, netns, port), _)| (netns, port));
+            (netns[&"web".into()], known.collect::<Vec<_>>())
+        };
+        let (host, none) = read(&mut listeners);
+        assert_eq!(none, []);
+        symlink("socket:[4711]", process.join("fd/3")).expect("a descriptor");
+        fs::rename(process.join("ns/own"), process.join("ns/net")).expect("it enters");
+        let (own, found) = read(&mut listeners);
+        assert_ne!(host, own);
+        assert_eq!(found, [(own, 8080)]);
+    }
 }

@@ -19,6 +19,7 @@ mod layout;
 pub mod links;
 mod listeners;
 pub mod memory;
+mod names;
 mod ports;
 mod sampling;
 mod scope;
@@ -337,6 +338,7 @@ impl Telemetry {
                 own_cgroup: self.kernel.own_cgroup(),
                 connections: &connections,
                 listening: &listening,
+                released: &|netns, port| self.kernel.released(netns, port),
                 clock,
             },
         );

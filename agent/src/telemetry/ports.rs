@@ -2,9 +2,10 @@
 
 use super::book::{EdgeBook, Moved, RoundTrips, Totals};
 use super::cgroups::container_id;
-use super::edges::{Kind, Listener, Role, World};
+use super::edges::{Ears, Kind, Listener, Role, World};
 use super::kernel::Kernel;
 use super::listeners::Listeners;
+use super::names::Names;
 use super::unix::UnixSockets;
 use super::{Listening, sockets};
 use crate::model::container::Container;
@@ -40,6 +41,12 @@ impl Clock {
         }
     }
 
+    /// The wall clock's time now, which is later.
+    fn later(&self) -> UnixMillis {
+        let since = monotonic_ns().saturating_sub(self.monotonic_ns);
+        UnixMillis(self.now.0 + since.div_ceil(1_000_000))
+    }
+
     fn wall(&self, monotonic_ns: u64) -> UnixMillis {
         let ago = self.monotonic_ns.saturating_sub(monotonic_ns) / 1_000_000;
         UnixMillis(self.now.0.saturating_sub(ago))
@@ -70,6 +77,8 @@ pub struct Seen<'a> {
     pub connections: &'a [(PortKey, PortStats)],
     /// The kernel's listening ports.
     pub listening: &'a [(ListenKey, u64)],
+    /// When the kernel saw a UDP port of a network namespace let go of last, at the latest, ns of the monotonic clock.
+    pub released: &'a dyn Fn(u64, u16) -> u64,
     /// When.
     pub clock: Clock,
 }
@@ -90,6 +99,7 @@ pub struct Ports {
     counted: HashMap<PortKey, PortStats>,
     listeners: Listeners,
     unix: UnixSockets,
+    names: Names,
     listening: BTreeMap<(Protocol, u64, u16), Vec<Listener>>,
     host_addresses: BTreeSet<IpAddr>,
 }
@@ -114,6 +124,9 @@ impl Ports {
 
     /// Takes in a sweep, and forgets what is older than `age`.
     pub fn sweep(&mut self, root: &Path, scope: &Path, age: Duration, seen: &Seen<'_>) {
+        let renamed = self.names.renamed(seen.containers);
+        self.book.rename(&renamed);
+        self.unix.rename(&renamed);
         let netns = self.listeners.netns(root, seen.containers);
         self.count(seen);
         let (containers, now) = (seen.containers, seen.clock.now);
@@ -142,17 +155,27 @@ impl Ports {
         }
         self.host_addresses = host_addresses();
         let host_netns = sockets::netns(root, "self").unwrap_or_default();
-        self.book.resolve(
-            &World {
-                containers: seen.containers,
-                netns,
-                addresses: self.listeners.addresses(host_netns),
-                host_netns,
-                host_addresses: self.host_addresses.clone(),
-                listeners: self.listening.clone(),
-            },
-            now,
-        );
+        let world = World {
+            containers: seen.containers,
+            netns,
+            addresses: self.listeners.addresses(host_netns),
+            host_netns,
+            host_addresses: self.host_addresses.clone(),
+            listeners: self.listening.clone(),
+        };
+        let mut ears = Ears {
+            looks: BTreeMap::new(),
+            released: &|netns, port| seen.clock.wall((seen.released)(netns, port)),
+        };
+        let wanted = self.book.resolve(&world, &ears, now);
+        if !wanted.is_empty() {
+            // What is let go of between the look and the question has been noted by then.
+            let listeners = &mut self.listeners;
+            ears.looks = listeners.look(root, containers, &world.netns, &wanted, || {
+                seen.clock.later()
+            });
+            self.book.resolve(&world, &ears, now);
+        }
         self.book.forget(age, now);
     }
 

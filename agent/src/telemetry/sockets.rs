@@ -65,6 +65,47 @@ pub fn read(root: &Path, pid: i32) -> Sockets {
     sort_out(&lines)
 }
 
+/// Where UDP sockets of a process's network namespace are, whoever holds them; none when that cannot be read.
+#[must_use]
+pub fn udp_ends(root: &Path, pid: i32) -> Option<BTreeSet<SocketAddr>> {
+    let ends = |table| {
+        let path = root.join(format!("proc/{pid}/net/{table}"));
+        let entries = UdpNetEntries::from_file(path, current_system_info()).ok()?;
+        Some(
+            entries
+                .0
+                .into_iter()
+                .map(|entry| canonical(entry.local_address)),
+        )
+    };
+    let v4 = ends("udp")?;
+    // Absent where there is no IPv6.
+    Some(v4.chain(ends("udp6").into_iter().flatten()).collect())
+}
+
+/// Datagrams that came to a process's network namespace, for a port at which there was no socket; none when that cannot
+/// be read.
+#[must_use]
+pub fn udp_unheard(root: &Path, pid: i32) -> Option<u64> {
+    let read = |table| fs::read_to_string(root.join(format!("proc/{pid}/net/{table}"))).ok();
+    let v6 = read("snmp6").and_then(|text| unheard_v6(&text));
+    Some(unheard_v4(&read("snmp")?)? + v6.unwrap_or(0))
+}
+
+/// A line of names and below it a line of numbers, each beginning with `Udp:`.
+fn unheard_v4(snmp: &str) -> Option<u64> {
+    let mut lines = snmp.lines().filter(|line| line.starts_with("Udp:"));
+    let mut columns = lines.next()?.split(' ').zip(lines.next()?.split(' '));
+    columns.find(|(name, _)| *name == "NoPorts")?.1.parse().ok()
+}
+
+/// Lines of a name and a number.
+fn unheard_v6(snmp6: &str) -> Option<u64> {
+    let mut lines = snmp6.lines().map(str::split_whitespace);
+    let mut line = lines.find_map(|mut line| (line.next()? == "Udp6NoPorts").then_some(line))?;
+    line.next()?.parse().ok()
+}
+
 fn sort_out(lines: &[Line]) -> Sockets {
     let listening: Vec<(Protocol, SocketAddr, u64)> = lines
         .iter()
@@ -207,6 +248,30 @@ mod tests {
         let empty = tempfile::tempdir().expect("a directory");
         assert_eq!(read(empty.path(), 1), Sockets::default());
         assert_eq!(addresses(empty.path(), 1), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_datagram_to_a_port_where_nobody_is_counts_as_unheard() {
+        let (root, own) = (Path::new("/"), std::process::id() as i32);
+        let unheard = || udp_unheard(root, own).expect("a count");
+        let heard = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        let at = heard.local_addr().expect("bound");
+        let there = || udp_ends(root, own).expect("a table").contains(&at);
+        assert!(there());
+        drop(heard);
+        assert!(!there());
+        let before = unheard();
+        let sender = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+        sender.send_to(b"hello", at).expect("it goes");
+        assert!(unheard() > before);
+        assert_eq!(udp_ends(root, i32::MAX), None);
+        assert_eq!(udp_unheard(root, i32::MAX), None);
+        let snmp = "Tcp: NoPorts\nTcp: 9\nUdp: InDatagrams NoPorts\nUdp: 7 8\nUdpLite: NoPorts\nUdpLite: 5\n";
+        assert_eq!(unheard_v4(snmp), Some(8));
+        assert_eq!(
+            unheard_v6("Ip6InReceives  \t4\nUdp6NoPorts  \t 6\n"),
+            Some(6)
+        );
     }
 
     #[test]

@@ -98,6 +98,19 @@ impl UnixSockets {
         }
     }
 
+    /// Calls containers otherwise from now on.
+    pub fn rename(&mut self, named: &BTreeMap<ContainerName, ContainerName>) {
+        let pairs = self
+            .pairs
+            .values_mut()
+            .filter_map(|pair| pair.between.as_mut());
+        for name in pairs.flat_map(|(client, server)| [client, server]) {
+            if let Some(now) = named.get(name) {
+                *name = now.clone();
+            }
+        }
+    }
+
     /// Finds out who holds the sockets of pairs that live for two looks.
     fn find_holders(&mut self, root: &Path, scope: &Path, containers: &[Container]) {
         let wanted =

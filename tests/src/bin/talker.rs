@@ -16,7 +16,7 @@ use nix::sys::socket::{
     sendto, setsockopt, socket, sockopt,
 };
 
-const USAGE: &str = "talker serve (tcp|udp|udp-elsewhere|udp-group|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-low|udp-connected|unix)=WHERE… | (storm|visit|ask) TIMES=WHERE";
+const USAGE: &str = "talker serve (tcp|udp|udp-elsewhere|udp-group|udp-once|unix|sink)=WHERE… | call (tcp|brief|sendfile|splice|uring|fastopen|udp|udp-low|udp-connected|unix)=WHERE… | (storm|visit|ask) TIMES=WHERE";
 const REQUEST: [u8; 1_000] = [1; 1_000];
 const RESPONSE: [u8; 5_000] = [2; 5_000];
 const FILE: u64 = 1 << 20;
@@ -78,6 +78,11 @@ fn serve(how: &str, place: &str) -> Result<()> {
                 let connection = connection?;
                 thread::spawn(move || answer(connection));
             }
+        }
+        // Whoever does not ask from where, and is gone with what it heard.
+        "udp-once" => {
+            let address: SocketAddr = place.parse()?;
+            UdpSocket::bind(address)?.recv(&mut [0; 2_000])?;
         }
         "udp" | "udp-elsewhere" | "udp-group" => {
             let socket = match (how, place.parse()?) {

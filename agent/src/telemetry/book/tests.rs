@@ -1,6 +1,6 @@
 //! Edges from kinds, as both ends and old agents tell of them.
 
-use super::super::edges::Listener;
+use super::super::edges::{Listener, Look};
 use super::*;
 use crate::model::container::{Container, PublishedPort, State};
 use proptest::prelude::*;
@@ -126,13 +126,22 @@ fn totals(connections: u64, sent: u64, received: u64) -> Totals {
     }
 }
 
+/// Somebody is there wherever it may be told.
+fn resolve(book: &mut EdgeBook, world: &World<'_>, now: UnixMillis) {
+    let ears = Ears {
+        looks: BTreeMap::new(),
+        released: &|_, _| UnixMillis(u64::MAX / 2),
+    };
+    assert_eq!(book.resolve(world, &ears, now), BTreeSet::new());
+}
+
 fn book(kinds: &[(Kind, Totals)]) -> EdgeBook {
     let containers = containers();
     let mut book = EdgeBook::default();
     for (kind, totals) in kinds {
         book.add(kind.clone(), *totals);
     }
-    book.resolve(&world(&containers), UnixMillis(20));
+    resolve(&mut book, &world(&containers), UnixMillis(20));
     book
 }
 
@@ -250,7 +259,7 @@ fn of_two_that_publish_a_port_at_addresses_of_their_own_the_one_that_was_asked_i
     let edge_of = |kind: Kind| {
         let mut book = EdgeBook::default();
         book.add(kind, totals(1, 2, 3));
-        book.resolve(&world(&all), UnixMillis(20));
+        resolve(&mut book, &world(&all), UnixMillis(20));
         let mut edges = edges(&book);
         assert!(edges.len() < 2, "{edges:?}");
         edges.pop().map(|edge| (edge.parent.to_string(), edge.port))
@@ -277,7 +286,7 @@ fn one_that_does_not_run_and_neighbours_in_one_namespace_do_not_hide_who_publish
     let parent = |containers: &[Container]| {
         let mut book = EdgeBook::default();
         book.add(served(), totals(1, 2, 3));
-        book.resolve(&world(containers), UnixMillis(20));
+        resolve(&mut book, &world(containers), UnixMillis(20));
         edges(&book).pop().map(|edge| edge.parent.to_string())
     };
     let mut all = containers();
@@ -319,7 +328,7 @@ fn of_several_at_one_port_the_one_at_that_address_is_meant() {
     let asked = |peer, world: &World<'_>| {
         let mut book = EdgeBook::default();
         book.add(udp("metrics", HOST, peer, 53), totals(1, 0, 0));
-        book.resolve(world, UnixMillis(20));
+        resolve(&mut book, world, UnixMillis(20));
         edges(&book).pop().map(|edge| edge.parent.to_string())
     };
     world
@@ -342,12 +351,12 @@ fn what_nobody_served_is_not_laid_to_who_listens_there_much_later() {
     let mut book = EdgeBook::default();
     book.add(client("app", POD, "127.0.0.1", 7113), totals(1, 5, 6));
     let later = UnixMillis(20 + STALE_AFTER.as_millis() as u64);
-    book.resolve(&world, UnixMillis(20));
+    resolve(&mut book, &world, UnixMillis(20));
     let at = (Protocol::Tcp, POD, 7113);
     world.listeners.insert(at, vec![listener("redis", None)]);
-    book.resolve(&world, UnixMillis(later.0 + 1));
+    resolve(&mut book, &world, UnixMillis(later.0 + 1));
     assert_eq!(book.edges(later), []);
-    book.resolve(&world, later);
+    resolve(&mut book, &world, later);
     assert_eq!(book.edges(later).len(), 1);
 }
 
@@ -358,13 +367,13 @@ fn a_client_by_udp_that_was_there_before_its_server_depends_on_it() {
     let asks = || udp("web", 4, "10.88.0.3", 53);
     book.add(asks(), totals(1, 0, 0));
     let without_db: Vec<Container> = containers[..3].to_vec();
-    book.resolve(&world(&without_db), UnixMillis(20));
+    resolve(&mut book, &world(&without_db), UnixMillis(20));
     assert_eq!(
         (book.edges(UnixMillis(20)), book.external().len()),
         (vec![], 1)
     );
     book.add(asks(), totals(0, 0, 0));
-    book.resolve(&world(&containers), UnixMillis(20));
+    resolve(&mut book, &world(&containers), UnixMillis(20));
     let edges = edges(&book);
     assert_eq!(
         (edges.len(), edges[0].parent.as_str(), edges[0].connections),
@@ -386,25 +395,139 @@ fn an_address_that_another_container_got_makes_an_edge_to_each() {
     };
     let one = |name: &str, connections| (name.to_owned(), connections);
     book.add(asks(), totals(3, 0, 0));
-    book.resolve(&world(&all), UnixMillis(20));
+    resolve(&mut book, &world(&all), UnixMillis(20));
     all[3] = container("newer", &["10.88.0.3"], &[]);
-    book.resolve(&world(&all), UnixMillis(20));
+    resolve(&mut book, &world(&all), UnixMillis(20));
     assert_eq!(parents(&book), [one("db", 3)], "nothing new came");
     book.add(asks(), totals(0, 0, 0));
-    book.resolve(&world(&all), UnixMillis(20));
+    resolve(&mut book, &world(&all), UnixMillis(20));
     assert_eq!(parents(&book), [one("db", 3), one("newer", 1)]);
     // Whoever is gone was there all the same, and changing to and fro adds up.
     book.add(asks(), totals(1, 0, 0));
-    book.resolve(&world(&all[..3]), UnixMillis(20));
+    resolve(&mut book, &world(&all[..3]), UnixMillis(20));
     assert_eq!(parents(&book), [one("db", 3), one("newer", 2)]);
     for _ in 0..2 {
         book.add(asks(), totals(1, 0, 0));
-        book.resolve(&world(&containers()), UnixMillis(20));
+        resolve(&mut book, &world(&containers()), UnixMillis(20));
         book.add(asks(), totals(1, 0, 0));
-        book.resolve(&world(&all), UnixMillis(20));
+        resolve(&mut book, &world(&all), UnixMillis(20));
     }
     assert_eq!(parents(&book), [one("db", 5), one("newer", 4)]);
     assert_eq!(book.remembered.len(), 2);
+}
+
+/// What a sweep learns of whoever is at `ends` in the database's network namespace, in which nothing was missed since
+/// `quiet_since`, and where the port asked was let go of at `released`. Returns the parents with their connections.
+fn heard(book: &mut EdgeBook, at: u64, (ends, quiet_since, released): Heard<'_>) -> Parents {
+    let (all, now) = (containers(), UnixMillis(at));
+    let released = |netns, port| {
+        UnixMillis(if (netns, port) == (3, 53) {
+            released
+        } else {
+            0
+        })
+    };
+    let mut ears = Ears {
+        looks: BTreeMap::new(),
+        released: &released,
+    };
+    let wanted = book.resolve(&world(&all), &ears, now);
+    if wanted == [3].into() {
+        let look = Look {
+            ends: ends
+                .iter()
+                .map(|end| end.parse().expect("an end"))
+                .collect(),
+            quiet_since: UnixMillis(quiet_since),
+        };
+        ears.looks.insert(3, look);
+        book.resolve(&world(&all), &ears, now);
+    } else {
+        assert_eq!(wanted, BTreeSet::new());
+    }
+    let edges = book.edges(now).into_iter();
+    edges
+        .map(|edge| (edge.parent.to_string(), edge.connections))
+        .collect()
+}
+
+type Heard<'a> = (&'a [&'a str], u64, u64);
+type Parents = Vec<(String, u64)>;
+
+fn asked_at(connections: u64, first: u64, last: u64) -> Totals {
+    Totals {
+        moved: None,
+        first_seen: UnixMillis(first),
+        last_seen: UnixMillis(last),
+        ..totals(connections, 0, 0)
+    }
+}
+
+#[test]
+fn a_datagram_that_nobody_was_there_to_hear_makes_no_edge_before_somebody_is() {
+    let mut book = EdgeBook::default();
+    let asks = || udp("web", 4, "10.88.0.3", 53);
+    let nobody: Heard<'_> = (
+        &["0.0.0.0:54", "127.0.0.1:53", "[fd00::3]:53"],
+        10_030,
+        5_000,
+    );
+    let somebody: Heard<'_> = (&["0.0.0.0:53"], 15_030, 5_000);
+    book.add(asks(), asked_at(3, 10_010, 10_020));
+    assert_eq!(heard(&mut book, 10_030, nobody), []);
+    // Of what was sent within a second of that nothing is told.
+    assert_eq!(heard(&mut book, 12_030, nobody), []);
+    assert_eq!(heard(&mut book, 13_000, somebody), [], "it came later");
+    assert_eq!(book.external(), []);
+    book.add(asks(), asked_at(0, 10_010, 15_000));
+    assert_eq!(heard(&mut book, 15_030, somebody), [("db".to_owned(), 1)]);
+    book.add(asks(), asked_at(2, 10_010, 16_000));
+    assert_eq!(heard(&mut book, 16_030, nobody), [("db".to_owned(), 3)]);
+}
+
+#[test]
+fn whoever_may_have_heard_a_datagram_keeps_its_edge() {
+    fn asks(how: Heard<'_>) -> Option<String> {
+        let mut book = EdgeBook::default();
+        book.add(udp("web", 4, "10.88.0.3", 53), asked_at(1, 10_010, 10_020));
+        let mut parents = heard(&mut book, 10_030, how);
+        parents.pop().map(|(parent, _)| parent)
+    }
+    let db = Some("db".to_owned());
+    assert_eq!(asks((&[], 10_030, 5_000)), None);
+    // At its address, at any, and by the other family.
+    for end in ["10.88.0.3:53", "0.0.0.0:53", "[::]:53"] {
+        assert_eq!(asks((&[end], 10_030, 5_000)), db, "{end}");
+    }
+    // There for a moment only, which may be noted as a moment before it heard.
+    assert_eq!(asks((&[], 10_030, 10_025)), db);
+    assert_eq!(asks((&[], 10_030, 9_500)), db);
+    // The namespace missed nothing of it or not the last, so that somebody had it, or hands it on.
+    assert_eq!(asks((&[], 10_000, 5_000)), db);
+    assert_eq!(asks((&[], 10_015, 5_000)), db);
+    // Of a process that is gone nothing can be read any more.
+    assert_eq!(asks((&[], 0, 0)), db);
+}
+
+#[test]
+fn whoever_sends_on_and_on_to_nobody_stays_without_an_edge_whatever_else_was_let_go_of_before() {
+    let mut book = EdgeBook::default();
+    for second in 10..20 {
+        let (last, now) = (second * 1_000, second * 1_000 + 30);
+        book.add(udp("web", 4, "10.88.0.3", 53), asked_at(1, 10_000, last));
+        // Among those that made room for others may be what was let go of three seconds ago.
+        assert_eq!(heard(&mut book, now, (&[], now, now - 3_000)), []);
+    }
+}
+
+#[test]
+fn what_went_on_to_be_sent_is_heard_by_whoever_was_there_for_a_moment_meanwhile() {
+    let mut book = EdgeBook::default();
+    book.add(udp("web", 4, "10.88.0.3", 53), asked_at(1, 10_010, 10_020));
+    assert_eq!(heard(&mut book, 10_030, (&[], 10_030, 0)), []);
+    // Nothing new is told, as the second is not over.
+    let then = heard(&mut book, 10_930, (&[], 10_930, 10_800));
+    assert_eq!(then, [("db".to_owned(), 1)]);
 }
 
 #[test]
@@ -440,7 +563,7 @@ fn a_peer_elsewhere_is_external_and_the_hosts_proxy_is_nobody() {
 #[test]
 fn an_edge_stays_after_its_containers_are_gone_until_its_age_is_over() {
     let mut book = book(&[(client("app", POD, "10.88.0.3", 5432), totals(1, 5, 6))]);
-    book.resolve(&World::default(), UnixMillis(20));
+    resolve(&mut book, &World::default(), UnixMillis(20));
     assert!(!edges(&book)[0].stale);
     let later = UnixMillis(HOUR);
     book.forget(Duration::from_millis(HOUR), later);
@@ -458,7 +581,7 @@ fn the_edges_of_an_earlier_life_go_on() {
     let mut next = EdgeBook::remembering(before.clone());
     assert_eq!(edges(&next), before);
     next.add(client("app", POD, "10.88.0.3", 5432), totals(3, 1, 1));
-    next.resolve(&world(&containers()), UnixMillis(20));
+    resolve(&mut next, &world(&containers()), UnixMillis(20));
     let after = edges(&next);
     assert_eq!(after.len(), 1);
     assert_eq!(
@@ -476,7 +599,7 @@ fn an_observed_connection_outweighs_one_that_was_found() {
     };
     let mut book = EdgeBook::default();
     book.found([(inferred.clone(), 1)].into(), false, UnixMillis(10));
-    book.resolve(&world(&containers()), UnixMillis(20));
+    resolve(&mut book, &world(&containers()), UnixMillis(20));
     let only = edges(&book);
     assert_eq!(
         (only[0].learnt, only[0].how, only[0].bytes_to_child),
@@ -484,7 +607,7 @@ fn an_observed_connection_outweighs_one_that_was_found() {
     );
     book.add(observed, totals(2, 3, 4));
     book.found([(inferred, 1)].into(), false, UnixMillis(15));
-    book.resolve(&world(&containers()), UnixMillis(20));
+    resolve(&mut book, &world(&containers()), UnixMillis(20));
     let both = edges(&book);
     assert_eq!(
         (both.len(), both[0].learnt, both[0].connections),
@@ -510,13 +633,13 @@ fn a_connection_whose_holder_moved_to_another_cgroup_stays_that_of_its_socket() 
     let moved = [(found(&made, "metrics"), 1), (found(&served, "metrics"), 1)];
     let before = edges(&book);
     book.found(moved.into(), true, UnixMillis(15));
-    book.resolve(&world(&containers()), UnixMillis(20));
+    resolve(&mut book, &world(&containers()), UnixMillis(20));
     assert_eq!(edges(&book), before);
     // One that is older than the agent, beside one of a neighbour that was seen: found with the first look.
     let other = [(found(&made, "metrics"), 1)];
     book.found(other.clone().into(), false, UnixMillis(15));
     book.found(other.into(), true, UnixMillis(18));
-    book.resolve(&world(&containers()), UnixMillis(20));
+    resolve(&mut book, &world(&containers()), UnixMillis(20));
     let edges = edges(&book);
     let old = edges.iter().find(|edge| edge.child == "metrics".into());
     assert_eq!(old.map(|edge| edge.last_seen), Some(UnixMillis(18)));
@@ -563,7 +686,7 @@ fn clients_of_a_public_service_do_not_fill_the_memory_nor_drive_out_edges() {
         seen.last_seen = UnixMillis(u64::from(number) + 100);
         book.add(server("web", 4, 80, &peer), seen);
     }
-    book.resolve(&world(&containers()), UnixMillis(20));
+    resolve(&mut book, &world(&containers()), UnixMillis(20));
     book.forget(Duration::from_millis(HOUR), UnixMillis(30_000));
     assert!(book.kinds.len() <= MOST_KINDS, "{}", book.kinds.len());
     assert_eq!(edges(&book).len(), 1);

@@ -1,7 +1,7 @@
 //! Mounted file systems: how full, how soon full, their errors, and whether they gave up writing.
 
 use super::counters::Counters;
-use super::files::{entries, name, number, text, why};
+use super::files::{entries, field, name, number, text, why};
 use super::{HostReading, Look, queues, sum};
 use crate::model::metric::Per;
 use crate::model::mounts::unescaped;
@@ -77,7 +77,7 @@ impl Filesystems {
         let mut present = BTreeSet::new();
         let mut names = BTreeMap::new();
         for (device, of_device) in devices {
-            let meant = self.is_meant(device, &of_device);
+            let meant = self.is_meant(look, device, &of_device);
             // How it is for who writes there; a second mount that is only read says nothing of that.
             let writable = of_device.iter().find(|mount| !is_read_only(mount));
             let Some(&mount) = writable.filter(|_| !meant).or(of_device.first()) else {
@@ -119,7 +119,7 @@ impl Filesystems {
 
     /// Whether a file system that takes no writes is so because somebody wants that: who mounts it read-only, or anew so,
     /// says so of a mount too; the kernel, which gives up writing, does not.
-    fn is_meant(&mut self, device: &str, mounts: &[&MountInfo]) -> bool {
+    fn is_meant(&mut self, look: Look, device: &str, mounts: &[&MountInfo]) -> bool {
         let (read_only, writable): (Vec<&MountInfo>, Vec<&MountInfo>) = mounts
             .iter()
             .copied()
@@ -136,8 +136,12 @@ impl Filesystems {
             let mut anew = read_only.iter();
             anew.any(|mount| before.contains(&mount.mnt_id))
         };
-        // An agent that starts only then goes by the first mount.
-        let first = || mounts.first().is_some_and(|mount| is_read_only(mount));
+        // An agent that starts only then goes by the first mount, which some hosts want to be read-only from the
+        // beginning; so it says nothing where the file system itself keeps what happened.
+        let first = || {
+            let first = mounts.first();
+            first.is_some_and(|mount| is_read_only(mount) && !found_an_error(look, mount))
+        };
         let before = self.writable.get(device);
         writable.is_empty() || before.map_or_else(first, was_writable)
     }
@@ -246,6 +250,21 @@ fn kernel_names(look: Look, mount: &MountInfo) -> impl Iterator<Item = String> {
     let by_link = linked(look.path(source.trim_start_matches('/')));
     let itself = Some(name(Path::new(&source)));
     [by_number, by_link, itself].into_iter().flatten()
+}
+
+/// Whether ext4 found an error since the host began: it keeps when it did last
+/// (Documentation/ABI/testing/sysfs-fs-ext4).
+fn found_an_error(look: Look, mount: &MountInfo) -> bool {
+    let began = text(&look.path("proc/stat")).and_then(|stat| field(&stat, "btime"));
+    let last = |name: String| {
+        let at = look.path("sys/fs/ext4").join(name).join("last_error_time");
+        number::<u64>(&at)
+    };
+    began.is_some_and(|began| {
+        kernel_names(look, mount)
+            .filter_map(last)
+            .any(|last| last >= began)
+    })
 }
 
 fn keeps_data(mount: &MountInfo) -> bool {
@@ -443,6 +462,26 @@ mod tests {
         // Unmounted, and mounted read-only by somebody.
         let anew = "31 1 254:1 / /var ro - xfs /dev/sda1 ro\n";
         assert_eq!(after(anew), None);
+    }
+
+    #[test]
+    fn an_agent_that_starts_late_knows_by_ext4_itself_that_it_gave_up_writing() {
+        let mounts = "22 1 8:1 / /sysroot ro - ext4 /dev/sda1 ro
+23 22 8:1 /var /var rw - ext4 /dev/sda1 ro
+";
+        let began = "cpu 1 2 3\nbtime 1750000000\n";
+        let read_only = |last: &str| {
+            let (_root, mut host) = recorded(&[
+                ("proc/self/mountinfo", mounts),
+                ("proc/stat", began),
+                ("sys/fs/ext4/sda1/last_error_time", last),
+            ]);
+            value(&host.read(&[], LATER), "filesystem.read_only", "/var")
+        };
+        assert_eq!(read_only("1750000007\n"), Some(1.0));
+        // Of an error of before nothing is known: somebody may have mounted it so.
+        assert_eq!(read_only("1749999999\n"), None);
+        assert_eq!(read_only("0\n"), None);
     }
 
     #[test]

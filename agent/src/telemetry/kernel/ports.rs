@@ -6,7 +6,8 @@ use aya::maps::{Array, MapData, RingBuf, Stack};
 use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{RawTracePointRunOptions, TestRun};
 use lifeboat_ebpf::{
-    ListenKey, Open, PortKey, PortRow, PortStats, REFRESH_BATCH, open_groups, place, role,
+    ListenKey, Open, PortKey, PortRow, PortStats, REFRESH_BATCH, RELEASED_GROUP, RELEASED_SHIFT,
+    open_groups, place, released_at, role,
 };
 use std::collections::{HashMap, HashSet};
 use std::mem::offset_of;
@@ -85,6 +86,20 @@ impl Kernel {
     #[must_use]
     pub fn listening(&self) -> Vec<(ListenKey, u64)> {
         self.entries("LISTENING")
+    }
+
+    /// When a UDP port was let go of last, at the latest: ns of the monotonic clock, 0 for never.
+    #[must_use]
+    pub fn released(&self, netns: u64, port: u16) -> u64 {
+        let Ok(netns) = u32::try_from(netns) else {
+            return 0;
+        };
+        let (group, tag) = released_at(netns, port);
+        let map = self.map("RELEASED");
+        let groups =
+            map.and_then(|map| Array::<&MapData, [u64; RELEASED_GROUP]>::try_from(map).ok());
+        let group = groups.and_then(|groups| groups.get(&group, 0).ok());
+        group.map_or(0, |group| latest_release(&group, tag))
     }
 
     /// Kinds of connections seen for the first time since the last call.
@@ -211,6 +226,18 @@ fn row(words: &[AtomicU64; ROW_WORDS]) -> PortRow {
     unsafe { std::mem::transmute(words) }
 }
 
+/// When what has this tag was let go of last, at the latest, ns: one that made room in a full group was let go of before
+/// all that are there.
+fn latest_release(group: &[u64; RELEASED_GROUP], tag: u32) -> u64 {
+    let time = |word: &u64| word & u64::from(u32::MAX);
+    let own = group.iter().filter(|word| (**word >> 32) as u32 == tag);
+    let latest = own.map(time).max();
+    match latest.or_else(|| group.iter().map(time).min()) {
+        None | Some(0) => 0,
+        Some(time) => (time + 1) << RELEASED_SHIFT,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,6 +260,28 @@ mod tests {
         for limit in [1_000, 24_576] {
             come_and_go(limit);
         }
+    }
+
+    #[test]
+    fn a_port_that_had_to_make_room_was_let_go_of_no_later_than_the_oldest_that_is_kept() {
+        let (_, tag) = released_at(7, 53);
+        let others = |times: [u32; RELEASED_GROUP]| {
+            times.map(|time| u64::from(!tag) << 32 | u64::from(time))
+        };
+        let ns = |time: u64| (time + 1) << RELEASED_SHIFT;
+        assert_eq!(latest_release(&[0; RELEASED_GROUP], tag), 0);
+        assert_eq!(latest_release(&others([9, 9, 9, 9, 9, 9, 9, 0]), tag), 0);
+        assert_eq!(
+            latest_release(&others([9, 8, 7, 6, 9, 9, 9, 9]), tag),
+            ns(6)
+        );
+        let mut known = others([9, 8, 7, 6, 9, 9, 9, 9]);
+        known[3] = u64::from(tag) << 32 | 5;
+        assert_eq!(latest_release(&known, tag), ns(5));
+        known[6] = u64::from(tag) << 32 | 8;
+        assert_eq!(latest_release(&known, tag), ns(8));
+        let apart: HashSet<_> = (0..2_000).map(|port| released_at(7, port)).collect();
+        assert_eq!(apart.len(), 2_000);
     }
 
     fn come_and_go(limit: u32) {
