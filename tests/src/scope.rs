@@ -25,6 +25,10 @@ impl Scope {
             println!("not run: cannot make a cgroup: {error}");
             return None;
         }
+        // What is written back is charged by these two; fails where they are of cgroup v1.
+        for controller in ["+memory", "+io"] {
+            let _ = fs::write(path.join("cgroup.subtree_control"), controller);
+        }
         Some(Self(path))
     }
 

@@ -7,6 +7,8 @@ use lifeboat::model::telemetry::Snapshot;
 use lifeboat::model::units::UnixMillis;
 use lifeboat::telemetry::{Telemetry, TelemetryConfig};
 use lifeboat_tests::scope::container;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -169,20 +171,93 @@ fn an_error_of_a_real_file_system_is_counted_logged_and_seen_to_make_it_read_onl
     assert_eq!((errors, logged, remounts), (1.0, 1.0, 1.0));
 }
 
+/// A cgroup of cgroup2, and with it the one of a controller where that is of cgroup v1.
+struct Cgroups {
+    unified: PathBuf,
+    /// Where the controller's files are.
+    limited: PathBuf,
+    is_v1: bool,
+}
+
+impl Cgroups {
+    /// Makes them; none, with the reason printed, where no such controller is.
+    fn new(controller: &str, name: &str) -> Option<Self> {
+        let Some(root) = cgroup_mount("cgroup2", "rw") else {
+            println!("not run: cgroup2 is not mounted");
+            return None;
+        };
+        let v1 = cgroup_mount("cgroup", controller);
+        let controllers = fs::read_to_string(root.join("cgroup.controllers")).unwrap();
+        if v1.is_none() && !controllers.split_whitespace().any(|one| one == controller) {
+            println!("not run: no hierarchy has the controller {controller}");
+            return None;
+        }
+        if v1.is_none() {
+            // As on hosts of containers.
+            fs::write(
+                root.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            )
+            .unwrap();
+        }
+        let unified = root.join(name);
+        let limited = v1.as_ref().unwrap_or(&root).join(name);
+        for cgroup in [&unified, &limited] {
+            fs::create_dir_all(cgroup).unwrap();
+        }
+        Some(Self {
+            unified,
+            limited,
+            is_v1: v1.is_some(),
+        })
+    }
+
+    fn limit(&self, v1: &[(&str, &str)], v2: &[(&str, &str)]) {
+        for (file, value) in if self.is_v1 { v1 } else { v2 } {
+            fs::write(self.limited.join(file), value).unwrap();
+        }
+    }
+
+    /// What a shell that is to be in them begins with.
+    fn enter(&self) -> String {
+        let [unified, limited] = [&self.unified, &self.limited].map(|path| path.display());
+        format!("echo $$ > {unified}/cgroup.procs; echo $$ > {limited}/cgroup.procs")
+    }
+
+    /// How many tasks were killed for memory, as the kernel says.
+    fn kills(&self) -> f64 {
+        let file = if self.is_v1 {
+            "memory.oom_control"
+        } else {
+            "memory.events"
+        };
+        let text = fs::read_to_string(self.limited.join(file)).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        line.expect("the kernel counts kills").parse().unwrap()
+    }
+}
+
 /// A process in cgroups of its own; both end with it.
 struct Confined {
     process: Child,
-    cgroups: [PathBuf; 2],
+    cgroups: Cgroups,
 }
 
 impl Drop for Confined {
     fn drop(&mut self) {
         // The whole cgroup: the shell's children would keep it.
-        let _ = fs::write(self.cgroups[0].join("cgroup.kill"), "1");
+        let unified = &self.cgroups.unified;
+        if fs::write(unified.join("cgroup.kill"), "1").is_err() {
+            // Before Linux 5.14.
+            let inside = fs::read_to_string(unified.join("cgroup.procs")).unwrap_or_default();
+            for process in inside.lines().filter_map(|line| line.parse().ok()) {
+                let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
+            }
+        }
         let _ = self.process.kill();
         let _ = self.process.wait();
         sleep(Duration::from_millis(200));
-        for cgroup in &self.cgroups {
+        for cgroup in [unified, &self.cgroups.limited] {
             let _ = fs::remove_dir(cgroup);
         }
     }
@@ -190,28 +265,23 @@ impl Drop for Confined {
 
 #[test]
 fn a_container_beyond_its_quota_shows_for_how_long_it_was_kept_off_the_cpus() {
-    let (Some(unified), Some(cpu)) = (cgroup_mount("cgroup2", "rw"), cgroup_mount("cgroup", "cpu"))
-    else {
-        println!("not run: the CPU controller is not cgroup v1 here");
+    let name = format!("metrics-quota-{}", std::process::id());
+    let Some(cgroups) = Cgroups::new("cpu", &name) else {
         return;
     };
-    let name = format!("metrics-quota-{}", std::process::id());
-    let cgroups = [unified.join(&name), cpu.join(&name)];
-    for cgroup in &cgroups {
-        fs::create_dir(cgroup).unwrap();
-    }
     // A fifth of one CPU.
-    fs::write(cgroups[1].join("cpu.cfs_period_us"), "50000").unwrap();
-    fs::write(cgroups[1].join("cpu.cfs_quota_us"), "10000").unwrap();
-    let script = format!(
-        "echo $$ > {}/cgroup.procs; echo $$ > {}/cgroup.procs; while :; do :; done",
-        cgroups[0].display(),
-        cgroups[1].display()
+    cgroups.limit(
+        &[
+            ("cpu.cfs_period_us", "50000"),
+            ("cpu.cfs_quota_us", "10000"),
+        ],
+        &[("cpu.max", "10000 50000")],
     );
+    let script = format!("{}; while :; do :; done", cgroups.enter());
     let process = Command::new("sh").args(["-c", &script]).spawn().unwrap();
     let confined = Confined { process, cgroups };
     let containers = [container(&name, confined.process.id() as i32)];
-    let mut senses = senses(&unified);
+    let mut senses = senses(confined.cgroups.unified.parent().unwrap());
     let started = Instant::now();
     loop {
         let snapshot = senses.sweep(&containers, now());
@@ -235,23 +305,17 @@ fn a_container_beyond_its_quota_shows_for_how_long_it_was_kept_off_the_cpus() {
 
 #[test]
 fn a_task_killed_for_memory_counts_for_its_container() {
-    let (Some(unified), Some(memory)) = (
-        cgroup_mount("cgroup2", "rw"),
-        cgroup_mount("cgroup", "memory"),
-    ) else {
-        println!("not run: the memory controller is not cgroup v1 here; guests run it on cgroup2");
+    let name = format!("metrics-oom-{}", std::process::id());
+    let Some(cgroups) = Cgroups::new("memory", &name) else {
         return;
     };
-    let name = format!("metrics-oom-{}", std::process::id());
-    let cgroups = [unified.join(&name), memory.join(&name)];
-    for cgroup in &cgroups {
-        fs::create_dir(cgroup).unwrap();
-    }
-    fs::write(cgroups[1].join("memory.limit_in_bytes"), "20000000").unwrap();
+    cgroups.limit(
+        &[("memory.limit_in_bytes", "20000000")],
+        &[("memory.max", "20000000")],
+    );
     let script = format!(
-        "echo $$ > {}/cgroup.procs; echo $$ > {}/cgroup.procs; read -r _; head -c 200000000 /dev/zero | tail; sleep 60",
-        cgroups[0].display(),
-        cgroups[1].display()
+        "{}; read -r _; head -c 200000000 /dev/zero | tail; sleep 60",
+        cgroups.enter()
     );
     let mut process = Command::new("sh")
         .args(["-c", &script])
@@ -266,42 +330,35 @@ fn a_task_killed_for_memory_counts_for_its_container() {
     };
     let containers = [greedy];
     let started = Instant::now();
-    let inside = confined.cgroups[1].join("cgroup.procs");
+    let inside = confined.cgroups.limited.join("cgroup.procs");
     while fs::read_to_string(&inside).unwrap().is_empty() {
         assert!(started.elapsed() < Duration::from_secs(30), "it never came");
         sleep(Duration::from_millis(10));
     }
-    let mut senses = senses(&unified);
+    let mut senses = senses(confined.cgroups.unified.parent().unwrap());
     // What was counted before the first reading is not new; on a busy host it comes late.
     senses.sweep(&containers, now());
     begin.write_all(b"\n").unwrap();
     let started = Instant::now();
-    let control = confined.cgroups[1].join("memory.oom_control");
+    let kills = || confined.cgroups.kills();
     let (mut on_device, mut in_container) = (0.0, 0.0);
     // One may not be enough: what the killed one held is not free at once.
     loop {
         assert!(
             started.elapsed() < Duration::from_secs(30),
             "of the kernel's {} kills the container counts {in_container}, the device {on_device}",
-            kills(&control)
+            kills()
         );
         let snapshot = senses.sweep(&containers, now());
         on_device += value(&snapshot, "memory.oom_kills", Per::Device, "").unwrap_or(0.0);
         in_container +=
             value(&snapshot, "memory.oom_kills", Per::Container, "greedy").unwrap_or(0.0);
         assert!(value(&snapshot, "memory.used", Per::Container, "greedy").is_some());
-        let truth = kills(&control);
+        let truth = kills();
         assert!(in_container <= truth, "{in_container} kills of {truth}");
         if truth > 0.0 && in_container == truth && on_device >= truth {
             break;
         }
         sleep(Duration::from_millis(500));
     }
-}
-
-/// How many tasks of a memory cgroup were killed, as the kernel says.
-fn kills(control: &Path) -> f64 {
-    let text = fs::read_to_string(control).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    line.expect("oom_control counts kills").parse().unwrap()
 }

@@ -25,9 +25,8 @@ pub(super) fn limits() -> Result<String> {
         hosts: vec![bare("a"), bare("b")],
     })?;
     let (a, b) = (lab.host("a")?, lab.host("b")?);
-    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     let mut rows = vec![
-        ("processor", format!("{}, {cores} cores", processor())),
+        ("processor", processor()),
         ("memory", memory()),
         ("kernel", kernel()),
         (
@@ -47,11 +46,19 @@ pub(super) fn limits() -> Result<String> {
     Ok(text)
 }
 
+/// The machine in a few words.
+pub(super) fn named() -> String {
+    format!("{}, {}, Linux {}", processor(), memory(), kernel())
+}
+
 fn processor() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    text.lines()
+    let name = text
+        .lines()
         .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or_else(|| std::env::consts::ARCH.into(), |(_, name)| name.into())
+        .map_or(std::env::consts::ARCH, |(_, name)| name);
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    format!("{name}, {cores} cores")
 }
 
 fn memory() -> String {

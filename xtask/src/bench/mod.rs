@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: the figures, each beside its peer or its goal in the same run.
 //!
 //! Absolute figures of one machine move from hour to hour, so what counts is the ratio. Everything runs in
-//! lab hosts with the release build. `--write` keeps what was printed in `docs/benchmarks.md`.
+//! lab hosts with the release build. `--write` keeps what was printed in `docs/benchmarks.md`, in place of the sections
+//! of the same titles; each tells its machine and day.
 
 mod agent;
 mod bpftrace;
@@ -20,11 +21,12 @@ mod verdict;
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use crate::process::{as_root, is_root};
+use crate::process::{as_root, is_root, output};
 use crate::{setup, test, workspace};
 
 /// `cargo xtask bench`.
@@ -32,7 +34,7 @@ use crate::{setup, test, workspace};
 pub struct Arguments {
     /// What to measure; everything when none is named.
     subjects: Vec<Subject>,
-    /// Keeps the figures in docs/benchmarks.md.
+    /// Keeps the figures in docs/benchmarks.md, in place of those of the same subjects.
     #[arg(long, conflicts_with = "short")]
     write: bool,
     /// Once and with a tenth of the data: shows that it works, no figures to keep.
@@ -92,17 +94,12 @@ const ALL: [Subject; 10] = [
 /// Sets up, builds for release, measures as root and prints Markdown.
 ///
 /// # Errors
-/// Set-up, build or a measurement failed; or `--write` with less than everything.
+/// Set-up, build or a measurement failed, or the figures cannot be written.
 pub fn bench(arguments: &Arguments) -> Result<()> {
     let subjects: &[Subject] = match &arguments.subjects[..] {
         [] => &ALL,
         some => some,
     };
-    let everything = ALL.iter().all(|subject| subjects.contains(subject));
-    ensure!(
-        everything || !arguments.write,
-        "--write keeps one whole run: leave the subjects away"
-    );
     if !arguments.built {
         setup::setup()?;
         test::build_release()?;
@@ -114,11 +111,11 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
     workspace::use_release();
 
     let start = Instant::now();
-    let mut text = String::new();
+    let origin = format!("{}, {}.", machine::named(), today()?);
+    let mut sections = Vec::new();
     let mut keep = |section: String| {
         println!("{section}");
-        text.push_str(&section);
-        text.push('\n');
+        sections.push(section);
     };
     keep(machine::limits()?);
     for subject in subjects {
@@ -140,19 +137,48 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
     }
     eprintln!("bench: {} s", start.elapsed().as_secs());
     if arguments.write {
-        write(&text)?;
+        write(&sections, &origin)?;
     }
     Ok(())
 }
 
-fn write(text: &str) -> Result<()> {
+const HEAD: &str = "# Benchmarks\n\nWritten by `cargo xtask bench --write`, section by section. Absolute figures belong to the machine \
+    that a section names and move with its load; the ratios were taken side by side.\n\n";
+
+fn write(sections: &[String], origin: &str) -> Result<()> {
     let path: PathBuf = workspace::root().join("docs/benchmarks.md");
-    let head = "# Benchmarks\n\nWritten by `cargo xtask bench --write`. Absolute figures belong to the machine \
-                below and move with its load; the ratios were taken side by side.\n\n";
-    fs::write(&path, format!("{head}{}\n", text.trim_end()))
+    let old =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    fs::write(&path, merged(&old, sections, origin))
         .with_context(|| format!("cannot write {}", path.display()))?;
     eprintln!("bench: wrote {}", path.display());
     Ok(())
+}
+
+/// `old` with each section of `new` and its `origin` in place of the one with the same title, or at the end.
+fn merged(old: &str, new: &[String], origin: &str) -> String {
+    let title = |section: &str| section.lines().next().unwrap_or_default().to_owned();
+    let mut kept: Vec<String> = old
+        .split("\n## ")
+        .skip(1)
+        .map(|section| format!("## {}", section.trim_end()))
+        .collect();
+    for section in new {
+        let heading = title(section);
+        let rest = section.strip_prefix(&heading).unwrap_or_default().trim();
+        let whole = format!("{heading}\n\n{origin}\n\n{rest}");
+        match kept.iter_mut().find(|known| title(known) == heading) {
+            Some(known) => *known = whole,
+            None => kept.push(whole),
+        }
+    }
+    format!("{HEAD}{}\n", kept.join("\n\n"))
+}
+
+fn today() -> Result<String> {
+    Ok(output(Command::new("date").args(["--utc", "+%F"]))?
+        .trim()
+        .to_owned())
 }
 
 /// The middle one of some figures; the mean of the two in the middle for an even number.
@@ -181,5 +207,15 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert!(median(&[]).is_nan());
+    }
+    #[test]
+    fn a_section_takes_the_place_of_the_one_of_its_title_and_all_others_stay() {
+        let old = "# Benchmarks\n\nHead.\n\n## One\n\n1\n\n### Of one\n\n## Two\n\n2\n";
+        let new = ["## Two\n\n3\n\n".to_owned(), "## Three\n\n4".to_owned()];
+        let text = merged(old, &new, "Here.");
+        let sections =
+            "## One\n\n1\n\n### Of one\n\n## Two\n\nHere.\n\n3\n\n## Three\n\nHere.\n\n4\n";
+        assert_eq!(text, format!("{HEAD}{sections}"));
+        assert_eq!(merged(&text, &[], "There."), text);
     }
 }

@@ -324,6 +324,18 @@ impl Pair<'_> {
         self.timed(self.from.command(["sh", "-c", &line]), out)
     }
 
+    /// `cp -a` on one machine: what reading the source and making its copy take without anything between them.
+    pub(super) fn plain_copy(&self, source: &str, out: &str) -> Result<Theirs> {
+        self.to.run(["mkdir", "-p", out])?;
+        cold()?;
+        let mut command = Command::new("cp");
+        command
+            .args(["-a", "-T"])
+            .arg(self.from.path(source))
+            .arg(self.to.path(out));
+        self.timed(command, out)
+    }
+
     /// `nbdcopy` of the file `source` from `qemu-nbd`, without encryption; the target fetches it.
     pub(super) fn nbdcopy(&self, source: &str, out: &str) -> Result<Theirs> {
         self.to.run(["mkdir", "-p", out])?;
