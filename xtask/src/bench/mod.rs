@@ -7,6 +7,7 @@
 mod agent;
 mod bpftrace;
 mod crowd;
+mod guard;
 mod machine;
 mod order;
 mod overhead;
@@ -68,6 +69,8 @@ pub enum Subject {
     Overhead,
     /// Memory and CPU of an agent with 500 containers and many connections.
     Crowd,
+    /// What the source's own workload loses beside a copy.
+    Guard,
     /// From a fault to the verdict.
     Verdict,
     /// Start order and groups of 100,000 containers with 1,000,000 edges.
@@ -78,8 +81,9 @@ pub enum Subject {
     Relations,
 }
 
-const ALL: [Subject; 10] = [
+const ALL: [Subject; 11] = [
     Subject::Transfer,
+    Subject::Guard,
     Subject::Pause,
     Subject::Agent,
     Subject::Programs,
@@ -129,6 +133,7 @@ pub fn bench(arguments: &Arguments) -> Result<()> {
             Subject::Storm => storm::measure(arguments.short)?,
             Subject::Overhead => overhead::measure(arguments.short)?,
             Subject::Crowd => crowd::measure(arguments.short)?,
+            Subject::Guard => guard::measure(arguments.short)?,
             Subject::Verdict => verdict::measure(arguments.short)?,
             Subject::Order => order::measure(arguments.short)?,
             Subject::Replay => replay::measure(arguments.short)?,
