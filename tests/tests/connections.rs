@@ -270,7 +270,11 @@ fn what_was_asked_of_many_makes_a_child_of_the_asker_and_not_of_who_answers() {
     let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
     let mut senses = scope.senses();
     let at = "239.255.4.5:4541";
-    let inside = |end: usize| ["ip", "netns", "exec", &cable.0[end]];
+    let ends = cable
+        .0
+        .each_ref()
+        .map(|end| format!("--net=/run/netns/{end}"));
+    let inside = |end: usize| ["nsenter", &ends[end]];
     let serve = ["serve", &format!("udp-group={at}")];
     let server = Talker::start_through(&inside(1), &db, &serve).awaited();
     let containers = |pid| [container("web", pid), container("db", server.pid())];
@@ -293,7 +297,11 @@ fn a_datagram_makes_an_edge_where_somebody_was_there_to_hear_it_be_it_for_a_mome
     let cable = Cable::lay();
     let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
     let mut senses = scope.senses();
-    let inside = |end: usize| ["ip", "netns", "exec", &cable.0[end]];
+    let ends = cable
+        .0
+        .each_ref()
+        .map(|end| format!("--net=/run/netns/{end}"));
+    let inside = |end: usize| ["nsenter", &ends[end]];
     let serve = |what| Talker::start_through(&inside(1), &db, &["serve", what]).awaited();
     let server = serve("udp=198.51.100.2:4543");
     let containers = [container("web", 0), container("db", server.pid())];

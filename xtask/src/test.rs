@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::statvfs::statvfs;
 
 use crate::lab::kernels;
 use crate::process::{is_root, shown};
@@ -102,11 +103,18 @@ fn step(command: &mut Command, counts: &mut Counts) -> Result<bool> {
     }
     let passed = child.wait()?.success();
     println!(
-        "{} in {} s",
+        "{} in {} s; {} GiB of the disk are free",
         if passed { "ok" } else { "FAILED" },
-        start.elapsed().as_secs()
+        start.elapsed().as_secs(),
+        free()? >> 30
     );
     Ok(passed)
+}
+
+/// Bytes that the disk of the build has left.
+fn free() -> Result<u64> {
+    let disk = statvfs(workspace::root())?;
+    Ok(disk.blocks_available() * disk.fragment_size())
 }
 
 fn members(first: &[&str], last: &[&str]) -> Command {
