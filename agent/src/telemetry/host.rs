@@ -4,6 +4,7 @@
 //! events and rates over the time since they were last read; nothing here may block a sweep (what can,
 //! asks drives, runs in a thread of its own).
 
+mod announced;
 mod bandwidth;
 mod cgroup;
 mod counters;
@@ -30,6 +31,7 @@ use crate::model::container::Container;
 use crate::model::metric::{Per, Subject};
 use crate::model::telemetry::Loss;
 use crate::model::units::Bytes;
+use announced::Announced;
 use rare::Rare;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -118,9 +120,20 @@ impl Look<'_> {
 
 /// Reading a counter interrupts its CPU.
 const COUNTERS: Duration = Duration::from_secs(5);
+/// The same, of several counters of each processor.
+const BANDWIDTH: Duration = Duration::from_secs(10);
+/// Most between two readings of what is read as often as its cost allows.
 const SELDOM: Duration = Duration::from_secs(10);
 /// `drivetemp` sends a command to the drive for each reading.
 const OF_DRIVES: Duration = Duration::from_secs(30);
+
+/// What the kernel's log tells of disks and file systems, whose state may then be another one.
+const OF_STORAGE: [&str; 4] = [
+    "kernel.io_errors",
+    "kernel.disk_resets",
+    "kernel.filesystem_errors",
+    "kernel.read_only_remounts",
+];
 
 /// Reads the host, and remembers counters between readings.
 pub struct Host {
@@ -133,8 +146,11 @@ pub struct Host {
     ecc: Rare<ecc::Ecc>,
     queues: queues::Queues,
     filesystems: Rare<filesystems::Filesystems>,
+    mounts: Announced,
     network: network::Network,
     raid: Rare<()>,
+    arrays: Announced,
+    mapped: Announced,
     kernel_log: kernel_log::KernelLog,
     performance: Rare<performance::Performance>,
     of_containers: performance::OfContainers,
@@ -150,20 +166,23 @@ impl Host {
     pub fn new(root: PathBuf, scope: PathBuf) -> Self {
         Self {
             kernel_log: kernel_log::KernelLog::open(&root),
-            bandwidth: Rare::of(bandwidth::Bandwidth::open(&root), SELDOM),
+            bandwidth: Rare::of(bandwidth::Bandwidth::open(&root), BANDWIDTH),
             performance: Rare::of(performance::Performance::open(&root), COUNTERS),
             of_containers: performance::OfContainers::new(scope.clone()),
             root,
             clock: Duration::ZERO,
             cpu: cpu::Cpu::new(scope.clone()),
-            throttling: Rare::every(SELDOM),
+            throttling: Rare::by_cost(SELDOM),
             memory: memory::Memory::default(),
-            ecc: Rare::every(SELDOM),
+            ecc: Rare::by_cost(SELDOM),
             queues: queues::Queues::default(),
-            filesystems: Rare::every(SELDOM),
+            filesystems: Rare::by_cost(SELDOM),
+            mounts: Announced::mounts(),
             network: network::Network::default(),
-            raid: Rare::every(SELDOM),
-            sensors: Rare::every(SELDOM),
+            raid: Rare::by_cost(SELDOM),
+            arrays: Announced::arrays(),
+            mapped: Announced::mapped(),
+            sensors: Rare::by_cost(SELDOM),
             drives: Rare::every(OF_DRIVES),
             containers: Rare::of(cgroup::Containers::new(scope), Duration::ZERO),
         }
@@ -198,13 +217,25 @@ impl Host {
         self.bandwidth
             .read(root, now, read, bandwidth::Bandwidth::read);
         self.ecc.read(root, now, read, ecc::Ecc::read);
-        for (metric, subject, _) in &read.values {
+        for (metric, subject, count) in &read.values {
             if *metric == "kernel.read_only_remounts" && subject.per == Per::Disk {
                 self.filesystems.family().went_read_only(&subject.name);
             }
+            if OF_STORAGE.contains(metric) && *count > 0.0 {
+                self.filesystems.announce();
+            }
+        }
+        if self.mounts.changed(root) {
+            self.filesystems.announce();
         }
         let filesystems = filesystems::Filesystems::read;
         self.filesystems.read(root, now, read, filesystems);
+        // Its device is there once the module is, which opening it would load.
+        let mapper = look.path("sys/class/misc/device-mapper");
+        let mapped = mapper.exists() && self.mapped.changed(root);
+        if self.arrays.changed(root) || mapped {
+            self.raid.announce();
+        }
         let raid = |(): &mut (), look: Look, read: &mut HostReading| raid::read(look, read);
         self.raid.read(root, now, read, raid);
         let sensors = |(): &mut (), look: Look, read: &mut HostReading| sensors::parts(look, read);
