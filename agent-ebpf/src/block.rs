@@ -273,7 +273,7 @@ pub fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
         }
         (*entry).request = 0;
         if status != 0 {
-            if let Some(class) = class(status) {
+            if let Some(class) = error::class(status, layout!(status_offline) as i32) {
                 add((&raw mut (*stats).errors).cast::<u64>().add(class), 1);
             }
         }
@@ -287,35 +287,4 @@ pub fn block_rq_complete(ctx: BtfTracePointContext) -> i32 {
         record(&raw mut (*stats).latency, latency);
     }
     0
-}
-
-/// The class of a request's end: a `blk_status_t`, or a negative errno before Linux 5.16 (`blk_errors` of
-/// block/blk-core.c has both). None for what says nothing about the device.
-#[inline(always)]
-fn class(status: i32) -> Option<usize> {
-    if status == layout!(status_offline) as i32 {
-        return Some(error::TRANSPORT);
-    }
-    match status {
-        // An operation that it does not have, one that is to be tried again (also within device mapper), one
-        // for which it has no room now, one that nobody could do: NOTSUPP, AGAIN, DM_REQUEUE, DEV_RESOURCE,
-        // INVAL; EOPNOTSUPP, EAGAIN, EREMCHG, EBUSY, EINVAL.
-        0 | 1 | 12 | 11 | 13 | 19 | -95 | -11 | -78 | -16 | -22 => None,
-        // TIMEOUT; ETIMEDOUT, and ETIME of a DURATION_LIMIT.
-        2 | -110 | -62 => Some(error::TIMEOUT),
-        // DURATION_LIMIT comes after OFFLINE: the drive gave up in the time that it was given.
-        17 | 18 => Some(error::TIMEOUT),
-        // NOSPC; ENOSPC.
-        3 | -28 => Some(error::NO_SPACE),
-        // TRANSPORT; ENOLINK, and ENODEV of an OFFLINE.
-        4 | -67 | -19 => Some(error::TRANSPORT),
-        // TARGET, and RESV_CONFLICT (once NEXUS): another host holds it; EREMOTEIO, EBADE.
-        5 | 6 | -121 | -52 => Some(error::TARGET),
-        // MEDIUM; ENODATA.
-        7 | -61 => Some(error::MEDIA),
-        // PROTECTION; EILSEQ.
-        8 | -84 => Some(error::PROTECTION),
-        // IOERR, RESOURCE (no memory), and the limits of zones: 14 and 15, and 16 before Linux 6.10.
-        _ => Some(error::OTHER),
-    }
 }

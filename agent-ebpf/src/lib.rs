@@ -5,6 +5,7 @@
 #![no_std]
 
 mod connections;
+pub mod error;
 
 pub use connections::*;
 
@@ -143,26 +144,6 @@ pub const SIZE_SLOTS: usize = 16;
 
 /// log2 of the smallest size counted, a sector.
 pub const SECTOR_SHIFT: u32 = 9;
-
-/// Classes of failed requests: what the block layer calls the reason (`blk_errors` of block/blk-core.c).
-pub mod error {
-    /// The medium lost the data (BLK_STS_MEDIUM).
-    pub const MEDIA: usize = 0;
-    /// No answer in time (BLK_STS_TIMEOUT).
-    pub const TIMEOUT: usize = 1;
-    /// The path to the device failed, or the device is gone (BLK_STS_TRANSPORT, BLK_STS_OFFLINE).
-    pub const TRANSPORT: usize = 2;
-    /// Integrity data do not match (BLK_STS_PROTECTION).
-    pub const PROTECTION: usize = 3;
-    /// The device refused the command (BLK_STS_TARGET).
-    pub const TARGET: usize = 4;
-    /// No space left, on thin devices (BLK_STS_NOSPC).
-    pub const NO_SPACE: usize = 5;
-    /// Any other I/O error.
-    pub const OTHER: usize = 6;
-    /// How many there are.
-    pub const COUNT: usize = 7;
-}
 
 /// Block I/O since the programs were loaded.
 #[derive(Clone, Copy)]

@@ -146,3 +146,75 @@ fn row(words: &[AtomicU64; ROW_WORDS]) -> BlockRow {
     // SAFETY: as long as the row, whose fields are integers and arrays of them: any bytes are a value.
     unsafe { std::mem::transmute(words) }
 }
+
+#[cfg(test)]
+mod tests {
+    use lifeboat_ebpf::error::{self, class};
+    use nix::libc;
+
+    /// `blk_errors` of block/blk-core.c: name, errno, and the class that it is told as.
+    const ERRORS: [(&str, i32, Option<usize>); 17] = [
+        ("OK", 0, None),
+        ("NOTSUPP", libc::EOPNOTSUPP, None),
+        ("TIMEOUT", libc::ETIMEDOUT, Some(error::TIMEOUT)),
+        ("NOSPC", libc::ENOSPC, Some(error::NO_SPACE)),
+        ("TRANSPORT", libc::ENOLINK, Some(error::TRANSPORT)),
+        ("TARGET", libc::EREMOTEIO, Some(error::TARGET)),
+        // Called NEXUS before Linux 6.5.
+        ("RESV_CONFLICT", libc::EBADE, Some(error::TARGET)),
+        ("MEDIUM", libc::ENODATA, Some(error::MEDIA)),
+        ("PROTECTION", libc::EILSEQ, Some(error::PROTECTION)),
+        ("RESOURCE", libc::ENOMEM, Some(error::OTHER)),
+        ("IOERR", libc::EIO, Some(error::OTHER)),
+        ("DM_REQUEUE", libc::EREMCHG, None),
+        ("AGAIN", libc::EAGAIN, None),
+        ("DEV_RESOURCE", libc::EBUSY, None),
+        ("ZONE_OPEN_RESOURCE", libc::ETOOMANYREFS, Some(error::OTHER)),
+        ("ZONE_ACTIVE_RESOURCE", libc::EOVERFLOW, Some(error::OTHER)),
+        ("OFFLINE", libc::ENODEV, Some(error::TRANSPORT)),
+    ];
+    const LATER: [(&str, i32, Option<usize>); 2] = [
+        ("DURATION_LIMIT", libc::ETIME, Some(error::TIMEOUT)),
+        ("INVAL", libc::EINVAL, None),
+    ];
+
+    fn expected(name: &str) -> Option<usize> {
+        let mut known = ERRORS.iter().chain(&LATER);
+        known.find(|(known, ..)| *known == name).expect(name).2
+    }
+
+    #[test]
+    fn every_number_of_every_kernel_is_the_class_of_its_name() {
+        // include/linux/blk_types.h: up to DEV_RESOURCE, 13, they never moved.
+        let stay: Vec<(i32, &str)> = (0..14).zip(ERRORS.map(|(name, ..)| name)).collect();
+        // Linux 5.16 (the first that gives the tracepoint numbers) to 6.4, as 6.1; OFFLINE since 5.18.
+        let older = [
+            (15, "ZONE_OPEN_RESOURCE"),
+            (16, "ZONE_ACTIVE_RESOURCE"),
+            (17, "OFFLINE"),
+        ];
+        // 6.5 to 6.9.
+        let limited = [&older[..], &[(18, "DURATION_LIMIT")]].concat();
+        // From 6.10 on, as 6.12, without ZONE_RESOURCE; INVAL since 6.11.
+        let newer = [
+            (14, "ZONE_OPEN_RESOURCE"),
+            (15, "ZONE_ACTIVE_RESOURCE"),
+            (16, "OFFLINE"),
+            (17, "DURATION_LIMIT"),
+            (19, "INVAL"),
+        ];
+        for (offline, moved) in [(17, &older[..]), (17, &limited), (16, &newer)] {
+            for &(number, name) in stay.iter().chain(moved) {
+                assert_eq!(class(number, offline), expected(name), "{number} is {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn before_linux_5_16_every_errno_is_the_class_of_its_name() {
+        for (name, errno, expected) in ERRORS.iter().chain(&LATER) {
+            // 17 is OFFLINE where numbers come, and no errno.
+            assert_eq!(class(-errno, 17), *expected, "{name}");
+        }
+    }
+}
