@@ -193,14 +193,21 @@ fn kinds_that_do_not_fit_are_lost_and_counted_exactly() {
     senses.sweep(&containers, now());
     let made: u64 = places
         .iter()
-        .map(|at| Talker::start(&web, &["storm", &format!("1000={at}")]).made())
+        // Visits: the client hangs up when the server has. Of a storm's clients now and then one is gone before its
+        // server's end is seen, which is then of a kind of its own, and lost though the edge counts the connection.
+        .map(|at| Talker::start(&web, &["visit", &format!("1000={at}")]).made())
         .sum();
     assert_eq!(made, 5_000);
-    let snapshot = sweep_until_seen(&mut senses, &containers, 2_000);
-    let seen = connections(&snapshot);
-    assert_eq!((seen, snapshot.edges.len()), (2_000, 2));
-    // Each connection has two ends.
-    assert_eq!(lost(&snapshot, "ports"), 2 * (made - seen));
+    let mut snapshot = sweep_until_seen(&mut senses, &containers, 2_000);
+    // Each connection has two ends, and one that is lost is counted when it closes.
+    let ends = 2 * (made - 2_000);
+    let end = Instant::now() + Duration::from_secs(15);
+    while lost(&snapshot, "ports") < ends && Instant::now() < end {
+        sleep(Duration::from_millis(50));
+        snapshot = senses.sweep(&containers, now());
+    }
+    let (seen, lost) = (connections(&snapshot), lost(&snapshot, "ports"));
+    assert_eq!((seen, snapshot.edges.len(), lost), (2_000, 2, ends));
 }
 
 #[test]
