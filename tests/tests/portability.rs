@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 use xtask::lab::{Host, HostSpec, Lab, LabSpec};
 use xtask::process::{is_root, output, wait_for};
+use xtask::topology;
 
 const CACHE: Service = Service {
     name: "cache",
@@ -152,11 +153,37 @@ fn nothing_is_lost_without_tracefs_and_without_cap_sys_resource() -> Result<()> 
         return Ok(());
     };
     let script = "for at in debug tracing; do umount -l /sys/kernel/$at; done; test ! -e /sys/kernel/tracing/events && \
-                  exec setpriv --bounding-set=-sys_resource \"$0\" \"$@\"";
+                  exec prlimit --memlock=65536:65536 setpriv --bounding-set=-sys_resource \"$0\" \"$@\"";
     let without = ["unshare", "--mount", "sh", "-c", script];
     let snapshot = observed(&lab, &without)?;
     ensure!(disabled(&snapshot).is_empty(), "{:?}", disabled(&snapshot));
     ensure!(has(&snapshot, "sched.run_queue_latency_p99"));
+    lab.down()
+}
+
+#[test]
+fn where_the_kernel_permits_no_map_what_helps_is_named_and_the_rest_works() -> Result<()> {
+    let Some(lab) = bare("memlock")? else {
+        return Ok(());
+    };
+    if !topology::has("strace") {
+        println!("not run: strace is not installed");
+        return lab.down();
+    }
+    // As Linux before 5.11 answers where maps take more than may be locked.
+    let refused = "--inject=bpf:error=EPERM";
+    let script = "exec strace --quiet=all -f -o /run/calls --trace=bpf \"$@\"";
+    let limited = [
+        "prlimit",
+        "--memlock=65536:65536",
+        "setpriv",
+        "--bounding-set=-sys_resource",
+    ];
+    let traced = ["sh", "-c", script, "sh", refused];
+    let snapshot = observed(&lab, &[&limited[..], &traced].concat())?;
+    for why in ["LimitMEMLOCK=infinity", "CAP_SYS_RESOURCE", "64 KiB"] {
+        only_the_programs_are_lost(&snapshot, "kernel programs", why)?;
+    }
     lab.down()
 }
 

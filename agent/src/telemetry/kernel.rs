@@ -15,7 +15,7 @@ use super::layout::{self, Family};
 use super::memory;
 use super::scope::{self, Scope};
 use crate::model::telemetry::Disabled;
-use aya::maps::{Array, HashMap, Map, MapData};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use aya::programs::raw_trace_point::RawTracePoint;
 use aya::programs::{
     BtfTracePoint, CgroupAttachMode, CgroupSock, CgroupSockAddr, Iter, Program, ProgramError,
@@ -24,6 +24,7 @@ use aya::programs::{
 use aya::{Btf, Ebpf, EbpfLoader, Pod};
 use caps::{CapSet, Capability};
 use lifeboat_ebpf::{Ancestors, Layout};
+use nix::sys::resource::{Resource, getrlimit};
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -197,7 +198,7 @@ impl Kernel {
         }
         loader
             .load(object)
-            .map_err(|error| format!("the kernel programs cannot be loaded: {}", chain(&error)))
+            .map_err(|error| unloadable("the kernel programs", &error))
     }
 
     fn attach(
@@ -443,7 +444,7 @@ fn own_ancestors(object: &[u8], layout: &Layout) -> Result<Vec<u64>, String> {
         .btf(None)
         .override_global("LAYOUT", layout, true)
         .load(object)
-        .map_err(|error| format!("the scope probe cannot be loaded: {}", chain(&error)))?;
+        .map_err(|error| unloadable("the scope probe", &error))?;
     let program: &mut RawTracePoint = program(&mut ebpf, "scope_probe")?;
     program
         .load()
@@ -468,6 +469,29 @@ pub fn allow_locked_memory() {
     unsafe {
         libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const all);
     }
+}
+
+/// Why an object cannot be loaded, and where only a map was not permitted, what helps: the capabilities are there,
+/// they were asked for before.
+fn unloadable(what: &str, error: &(dyn std::error::Error + 'static)) -> String {
+    let why = format!("{what} cannot be loaded: {}", chain(error));
+    let not_permitted = |error: &(dyn std::error::Error + 'static)| {
+        let io = error.downcast_ref::<std::io::Error>();
+        io.is_some_and(|io| io.raw_os_error() == Some(libc::EPERM))
+    };
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let of_a_map = causes.clone().any(<dyn std::error::Error>::is::<MapError>);
+    if !of_a_map || !causes.clone().any(not_permitted) {
+        return why;
+    }
+    let limit = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((soft, _)) if soft != libc::RLIM_INFINITY => format!("{} KiB", soft / 1024),
+        _ => "any amount".to_owned(),
+    };
+    format!(
+        "{why}; before Linux 5.11 maps count as locked memory, of which the agent may have {limit}: start it with \
+         CAP_SYS_RESOURCE or with LimitMEMLOCK=infinity; later kernels refuse them by seccomp or a security module"
+    )
 }
 
 /// What aya needs of the kernel's types to attach to tracepoints and iterators.
