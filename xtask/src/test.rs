@@ -19,6 +19,9 @@ const MEMBERS: [&str; 3] = ["--workspace", "--exclude", "lifeboat-ebpf"];
 /// many at once are no accident of the machine.
 const ONCE_MORE: usize = 2;
 
+/// Tests that pass print too: what they did not do is told at the end.
+const SHOWN: &str = "--show-output";
+
 /// Sums of the lines that `cargo test` ends a test program with, and the names of what failed.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
@@ -30,11 +33,26 @@ struct Counts {
     silent: i64,
     /// Within the lists of a program's failures: how many names other programs gave before.
     listed: Option<usize>,
+    /// How many of the two lists of a program's successes have begun: the first is of what the tests printed.
+    shown: u32,
+    /// The test that printed what follows, and what tests said of what they did not do.
+    printed_by: String,
+    not_run: Vec<String>,
 }
 
 impl Counts {
     /// Adds what one line says.
     fn add(&mut self, line: &str) {
+        self.shown += u32::from(line == "successes:");
+        if self.shown == 1 {
+            if let Some(name) = line.strip_prefix("---- ") {
+                name.trim_end_matches(" stdout ----")
+                    .clone_into(&mut self.printed_by);
+            } else if line.starts_with("not run: ") || line.starts_with("skipped: ") {
+                self.not_run.push(format!("{}: {line}", self.printed_by));
+            }
+            return;
+        }
         if line.starts_with("running ") && (line.ends_with(" tests") || line.ends_with(" test")) {
             self.silent += 1;
         }
@@ -55,6 +73,7 @@ impl Counts {
             return;
         };
         self.listed = None;
+        self.shown = 0;
         self.silent -= 1;
         for part in figures.split([';', '.']) {
             let mut words = part.split_whitespace();
@@ -75,6 +94,7 @@ impl Counts {
         self.passed += other.passed;
         self.failed += other.failed;
         self.ignored += other.ignored;
+        self.not_run.extend_from_slice(&other.not_run);
     }
 }
 
@@ -152,6 +172,7 @@ pub fn build_release() -> Result<()> {
 
 fn end_to_end_tests(only: &[String]) -> Command {
     let mut arguments = vec!["--no-fail-fast", "--test", "*", "--", "--test-threads=1"];
+    arguments.push(SHOWN);
     if !only.is_empty() {
         arguments.push("--exact");
         arguments.extend(only.iter().map(String::as_str));
@@ -214,7 +235,10 @@ pub fn test() -> Result<()> {
         ),
         (
             "unit tests",
-            members(&["test"], &["--no-fail-fast", "--lib", "--bins"]),
+            members(
+                &["test"],
+                &["--no-fail-fast", "--lib", "--bins", "--", SHOWN],
+            ),
         ),
     ];
     for (name, mut command) in steps {
@@ -235,6 +259,12 @@ pub fn test() -> Result<()> {
         println!(
             "\n{name}: failed once (see above) and passed when it ran again alone: find out why"
         );
+    }
+    if !counts.not_run.is_empty() {
+        println!("\n{} not run or in part:", counts.not_run.len());
+    }
+    for line in &counts.not_run {
+        println!("  {line}");
     }
     println!(
         "\ntest result: {}. {} passed; {} failed; {} ignored; 0 measured; 0 filtered out; finished in {:.2}s",
@@ -282,5 +312,22 @@ mod tests {
         output.lines().for_each(|line| counts.add(line));
         assert_eq!(counts.failures, ["that_it_holds", "module::that_too"]);
         assert_eq!((counts.passed, counts.failed, counts.silent), (3, 2, 0));
+    }
+
+    #[test]
+    fn what_passing_tests_print_is_no_result_but_says_what_they_did_not_do() {
+        let mut counts = Counts::default();
+        let output = "running 3 tests\ntest one ... ok\n\nsuccesses:\n\n---- one stdout ----\nrunning 7 tests\n\
+             test result: ok. 7 passed; 0 failed\nskipped: lab hosts need root\n\n---- two stdout ----\n\
+             not run: cgroup2 is not mounted\n\n\nsuccesses:\n    one\n    two\n\nfailures:\n\n---- three stdout ----\n\
+             not at all\n\n\nfailures:\n    three\n\ntest result: FAILED. 2 passed; 1 failed; 0 ignored; finished in 1s";
+        output.lines().for_each(|line| counts.add(line));
+        assert_eq!((counts.passed, counts.failed, counts.silent), (2, 1, 0));
+        assert_eq!(counts.failures, ["three"]);
+        let said = [
+            "one: skipped: lab hosts need root",
+            "two: not run: cgroup2 is not mounted",
+        ];
+        assert_eq!(counts.not_run, said);
     }
 }
