@@ -1,6 +1,7 @@
 //! A cgroup2 subtree with senses of its own, for tests that need no containers.
 
 use lifeboat::model::container::Container;
+use lifeboat::model::edge::Edge;
 use lifeboat::model::units::UnixMillis;
 use lifeboat::telemetry::{ConnectionLimits, Telemetry, TelemetryConfig};
 use std::fs;
@@ -51,11 +52,20 @@ impl Scope {
 
     /// The same with room for other numbers of connections.
     pub fn senses_within(&self, limits: ConnectionLimits) -> Telemetry {
+        self.start(limits, Vec::new())
+    }
+
+    /// The same after an earlier life that saw these edges, with an age of an hour.
+    pub fn senses_remembering(&self, remembered: Vec<Edge>) -> Telemetry {
+        self.start(ConnectionLimits::default(), remembered)
+    }
+
+    fn start(&self, limits: ConnectionLimits, remembered: Vec<Edge>) -> Telemetry {
         let senses = Telemetry::start(TelemetryConfig {
             root: PathBuf::from("/"),
             cgroup: self.0.clone(),
             edge_age: Duration::from_secs(3600),
-            remembered: Vec::new(),
+            remembered,
             limits,
         });
         assert_eq!(senses.disabled(), [], "this kernel can run everything");

@@ -6,6 +6,7 @@ use lifeboat::model::units::Bytes;
 use lifeboat::telemetry::{ConnectionLimits, Telemetry};
 use lifeboat_tests::guest::in_guest;
 use lifeboat_tests::scope::{Scope, container, now};
+use serde_json::json;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -369,4 +370,101 @@ fn open_connections_beyond_the_limit_are_seen_without_their_bytes() {
     let bytes = (edge.bytes_to_parent, edge.bytes_to_child);
     let of = |each| Some(Bytes(each * held));
     assert_eq!(bytes, (of(1_000), of(5_000)));
+}
+
+/// TCP segments that the sockets of a network namespace have sent again, as the kernel counts them there.
+fn sent_again(namespace: &str) -> u64 {
+    let read = ["netns", "exec", namespace, "cat", "/proc/net/snmp"];
+    let snmp = Command::new("ip").args(read).output().expect("ip runs");
+    let snmp = String::from_utf8(snmp.stdout).expect("text");
+    let mut lines = snmp.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (names, values) = (lines.next().expect("names"), lines.next().expect("values"));
+    let mut fields = names.split(' ').zip(values.split(' '));
+    let (_, again) = fields
+        .find(|(name, _)| *name == "RetransSegs")
+        .expect("a count");
+    again.parse().expect("a number")
+}
+
+#[test]
+fn what_a_lossy_cable_makes_be_sent_again_and_how_long_it_takes_is_told_of_the_edge() {
+    let Some(scope) = Scope::new("lossy") else {
+        return;
+    };
+    let cable = Cable::lay();
+    let drop = "iptables -A INPUT -p tcp -m statistic --mode random --probability 0.2 -j DROP";
+    for end in &cable.0 {
+        let inside = Command::new("ip")
+            .args(["netns", "exec", end])
+            .args(drop.split(' '))
+            .status();
+        if !inside.is_ok_and(|status| status.success()) {
+            println!("not run: iptables with its `statistic` match is not here");
+            return;
+        }
+    }
+    let (web, db) = (scope.cgroup("web"), scope.cgroup("db"));
+    let mut senses = scope.senses();
+    let inside = |end: usize| ["ip", "netns", "exec", &cable.0[end]];
+    let serve = ["serve", "tcp=198.51.100.2:4551"];
+    let server = Talker::start_through(&inside(1), &db, &serve).awaited();
+    let containers = |pid| [container("web", pid), container("db", server.pid())];
+    senses.sweep(&containers(0), now());
+    let call = [
+        "call",
+        "sendfile=198.51.100.2:4551",
+        "tcp=198.51.100.2:4551",
+    ];
+    let client = Talker::start_through(&inside(0), &web, &call).awaited();
+    let containers = containers(client.pid());
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let snapshot = senses.sweep(&containers, now());
+        // Both ends: a client sends its requests again, and a server what it answers.
+        let truth: u64 = cable.0.iter().map(|end| sent_again(end)).sum();
+        let told: Vec<_> = snapshot
+            .edges
+            .iter()
+            .map(|edge| (edge.connections, edge.retransmits))
+            .collect();
+        if told == [(2, Some(truth))] {
+            assert!(truth > 0, "a fifth of all packets is lost");
+            // A cable within the machine: more than nothing, and less than a lost packet takes to be missed.
+            let round_trip = snapshot.edges[0].srtt_us.expect("measured");
+            assert!((1..1_000_000).contains(&round_trip), "{round_trip} µs");
+            return;
+        }
+        assert!(
+            Instant::now() < end,
+            "{told:?}, and the kernel says {truth}"
+        );
+        sleep(Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn an_edge_of_the_past_is_stale_and_counts_until_its_age_is_over() {
+    let Some(scope) = Scope::new("stale") else {
+        return;
+    };
+    let edge = |parent: &str, minutes_ago: u64| {
+        let last_seen = now().0 - minutes_ago * 60_000;
+        let kept = json!({
+            "child": "web", "parent": parent, "port": 5432, "learnt": "observed", "how": "both-ends",
+            "connections": 3, "first_seen": last_seen, "last_seen": last_seen,
+        });
+        serde_json::from_value(kept).expect("an edge as it is saved")
+    };
+    let kept = vec![edge("db", 9), edge("cache", 11), edge("queue", 61)];
+    let mut senses = scope.senses_remembering(kept);
+    let names = ["web", "db", "cache", "queue"];
+    let containers = names.map(|name| container(name, 0));
+    let snapshot = senses.sweep(&containers, now());
+    let mut told: Vec<_> = snapshot
+        .edges
+        .iter()
+        .map(|edge| (edge.parent.as_str(), edge.stale))
+        .collect();
+    told.sort_unstable();
+    assert_eq!(told, [("cache", true), ("db", false)], "an age of an hour");
 }

@@ -30,7 +30,12 @@ async fn discovery_shows_every_container_with_its_cgroup_and_bare_cgroups_by_pat
         "--label=lifeboat.registration-id=shop",
     ];
     let id = start(host, "db", &db, &["sleep", "1000"])?;
-    start(host, "held", &[], &["sleep", "1000"])?;
+    let held = [
+        "--env=REGISTERED=shop",
+        "--label=com.docker.compose.project=stack",
+        "--label=io.kubernetes.pod.uid=5a0e",
+    ];
+    start(host, "held", &held, &["sleep", "1000"])?;
     start(host, "done", &[], &["echo", "bye"])?;
     host.podman(["create", "--name", "made", "localhost/box:1", "echo"])?;
     host.podman(["pause", "held"])?;
@@ -41,7 +46,7 @@ async fn discovery_shows_every_container_with_its_cgroup_and_bare_cgroups_by_pat
     let scope = Scope {
         cgroup_root: host.cgroup().to_owned(),
     };
-    let all = Runtimes::new(&sockets, scope);
+    let all = Runtimes::new(&sockets, scope).registered_by(Some("REGISTERED".to_owned()));
     let seen = all.discover().await;
     ensure!(seen.problems.len() == 1, "{:?}", seen.problems);
     ensure!(seen.problems[0].contains("/nonexistent/docker.sock"));
@@ -73,7 +78,13 @@ async fn discovery_shows_every_container_with_its_cgroup_and_bare_cgroups_by_pat
     let files = db.mounts.iter().find(|m| m.volume.is_none());
     ensure!(files.is_some_and(|m| !m.writable && m.source == Path::new("/srv/files")));
 
-    ensure!(by_name(&seen.containers, "held")?.state == State::Paused);
+    let held = by_name(&seen.containers, "held")?;
+    ensure!(held.state == State::Paused);
+    let ids: Vec<&str> = held.registration_ids.iter().map(String::as_str).collect();
+    ensure!(
+        ids == ["compose project stack", "pod 5a0e", "shop"],
+        "{ids:?}"
+    );
     let done = by_name(&seen.containers, "done")?;
     ensure!(done.state == State::Exited && done.pid == 0 && done.cgroup_path.is_empty());
     ensure!(by_name(&seen.containers, "made")?.state == State::Created);

@@ -228,6 +228,13 @@ fn judge(runtime: &dyn Runtime, case: &Case, seen: &Value) -> Outcome {
         {
             figures.push(format!("{moved:?} bytes instead of {least}"));
         }
+        if case.transport == "tcp" && case.learnt == "observed" {
+            for figure in ["srtt_us", "retransmits"] {
+                if !edge[figure].is_u64() {
+                    figures.push(format!("no {figure}"));
+                }
+            }
+        }
         if case.kind == BRIEF && edge["connections"] != 100 {
             figures.push(format!(
                 "{} connections instead of 100",
