@@ -9,8 +9,7 @@ use crate::model::action::Actions;
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PairingId, PlanId, VolumeId};
 use crate::model::units::UnixMillis;
-use aes_gcm::aead::{Aead, KeyInit, Payload};
-use aes_gcm::{Aes256Gcm, Key, Nonce};
+use crate::transfer::cipher::Cipher;
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 
@@ -112,20 +111,14 @@ fn associated(version: u8, pairing: &PairingId) -> Vec<u8> {
 /// Seals `claims` under `secret`.
 ///
 /// # Errors
-/// [`TokenError::Altered`] should the cipher refuse, which it does only for texts of 64 GiB.
+/// [`TokenError::Altered`] should the claims have no text, which none do.
 pub fn seal(secret: &Secret, claims: &Claims) -> Result<SealedToken, TokenError> {
-    let text = serde_json::to_vec(claims).map_err(|_| TokenError::Altered)?;
+    let mut sealed = serde_json::to_vec(claims).map_err(|_| TokenError::Altered)?;
     // Random 96-bit nonces: a pairing's secret seals a handful of tokens (NIST SP 800-38D allows 2^32).
     let nonce: [u8; 12] = rand::random();
-    let sealed = Aes256Gcm::new(&Key::<Aes256Gcm>::from(*secret.bytes()))
-        .encrypt(
-            &Nonce::from(nonce),
-            Payload {
-                msg: &text,
-                aad: &associated(VERSION, &claims.pairing),
-            },
-        )
-        .map_err(|_| TokenError::Altered)?;
+    let associated = associated(VERSION, &claims.pairing);
+    let tag = Cipher::rust_crypto(secret.bytes()).seal(nonce, &associated, &mut sealed);
+    sealed.extend(tag);
     Ok(SealedToken {
         version: VERSION,
         pairing: claims.pairing.clone(),
@@ -146,16 +139,12 @@ pub fn open(secret: &Secret, token: &SealedToken) -> Result<Claims, TokenError> 
     if token.key_id != key_id(secret) {
         return Err(TokenError::WrongSecret);
     }
-    let text = Aes256Gcm::new(&Key::<Aes256Gcm>::from(*secret.bytes()))
-        .decrypt(
-            &Nonce::from(token.nonce),
-            Payload {
-                msg: &token.sealed,
-                aad: &associated(token.version, &token.pairing),
-            },
-        )
+    let associated = associated(token.version, &token.pairing);
+    let mut sealed = token.sealed.clone();
+    let text = Cipher::rust_crypto(secret.bytes())
+        .open(token.nonce, &associated, &mut sealed)
         .map_err(|_| TokenError::Altered)?;
-    serde_json::from_slice(&text).map_err(|_| TokenError::Altered)
+    serde_json::from_slice(text).map_err(|_| TokenError::Altered)
 }
 
 impl Claims {

@@ -8,6 +8,7 @@
 
 pub mod below;
 mod building;
+pub mod cipher;
 mod connection;
 mod deferred;
 pub mod engine;

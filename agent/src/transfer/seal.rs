@@ -4,18 +4,17 @@
 //! and its nonces are record numbers, so no nonce is used twice, also after a restart. The header,
 //! the plan and the direction are associated data: a record cannot be moved to another place.
 
+use super::cipher::Cipher;
+pub use super::cipher::{OpenFailed, SEAL_LEN};
 use super::frame::{FrameKind, HEADER_LEN, Header};
 use super::payload::{Block, Payload, data_of_segment};
 use crate::model::ids::PlanId;
 use crate::volume::sign::signature;
 use crate::volume::{BlockSize, FleetKey};
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use rand::TryRngCore;
 use std::ops::DerefMut;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
-/// Bytes that sealing adds to a payload.
-pub const SEAL_LEN: usize = 16;
 /// Bytes that tagging adds to a payload.
 pub const TAG_LEN: usize = 32;
 
@@ -62,11 +61,6 @@ pub fn random<const N: usize>() -> Result<[u8; N], NoRandom> {
     Ok(bytes)
 }
 
-/// A record did not open: changed on the way, in another place, or sealed with another key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the record does not open: it was changed on the way or sealed with another key")]
-pub struct OpenFailed;
-
 /// A record that a seal or a tag is added to.
 pub trait Growing: DerefMut<Target = [u8]> + for<'a> Extend<&'a u8> {}
 
@@ -75,7 +69,7 @@ impl<R: DerefMut<Target = [u8]> + for<'a> Extend<&'a u8>> Growing for R {}
 /// Seals and opens the records of one session.
 #[derive(Debug)]
 pub struct Sealer {
-    key: LessSafeKey,
+    cipher: Cipher,
     prefix: Vec<u8>,
 }
 
@@ -94,11 +88,10 @@ impl Sealer {
 
     fn towards(side: &str, plan: &PlanId, key: &DataKey, salt: &Salt) -> Self {
         let mut session = session_key(key, salt);
-        let unbound = UnboundKey::new(&AES_256_GCM, &session)
-            .expect("a 32-byte key is what AES-256-GCM takes");
+        let cipher = Cipher::aws_lc(&session);
         session.zeroize();
         Self {
-            key: LessSafeKey::new(unbound),
+            cipher,
             prefix: associated_prefix(side, plan),
         }
     }
@@ -113,11 +106,8 @@ impl Sealer {
         record[..HEADER_LEN].copy_from_slice(&header.encode());
         let aad = self.associated(&header);
         let payload = &mut record[HEADER_LEN..];
-        let tag = self
-            .key
-            .seal_in_place_separate_tag(nonce(header.number), Aad::from(aad), payload)
-            .expect("AES-GCM refuses only payloads beyond 64 GiB; records are capped");
-        record.extend(tag.as_ref());
+        let tag = self.cipher.seal(nonce(header.number), &aad, payload);
+        record.extend(&tag);
     }
 
     /// Opens a record's body in place and returns the payload at its start.
@@ -125,9 +115,8 @@ impl Sealer {
     /// # Errors
     /// [`OpenFailed`], and what is in `body` is then worthless.
     pub fn open<'b>(&self, header: &Header, body: &'b mut [u8]) -> Result<&'b [u8], OpenFailed> {
-        let aad = Aad::from(self.associated(header));
-        let opened = self.key.open_in_place(nonce(header.number), aad, body);
-        opened.map(|payload| &*payload).map_err(|_| OpenFailed)
+        let associated = self.associated(header);
+        self.cipher.open(nonce(header.number), &associated, body)
     }
 
     fn associated(&self, header: &Header) -> Vec<u8> {
@@ -153,10 +142,10 @@ fn associated_prefix(side: &str, plan: &PlanId) -> Vec<u8> {
     prefix
 }
 
-fn nonce(number: u64) -> Nonce {
+fn nonce(number: u64) -> [u8; 12] {
     let mut bytes = [0; 12];
     bytes[4..].copy_from_slice(&number.to_be_bytes());
-    Nonce::assume_unique_for_key(bytes)
+    bytes
 }
 
 /// Tags records on one link with keyed BLAKE3: plain ones on a trusted link, and sealed ones on their
@@ -274,7 +263,6 @@ mod tests {
     use super::*;
     use crate::model::ids::{Epoch, VolumeId};
     use crate::transfer::payload::{DESCRIPTOR_LEN, PayloadKind, descriptor, put_segment, start};
-    use aes_gcm::aead::{Aead, KeyInit};
     use proptest::prelude::*;
 
     fn header(number: u64) -> Header {
@@ -299,18 +287,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sealing_equals_the_reference_implementation_byte_for_byte(
+        fn a_record_is_what_the_other_engine_makes_of_header_plan_and_number(
             payload in proptest::collection::vec(any::<u8>(), 0..5000),
             number in any::<u64>(),
         ) {
             let record = sealed("plan", number, &payload);
             let key = session_key(&DataKey([1; 32]), &[2; 32]);
-            let cipher = aes_gcm::Aes256Gcm::new(&key.into());
             let mut aad = associated_prefix("target", &PlanId::from("plan"));
             aad.extend_from_slice(&record[..HEADER_LEN]);
             let mut nonce = [0; 12];
             nonce[4..].copy_from_slice(&number.to_be_bytes());
-            let expected = cipher.encrypt(&nonce.into(), aes_gcm::aead::Payload { msg: &payload, aad: &aad }).unwrap();
+            let mut expected = payload;
+            let tag = Cipher::rust_crypto(&key).seal(nonce, &aad, &mut expected);
+            expected.extend(tag);
             prop_assert_eq!(&record[HEADER_LEN..], &expected[..]);
         }
 
