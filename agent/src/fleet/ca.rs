@@ -5,7 +5,7 @@
 //! Non-goals: renewal and revocation lists. Certificates last ten years, because a device whose
 //! certificate ran out could not be evacuated; the registry answers only to the certificate it saw last.
 
-use super::files::{private_dir, write_private};
+use super::files::{private_dir, secret_json, write_private};
 use super::identity::{
     DUPLICATOR, Enrolled, Fingerprint, Identity, IdentityError, dns_name, request,
 };
@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
+use zeroize::Zeroizing;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -49,7 +50,7 @@ impl Ca {
     pub fn load(dir: &Path) -> Result<Self, IdentityError> {
         let path = Self::path(dir);
         let text = match std::fs::read(&path) {
-            Ok(text) => text,
+            Ok(text) => Zeroizing::new(text),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return Err(IdentityError::Absent { path });
             }
@@ -65,7 +66,7 @@ impl Ca {
     }
 
     fn from_stored(stored: StoredCa) -> Result<Self, rcgen::Error> {
-        let key = KeyPair::from_pem(&stored.key)?;
+        let key = KeyPair::from_pem(&Zeroizing::new(stored.key))?;
         Ok(Self {
             fingerprint: Fingerprint::of_pem(&stored.certificate)
                 .map_err(|_| rcgen::Error::CouldNotParseCertificate)?,
@@ -150,7 +151,7 @@ pub fn init(dir: &Path, advertise: SocketAddr) -> Result<Identity, IdentityError
         error,
     };
     let stored = make_ca().map_err(certificate)?;
-    let text = serde_json::to_vec_pretty(&stored).map_err(|error| IdentityError::Damaged {
+    let text = secret_json(&stored).map_err(|error| IdentityError::Damaged {
         path: Ca::path(dir),
         reason: error.to_string(),
     })?;

@@ -4,6 +4,7 @@
 //! certificate must carry; every step has a time limit. No pooling: control calls are rare, and a fresh
 //! handshake proves the peer anew.
 
+use super::files::secret_json;
 use super::identity::{Fingerprint, Identity};
 use super::server::BODY_LIMIT;
 use super::tls;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use zeroize::Zeroize;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -203,8 +205,9 @@ impl ControlClient {
         path: &str,
         request: &Req,
     ) -> Result<Resp, CallError> {
-        let body = serde_json::to_vec(request).map_err(|error| error.to_string());
-        self.call(to, Method::POST, path, body).await
+        let body = secret_json(request).map_err(|error| error.to_string());
+        self.call(to, Method::POST, path, body.map(Bytes::from_owner))
+            .await
     }
 
     /// GETs `path` and returns the answer.
@@ -216,7 +219,7 @@ impl ControlClient {
         to: &PeerAddress,
         path: &str,
     ) -> Result<Resp, CallError> {
-        self.call(to, Method::GET, path, Ok(Vec::new())).await
+        self.call(to, Method::GET, path, Ok(Bytes::new())).await
     }
 
     async fn call<Resp: DeserializeOwned>(
@@ -224,7 +227,7 @@ impl ControlClient {
         to: &PeerAddress,
         method: Method,
         path: &str,
-        body: Result<Vec<u8>, String>,
+        body: Result<Bytes, String>,
     ) -> Result<Resp, CallError> {
         let exchange = async {
             let body = body.map_err(CallFailure::Malformed)?;
@@ -243,7 +246,12 @@ impl ControlClient {
                 let device = Some(to.device.as_str());
                 links::measure(to.addr.ip(), device, socket.as_fd(), &mut Sent::default());
             }
-            understand(status, &body)
+            let answer = understand(status, &body);
+            // It may hold keys.
+            if let Ok(mut body) = body.try_into_mut() {
+                body.zeroize();
+            }
+            answer
         };
         exchange.await.map_err(|failure| CallError {
             to: to.clone(),
@@ -259,7 +267,7 @@ impl ControlClient {
         to: &PeerAddress,
         method: &Method,
         path: &str,
-        body: Vec<u8>,
+        body: Bytes,
     ) -> Result<(StatusCode, Bytes), CallFailure> {
         let _ = stream.set_nodelay(true);
         let name = tls::server_name(&to.device).map_err(CallFailure::Tls)?;
@@ -282,7 +290,7 @@ impl ControlClient {
             .header(header::HOST, host)
             .header(header::CONNECTION, "close")
             .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(Bytes::from(body)))
+            .body(Full::new(body))
             .map_err(|error| CallFailure::Malformed(error.to_string()))?;
         let answer = async {
             let response = sender

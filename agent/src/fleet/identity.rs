@@ -5,7 +5,7 @@
 //! names exactly one device as the DNS name `<device>.lifeboat`.
 //! Non-goals: the CA (`ca`), how a device gets here (`enrol`).
 
-use super::files::write_private;
+use super::files::{secret_json, write_private};
 use super::secret::Secret;
 use crate::model::fleet::PeerAddress;
 use crate::model::ids::DeviceId;
@@ -17,6 +17,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+use zeroize::Zeroizing;
 
 /// The duplicator's device id; no other device may have it.
 pub const DUPLICATOR: &str = "duplicator";
@@ -168,7 +169,7 @@ impl Identity {
     pub fn load(dir: &Path) -> Result<Self, IdentityError> {
         let path = Self::path(dir);
         let text = match std::fs::read(&path) {
-            Ok(text) => text,
+            Ok(text) => Zeroizing::new(text),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 return Err(IdentityError::Absent { path });
             }
@@ -194,7 +195,8 @@ impl Identity {
         Ok(Self {
             certificate,
             ca: parse_pem(&stored.ca)?,
-            key: KeyPair::from_pem(&stored.key).map_err(|error| error.to_string())?,
+            key: KeyPair::from_pem(&Zeroizing::new(stored.key))
+                .map_err(|error| error.to_string())?,
             device: stored.device,
             advertise: stored.advertise,
             duplicator: stored.duplicator,
@@ -232,7 +234,7 @@ impl Identity {
             ca: enrolled.ca,
             fleet_key: enrolled.fleet_key,
         };
-        let text = serde_json::to_vec_pretty(&stored).map_err(|error| IdentityError::Damaged {
+        let text = secret_json(&stored).map_err(|error| IdentityError::Damaged {
             path: path.clone(),
             reason: error.to_string(),
         })?;

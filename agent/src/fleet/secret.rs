@@ -1,5 +1,6 @@
 //! 32 secret bytes: fleet key, pairing secret, join secret. Wiped when dropped, never printed.
 
+use crate::model::secret_hex;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use zeroize::{Zeroize, ZeroizeOnDrop};
@@ -7,7 +8,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 /// 32 secret bytes; 64 hexadecimal digits on disk and on the control channel.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
 #[serde(transparent)]
-pub struct Secret(#[serde(with = "hex::serde")] [u8; 32]);
+pub struct Secret(#[serde(with = "secret_hex")] [u8; 32]);
 
 impl Secret {
     /// Fresh bytes from the operating system's generator.

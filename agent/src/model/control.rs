@@ -3,17 +3,19 @@
 use super::action::Actions;
 use super::ids::{DeviceId, Epoch, PlanId, Signature, VolumeId};
 use super::plan::{Plan, SignedRelease, TwinState, VolumeRelease};
+use super::secret_hex;
 use super::units::Bytes;
 use super::volume::TimesKept;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
-/// 32 secret bytes on their way over mutual TLS.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// 32 secret bytes on their way over mutual TLS; wiped when dropped.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
 #[serde(transparent)]
-pub struct Secret(#[serde(with = "hex::serde")] pub [u8; 32]);
+pub struct Secret(#[serde(with = "secret_hex")] pub [u8; 32]);
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

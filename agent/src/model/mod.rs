@@ -18,6 +18,7 @@ pub mod mounts;
 pub mod nearest;
 pub mod places;
 pub mod plan;
+pub mod secret_hex;
 pub mod telemetry;
 pub mod trace;
 pub mod units;

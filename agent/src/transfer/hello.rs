@@ -11,6 +11,7 @@ use crate::model::ids::PlanId;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
+use zeroize::{Zeroize, Zeroizing};
 
 const MAGIC: &[u8; 6] = b"LIFEBT";
 /// Version of everything that follows the greeting; both ends must speak the same.
@@ -69,7 +70,7 @@ fn check(magic: &[u8]) -> Result<(), HelloError> {
 }
 
 fn proof(key: &LinkKey, role: &str, a: &[u8; 32], b: &[u8; 32], plan: &[u8]) -> blake3::Hash {
-    let mut hasher = blake3::Hasher::new_keyed(&key.0);
+    let mut hasher = Zeroizing::new(blake3::Hasher::new_keyed(&key.0));
     hasher
         .update(role.as_bytes())
         .update(&[0])
@@ -77,6 +78,19 @@ fn proof(key: &LinkKey, role: &str, a: &[u8; 32], b: &[u8; 32], plan: &[u8]) -> 
         .update(b)
         .update(plan);
     hasher.finalize()
+}
+
+/// Key of the connection's control messages, wiped when dropped.
+fn connection_key(
+    key: &LinkKey,
+    listener: &[u8; 32],
+    caller: &[u8; 32],
+    plan: &[u8],
+) -> Zeroizing<[u8; 32]> {
+    let mut drawn = proof(key, "connection", listener, caller, plan);
+    let connection = Zeroizing::new(*drawn.as_bytes());
+    drawn.zeroize();
+    connection
 }
 
 /// Caller's side. Returns the connection's key.
@@ -89,7 +103,7 @@ pub fn call(
     plan: &PlanId,
     key: &LinkKey,
     patience: Duration,
-) -> Result<[u8; 32], HelloError> {
+) -> Result<Zeroizing<[u8; 32]>, HelloError> {
     let mut greeting = [0; 40];
     engine.receive(socket, &mut greeting, patience)?;
     let (start, challenge) = greeting.split_at(8);
@@ -115,7 +129,7 @@ pub fn call(
     if proof(key, "listener", &theirs, &ours, name) != blake3::Hash::from(theirs_proof) {
         return Err(HelloError::Impostor);
     }
-    Ok(*proof(key, "connection", &theirs, &ours, name).as_bytes())
+    Ok(connection_key(key, &theirs, &ours, name))
 }
 
 /// Receives from a peer that has proven nothing yet: `limit` holds for all of it, however slowly the
@@ -147,7 +161,7 @@ pub fn answer<T>(
     socket: BorrowedFd<'_>,
     find: impl FnOnce(&PlanId) -> Option<(LinkKey, T)>,
     patience: Duration,
-) -> Result<(T, [u8; 32]), HelloError> {
+) -> Result<(T, Zeroizing<[u8; 32]>), HelloError> {
     let ours: [u8; 32] = random()?;
     let mut greeting = magic();
     greeting.extend_from_slice(&ours);
@@ -182,6 +196,5 @@ pub fn answer<T>(
     let mut verdict = vec![ACCEPTED];
     verdict.extend_from_slice(proof(&key, "listener", &ours, &theirs, name).as_bytes());
     engine.send(socket, &verdict, patience)?;
-    let connection = *proof(&key, "connection", &ours, &theirs, name).as_bytes();
-    Ok((found, connection))
+    Ok((found, connection_key(&key, &ours, &theirs, name)))
 }

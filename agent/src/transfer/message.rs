@@ -5,7 +5,7 @@
 
 use super::fetch::wire::Fetch;
 use super::frame::{FrameKind, HEADER_LEN, Header};
-use super::seal::{OpenFailed, Salt, TAG_LEN};
+use super::seal::{OpenFailed, Salt, TAG_LEN, derived};
 use crate::model::ids::{Epoch, Signature, VolumeId};
 use crate::volume::BlockSize;
 use crate::volume::codec::{Malformed, Reader, put_short};
@@ -417,12 +417,10 @@ impl MessageSeal {
     /// For a connection's key and a direction; `to_receiver` on the side of the sender's messages.
     #[must_use]
     pub fn new(connection_key: &[u8; 32], to_receiver: bool) -> Self {
-        let mut hasher = blake3::Hasher::new_derive_key("lifeboat 2026 control messages");
-        hasher
-            .update(connection_key)
-            .update(&[u8::from(to_receiver)]);
+        let side = [u8::from(to_receiver)];
+        let key = derived("lifeboat 2026 control messages", &[connection_key, &side]);
         Self {
-            key: super::seal::LinkKey(*hasher.finalize().as_bytes()),
+            key: super::seal::LinkKey(*key),
             next: 0,
         }
     }

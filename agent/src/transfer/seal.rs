@@ -13,7 +13,7 @@ use crate::volume::sign::signature;
 use crate::volume::{BlockSize, FleetKey};
 use rand::TryRngCore;
 use std::ops::DerefMut;
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 /// Bytes that tagging adds to a payload.
 pub const TAG_LEN: usize = 32;
@@ -87,11 +87,8 @@ impl Sealer {
     }
 
     fn towards(side: &str, plan: &PlanId, key: &DataKey, salt: &Salt) -> Self {
-        let mut session = session_key(key, salt);
-        let cipher = Cipher::aws_lc(&session);
-        session.zeroize();
         Self {
-            cipher,
+            cipher: Cipher::aws_lc(&session_key(key, salt)),
             prefix: associated_prefix(side, plan),
         }
     }
@@ -128,10 +125,20 @@ impl Sealer {
 }
 
 /// Key of the session with this salt.
-fn session_key(key: &DataKey, salt: &Salt) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("lifeboat 2026 record sealing session");
-    hasher.update(&key.0).update(salt);
-    *hasher.finalize().as_bytes()
+fn session_key(key: &DataKey, salt: &Salt) -> Zeroizing<[u8; 32]> {
+    derived("lifeboat 2026 record sealing session", &[&key.0, salt])
+}
+
+/// A key made of `parts` for one use; nothing of it stays in memory but what is returned, which is wiped when dropped.
+pub(super) fn derived(context: &str, parts: &[&[u8]]) -> Zeroizing<[u8; 32]> {
+    let mut hasher = Zeroizing::new(blake3::Hasher::new_derive_key(context));
+    for part in parts {
+        hasher.update(part);
+    }
+    let mut hash = hasher.finalize();
+    let key = Zeroizing::new(*hash.as_bytes());
+    hash.zeroize();
+    key
 }
 
 /// Associated data that is the same for all records: the direction and the plan.
@@ -161,11 +168,8 @@ impl Tagger {
     /// For one session over one admission.
     #[must_use]
     pub fn new(link: &LinkKey, session: &[u8; 16]) -> Self {
-        let mut hasher = blake3::Hasher::new_derive_key("lifeboat 2026 plain record tags");
-        hasher.update(&link.0).update(session);
-        Self {
-            key: LinkKey(*hasher.finalize().as_bytes()),
-        }
+        let key = derived("lifeboat 2026 plain record tags", &[&link.0, session]);
+        Self { key: LinkKey(*key) }
     }
 
     /// Writes the header of `record` and appends the tag.
@@ -318,6 +322,26 @@ mod tests {
                 .map(|header| opener.open(&header, body).is_ok());
             prop_assert!(!matches!(opened, Ok(true)));
         }
+    }
+
+    #[test]
+    fn no_two_sessions_of_a_plan_and_no_two_directions_share_a_key_and_a_nonce() {
+        let (plan, key) = (PlanId::from("plan"), DataKey([1; 32]));
+        let salts: Vec<Salt> = (0..1000).map(|_| random().unwrap()).collect();
+        let keys: std::collections::HashSet<[u8; 32]> =
+            salts.iter().map(|salt| *session_key(&key, salt)).collect();
+        assert_eq!(keys.len(), salts.len());
+        assert!(!keys.contains(&key.0));
+        let numbers = [0, 1, 255, 256, 1 << 32, u64::MAX];
+        let nonces: std::collections::HashSet<[u8; 12]> = numbers.map(nonce).into();
+        assert_eq!(nonces.len(), numbers.len());
+        // Who is told a salt that the other side drew for the other direction gets nothing that opens.
+        let mut record = vec![0; HEADER_LEN];
+        record.extend_from_slice(b"secret");
+        Sealer::to_source(&plan, &key, &salts[0]).seal(&header(1), &mut record);
+        let header = Header::decode(record[..HEADER_LEN].try_into().unwrap()).unwrap();
+        let opened = Sealer::new(&plan, &key, &salts[0]).open(&header, &mut record[HEADER_LEN..]);
+        assert_eq!(opened, Err(OpenFailed));
     }
 
     #[test]

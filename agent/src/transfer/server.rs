@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// The data address cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -276,7 +277,10 @@ fn serve(shared: &Arc<Shared>, socket: &Arc<TcpStream>, place: u64) -> Result<()
     Ok(())
 }
 
-fn greet(shared: &Shared, socket: &TcpStream) -> Result<(Admission, [u8; 32]), ServeError> {
+fn greet(
+    shared: &Shared,
+    socket: &TcpStream,
+) -> Result<(Admission, Zeroizing<[u8; 32]>), ServeError> {
     let options = &shared.options;
     socket.set_nonblocking(false)?;
     connection::tune(socket, options.patience)?;

@@ -254,6 +254,38 @@ fn a_device_that_only_transfers_never_sees_plain_bytes() {
     assert!(!contains(b"secret-name"));
 }
 
+/// Everything that passes, both ways, while a large file is sent by a source and a target that were just started.
+fn heard(content: &[u8]) -> Vec<u8> {
+    let bench = Bench::new(EngineChoice::Auto);
+    fs::write(bench.source.join("large"), content).unwrap();
+    let heard: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let keep = Arc::clone(&heard);
+    let spied = proxy(bench.server.addr(), move |bytes, _| {
+        keep.lock().unwrap().extend_from_slice(bytes);
+        true
+    });
+    let path = bench.path_to(Way::Direct, spied, bench.relay.addr());
+    bench.send(&mut bench.sender(path), 1, None).unwrap();
+    heard.lock().unwrap().clone()
+}
+
+#[test]
+fn after_a_restart_the_same_records_under_the_same_plan_key_are_sealed_as_never_before() {
+    let content = noise(1, 3 << 20);
+    let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
+    // Data and record numbers are the same, so are the keys: a nonce under a key that was used before would show.
+    let first: std::collections::HashSet<u64> = heard(&content).chunks_exact(8).map(word).collect();
+    assert!(first.len() > content.len() / 9);
+    let again = heard(&content);
+    assert!(again.len() > content.len());
+    let repeated = again
+        .windows(8)
+        .filter(|bytes| first.contains(&word(bytes)))
+        .count();
+    // Headers stand in the clear.
+    assert!(repeated < content.len() / 8 / 100, "{repeated} words");
+}
+
 #[test]
 fn a_dead_target_is_noticed_in_seconds() {
     let bench = Bench::new(EngineChoice::Auto);
