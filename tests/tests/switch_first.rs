@@ -63,6 +63,15 @@ fn twins_run_before_their_data_is_there_and_no_death_of_an_agent_loses_any() -> 
         .with_context(|| format!("{}\n{}", stage.crew.log(SOURCE), stage.crew.log(TARGET)))?;
     ensure!(report["state"] == "completed", "{report:#}");
     ensure!(lines(&report, "roots agree").len() == 1, "{report:#}");
+    // What it cost the source is told as of any plan: giving out, and the reading that proves it.
+    let cost = lines(&report, "given out and proven here");
+    ensure!(cost.len() == 1, "{report:#}");
+    says(
+        &cost[0],
+        &["on the wire; CPU of this device", "per GiB read"],
+    )?;
+    ensure!(report["source_cpu_per_gib"].is_object(), "{report:#}");
+    ensure!(report["wire"].as_u64() > Some(LATER / 4), "{report:#}");
     let log = stage.crew.log(TARGET);
     let named = log.lines().find(|line| line.contains("fetched again"));
     says(

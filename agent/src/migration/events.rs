@@ -10,6 +10,7 @@ use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::TimesKept;
+use crate::transfer::Spent;
 use crate::volume::Unreadable;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -215,6 +216,9 @@ pub enum SourceEvent {
         exceptions: BTreeMap<String, Vec<String>>,
         /// Time it took.
         duration: Duration,
+        /// Processor time that making the lists took here.
+        #[serde(default)]
+        cpu: Duration,
     },
     /// The commit point.
     Released {
@@ -254,6 +258,9 @@ pub enum SourceEvent {
         /// Of those, copied before the switch and the same since.
         #[serde(default)]
         held: Bytes,
+        /// What giving it out and proving it took here.
+        #[serde(default)]
+        given: Spent,
     },
     /// The target is asked to give everything back, until it answers.
     AskedBack {
@@ -278,6 +285,9 @@ pub enum SourceEvent {
         epochs: BTreeMap<VolumeId, Epoch>,
         /// Changes that were written.
         changes: u64,
+        /// What giving data out took here before.
+        #[serde(default)]
+        given: Spent,
     },
     /// Nothing is left to do.
     Completed,

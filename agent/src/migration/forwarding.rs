@@ -327,6 +327,7 @@ mod tests {
     use crate::model::container::PublishedPort;
     use crate::model::units::UnixMillis;
     use crate::model::volume::VolumeKind;
+    use crate::transfer::Spent;
     use std::net::TcpListener;
 
     /// An address that nobody holds now.
@@ -446,6 +447,7 @@ mod tests {
         again.push(SourceEvent::Returned {
             epochs: BTreeMap::new(),
             changes: 0,
+            given: Spent::default(),
         });
         assert_eq!(ports(&again, &comes), None, "it was given back before");
         assert_eq!(ports(&all, &publishing(&[])), Some(Vec::new()));

@@ -5,6 +5,7 @@ use super::journal::Entry;
 use crate::model::ids::PlanId;
 use crate::model::plan::{MigrationEvent, Plan, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis, human_duration, utc};
+use crate::transfer::Spent;
 use crate::volume::Unreadable;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -50,7 +51,8 @@ pub struct Report {
     pub changesets: Bytes,
     /// Bytes on the wire from the source.
     pub wire: Bytes,
-    /// Processor time of the source's agent while it sent.
+    /// Processor time of the source's agent while it sent; of a plan that switched first, that of the threads that gave
+    /// the data out, listed and proved it, since the agent was last started.
     pub source_cpu: Duration,
     /// The same for each GiB that it read; none when it read nothing.
     pub source_cpu_per_gib: Option<Duration>,
@@ -120,8 +122,16 @@ pub fn report(entries: &[Entry<SourceEvent>]) -> Option<Report> {
             }
         }
         match &entry.event {
-            SourceEvent::Listed { exceptions, .. } => {
+            SourceEvent::Listed {
+                exceptions, cpu, ..
+            } => {
+                report.source_cpu += *cpu;
                 left_out.extend(exceptions.iter().map(|(name, told)| (&**name, &**told)));
+            }
+            SourceEvent::Whole { given, .. } | SourceEvent::Returned { given, .. } => {
+                report.source_cpu += given.cpu;
+                report.wire += given.wire;
+                read += given.read;
             }
             SourceEvent::Released { release } => {
                 report.state = State::Switching;
@@ -274,11 +284,15 @@ pub(super) fn tell(event: &SourceEvent) -> Vec<String> {
             lines
         }
         SourceEvent::Listed {
-            volumes, duration, ..
+            volumes,
+            duration,
+            cpu,
+            ..
         } => {
             let mut lines = vec![format!(
-                "switched first: source and target agree on the lists, in {}; the data comes behind the twins",
-                human_duration(*duration)
+                "switched first: source and target agree on the lists, in {}; CPU of this device {}; the data comes behind the twins",
+                human_duration(*duration),
+                human_duration(*cpu)
             )];
             lines.extend(
                 volumes
@@ -287,10 +301,18 @@ pub(super) fn tell(event: &SourceEvent) -> Vec<String> {
             );
             lines
         }
-        SourceEvent::Whole { roots, bytes, held } => vec![format!(
-            "all {bytes} are on the target, in {} volume(s), {held} of it since before the switch; roots agree",
-            roots.len()
-        )],
+        SourceEvent::Whole {
+            roots,
+            bytes,
+            held,
+            given,
+        } => vec![
+            format!(
+                "all {bytes} are on the target, in {} volume(s), {held} of it since before the switch; roots agree",
+                roots.len()
+            ),
+            tell_given(given),
+        ],
         SourceEvent::AskedBack { reason } => vec![format!(
             "the target is asked to give everything back ({reason})"
         )],
@@ -298,9 +320,12 @@ pub(super) fn tell(event: &SourceEvent) -> Vec<String> {
         SourceEvent::Returning { reason, .. } => vec![format!(
             "the target gives everything back ({reason}); its twins have ended"
         )],
-        SourceEvent::Returned { changes, .. } => vec![format!(
-            "{changes} change(s) of the twins are written over the data here, which this device owns again"
-        )],
+        SourceEvent::Returned { changes, given, .. } => vec![
+            format!(
+                "{changes} change(s) of the twins are written over the data here, which this device owns again"
+            ),
+            tell_given(given),
+        ],
         SourceEvent::Released { .. } => {
             vec!["released: signed and durable, the source owns nothing from here".into()]
         }
@@ -417,13 +442,26 @@ fn tell_volumes(volumes: &[VolumeRound], duration: Duration) -> String {
     let rate = Bytes((changeset.0 as f64 / duration.as_secs_f64().max(1e-3)) as u64);
     let read: Bytes = volumes.iter().map(|volume| volume.read).sum();
     let cpu: Duration = volumes.iter().map(|volume| volume.cpu).sum();
-    let each = per_gib(cpu, read).map_or_else(String::new, |each| {
-        format!(", {} per GiB read", human_duration(each))
-    });
+    let each = tell_each(cpu, read);
     format!(
         "changeset {changeset}, {wire} on the wire, {} ({rate}/s); CPU of this device {}{each}",
         human_duration(duration),
         human_duration(cpu),
+    )
+}
+
+fn tell_each(cpu: Duration, read: Bytes) -> String {
+    per_gib(cpu, read).map_or_else(String::new, |each| {
+        format!(", {} per GiB read", human_duration(each))
+    })
+}
+
+fn tell_given(given: &Spent) -> String {
+    format!(
+        "  given out and proven here: {} on the wire; CPU of this device {}{}",
+        given.wire,
+        human_duration(given.cpu),
+        tell_each(given.cpu, given.read),
     )
 }
 

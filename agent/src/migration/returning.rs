@@ -287,7 +287,12 @@ impl Move {
                 (volume.id, released.next().next())
             })
             .collect();
-        self.record(SourceEvent::Returned { epochs, changes }).await;
+        let returned = SourceEvent::Returned {
+            epochs,
+            changes,
+            given: self.given_out(),
+        };
+        self.record(returned).await;
         self.delegator.parts().forwards.end(&self.plan.id).await;
         self.let_run().await;
         self.start_again().await;

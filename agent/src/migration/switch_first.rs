@@ -20,6 +20,7 @@ use crate::model::plan::{Content, Plan, PlannedContainer, Release, VolumeRelease
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
 use crate::transfer::fetch::list_root;
+use crate::transfer::{Spent, thread_time};
 use crate::volume::{BlockSize, FleetKey, Unreadable, walk};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -135,20 +136,19 @@ impl Move {
         let started = Instant::now();
         let left = PAUSE_MAX.saturating_sub(since.elapsed());
         let agreed = tokio::time::timeout(left, self.lists(target)).await;
-        let (volumes, exceptions) = agreed.map_err(|_| MoveError::PauseTooLong(PAUSE_MAX))??;
+        let (volumes, exceptions, cpu) =
+            agreed.map_err(|_| MoveError::PauseTooLong(PAUSE_MAX))??;
         self.append(SourceEvent::Listed {
             volumes: volumes.clone(),
             exceptions,
             duration: started.elapsed(),
+            cpu,
         })?;
         Ok(volumes)
     }
 
-    /// What both agree on, and by volume what is not in it or not as it is here.
-    async fn lists(
-        &self,
-        target: &PeerAddress,
-    ) -> Result<(Vec<VolumeRelease>, BTreeMap<String, Vec<String>>), MoveError> {
+    /// What both agree on, by volume what is not in it or not as it is here, and the processor time of the lists here.
+    async fn lists(&self, target: &PeerAddress) -> Result<Lists, MoveError> {
         let times = self.active.times().unwrap_or_default();
         let mut expected = Vec::new();
         for volume in trees(&self.plan) {
@@ -165,6 +165,7 @@ impl Move {
         let key = FleetKey(*self.fleet()?.identity.fleet_key());
         // Beside the target, which asks for the same list.
         let here = tokio::task::spawn_blocking(move || {
+            let began = thread_time();
             let (mut volumes, mut exceptions) = (Vec::new(), BTreeMap::new());
             for (volume, epoch) in expected {
                 let times = times.get(&volume.id).copied().unwrap_or_default();
@@ -179,14 +180,14 @@ impl Move {
                     content: Content::Later(root),
                 });
             }
-            Ok::<_, crate::volume::ScanError>((volumes, exceptions))
+            Ok::<_, crate::volume::ScanError>((volumes, exceptions, thread_time() - began))
         });
         let there: Vec<VolumeRelease> = self.call(&client, target, "open", &open).await?;
-        let (here, exceptions) = here
+        let (here, exceptions, cpu) = here
             .await?
             .map_err(|error| MoveError::Unlisted(error.to_string()))?;
         match here.iter().find(|volume| !there.contains(volume)) {
-            None => Ok((here, exceptions)),
+            None => Ok((here, exceptions, cpu)),
             Some(volume) => Err(MoveError::NotArrived {
                 volume: volume.name.clone(),
                 target: target.device.clone(),
@@ -199,17 +200,25 @@ impl Move {
     pub(super) async fn fill(&mut self, target: &PeerAddress) -> bool {
         self.active.enter("fill");
         die_at("fill");
-        let mut own = None;
+        let (mut own, mut proving) = (None, Spent::default());
         loop {
             if self.asked_back(target).await {
                 return false;
             }
-            match self.filled(target, &mut own).await {
+            match self.filled(target, &mut own, &mut proving).await {
                 Ok(Some(Proven { roots, bytes, .. })) => {
                     self.active.returnable(false);
                     let arrival = self.active.status().arrival;
                     let held = arrival.map_or(Bytes(0), |arrival| arrival.held);
-                    self.record(SourceEvent::Whole { roots, bytes, held }).await;
+                    let mut given = self.given_out();
+                    given += proving;
+                    let whole = SourceEvent::Whole {
+                        roots,
+                        bytes,
+                        held,
+                        given,
+                    };
+                    self.record(whole).await;
                     let mirror = mirror_directory(&self.delegator.parts().state, &self.plan.id);
                     let _ = tokio::fs::remove_dir_all(mirror).await;
                     return true;
@@ -224,11 +233,18 @@ impl Move {
         }
     }
 
+    /// What the target fetched since this agent was started, and the changes that it mirrored, have taken here.
+    pub(super) fn given_out(&self) -> Spent {
+        let data = self.delegator.parts().data.as_ref();
+        data.map_or_else(Spent::default, |data| data.spent(&self.plan.id))
+    }
+
     /// The roots and bytes once everything is there and proven; none while it is not.
     async fn filled(
         &self,
         target: &PeerAddress,
         known: &mut Option<Proven>,
+        proving: &mut Spent,
     ) -> Result<Option<Proven>, MoveError> {
         let status = target_status(self, target).await?;
         let arrival = status.arrival.unwrap_or_default();
@@ -256,7 +272,9 @@ impl Move {
             Some(own) => own,
             None => {
                 self.active.enter("prove");
-                known.insert(self.roots().await?)
+                let read = self.roots().await?;
+                *proving += read.spent;
+                known.insert(read)
             }
         };
         let proven = own.clone();
@@ -296,6 +314,7 @@ impl Move {
         let trees: Vec<VolumeSpec> = trees(&self.plan).cloned().collect();
         let times = self.active.times().unwrap_or_default();
         let read = tokio::task::spawn_blocking(move || {
+            let began = thread_time();
             let mut proven = Proven::default();
             for volume in trees {
                 let block_size = BlockSize::for_volume(0);
@@ -308,12 +327,17 @@ impl Move {
                     proven.unread.insert(volume.name, unread(lost));
                 }
             }
+            proven.spent.cpu = thread_time() - began;
+            proven.spent.read = proven.bytes;
             Ok(proven)
         });
         let read: Result<Proven, crate::volume::ScanError> = read.await?;
         read.map_err(|error| MoveError::Unlisted(error.to_string()))
     }
 }
+
+/// Lists that both agree on, what is not in them, and the processor time that they took.
+type Lists = (Vec<VolumeRelease>, BTreeMap<String, Vec<String>>, Duration);
 
 /// What lies frozen here.
 #[derive(Clone, Default)]
@@ -322,6 +346,8 @@ struct Proven {
     roots: BTreeMap<VolumeId, Signature>,
     /// Bytes of all their files.
     bytes: Bytes,
+    /// What reading it took.
+    spent: Spent,
     /// By name of the volume, what its disk does not give up of it, for people.
     unread: BTreeMap<String, String>,
 }

@@ -36,6 +36,7 @@ pub mod sender;
 pub mod server;
 mod small;
 mod source;
+mod spent;
 mod spool;
 pub mod uring;
 
@@ -51,6 +52,7 @@ pub use relay::RelayPlan;
 pub use seal::{DataKey, LinkKey};
 pub use sender::{DataPath, EpochReport, SendError, Sender};
 pub use server::{BindError, DataServer};
+pub use spent::{Spent, thread_time};
 
 /// How the data plane behaves.
 #[derive(Clone, Debug)]

@@ -9,7 +9,7 @@ use super::frame::HEADER_LEN;
 use super::payload::pack;
 use super::queue::lock;
 use super::record::Record;
-use nix::time::{ClockId, clock_gettime};
+use super::spent::thread_time;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -93,12 +93,6 @@ impl Packing {
             cost: mixed(old.cost, newest.cost),
         });
     }
-}
-
-/// Processor time of this thread.
-fn thread_time() -> Duration {
-    // Every kernel has this clock.
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 #[cfg(test)]

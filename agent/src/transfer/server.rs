@@ -13,6 +13,7 @@ use super::queue::lock;
 use super::receive::{ReceivePlan, ReceiveProgress, Reception};
 use super::relay::{Relay, RelayPlan};
 use super::seal::LinkKey;
+use super::spent::Spent;
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::places::Places;
 use crate::volume::BlockMap;
@@ -159,6 +160,15 @@ impl DataServer {
     #[must_use]
     pub fn admits(&self, plan: &PlanId) -> bool {
         lock(&self.shared.plans).contains_key(plan)
+    }
+
+    /// What giving out blocks of an admitted plan has taken here; nothing for any other plan.
+    #[must_use]
+    pub fn spent(&self, plan: &PlanId) -> Spent {
+        match lock(&self.shared.plans).get(plan) {
+            Some(Admission::Provide(provision)) => provision.spent(),
+            _ => Spent::default(),
+        }
     }
 
     /// How far each volume of an admitted plan has come here; none for an unknown or relayed plan.

@@ -13,6 +13,7 @@ use crate::transfer::frame::{DATA_CAP, FrameKind, HEADER_LEN, Header};
 use crate::transfer::message::Message;
 use crate::transfer::queue::lock;
 use crate::transfer::seal::{Salt, Sealer};
+use crate::transfer::spent::Clock;
 use crate::volume::codec::Reader;
 use crate::volume::mirror::{Change, Log, LogId, Record};
 use std::net::{Shutdown, TcpStream};
@@ -163,6 +164,7 @@ pub(super) fn keep(
     sealer: &Sealer,
     volume: VolumeId,
     (receiver, transmitter): (&mut Receiver, &mut Transmitter),
+    mut clock: Clock<'_>,
 ) -> Result<(), String> {
     let mut say = |message: Message| {
         let said = transmitter.message(volume, Epoch(0), &message);
@@ -183,6 +185,7 @@ pub(super) fn keep(
     }
     let mut buffer = Vec::new();
     loop {
+        clock.note();
         let next = receiver.next(std::mem::take(&mut buffer));
         match next.map_err(|error| error.to_string())? {
             Incoming::Message(_, _, Message::Ping) => say(Message::Ping)?,

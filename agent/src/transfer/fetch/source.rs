@@ -15,6 +15,7 @@ use crate::transfer::frame::{DATA_CAP, FrameKind, HEADER_LEN, Header};
 use crate::transfer::message::Message;
 use crate::transfer::queue::{Queue, lock};
 use crate::transfer::seal::{DataKey, LinkKey, Salt, Sealer, random};
+use crate::transfer::spent::{Meter, Spent};
 use crate::volume::aligned::Aligned;
 use crate::volume::mirror::{Log, LogId};
 use crate::volume::scan::{next_data, next_hole, open_file, read_full};
@@ -76,6 +77,7 @@ pub(in crate::transfer) struct Provision {
     over: AtomicBool,
     sockets: Mutex<Vec<Weak<TcpStream>>>,
     logs: Mutex<HashMap<VolumeId, Arc<Mutex<Log>>>>,
+    meter: Meter,
 }
 
 enum Job {
@@ -94,11 +96,16 @@ impl Provision {
             over: AtomicBool::new(false),
             sockets: Mutex::default(),
             logs: Mutex::default(),
+            meter: Meter::default(),
         }
     }
 
     pub(in crate::transfer) fn link_key(&self) -> LinkKey {
         self.plan.link_key.clone()
+    }
+
+    pub(in crate::transfer) fn spent(&self) -> Spent {
+        self.meter.spent()
     }
 
     pub(in crate::transfer) fn dismiss(&self) {
@@ -214,7 +221,8 @@ impl Provision {
             }
         };
         let sealer = Sealer::to_source(&self.plan.plan, &self.plan.data_key, &salt);
-        mirror::keep(&log, id, &sealer, volume.id, (receiver, transmitter))
+        let clock = self.meter.clock();
+        mirror::keep(&log, id, &sealer, volume.id, (receiver, transmitter), clock)
     }
 }
 
@@ -233,7 +241,9 @@ struct Desk<'a> {
 
 impl Desk<'_> {
     fn hear(&self, receiver: &mut Receiver) -> Result<(), String> {
+        let mut clock = self.provision.meter.clock();
         loop {
+            clock.note();
             match receiver.next(Vec::new()).map_err(|e| e.to_string())? {
                 Incoming::Message(_, _, Message::Ping) => {
                     let said =
@@ -282,6 +292,7 @@ impl Desk<'_> {
         let buffer = memory.space(BLOCK as usize);
         let mut record = Vec::with_capacity(HEADER_LEN + BLOCK as usize + 64);
         let mut broken = false;
+        let mut clock = self.provision.meter.clock();
         // After an error the rest is only counted off.
         while let Some(job) = self.jobs.take() {
             if !broken {
@@ -299,6 +310,7 @@ impl Desk<'_> {
                     self.jobs.close();
                 }
             }
+            clock.note();
             self.answered();
             self.jobs.done();
         }
@@ -325,6 +337,7 @@ impl Desk<'_> {
         let answer = match self.shelf.read(&want.path, want.block * BLOCK, buffer) {
             Ok(length) => {
                 let bytes = &buffer[..length];
+                self.provision.meter.read(length);
                 let signature = signature(&self.provision.plan.fleet_key, bytes);
                 Answer::Block {
                     number,
@@ -397,6 +410,7 @@ impl Desk<'_> {
             first_block: 0,
         };
         self.sealer.seal(&header, record);
+        self.provision.meter.sent(record.len());
         lock(&self.transmitter).record(record)
     }
 }
