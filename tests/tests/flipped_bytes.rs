@@ -45,14 +45,16 @@ fn furnish(source: &Host) -> Result<()> {
 fn same_on_both(lab: &Lab, source: &Host, target: &Host) -> Result<()> {
     // Where the lab keeps /srv: rsync does not go through /proc/PID/root.
     let at = |host: &Host| lab.dir().join(host.name()).join(&DATA[1..]).join("");
-    let mut rsync = Command::new("rsync");
-    rsync
-        .args(["-aHAXS", "--checksum", "--dry-run", "--itemize-changes"])
-        .args(["--delete", "--exclude=/log"])
-        .arg(at(source))
-        .arg(at(target));
-    let differences = output(&mut rsync)?;
-    ensure!(differences.is_empty(), "they differ:\n{differences}");
+    let (source_at, target_at) = (at(source), at(target));
+    for (from, to) in [(&source_at, &target_at), (&target_at, &source_at)] {
+        let mut rsync = Command::new("rsync");
+        rsync
+            .args(["-aHAXS", "--checksum", "--dry-run", "--itemize-changes"])
+            .args(["--modify-window=-1", "--delete", "--exclude=/log"])
+            .args([from, to]);
+        let differences = output(&mut rsync)?;
+        ensure!(differences.is_empty(), "they differ:\n{differences}");
+    }
     let log = |host: &Host| fs::read(host.path(&format!("{DATA}/log")));
     let (kept, running) = (log(source)?, log(target)?);
     ensure!(

@@ -360,7 +360,8 @@ fn compare(host: &Host, more: &[&str]) -> Result<()> {
     for (from, to) in [(MODEL, AT), (AT, MODEL)] {
         let (from, to) = (format!("{from}/"), format!("{to}/"));
         let plain = ["rsync", "-rlpgoDHAXS", "--checksum", "--delete"];
-        let dry = ["--dry-run", "--itemize-changes"];
+        // Times, where they are asked for, to the nanosecond.
+        let dry = ["--modify-window=-1", "--dry-run", "--itemize-changes"];
         let said = host.run([&plain[..], &dry, more, &[&from, &to]].concat())?;
         ensure!(said.trim().is_empty(), "{from} -> {to}:\n{said}");
     }

@@ -306,7 +306,8 @@ fn proves_all(stage: &Stage) -> Result<()> {
     for (from, to) in [(&one, &other), (&other, &one)] {
         let differs = output(
             Command::new("rsync")
-                .args(["-aHAXn", "--delete", "--checksum", "--itemize-changes"])
+                .args(["-aHAXSn", "--delete", "--checksum", "--itemize-changes"])
+                .arg("--modify-window=-1")
                 .args([from, to]),
         )?;
         ensure!(differs.is_empty(), "{differs}");

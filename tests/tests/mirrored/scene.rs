@@ -288,6 +288,7 @@ impl Scene {
                         "--delete",
                         "--dry-run",
                         "--itemize-changes",
+                        "--modify-window=-1",
                     ])
                     .args([format!("{}/", from.display()), format!("{}/", to.display())]),
             )?;

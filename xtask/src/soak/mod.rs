@@ -542,9 +542,11 @@ fn same(one: &Path, other: &Path) -> Result<()> {
 }
 
 /// For rsync: says what differs, and does nothing.
-const WHOLLY: [&str; 5] = [
+const WHOLLY: [&str; 6] = [
     "-aHAXS",
     "--checksum",
+    // Times to the nanosecond.
+    "--modify-window=-1",
     "--dry-run",
     "--itemize-changes",
     "--delete",
