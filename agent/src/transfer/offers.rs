@@ -1,19 +1,17 @@
 //! When to offer blocks by their signature instead of sending them.
 //!
-//! An offer costs 35 bytes a block and a round trip that other work fills. Where the target holds nothing
-//! of the volume that would be for nothing, so a run of vain offers makes them rare and one that is taken
-//! makes them the rule again. A block that was sent before in the same epoch is offered in any case.
+//! An offer costs 35 bytes a block, a look into the target's memory, and a round trip that other work fills: so
+//! a target that holds anything is offered everything. One that held nothing when the epoch began is offered what was
+//! sent before in the same epoch, and a sample of the rest, as it may take other volumes at the same time.
 
 use super::message::Holdings;
 use super::queue::lock;
 use crate::model::ids::Signature;
 use std::collections::HashSet;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Vain offers in a row after which they become rare.
-const PATIENCE: u64 = 8;
-/// Then one record of this many is offered.
+/// Of records for a target that held nothing, one of this many is offered, until an offer is taken.
 const RARELY: u64 = 16;
 /// Blocks of an epoch that are remembered as sent: 8 bytes each.
 const REMEMBERED: usize = 1 << 20;
@@ -22,8 +20,8 @@ const REMEMBERED: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Offers {
     open: bool,
-    /// Vain offers that are still allowed.
-    credit: AtomicU64,
+    /// Whether the target holds anything.
+    pays: AtomicBool,
     turn: AtomicU64,
     /// Beginnings of the signatures of this epoch's blocks.
     seen: Mutex<HashSet<u64>>,
@@ -31,14 +29,9 @@ pub(super) struct Offers {
 
 impl Offers {
     pub(super) fn new(holdings: Holdings) -> Self {
-        let credit = if holdings == Holdings::Filled {
-            PATIENCE
-        } else {
-            0
-        };
         Self {
             open: holdings != Holdings::Closed,
-            credit: AtomicU64::new(credit),
+            pays: AtomicBool::new(holdings == Holdings::Filled),
             turn: AtomicU64::new(0),
             seen: Mutex::default(),
         }
@@ -46,8 +39,8 @@ impl Offers {
 
     /// Whether to offer the next record.
     pub(super) fn is_due(&self) -> bool {
-        let pays = || self.credit.load(Ordering::Relaxed) > 0;
-        self.open && (pays() || self.turn.fetch_add(1, Ordering::Relaxed) % RARELY == RARELY - 1)
+        let sampled = || self.turn.fetch_add(1, Ordering::Relaxed) % RARELY == RARELY - 1;
+        self.open && (self.pays.load(Ordering::Relaxed) || sampled())
     }
 
     /// Takes note of blocks that travel and tells whether one of them did before.
@@ -74,13 +67,7 @@ impl Offers {
     /// Takes note of whether an offer was taken.
     pub(super) fn learn(&self, taken: bool) {
         if taken {
-            self.credit.store(PATIENCE, Ordering::Relaxed);
-        } else {
-            let spend = |credit: u64| credit.checked_sub(1);
-            // None left is as rare as it gets.
-            let _ = self
-                .credit
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend);
+            self.pays.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -90,16 +77,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn vain_offers_become_rare_and_a_taken_one_makes_them_the_rule() {
-        let offers = Offers::new(Holdings::Filled);
-        for _ in 0..PATIENCE {
-            assert!(offers.is_due());
-            offers.learn(false);
+    fn a_target_that_holds_anything_is_offered_everything() {
+        let filled = Offers::new(Holdings::Filled);
+        for _ in 0..100 {
+            assert!(filled.is_due());
+            filled.learn(false);
         }
-        let due = (0..10 * RARELY).filter(|_| offers.is_due()).count();
+        let empty = Offers::new(Holdings::Empty);
+        let due = (0..10 * RARELY).filter(|_| empty.is_due()).count();
         assert_eq!(due, 10);
-        offers.learn(true);
-        assert!((0..100).all(|_| offers.is_due()));
+        empty.learn(true);
+        assert!((0..100).all(|_| empty.is_due()));
         let closed = Offers::new(Holdings::Closed);
         assert!((0..100).all(|_| !closed.is_due()));
     }

@@ -91,6 +91,46 @@ struct State {
     young: u64,
     old: u64,
     generation: u64,
+    /// Made when a block is first looked for.
+    sieve: Option<Sieve>,
+}
+
+/// Names that may be in the map; one that is not here is not there. Most blocks that are offered to a device are held
+/// nowhere on it, and asking the database costs a hundred times as much.
+struct Sieve(Vec<u64>);
+
+impl Sieve {
+    /// Bits; 16 for each entry of two full generations, so that one of 200 other names passes.
+    const BITS: usize = 1 << 25;
+
+    fn new() -> Self {
+        Self(vec![0; Self::BITS / 64])
+    }
+
+    /// Places of a name: signatures are random, so parts of it will do.
+    fn places(name: &Name) -> impl Iterator<Item = (usize, u64)> {
+        let (parts, _) = name.as_chunks::<4>();
+        parts.iter().take(3).map(|part| {
+            let bit = u32::from_le_bytes(*part) as usize % Self::BITS;
+            (bit / 64, 1 << (bit % 64))
+        })
+    }
+
+    fn add(&mut self, name: &Name) {
+        for (word, bit) in Self::places(name) {
+            self.0[word] |= bit;
+        }
+    }
+
+    fn may_hold(&self, name: &Name) -> bool {
+        Self::places(name).all(|(word, bit)| self.0[word] & bit != 0)
+    }
+}
+
+impl std::fmt::Debug for Sieve {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sieve(…)")
+    }
 }
 
 impl BlockMap {
@@ -144,10 +184,11 @@ impl BlockMap {
         let holder = Arc::new(holder);
         let mut state = self.state();
         for (signature, offset) in blocks {
-            let holder = Arc::clone(&holder);
-            state
-                .pending
-                .insert(name(&signature), Place { holder, offset });
+            let (name, holder) = (name(&signature), Arc::clone(&holder));
+            if let Some(sieve) = &mut state.sieve {
+                sieve.add(&name);
+            }
+            state.pending.insert(name, Place { holder, offset });
         }
         if state.pending.len() >= TOGETHER {
             self.write(&mut state);
@@ -169,9 +210,20 @@ impl BlockMap {
 
     /// Where blocks may lie.
     fn find(&self, wanted: &[Wanted]) -> Vec<Option<Place>> {
-        let state = self.state();
+        let mut state = self.state();
+        if let Err(error) = state.make_sieve() {
+            tracing::warn!(path = %self.path.display(), "the block map cannot be read: {error}");
+            return vec![None; wanted.len()];
+        }
         let place = |(signature, _): &Wanted| {
             let name = name(signature);
+            if !state
+                .sieve
+                .as_ref()
+                .is_some_and(|sieve| sieve.may_hold(&name))
+            {
+                return None;
+            }
             if let Some(place) = state.pending.get(&name) {
                 return Some(place.clone());
             }
@@ -223,7 +275,27 @@ impl State {
             database,
             pending: HashMap::new(),
             generation,
+            sieve: None,
         })
+    }
+
+    fn make_sieve(&mut self) -> rusqlite::Result<()> {
+        if self.sieve.is_some() {
+            return Ok(());
+        }
+        let mut sieve = Sieve::new();
+        for name in self.pending.keys() {
+            sieve.add(name);
+        }
+        let mut names = self
+            .database
+            .prepare("SELECT name FROM young UNION ALL SELECT name FROM old")?;
+        for name in names.query_map([], |row| row.get::<_, Name>(0))? {
+            sieve.add(&name?);
+        }
+        drop(names);
+        self.sieve = Some(sieve);
+        Ok(())
     }
 
     fn find(&self, name: &Name) -> rusqlite::Result<Option<Place>> {
@@ -287,6 +359,8 @@ impl State {
                  DELETE FROM files WHERE id NOT IN (SELECT file FROM old);",
             )?;
             self.old = std::mem::take(&mut self.young);
+            // It lets names pass that are gone.
+            self.sieve = None;
         }
         transaction.commit()?;
         self.pending.clear();
@@ -458,6 +532,30 @@ mod tests {
         assert!(!holds(&map, 5));
         let forgotten = map.find(&[(signature(&KEY, &block(5)), 0..LEAST)]);
         assert!(forgotten[0].is_none());
+    }
+
+    #[test]
+    fn what_is_not_held_is_known_without_asking_and_what_is_added_later_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let map = BlockMap::bounded(&dir.path().join("map"), 2000).unwrap();
+        remembered(&map, dir.path(), "f", 0..1000);
+        map.flush();
+        assert!(holds(&map, 7) && !holds(&map, 20_000));
+        let passes = |number| {
+            let state = map.state();
+            let sieve = state.sieve.as_ref().unwrap();
+            sieve.may_hold(&name(&signature(&KEY, &block(number))))
+        };
+        assert!((0..1000).all(passes));
+        assert!((20_000..30_000).filter(|&number| passes(number)).count() < 50);
+        remembered(&map, dir.path(), "g", 1000..1900);
+        assert!(holds(&map, 1899) && holds(&map, 7));
+        // A generation ends, and the sieve is made anew, with what waits to be written.
+        remembered(&map, dir.path(), "h", 1900..2100);
+        map.flush();
+        remembered(&map, dir.path(), "i", 2100..2105);
+        assert!(map.state().sieve.is_none());
+        assert!(holds(&map, 7) && holds(&map, 2099) && holds(&map, 2104) && !holds(&map, 20_000));
     }
 
     #[test]

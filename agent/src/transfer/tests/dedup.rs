@@ -127,6 +127,34 @@ fn blocks_that_repeat_within_a_volume_hardly_travel_again() {
 }
 
 #[test]
+fn of_a_volume_of_which_the_target_holds_a_twentieth_no_held_block_travels() {
+    const BLOCK: usize = 64 << 10;
+    const BLOCKS: usize = 960;
+    for (way, engine) in every().filter(|(way, _)| *way != Way::ViaSpool) {
+        let bench = Bench::new(engine);
+        let held = random(BLOCKS / 20 * BLOCK, 4);
+        let path = bench.source.join("file");
+        fs::write(&path, &held).unwrap();
+        to_new(&bench, way, "first");
+        // A record of sixteen blocks has one that is held, or none.
+        let mut mixed = random(BLOCKS * BLOCK, 5);
+        for (number, block) in held.chunks(BLOCK).enumerate() {
+            let at = (number * 20 + number % 20) * BLOCK;
+            mixed[at..at + BLOCK].copy_from_slice(block);
+        }
+        fs::write(&path, &mixed).unwrap();
+        let report = to_new(&bench, way, "second");
+        assert_eq!(report.held_blocks, BLOCKS as u64 / 20, "{way:?} {engine:?}");
+        let lacking = mixed.len() - held.len();
+        let wire = report.bytes_on_wire.0;
+        assert!(
+            wire < (lacking + lacking / 100) as u64,
+            "{way:?} {engine:?}: {wire}"
+        );
+    }
+}
+
+#[test]
 fn answers_that_a_broken_connection_took_along_are_given_again() {
     let bench = Bench::new(EngineChoice::Auto);
     fill(&bench.source);
