@@ -29,7 +29,7 @@ pub const KEPT: [(Capability, &str); 15] = [
     ),
     (
         Capability::CAP_IPC_LOCK,
-        "io_uring's registered buffers beyond RLIMIT_MEMLOCK",
+        "io_uring's rings, which Linux before 5.12 counts as locked memory",
     ),
     (
         Capability::CAP_KILL,
