@@ -69,7 +69,7 @@ fn a_base_image_that_the_target_has_costs_nothing() -> Result<()> {
     }
     println!("{wire} bytes on the wire; the base has {size}");
     ensure!(
-        (GROWN..GROWN + size / 4).contains(&wire),
+        (GROWN..GROWN + size / 20).contains(&wire),
         "{wire} bytes on the wire for {GROWN} new ones upon {size}"
     );
     stage.lab.down()

@@ -1,6 +1,7 @@
 //! A served volume over loopback: real files, real sockets, a link with a delay that can be cut.
 
 mod bench;
+mod classes;
 mod earlier;
 mod holes;
 mod lasting;
