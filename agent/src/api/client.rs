@@ -61,8 +61,9 @@ pub enum ClientError {
 
 /// Between two looks whether an agent that works on an answer lives.
 const LOOK: Duration = Duration::from_secs(2);
-/// An agent that lives answers such a look sooner, also on a sick host.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// An agent that lives answers such a look sooner, also on a sick host: a disk that is given up after the 30 s of
+/// Linux's SCSI timeout (`/sys/block/*/device/timeout`) may keep its threads for that long.
+const PATIENCE: Duration = Duration::from_secs(45);
 
 /// A client of the agent on one socket. It waits for an answer for as long as the agent lives.
 pub struct Client {

@@ -161,6 +161,11 @@ fn a_mistake_of_form_is_told_in_the_same_way() {
         "    fo: 20s",
         "f:9:5: thresholds.disk-slow.fo: unknown field; did you mean for?",
     );
+    wrong(
+        "    for: 20s",
+        "    20: 20s",
+        "f:9:5: thresholds.disk-slow.20: unknown field",
+    );
     wrong("    for: 20s", "    for: [20s", "f:");
     wrong(
         "severity: critical",

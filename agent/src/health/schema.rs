@@ -55,7 +55,15 @@ impl Fields<'_> {
                     .get("additionalProperties")
                     .filter(|any| any.is_object());
                 for (key, value) in entries {
-                    let Some(key) = key.as_str() else { continue };
+                    // The form takes any scalar for a name.
+                    let key = match key {
+                        serde_yaml::Value::String(text) => text.clone(),
+                        serde_yaml::Value::Number(number) => number.to_string(),
+                        serde_yaml::Value::Bool(flag) => flag.to_string(),
+                        serde_yaml::Value::Null => "null".to_owned(),
+                        _ => continue,
+                    };
+                    let key = key.as_str();
                     let field = field.at(key);
                     match known.and_then(|known| known.get(key)).or(others) {
                         Some(schema) => self.of(schema, value, &field),

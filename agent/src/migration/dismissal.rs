@@ -54,7 +54,7 @@ impl Target {
         // Before anything is removed, and asked: one that is away would have all of it left behind.
         let runtime = self.runtime_for(&plan).await?;
         runtime.answers().await?;
-        let things = self.made_of(id, runtime).await?;
+        let made = self.made_of(id, runtime).await?;
         self.shut(id);
         self.close_later(id).await;
         let Some(mut known) = self.plans().remove(id) else {
@@ -63,7 +63,7 @@ impl Target {
         let ran = known.later.as_ref().is_some_and(Later::is_given_back);
         let left = match known.removed.take() {
             Some(left) => left,
-            None => Left::after(&plan.source, things, runtime).await,
+            None => Left::after(&plan.source, made, runtime).await,
         };
         let words = left.words();
         let reason = why.to_owned();

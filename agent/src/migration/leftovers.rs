@@ -11,7 +11,7 @@ use super::journal::{Entry, Journal};
 use super::places::{empty, is_one, name_in_runtime};
 use super::target::{Target, TargetError};
 use crate::containers::{Runtime, RuntimeError};
-use crate::model::container::State;
+use crate::model::container::{Container, State};
 use crate::model::ids::{ContainerName, DeviceId, PlanId, Signature};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -83,6 +83,31 @@ pub struct Left {
     stays: Vec<String>,
 }
 
+/// What a plan made here.
+pub(super) struct Made {
+    things: Vec<Thing>,
+    /// Of what the runtime knows and does not describe: why.
+    hidden: Vec<String>,
+}
+
+impl Made {
+    /// What the runtime says of one thing; none where it is not there, or is not described while the runtime answers.
+    fn described(
+        &mut self,
+        said: Result<Value, RuntimeError>,
+    ) -> Result<Option<Value>, RuntimeError> {
+        match said {
+            Ok(found) => Ok(Some(found)),
+            Err(error) if error.not_found() => Ok(None),
+            Err(error @ (RuntimeError::Refused { .. } | RuntimeError::Answer { .. })) => {
+                self.hidden.push(error.to_string());
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// Why a thing is still there.
 struct Failed {
     why: String,
@@ -99,8 +124,13 @@ impl Failed {
 
 impl From<RuntimeError> for Failed {
     fn from(error: RuntimeError) -> Self {
-        let used =
-            matches!(error, RuntimeError::Refused { status, .. } if matches!(status, 403 | 409));
+        let used = match &error {
+            // Podman refuses a network that is in use with 500 and these words.
+            RuntimeError::Refused {
+                status, message, ..
+            } => matches!(status, 403 | 409) || message.contains("being used"),
+            _ => false,
+        };
         let why = error.to_string();
         Self { why, used }
     }
@@ -117,15 +147,15 @@ impl Left {
         (!words.is_empty()).then(|| words.join("; "))
     }
 
-    /// Removes things; what is left of them.
-    pub(super) async fn after(source: &DeviceId, things: Vec<Thing>, runtime: &Runtime) -> Self {
+    /// Removes what a plan made; what is left of it.
+    pub(super) async fn after(source: &DeviceId, made: Made, runtime: &Runtime) -> Self {
         let mut left = Self {
             source: source.clone(),
             runtime: runtime.socket().display().to_string(),
             again: Vec::new(),
-            stays: Vec::new(),
+            stays: made.hidden,
         };
-        for thing in things {
+        for thing in made.things {
             left.remove(thing, runtime).await;
         }
         left
@@ -138,7 +168,7 @@ impl Left {
         // Its own twin, which is still there, may be who uses it.
         let is_twin = |thing: &Thing| matches!(thing, Thing::Twin { .. });
         let ours = is_twin(&thing) || self.again.iter().any(|(other, _)| is_twin(other));
-        if thing.look().await && (ours || !used) {
+        if thing.look(runtime).await && (ours || !used) {
             self.again.push((thing, why));
         } else {
             self.stays.push(why);
@@ -163,12 +193,14 @@ impl Thing {
             Self::Volume { name, .. } => Ok(runtime.remove_volume(name).await?),
             Self::Network { id, .. } => Ok(runtime.remove_network(id).await?),
             Self::Files { place, one, .. } => {
-                let removed = match (one, place.made) {
-                    (true, _) => devices::remove(place),
-                    (false, true) => std::fs::remove_dir_all(&place.path),
-                    (false, false) => empty(&place.path),
-                };
-                match removed {
+                let (gone, one) = (place.clone(), *one);
+                // A large tree on a slow disk keeps nobody else waiting.
+                let removed = tokio::task::spawn_blocking(move || match (one, gone.made) {
+                    (true, _) => devices::remove(&gone),
+                    (false, true) => std::fs::remove_dir_all(&gone.path),
+                    (false, false) => empty(&gone.path),
+                });
+                match removed.await.unwrap_or_else(|died| Err(died.into())) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         let (why, used) = (format!("{}: {error}", place.path.display()), false);
                         Err(Failed { why, used })
@@ -180,18 +212,29 @@ impl Thing {
     }
 
     /// Takes note of how it is after a try; whether that tells it from what somebody else has in its place.
-    async fn look(&mut self) -> bool {
+    async fn look(&mut self, runtime: &Runtime) -> bool {
         let (path, seen) = match self {
             Self::Volume { path, seen, .. } => (path.clone(), seen),
             Self::Files { place, seen, .. } => (place.path.clone(), seen),
-            Self::Twin { .. } | Self::Network { .. } => return true,
+            // A try that failed may have changed what its runtime calls it.
+            Self::Twin {
+                id: Some(id),
+                state,
+                ..
+            } => {
+                if let Ok(found) = runtime.inspect(id).await {
+                    *state = found["State"].clone();
+                }
+                return state["Running"].as_bool() != Some(true);
+            }
+            Self::Twin { id: None, .. } | Self::Network { .. } => return true,
         };
-        *seen = signature(path).await;
+        *seen = signature(path).await.ok().flatten();
         seen.is_some()
     }
 
     /// Whether it is still as it was after the last try, or the part of it that is left.
-    async fn is_same(&self, runtime: &Runtime) -> Result<bool, RuntimeError> {
+    async fn is_same(&self, runtime: &Runtime) -> Result<bool, Failed> {
         let (path, seen) = match self {
             Self::Twin { id: None, .. } => return Ok(true),
             Self::Twin {
@@ -223,7 +266,12 @@ impl Thing {
             }
             Self::Files { place, seen, .. } => (&place.path, seen),
         };
-        Ok(seen.is_some() && *seen == signature(path.clone()).await)
+        match signature(path.clone()).await {
+            Ok(now) => Ok(seen.is_some() && *seen == now),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            // What cannot be read now may be what it was.
+            Err(error) => Err(Failed::new(&error)),
+        }
     }
 }
 
@@ -240,21 +288,21 @@ fn mountpoint(volume: &Value) -> PathBuf {
 }
 
 /// A regular file, or a directory with all in it, by its inodes and when they changed, whatever the order they are found
-/// in; none of a device, which does not show it, or what cannot be read.
-async fn signature(path: PathBuf) -> Option<Signature> {
+/// in; none of a device, which does not show it.
+async fn signature(path: PathBuf) -> io::Result<Option<Signature>> {
     tokio::task::spawn_blocking(move || inodes(&path))
         .await
-        .ok()?
+        .unwrap_or_else(|died| Err(died.into()))
 }
 
-fn inodes(root: &Path) -> Option<Signature> {
-    let kind = root.symlink_metadata().ok()?.file_type();
+fn inodes(root: &Path) -> io::Result<Option<Signature>> {
+    let kind = root.symlink_metadata()?.file_type();
     if !kind.is_dir() && !kind.is_file() {
-        return None;
+        return Ok(None);
     }
     let (mut all, mut paths) = ([0; 32], vec![root.to_owned()]);
     while let Some(path) = paths.pop() {
-        let found = path.symlink_metadata().ok()?;
+        let found = path.symlink_metadata()?;
         let mut one = blake3::Hasher::new();
         one.update(path.as_os_str().as_bytes());
         for value in [found.ino(), found.size()] {
@@ -268,12 +316,12 @@ fn inodes(root: &Path) -> Option<Signature> {
             .zip(one.as_bytes())
             .for_each(|(all, one)| *all ^= one);
         if found.is_dir() {
-            for entry in path.read_dir().ok()? {
-                paths.push(entry.ok()?.path());
+            for entry in path.read_dir()? {
+                paths.push(entry?.path());
             }
         }
     }
-    Some(Signature(all))
+    Ok(Some(Signature(all)))
 }
 
 impl Target {
@@ -311,7 +359,11 @@ impl Target {
         &self,
         id: &PlanId,
         runtime: &Runtime,
-    ) -> Result<Vec<Thing>, TargetError> {
+    ) -> Result<Made, TargetError> {
+        let mut made = Made {
+            things: Vec::new(),
+            hidden: Vec::new(),
+        };
         let found = self.plans().get(id).map(|known| {
             let later = known.later.as_ref();
             let fences = later.filter(|later| later.is_given_back());
@@ -324,29 +376,32 @@ impl Target {
             )
         });
         let Some((plan, places, networks, fences, stores)) = found else {
-            return Ok(Vec::new());
+            return Ok(made);
         };
-        let mut things = Vec::new();
         for planned in &plan.containers {
             let name = &planned.container.name;
             let mut of_twin = fences.clone().unwrap_or_default();
             of_twin.retain(|fence| &fence.container == name);
-            let (id, state) = match runtime.inspect(name.as_str()).await {
-                Err(error) if error.not_found() => (None, Value::Null),
-                found => {
-                    let found = found?;
-                    (
-                        found["Id"].as_str().map(str::to_owned),
-                        found["State"].clone(),
-                    )
-                }
-            };
-            // Of a plan that was not taken over only a rehearsal that was cut short left one, which was never started.
+            let found = made.described(runtime.inspect(name.as_str()).await)?;
+            let state = found
+                .as_ref()
+                .map_or(Value::Null, |found| found["State"].clone());
+            let id = found.and_then(|found| found["Id"].as_str().map(str::to_owned));
             let status = state["Status"].as_str().unwrap_or_default();
-            let ours =
-                fences.is_some() || crate::containers::inspect::state(status) == State::Created;
-            if ours && (id.is_some() || !of_twin.is_empty()) {
-                things.push(Thing::Twin {
+            let ours = match (&id, of_twin.first()) {
+                (Some(id), Some(fence)) => *id == fence.fence.container,
+                // Of a plan that was not taken over only a rehearsal that was cut short left one, which was never
+                // started; Docker calls one dead whose removal failed.
+                _ if fences.is_none() => {
+                    crate::containers::inspect::state(status) == State::Created
+                        || matches!(status, "dead" | "removing")
+                }
+                _ => state["Running"].as_bool() != Some(true),
+            };
+            // What keeps the twin from being started goes by its id: somebody else's of its name keeps nothing.
+            let id = id.filter(|_| ours);
+            if id.is_some() || !of_twin.is_empty() {
+                made.things.push(Thing::Twin {
                     name: name.clone(),
                     id,
                     state,
@@ -355,7 +410,7 @@ impl Target {
             }
         }
         let stores = stores.unwrap_or_default().into_iter();
-        things.extend(stores.map(|(volume, path)| {
+        made.things.extend(stores.map(|(volume, path)| {
             let (made, one, seen) = (true, false, None);
             let place = Place { volume, path, made };
             Thing::Files { place, one, seen }
@@ -363,29 +418,25 @@ impl Target {
         for place in places {
             let (seen, one) = (None, is_one(&plan, place.volume));
             let Some(name) = name_in_runtime(&plan, &place) else {
-                things.push(Thing::Files { place, one, seen });
+                made.things.push(Thing::Files { place, one, seen });
                 continue;
             };
-            match runtime.volume(name).await {
-                Err(error) if error.not_found() => {}
-                found => things.push(Thing::Volume {
+            if let Some(found) = made.described(runtime.volume(name).await)? {
+                made.things.push(Thing::Volume {
                     name: name.to_owned(),
-                    path: mountpoint(&found?),
+                    path: mountpoint(&found),
                     seen,
-                }),
+                });
             }
         }
         for name in networks {
-            match runtime.network(&name).await {
-                Err(error) if error.not_found() => {}
-                found => {
-                    let id = found?["Id"].as_str().unwrap_or(&name).to_owned();
-                    things.push(Thing::Network { name, id });
-                }
+            if let Some(found) = made.described(runtime.network(&name).await)? {
+                let id = found["Id"].as_str().unwrap_or(&name).to_owned();
+                made.things.push(Thing::Network { name, id });
             }
         }
-        things.retain(|thing| !self.is_wanted(id, thing));
-        Ok(things)
+        made.things.retain(|thing| !self.is_wanted(id, thing));
+        Ok(made)
     }
 
     /// Whether another plan is to have a thing as it is: a network for its twins, or an empty directory for a volume.
@@ -408,6 +459,22 @@ impl Target {
             }),
             Thing::Twin { .. } | Thing::Volume { .. } => false,
         }
+    }
+
+    /// The container that has files, which the plan left there, as a mount.
+    fn user_of(&self, thing: &Thing) -> Option<ContainerName> {
+        let Thing::Files { place, .. } = thing else {
+            return None;
+        };
+        let view = self.parts.view.borrow();
+        let uses = |container: &&Container| {
+            let mut mounts = container.mounts.iter();
+            mounts.any(|mount| mount.source.starts_with(&place.path))
+        };
+        view.containers
+            .iter()
+            .find(uses)
+            .map(|container| container.name.clone())
     }
 
     /// Takes note of what is left of a plan that is over, and goes on removing it.
@@ -441,8 +508,6 @@ impl Target {
         id: &PlanId,
         journal: &mut Journal<TargetEvent>,
     ) -> bool {
-        // Nobody takes a place between the look at it and its end.
-        let _offer = self.offers.lock().await;
         let Some(before) = self.left().get(id).cloned() else {
             return true;
         };
@@ -457,9 +522,14 @@ impl Target {
             ..before.clone()
         };
         for (thing, why) in before.again.clone() {
+            // Nobody takes a place between the look at it and its end.
+            let _offer = self.offers.lock().await;
             match thing.is_same(runtime).await {
                 Ok(true) if self.is_wanted(id, &thing) => {}
-                Ok(true) => left.remove(thing, runtime).await,
+                Ok(true) => match self.user_of(&thing) {
+                    Some(user) => left.stays.push(format!("{why}, and {user} uses it by now")),
+                    None => left.remove(thing, runtime).await,
+                },
                 Ok(false) => {
                     tracing::info!(plan = %id, ?thing, "gone, or somebody else's by now: let be");
                 }
@@ -472,7 +542,7 @@ impl Target {
         let words = left.words();
         match &words {
             Some(words) => tracing::warn!(plan = %id, "left behind: {words}"),
-            None => tracing::info!(plan = %id, "all that it had made is removed"),
+            None => tracing::info!(plan = %id, "nothing that it had made is left to remove"),
         }
         let is_over = left.again.is_empty();
         let event = TargetEvent::Dismissed {

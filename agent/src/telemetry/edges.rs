@@ -223,7 +223,8 @@ impl<'a> Map<'a> {
         // An address that is not the parent's own was translated, who knows to which of its.
         let own = kind.peer.filter(|&peer| {
             let mut there = self.inside.get(&peer).into_iter().flatten();
-            peer.is_loopback() || there.any(|one| one.name == *parent)
+            let loopback = peer.is_loopback() && kind.netns == netns;
+            loopback || there.any(|one| one.name == *parent)
         });
         let hears = |end: &SocketAddr| {
             let ip = end.ip();

@@ -113,6 +113,12 @@ impl Listeners {
             }) {
                 self.namespaces.insert(namespace, known);
             }
+            // What it counted before is not counted as of later.
+            let through = entrances(containers, netns).get(&namespace).copied();
+            if !again && let Some(unheard) = through.and_then(|pid| sockets::udp_unheard(root, pid))
+            {
+                self.unheard.insert(namespace, (unheard, now, now));
+            }
         }
     }
 
