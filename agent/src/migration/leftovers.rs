@@ -382,23 +382,24 @@ impl Target {
             let name = &planned.container.name;
             let mut of_twin = fences.clone().unwrap_or_default();
             of_twin.retain(|fence| &fence.container == name);
-            let found = made.described(runtime.inspect(name.as_str()).await)?;
+            // By its id where that is known: another container may have its name by now.
+            let last = of_twin.last();
+            let asked = last.map_or(name.as_str(), |fence| &fence.fence.container);
+            let found = made.described(runtime.inspect(asked).await)?;
             let state = found
                 .as_ref()
                 .map_or(Value::Null, |found| found["State"].clone());
-            let id = found.and_then(|found| found["Id"].as_str().map(str::to_owned));
             let status = state["Status"].as_str().unwrap_or_default();
-            let ours = match (&id, of_twin.first()) {
-                (Some(id), Some(fence)) => *id == fence.fence.container,
+            let ours = match &fences {
+                Some(_) => last.is_some() || state["Running"].as_bool() != Some(true),
                 // Of a plan that was not taken over only a rehearsal that was cut short left one, which was never
                 // started; Docker calls one dead whose removal failed.
-                _ if fences.is_none() => {
+                None => {
                     crate::containers::inspect::state(status) == State::Created
                         || matches!(status, "dead" | "removing")
                 }
-                _ => state["Running"].as_bool() != Some(true),
             };
-            // What keeps the twin from being started goes by its id: somebody else's of its name keeps nothing.
+            let id = found.and_then(|found| found["Id"].as_str().map(str::to_owned));
             let id = id.filter(|_| ours);
             if id.is_some() || !of_twin.is_empty() {
                 made.things.push(Thing::Twin {
