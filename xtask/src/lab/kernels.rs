@@ -29,30 +29,27 @@ struct Kernel {
 /// Why a test of block devices by ublk is not run.
 const NO_UBLK: &str = "/dev/ublk-control is not there";
 
-/// Why a test of lossy links is not run: no guest has it.
-const NO_LOSS: &str = "iptables with its `statistic` match is not here";
-
 /// The newest suite is a backport and moves on; its version is only a name here.
 const KERNELS: [Kernel; 4] = [
     Kernel {
         version: "5.10",
         suite: "bullseye",
-        lacks: &["dirty extents cannot be had here", NO_UBLK, NO_LOSS],
+        lacks: &["dirty extents cannot be had here", NO_UBLK],
     },
     Kernel {
         version: "6.1",
         suite: "bookworm",
-        lacks: &[NO_UBLK, NO_LOSS],
+        lacks: &[NO_UBLK],
     },
     Kernel {
         version: "6.12",
         suite: "trixie",
-        lacks: &[NO_LOSS],
+        lacks: &[],
     },
     Kernel {
         version: "newest",
         suite: "trixie-backports",
-        lacks: &[NO_LOSS],
+        lacks: &[],
     },
 ];
 

@@ -4,7 +4,6 @@ export PATH=/bin RUST_BACKTRACE=0 LIFEBOAT_GUEST=1
 /bin/busybox --install -s /bin 2>/dev/null
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /tmp
 mkdir -p /sys/fs/cgroup /run/netns; mount -t cgroup2 cgroup2 /sys/fs/cgroup
-for controller in io memory; do echo +$controller > /sys/fs/cgroup/cgroup.subtree_control; done
 ip link set lo up
 for module in @MODULES@; do modprobe $module || echo "init: no module $module"; done
 mkdir -p @WORK@ && mount -t ext4 /dev/vda @WORK@ || echo "init: no disk"
