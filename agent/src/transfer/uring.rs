@@ -17,7 +17,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Entries of a ring: a batch of small files in one submission.
 const ENTRIES: u32 = 256;
@@ -120,8 +120,7 @@ impl UringEngine {
         // SAFETY: as promised by the caller; the loop below leaves only after the completion.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         assert!(pushed.is_ok(), "the ring is empty between calls");
-        let limit = types::Timespec::from(patience);
-        let arguments = types::SubmitArgs::new().timespec(&limit);
+        let until = Instant::now() + patience;
         let mut result = None;
         let mut cancelled = false;
         let mut cancelling = false;
@@ -129,6 +128,10 @@ impl UringEngine {
             let entered = if cancelled {
                 self.ring.submit_and_wait(1)
             } else {
+                // A call that submitted something does not say that the time is over.
+                let left = until.saturating_duration_since(Instant::now());
+                let limit = types::Timespec::from(left);
+                let arguments = types::SubmitArgs::new().timespec(&limit);
                 self.ring.submitter().submit_with_args(1, &arguments)
             };
             match entered {

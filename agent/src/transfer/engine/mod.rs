@@ -132,6 +132,7 @@ mod tests {
     use std::io::{Read as _, Write as _};
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsFd;
+    use std::time::Instant;
 
     /// Both engines, or only threads with the reason printed.
     fn engines() -> Vec<Box<dyn Engine>> {
@@ -206,9 +207,15 @@ mod tests {
         for mut engine in engines() {
             let (caller, mut callee) = sockets();
             let mut buffer = [0; 4];
-            let patience = Duration::from_millis(50);
+            let (patience, began) = (Duration::from_millis(800), Instant::now());
             let error = engine.receive(caller.as_fd(), &mut buffer, patience);
             assert_eq!(error.unwrap_err().kind(), io::ErrorKind::TimedOut);
+            let took = began.elapsed();
+            assert!(
+                (patience..patience * 3 / 2).contains(&took),
+                "{}: {took:?}",
+                engine.name()
+            );
             callee.write_all(b"late").unwrap();
             engine
                 .receive(caller.as_fd(), &mut buffer, Duration::from_secs(5))
