@@ -126,7 +126,7 @@ fn greeting(bytes: &[u8]) {
     let key = || LinkKey([1; 32]);
     let stdin = io::stdin();
     let long = Duration::from_secs(60);
-    let agreed = hello::answer(&mut Peer(bytes), stdin.as_fd(), |_| Some((key(), ())), long);
+    let agreed = hello::answer(&mut Peer(bytes), stdin.as_fd(), |_| vec![(key(), ())], long);
     assert!(agreed.is_err(), "someone proved a key by guessing");
     let plan = "plan-1".into();
     let agreed = hello::call(&mut Peer(bytes), stdin.as_fd(), &plan, &key(), long);

@@ -9,11 +9,15 @@ mod disks;
 mod scene;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use lifeboat::model::fleet::Role;
 use lifeboat::model::ids::{PlanId, VolumeId};
 use lifeboat::model::trace::FetchOrder;
 use lifeboat::serve::{Filler, Mirrored, Mount, Store};
 use lifeboat::transfer::fetch::{FetchPlan, Grant};
-use lifeboat::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
+use lifeboat::transfer::{
+    DataKey, DataServer, Door, Hop, LinkKey, Options, ProvidePlan, ProvideVolume, Sealing,
+    Whereabouts,
+};
 use lifeboat::volume::mirror::{Log, write_back};
 use lifeboat::volume::{BlockSize, FleetKey, scan};
 use lifeboat_tests::disk::{self, Disk};

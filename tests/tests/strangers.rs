@@ -214,11 +214,12 @@ fn relay(plan: &str, actions: &Actions) -> Result<Value> {
         actions: actions.clone(),
         forward: Some((address, Secret([7; 32]))),
         seal_key: Some(Secret([7; 32])),
+        serve: None,
         quantity: Bytes(1),
     })?)
 }
 
-/// A relay and an offer that no pairing covers.
+/// A relay, blocks and an offer that no pairing covers.
 fn without_pairing(lab: &Lab, mut plan: Value) -> Result<()> {
     let (source, target) = (lab.host(SOURCE)?, lab.host(TARGET)?);
     let both = Actions([Action::Encrypt, Action::Transfer].into());
@@ -228,6 +229,14 @@ fn without_pairing(lab: &Lab, mut plan: Value) -> Result<()> {
     ];
     let ask = (target, "/v1/plans/p-none/relay");
     refused(source, IDENTITY, ask, &relay("p-none", &both)?, &why)?;
+
+    let why = ["does not answer source in the stead of the source of plan p-none"];
+    let ask = (target, "/v1/plans/p-none/stand-in");
+    let copy = json!({ "volume": 0, "copy": 1, "fill": true });
+    refused(source, IDENTITY, ask, &copy, &why)?;
+    let why = ["no plan p-none is under way on this source"];
+    let ask = (target, "/v1/plans/p-none/provide");
+    refused(source, IDENTITY, ask, &json!(null), &why)?;
 
     plan["id"] = "p-none".into();
     plan["target"] = json!({

@@ -1,9 +1,13 @@
 //! A file of a served volume as a block device, by ublk, which needs a module: in guests only.
 
+use lifeboat::model::fleet::Role;
 use lifeboat::model::ids::{PlanId, VolumeId};
 use lifeboat::serve::{FrontEnd, Store, UblkDevice, UblkError};
 use lifeboat::transfer::fetch::{FetchPlan, Grant};
-use lifeboat::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
+use lifeboat::transfer::{
+    DataKey, DataServer, Door, Hop, LinkKey, Options, ProvidePlan, ProvideVolume, Sealing,
+    Whereabouts,
+};
 use lifeboat::volume::FleetKey;
 use lifeboat_tests::disk::output;
 use lifeboat_tests::guest::{agent, is_guest};
@@ -67,18 +71,23 @@ impl Bench {
         }
         let server = DataServer::bind(self.address, Options::default(), None).expect("bound");
         self.address = server.addr();
-        server.admit_provide(ProvidePlan {
-            plan: PlanId::from("plan"),
-            link_key: LinkKey([1; 32]),
-            data_key: DataKey([2; 32]),
-            fleet_key: FleetKey([3; 32]),
-            volumes: vec![ProvideVolume {
-                id: VolumeId(1),
-                path: self.directory.join("source"),
-                mirror: None,
-                times: Default::default(),
-            }],
-        });
+        server.admit_provide(
+            Door::Provide(Role::Target),
+            ProvidePlan {
+                plan: PlanId::from("plan"),
+                link_key: LinkKey([1; 32]),
+                sealing: Sealing::Under(DataKey([2; 32])),
+                fleet_key: FleetKey([3; 32]),
+                volumes: vec![ProvideVolume {
+                    id: VolumeId(1),
+                    at: Whereabouts::Here {
+                        path: self.directory.join("source"),
+                        mirror: None,
+                        times: Default::default(),
+                    },
+                }],
+            },
+        );
         self.server = Some(server);
     }
 
@@ -104,20 +113,17 @@ fn store(directory: &Path, addr: SocketAddr, patience: Duration) -> Arc<Store> {
         backoff: Duration::from_millis(20),
         ..Options::default()
     };
-    let plan = FetchPlan {
-        plan: PlanId::from("plan"),
-        volume: VolumeId(1),
-        fleet_key: FleetKey([3; 32]),
-        admit: Box::new(move || {
-            Ok(Grant {
-                hop: Hop {
-                    addr,
-                    link_key: LinkKey([1; 32]),
-                },
-                data_key: DataKey([2; 32]),
-            })
-        }),
-    };
+    let admit = Box::new(move || {
+        Ok(Grant {
+            hop: Hop {
+                addr,
+                link_key: LinkKey([1; 32]),
+            },
+            data_key: Some(DataKey([2; 32])),
+        })
+    });
+    let (plan, fleet_key) = (PlanId::from("plan"), FleetKey([3; 32]));
+    let plan = FetchPlan::of_source(plan, VolumeId(1), fleet_key, admit);
     let directory = directory.join("store");
     Store::open(&directory, "data", plan, &options, patience, false, false).expect("opened")
 }

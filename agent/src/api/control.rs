@@ -6,8 +6,8 @@ use crate::migration::paired::{Paired, RelayError};
 use crate::migration::provide::{ProvideError, Provider};
 use crate::migration::target::{Target, TargetError};
 use crate::model::control::{
-    Dismiss, Offer, OfferAccepted, Open, Owns, Provided, RelayAccepted, RelayRequest, TakeOver,
-    TargetStatus, Whole,
+    Dismiss, Offer, OfferAccepted, Open, Owns, Provided, RelayAccepted, RelayRequest, StandIn,
+    StoodIn, TakeOver, TargetStatus, Whole,
 };
 use crate::model::ids::PlanId;
 use crate::model::plan::{SignedRelease, VolumeRelease};
@@ -47,6 +47,8 @@ pub fn router(roles: Roles) -> Router {
         .route("/v1/plans/{plan}/relay", post(relay))
         .route("/v1/plans/{plan}/relay/end", post(relay_end))
         .route("/v1/plans/{plan}/provide", post(provide))
+        .route("/v1/plans/{plan}/paired", get(is_lent))
+        .route("/v1/plans/{plan}/stand-in", post(stand_in))
         .with_state(roles)
 }
 
@@ -224,7 +226,7 @@ async fn relay_end(
     }): State<Roles>,
     Extension(peer): Peer,
     Path(plan): Path<PlanId>,
-) -> Answer<()> {
+) -> Answer<Option<StoodIn>> {
     pairings.check_certificate(&plan, &peer)?;
     let ended = paired.end(&peer.device, &plan);
     ended.map(Json).map_err(not_relayed)
@@ -237,4 +239,22 @@ async fn provide(
 ) -> Answer<Provided> {
     let provided = provider.provide(&peer, &plan).await;
     provided.map(Json).map_err(not_provided)
+}
+
+async fn is_lent(
+    State(Roles { provider, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Path(plan): Path<PlanId>,
+) -> Json<bool> {
+    Json(provider.is_lent(&peer.device, &plan))
+}
+
+async fn stand_in(
+    State(Roles { paired, .. }): State<Roles>,
+    Extension(peer): Peer,
+    Path(plan): Path<PlanId>,
+    Json(asked): Json<StandIn>,
+) -> Answer<Provided> {
+    let provided = paired.stand_in(&peer, &plan, asked).await;
+    provided.map(Json).map_err(not_relayed)
 }

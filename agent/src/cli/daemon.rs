@@ -44,7 +44,7 @@ pub struct Selection {
     /// Every container that a runtime manages.
     #[arg(long)]
     all: bool,
-    /// Actions for the paired device: encrypt, transfer.
+    /// Actions for the paired device: encrypt, transfer, serve.
     #[arg(long, value_delimiter = ',', value_name = "ACTIONS")]
     delegate: Vec<Action>,
     /// Send the data before the twins start, whatever would be chosen.

@@ -155,6 +155,13 @@ fn print(served: &[Served], context: &Context) -> Outcome {
             figures.on_demand,
             figures.ahead,
         );
+        if figures.from_paired > 0 {
+            println!(
+                "  {} from the paired device, {} from the source itself",
+                Bytes(figures.from_paired),
+                Bytes(figures.from_source)
+            );
+        }
         if figures.refused > 0 {
             println!(
                 "  {} blocks did not come: gone on the source since, or unreadable there",

@@ -113,6 +113,12 @@ fn render(status: &Status, meters: &mut BTreeMap<PlanId, Meter>) -> String {
         for (role, device) in devices {
             lines.extend(device.iter().map(|device| format!("  {role} {device}")));
         }
+        lines.extend(plan.stand_in.iter().map(|device| {
+            format!(
+                "  {device} answers the target in this device's stead; given out here: {} read for it, {} for the target itself",
+                plan.given.paired.read, plan.given.target.read
+            )
+        }));
     }
     for Arriving {
         plan,

@@ -240,11 +240,12 @@ fn demand(need: &Need, candidate: &Candidate, candidates: &[Candidate]) -> (Dema
             milli_nanos % 1000
         ));
     }
-    // A target keeps the data; a paired device that transfers spools it.
-    let keeps = need.role == Role::Target || need.actions.contains(Action::Transfer);
+    // A target keeps the data; a paired device that transfers spools it, and one that serves has a copy.
+    let spools = need.role == Role::Target || need.actions.contains(Action::Transfer);
+    let copies = u64::from(spools) + u64::from(need.actions.contains(Action::Serve));
     let demand = Demand {
         core_nanos: u64::try_from(core_nanos).unwrap_or(u64::MAX),
-        storage: if keeps { need.quantity } else { Bytes(0) },
+        storage: Bytes(need.quantity.0.saturating_mul(copies)),
     };
     (demand, basis.join(", "))
 }

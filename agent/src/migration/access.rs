@@ -12,7 +12,8 @@ use super::later::Arriving;
 use super::target::Target;
 use super::traces::{self, TraceUnusable};
 use crate::fleet::agent::PairedState;
-use crate::model::control::Provided;
+use crate::model::action::Action;
+use crate::model::control::{self, Provided};
 use crate::model::fleet::{PeerAddress, Role};
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::plan::Plan;
@@ -22,7 +23,7 @@ use crate::serve::{
     Figures, Filler, FrontEnd, Mount, MountError, NbdAddress, NbdError, NbdServer, Store,
     StoreError, UblkDevice, UblkError,
 };
-use crate::transfer::fetch::{FetchPlan, Grant};
+use crate::transfer::fetch::{Admit, FetchPlan, Grant, StandIn, Tally};
 use crate::transfer::{DataKey, Hop, LinkKey};
 use crate::volume::FleetKey;
 use crate::volume::one::CONTENT;
@@ -247,6 +248,18 @@ impl Access {
             volume: volume.id,
             fleet_key: FleetKey(*fleet.identity.fleet_key()),
             admit: admit(parts, &source, id),
+            stand_in: stand_in(
+                parts,
+                &plan,
+                &control::StandIn {
+                    volume: volume.id,
+                    copy: rand::random::<u64>().max(1),
+                    fill: request.fill,
+                },
+                true,
+            ),
+            insists: true,
+            tally: Tally::default(),
         };
         let (name, parts) = (volume.name.clone(), parts.clone());
         let serving =
@@ -328,17 +341,40 @@ impl Access {
 }
 
 /// Asks the source over the control channel to let this device fetch.
-pub(super) fn admit(
+pub(super) fn admit(parts: &Arc<Parts>, source: &PeerAddress, id: &PlanId) -> Admit {
+    asking(parts, source, format!("/v1/plans/{id}/provide"), ())
+}
+
+/// Who stands in for the source of a plan, where that was delegated; asked for this copy of a volume.
+pub(super) fn stand_in(
     parts: &Arc<Parts>,
-    source: &PeerAddress,
-    id: &PlanId,
-) -> Box<dyn Fn() -> Result<Grant, String> + Send + Sync> {
-    let (parts, source) = (parts.clone(), source.clone());
-    let path = format!("/v1/plans/{id}/provide");
+    plan: &Plan,
+    asked: &control::StandIn,
+    lists: bool,
+) -> Option<StandIn> {
+    let chosen = plan.paired.as_ref();
+    let chosen = chosen.filter(|_| plan.delegated.contains(Action::Serve));
+    let paired = super::allocation::peer(chosen?)?;
+    let path = format!("/v1/plans/{}/stand-in", plan.id);
+    Some(StandIn {
+        admit: asking(parts, &paired, path, asked.clone()),
+        lists,
+    })
+}
+
+/// Asks another device for its keys. The source is asked when one does not answer soon: each has its time.
+fn asking(
+    parts: &Arc<Parts>,
+    whom: &PeerAddress,
+    path: String,
+    body: impl Serialize + Send + Sync + 'static,
+) -> Admit {
+    let (parts, whom) = (parts.clone(), whom.clone());
     let runtime = tokio::runtime::Handle::current();
     Box::new(move || {
         let fleet = parts.fleet.as_ref().ok_or("this device is in no fleet")?;
-        let asked = fleet.client.post::<_, Provided>(&source, &path, &());
+        let client = fleet.client.clone().with_timeout(ADMISSION_TIME);
+        let asked = client.post::<_, Provided>(&whom, &path, &body);
         // Called from threads of the data plane, which may wait.
         let provided = runtime.block_on(asked).map_err(|error| error.to_string())?;
         Ok(Grant {
@@ -346,10 +382,13 @@ pub(super) fn admit(
                 addr: provided.data,
                 link_key: LinkKey(provided.link_key.0),
             },
-            data_key: DataKey(provided.data_key.0),
+            data_key: provided.data_key.map(|key| DataKey(key.0)),
         })
     })
 }
+
+/// Who is asked to let a device in draws two keys, and may ask the duplicator whether it knows the device.
+const ADMISSION_TIME: Duration = Duration::from_secs(5);
 
 fn described((plan, volume): &Key, serving: &Serving) -> Served {
     Served {

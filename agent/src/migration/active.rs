@@ -5,13 +5,15 @@
 use super::events::Approval;
 use super::moving::MoveError;
 use crate::health::Stage;
+use crate::model::action::Action;
 use crate::model::choice::Choice;
 use crate::model::control::Arrival;
+use crate::model::fleet::PeerAddress;
 use crate::model::ids::{DeviceId, PlanId, VolumeId};
 use crate::model::plan::{MigrationEvent, Plan, PlanGuards, TwinState};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::TimesKept;
-use crate::transfer::{Limit, Progress};
+use crate::transfer::{Limit, Progress, Spent};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,6 +35,12 @@ pub struct PlanStatus {
     pub target: Option<DeviceId>,
     /// Paired device.
     pub paired: Option<DeviceId>,
+    /// The paired device, where it answers in this one's stead what the target asks for.
+    #[serde(default)]
+    pub stand_in: Option<DeviceId>,
+    /// What was given to each on demand since this agent was started.
+    #[serde(default)]
+    pub given: Given,
     /// Plain bytes looked at so far.
     pub bytes_read: Bytes,
     /// Bytes on the wire so far.
@@ -64,6 +72,15 @@ pub struct PlanStatus {
     pub trouble: Option<String>,
 }
 
+/// What was given out on demand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Given {
+    /// To the target itself.
+    pub target: Spent,
+    /// To the paired device that stands in.
+    pub paired: Spent,
+}
+
 /// What slows a copy; each in bytes a second that it may read.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Limits {
@@ -90,6 +107,7 @@ pub struct Active {
     word: Mutex<Word>,
     /// Which times the target keeps, once it has said so.
     times: Mutex<Option<Times>>,
+    stand_in: Mutex<Option<PeerAddress>>,
     /// Told when `word` changed.
     told: Notify,
     pub(super) ended: AtomicBool,
@@ -150,6 +168,8 @@ impl Active {
                 over: false,
                 target: None,
                 paired: None,
+                stand_in: None,
+                given: Given::default(),
                 bytes_read: Bytes(0),
                 bytes_sent: Bytes(0),
                 bytes_total: plan.estimate.bytes,
@@ -176,6 +196,7 @@ impl Active {
                 limited: None,
             }),
             times: Mutex::default(),
+            stand_in: Mutex::default(),
             told: Notify::new(),
             ended: AtomicBool::new(false),
         }
@@ -195,6 +216,21 @@ impl Active {
         let mut status = locked(&self.status);
         status.target = plan.target.as_ref().map(|chosen| chosen.device.clone());
         status.paired = plan.paired.as_ref().map(|chosen| chosen.device.clone());
+        let paired = plan.paired.as_ref().and_then(super::allocation::peer);
+        let stand_in = paired.filter(|_| plan.delegated.contains(Action::Serve));
+        status.stand_in = stand_in.as_ref().map(|stand_in| stand_in.device.clone());
+        *locked(&self.stand_in) = stand_in;
+    }
+
+    /// Nobody answers the target in this one's stead any more.
+    pub(super) fn no_stand_in(&self) {
+        *locked(&self.stand_in) = None;
+        locked(&self.status).stand_in = None;
+    }
+
+    /// The paired device that answers the target in this one's stead.
+    pub(super) fn stand_in(&self) -> Option<PeerAddress> {
+        locked(&self.stand_in).clone()
     }
 
     /// Takes note of what the target says when it accepts the plan.

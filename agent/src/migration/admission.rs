@@ -12,7 +12,7 @@ use crate::model::control::{OfferAccepted, Secret};
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::plan::Plan;
 use crate::model::volume::VolumeKind;
-use crate::transfer::{DataKey, LinkKey, ReceivePlan, ReceiveVolume};
+use crate::transfer::{DataKey, Door, LinkKey, ReceivePlan, ReceiveVolume};
 use crate::volume::FleetKey;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -44,7 +44,7 @@ impl Target {
             }
         };
         if let (Some(data), Some(fleet)) = (&self.parts.data, &self.parts.fleet)
-            && !data.admits(&plan.id)
+            && !data.admits(&plan.id, Door::Receive)
         {
             let receive = |place: &Place| ReceiveVolume {
                 id: place.volume,

@@ -2,15 +2,16 @@
 
 use super::delegator::{Delegator, FleetContext};
 use super::events::SourceEvent;
-use super::moving::MoveError;
+use super::moving::{Move, MoveError};
 use crate::fleet::pairing::{self, Pairing, PairingRequest};
 use crate::fleet::registry::ActionCost;
 use crate::model::action::Actions;
-use crate::model::control::Dismiss;
+use crate::model::control::{Dismiss, StoodIn};
 use crate::model::fleet::{DutyOutcome, PeerAddress, Role, TwinNeeds};
 use crate::model::ids::DeviceId;
 use crate::model::plan::{Blocker, Chosen, Plan};
 use crate::model::volume::VolumeSpec;
+use crate::transfer::Spent;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -128,8 +129,7 @@ impl FleetContext {
     /// Tells the paired device that its work is over.
     async fn end_relay(&self, plan: &Plan) {
         if let Some(paired) = plan.paired.as_ref().and_then(peer) {
-            let path = format!("/v1/plans/{}/relay/end", plan.id);
-            let _: Option<()> = tell(self, &paired, &path, &()).await;
+            let _ = tell_end(self, plan, &paired).await;
         }
     }
 
@@ -187,6 +187,42 @@ impl FleetContext {
             twins,
             exclude,
             configuration: self.configuration.clone(),
+        }
+    }
+}
+
+/// Tells the paired device that its work is over; what it answered in the source's stead.
+async fn tell_end(fleet: &FleetContext, plan: &Plan, paired: &PeerAddress) -> Option<StoodIn> {
+    let path = format!("/v1/plans/{}/relay/end", plan.id);
+    tell::<Option<StoodIn>>(fleet, paired, &path, &())
+        .await
+        .flatten()
+}
+
+impl Move {
+    /// Lets the paired device answer the target no more, and writes down what it did.
+    pub(super) async fn end_stand_in(&mut self) {
+        let Some(paired) = self.active.stand_in() else {
+            return;
+        };
+        let did = match self.delegator.fleet() {
+            Some(fleet) => tell_end(fleet, &self.plan, &paired).await,
+            None => None,
+        };
+        let given = self.delegator.given(&self.plan.id);
+        self.active.no_stand_in();
+        // Nobody asked it.
+        if did.is_none() && given.paired == Spent::default() {
+            return;
+        }
+        let stood_in = SourceEvent::StoodIn {
+            device: paired.device,
+            did,
+            given,
+        };
+        // What it did must not keep the plan from its end.
+        if let Err(error) = self.append(stood_in) {
+            self.active.trouble(&error.to_string());
         }
     }
 }

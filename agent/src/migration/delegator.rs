@@ -3,7 +3,7 @@
 //! It holds what the phases need (runtimes, data plane, fleet, the latest view of the host) and the
 //! plans that are under way. One plan runs at a time on a source.
 
-use super::active::{Active, PlanStatus, locked};
+use super::active::{Active, Given, PlanStatus, locked};
 use super::clearance::Clearance;
 use super::events::{Approval, SourceEvent};
 use super::forwarding::Forwards;
@@ -21,13 +21,13 @@ use super::view::HostView;
 use crate::containers::{PauseError, Runtime, RuntimeError, Runtimes};
 use crate::fleet::client::{CallError, ControlClient};
 use crate::fleet::identity::Identity;
-use crate::model::action::Actions;
+use crate::model::action::{Action, Actions};
 use crate::model::container::Container;
-use crate::model::fleet::{Configuration, PeerAddress};
+use crate::model::fleet::{Configuration, PeerAddress, Role};
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{MigrationEvent, Plan, PlannedContainer};
 use crate::model::units::{Bytes, UnixMillis};
-use crate::transfer::{DataPath, DataServer, Options, Sender};
+use crate::transfer::{DataPath, DataServer, Door, Options, Sender};
 use crate::volume::FleetKey;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -350,8 +350,21 @@ impl Delegator {
     pub fn status(&self) -> Vec<PlanStatus> {
         locked(&self.plans)
             .values()
-            .map(|active| active.status())
+            .map(|active| {
+                let status = active.status();
+                let given = self.given(&status.plan);
+                PlanStatus { given, ..status }
+            })
             .collect()
+    }
+
+    /// What of a plan's data was given out on demand since this agent was started.
+    pub(super) fn given(&self, plan: &PlanId) -> Given {
+        let data = self.parts.data.as_ref();
+        data.map_or_else(Given::default, |data| Given {
+            target: data.spent(plan, Door::Provide(Role::Target)),
+            paired: data.spent(plan, Door::Provide(Role::Paired)),
+        })
     }
 
     /// Changes how fast the copy of a plan under way may read.
@@ -572,10 +585,13 @@ pub(super) fn plan_of(entries: &[super::journal::Entry<SourceEvent>]) -> Option<
     for entry in entries {
         match &entry.event {
             SourceEvent::TargetChosen { target } => plan.target = Some(target.clone()),
-            SourceEvent::Paired { paired, delegated } => {
+            SourceEvent::Paired {
+                paired, delegated, ..
+            } => {
                 plan.paired = Some(paired.clone());
                 plan.delegated = delegated.clone();
             }
+            SourceEvent::ServesOn => plan.delegated = Actions::from_iter([Action::Serve]),
             SourceEvent::NotPaired { .. } => {
                 plan.paired = None;
                 plan.delegated = Actions::default();

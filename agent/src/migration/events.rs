@@ -1,12 +1,14 @@
 //! What the journals of a plan hold, on the source and on the target.
 
+use super::active::Given;
 use super::forwarding::Back;
 use super::leftovers::Left;
 use crate::model::action::Actions;
 use crate::model::choice::Choice;
 use crate::model::control::Owns;
+use crate::model::control::StoodIn;
 use crate::model::fleet::PeerAddress;
-use crate::model::ids::{ContainerName, Epoch, Signature, VolumeId};
+use crate::model::ids::{ContainerName, DeviceId, Epoch, Signature, VolumeId};
 use crate::model::plan::{Chosen, Plan, SignedRelease, TwinState, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis};
 use crate::model::volume::TimesKept;
@@ -99,8 +101,22 @@ pub enum SourceEvent {
     Paired {
         /// Paired device.
         paired: Chosen,
-        /// Actions that it does; `encrypt` only over a trusted link.
+        /// Actions that it does; `encrypt` and `serve` only over a trusted link.
         delegated: Actions,
+        /// Which others were asked for, and why the source does them.
+        #[serde(default)]
+        kept: Vec<String>,
+    },
+    /// The copy is over, and the paired device does nothing more but to answer the target in this one's stead.
+    ServesOn,
+    /// The paired device answers the target in this one's stead no more.
+    StoodIn {
+        /// Paired device.
+        device: DeviceId,
+        /// What it did, since its agent was last started; none where it does not say.
+        did: Option<StoodIn>,
+        /// What was given out here meanwhile, since this agent was last started.
+        given: Given,
     },
     /// No device could be lent for the delegated actions, or it went away: the source does all from now on.
     NotPaired {

@@ -44,8 +44,10 @@ pub mod report;
 mod resume;
 mod returning;
 mod roll_back;
+mod route;
 pub mod settings;
 mod source;
+mod standing;
 mod switch;
 mod switch_first;
 #[cfg(test)]

@@ -3,12 +3,12 @@
 //!
 //! Invariant: what is about to be made is in the journal first. Non-goal: what the twins run on (`later`).
 
-use super::access::admit;
+use super::access::{admit, stand_in};
 use super::events::{Place, TargetEvent};
 use super::later::{Live, trees};
 use super::places::name_of;
 use super::target::{Target, TargetError};
-use crate::model::control::Open;
+use crate::model::control::{self, Open};
 use crate::model::fleet::Role;
 use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{Content, Plan, VolumeRelease};
@@ -21,6 +21,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Number of the copy on which twins run, over all lives of the agent; those drawn for others are larger.
+const TWINS: u64 = 0;
 /// How long a twin waits for what is not here while the source is away, before it gets an I/O error: a server takes
 /// minutes to start.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -207,11 +209,18 @@ impl Target {
             let Some((directory, source)) = wanted.flatten() else {
                 continue;
             };
-            let fetch = FetchPlan {
-                plan: id.clone(),
+            let key = self.fleet_key(id).map_err(|error| error.to_string())?;
+            let admit = admit(&self.parts, &source, id);
+            let asked = control::StandIn {
                 volume: place.volume,
-                fleet_key: self.fleet_key(id).map_err(|error| error.to_string())?,
-                admit: admit(&self.parts, &source, id),
+                // Nothing is asked for before the release, and what is read after it is the same for good.
+                copy: TWINS,
+                fill: true,
+            };
+            let fetch = FetchPlan {
+                // The list is what both sides sign for.
+                stand_in: stand_in(&self.parts, plan, &asked, false),
+                ..FetchPlan::of_source(id.clone(), place.volume, key, admit)
             };
             let (name, parts) = (name_of(plan, place.volume), self.parts.clone());
             let below = place.path.clone();

@@ -331,6 +331,10 @@ pub struct Gathered {
 /// Rate assumed before any move was measured: a 1 Gbit/s link, the slowest common on such hosts.
 const ASSUMED_RATE: Bytes = Bytes(110 << 20);
 
+/// What a paired device does that serves.
+const SERVES: &str = "serve: over a link in `trusted_networks` the paired device answers what the target asks for while \
+     the data moves, and fetches what it lacks from here, each block once";
+
 /// The plan for what was gathered.
 #[must_use]
 pub fn compose(request: &Request, gathered: Gathered) -> Plan {
@@ -375,9 +379,9 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
         .into_iter()
         .map(|group| group.containers)
         .collect();
-    let mut delegated = request.delegate.clone();
-    if delegated.0.remove(&Action::Serve) {
-        notes.push("serve stays with the source in this version".into());
+    let delegated = request.delegate.clone();
+    if delegated.contains(Action::Serve) {
+        notes.push(SERVES.into());
     }
     for planned in &containers {
         let udp = planned
@@ -452,7 +456,14 @@ pub fn compose(request: &Request, gathered: Gathered) -> Plan {
     if choice.next == Next::SwitchFirst {
         notes.push(super::switch_first::RISK.to_owned());
         if delegated.contains(Action::Transfer) {
-            notes.push(format!("delegated until the switch only: {delegated}; what comes behind the twins goes straight to the target"));
+            let then = if delegated.contains(Action::Serve) {
+                "then serve alone: the paired device answers with what comes behind the twins"
+            } else {
+                "what comes behind the twins goes straight to the target"
+            };
+            notes.push(format!(
+                "delegated until the switch only: {delegated}; {then}"
+            ));
         }
     }
     Plan {

@@ -1,8 +1,10 @@
 //! What a plan did, told from its journal: a timeline with figures. Pure.
 
+use super::active::Given;
 use super::events::{ContainerFence, SourceEvent, VolumeRound};
 use super::journal::Entry;
-use crate::model::ids::PlanId;
+use crate::model::control::StoodIn;
+use crate::model::ids::{DeviceId, PlanId};
 use crate::model::plan::{MigrationEvent, Plan, VolumeRelease};
 use crate::model::units::{Bytes, UnixMillis, human_duration, utc};
 use crate::transfer::Spent;
@@ -202,14 +204,24 @@ pub(super) fn tell(event: &SourceEvent) -> Vec<String> {
         SourceEvent::NotPaired { reason } => {
             vec![format!("from now on nothing is delegated: {reason}")]
         }
-        SourceEvent::Paired { paired, delegated } => {
+        SourceEvent::Paired {
+            paired,
+            delegated,
+            kept,
+        } => {
             let mut lines = vec![format!(
                 "paired device {} at {}: token authenticated, authorised for {delegated}",
                 paired.device, paired.address
             )];
             lines.extend(paired.explanation.iter().map(|line| format!("  {line}")));
+            lines.extend(kept.iter().map(|line| format!("  {line}")));
             lines
         }
+        SourceEvent::ServesOn => vec![
+            "the paired device carries nothing more, and answers the target with what comes behind the twins"
+                .into(),
+        ],
+        SourceEvent::StoodIn { device, did, given } => tell_stood_in(device, *did, given),
         SourceEvent::Prepared {
             images_present,
             layers_present,
@@ -463,6 +475,25 @@ fn tell_given(given: &Spent) -> String {
         human_duration(given.cpu),
         tell_each(given.cpu, given.read),
     )
+}
+
+fn tell_stood_in(device: &DeviceId, did: Option<StoodIn>, given: &Given) -> Vec<String> {
+    let did = did.map_or_else(
+        || format!("paired device {device} answered the target; how much it does not say"),
+        |StoodIn { answered, fetched }| {
+            format!(
+                "paired device {device} answered the target with {answered} and fetched {fetched} from here for that"
+            )
+        },
+    );
+    let here = format!(
+        "  given out here: {} read for the paired device (CPU {}), {} for the target itself (CPU {})",
+        given.paired.read,
+        human_duration(given.paired.cpu),
+        given.target.read,
+        human_duration(given.target.cpu)
+    );
+    vec![did, here]
 }
 
 fn tell_volume(volume: &VolumeRound) -> String {

@@ -296,6 +296,7 @@ impl Move {
         self.delegator.parts().forwards.end(&self.plan.id).await;
         self.let_run().await;
         self.start_again().await;
+        self.end_stand_in().await;
         let delegator = self.delegator.clone();
         delegator
             .end_pairings(&self.plan, DutyOutcome::Abandoned, &[])

@@ -33,6 +33,7 @@ impl Move {
             self.active.trouble(&error.to_string());
         }
         self.unfence_all().await;
+        self.end_stand_in().await;
         let delegator = self.delegator.clone();
         let freed = delegator.dismiss(&self.plan, reason).await;
         delegator

@@ -14,27 +14,25 @@ use super::freezing::FROZEN_MAX;
 use super::images::{drop_exports, export_images, held_layers, layers};
 use super::moving::{Move, MoveError, PREPARED_MAX};
 use super::replica::Replica;
+use super::route::{UNSEALED, hop, relay_request, route_over, stays};
 use super::switch::{RETRY, Released};
 use crate::fleet::identity;
 use crate::fleet::pairing::{PairError, Pairing};
-use crate::model::action::{Action, Actions};
+use crate::model::action::Actions;
 use crate::model::choice::{Next, Way};
 use crate::model::container::{Container, State};
-use crate::model::control::{
-    Offer, OfferAccepted, RelayAccepted, RelayRequest, Secret, TargetStatus,
-};
+use crate::model::control::{Offer, OfferAccepted, RelayAccepted, TargetStatus};
 use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::ids::VolumeId;
 use crate::model::plan::{
-    Chosen, Content, Plan, PlannedContainer, Release, SignedRelease, VolumeRelease,
+    Chosen, Content, PlannedContainer, Release, SignedRelease, VolumeRelease,
 };
 use crate::model::units::Bytes;
 use crate::model::volume::{VolumeKind, VolumeSpec};
-use crate::transfer::{DataKey, DataPath, Hop, Limit, LinkKey, Sender};
+use crate::transfer::{DataKey, DataPath, Limit, Sender};
 use crate::volume::BlockSize;
 use crate::volume::one::CONTENT;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Runs a plan to its end or back to its beginning; one that was begun in an earlier life of the agent goes on
@@ -121,19 +119,22 @@ impl Move {
     /// Writes down the paired device, and which of the delegated actions it may have.
     fn take_paired(&mut self, paired: &Pairing) -> Result<PeerAddress, MoveError> {
         let address = paired.peer.addr.ip();
-        if self.plan.delegated.contains(Action::Encrypt) && !self.delegator.trusts(address) {
-            self.plan.delegated.0.remove(&Action::Encrypt);
-            self.plan.notes.push(format!(
-                "encrypt stays here: the link to {} ({address}) is not in `trusted_networks`",
-                paired.peer.device
-            ));
+        let mut kept = Vec::new();
+        if !self.delegator.trusts(address) {
+            for action in UNSEALED {
+                if self.plan.delegated.0.remove(&action) {
+                    kept.push(stays(action, &paired.peer.device, address));
+                }
+            }
         }
+        self.plan.notes.extend(kept.iter().cloned());
         let chosen = describe(paired);
         self.plan.paired = Some(chosen.clone());
         let delegated = self.plan.delegated.clone();
         self.append(SourceEvent::Paired {
             paired: chosen,
             delegated,
+            kept,
         })?;
         Ok(paired.peer.clone())
     }
@@ -144,6 +145,7 @@ impl Move {
         tracing::warn!(plan = %self.plan.id, "every action is done here from now on: {why}");
         self.active.enter("resume");
         self.let_run().await;
+        self.end_stand_in().await;
         let failed = DutyOutcome::Failed;
         self.delegator.give_back_paired(&self.plan, failed).await;
         self.keep_all(&why.to_string())?;
@@ -200,7 +202,7 @@ impl<'a> Allocated<'a> {
         let accepted: OfferAccepted = core.call(client, &target, "offer", &offer).await?;
         let route = match &paired {
             Some(paired) if !core.plan.delegated.is_empty() => {
-                let request = relay_request(&core.plan, &accepted);
+                let request = relay_request(&core.plan, &target.device, &accepted);
                 let relay = core.call(client, paired, "relay", &request).await;
                 let relay: RelayAccepted = relay.map_err(|error| match error {
                     MoveError::Peer(error) => MoveError::Paired {
@@ -209,7 +211,8 @@ impl<'a> Allocated<'a> {
                     },
                     error => error,
                 })?;
-                let unsealed = core.plan.delegated.contains(Action::Encrypt);
+                let delegated = &core.plan.delegated;
+                let unsealed = UNSEALED.iter().any(|action| delegated.contains(*action));
                 if unsealed && !core.delegator.trusts(relay.data.ip()) {
                     return Err(MoveError::Untrusted(relay.data));
                 }
@@ -241,46 +244,6 @@ impl<'a> Allocated<'a> {
             volumes,
             sender,
         })
-    }
-}
-
-fn relay_request(plan: &Plan, accepted: &OfferAccepted) -> RelayRequest {
-    let delegated = &plan.delegated;
-    RelayRequest {
-        plan: plan.id.clone(),
-        actions: delegated.clone(),
-        forward: delegated
-            .contains(Action::Transfer)
-            .then(|| (accepted.data, accepted.link_key.clone())),
-        seal_key: delegated
-            .contains(Action::Encrypt)
-            .then(|| accepted.data_key.clone()),
-        quantity: plan.volumes.iter().map(VolumeSpec::to_move).sum(),
-    }
-}
-
-fn route_over(delegated: &Actions, target: &OfferAccepted, relay: &RelayAccepted) -> DataPath {
-    let paired = hop(relay.data, &relay.link_key);
-    match (
-        delegated.contains(Action::Encrypt),
-        delegated.contains(Action::Transfer),
-    ) {
-        (true, true) => DataPath::SealForward { relay: paired },
-        (true, false) => DataPath::SealReturn {
-            sealer: paired,
-            target: hop(target.data, &target.link_key),
-        },
-        _ => DataPath::ViaSpool {
-            relay: paired,
-            data_key: DataKey(target.data_key.0),
-        },
-    }
-}
-
-fn hop(addr: SocketAddr, key: &Secret) -> Hop {
-    Hop {
-        addr,
-        link_key: LinkKey(key.0),
     }
 }
 

@@ -102,6 +102,7 @@ impl Released<'_> {
         if later && !core.fill(&target).await {
             return;
         }
+        core.end_stand_in().await;
         core.delegator
             .end_pairings(&core.plan, DutyOutcome::Done, &[])
             .await;

@@ -9,11 +9,12 @@ use super::events::SourceEvent;
 use super::faults::die_at;
 use super::moving::{Move, MoveError};
 use super::returning::mirror_directory;
+use super::route::serve_for;
 use super::source::PAUSE_MAX;
 use super::switch::{RETRY, target_status};
 use super::view::HostView;
-use crate::model::action::Action;
-use crate::model::control::{Arrival, Open, Whole};
+use crate::model::action::{Action, Actions};
+use crate::model::control::{Arrival, Open, RelayAccepted, RelayRequest, Whole};
 use crate::model::fleet::{DutyOutcome, PeerAddress};
 use crate::model::ids::{Epoch, Signature, VolumeId};
 use crate::model::plan::{Content, Plan, PlannedContainer, Release, VolumeRelease};
@@ -111,18 +112,52 @@ impl Move {
     }
 
     /// Ends the copy before the workload is frozen: what was copied is durable on the target, nothing comes after it, and
-    /// a paired device that carried the data is let go, because the rest goes straight to the target. The target then
+    /// a paired device that carried the data does so no more: it is let go unless it answers the target. The target then
     /// takes the lists ahead, so that those of the frozen workload are to be compared only.
     pub(super) async fn end_copy(&mut self, target: &PeerAddress) -> Result<(), MoveError> {
         if self.plan.paired.is_some() && self.plan.delegated.contains(Action::Transfer) {
-            let done = DutyOutcome::Done;
-            self.delegator.give_back_paired(&self.plan, done).await;
-            self.keep_all(ALONE)?;
+            if !self.serves_on(target).await? {
+                self.end_stand_in().await;
+                let done = DutyOutcome::Done;
+                self.delegator.give_back_paired(&self.plan, done).await;
+                self.keep_all(ALONE)?;
+            }
             self.active.set_plan(&self.plan);
         }
         self.enter("end the copy")?;
         let client = self.client()?.clone().with_timeout(END_TIME);
         self.call(&client, target, "end-copy", &()).await
+    }
+
+    /// Leaves the paired device nothing but to answer the target; false where it was not to, or is away.
+    async fn serves_on(&mut self, target: &PeerAddress) -> Result<bool, MoveError> {
+        let Some(paired) = self.active.stand_in() else {
+            return Ok(false);
+        };
+        let serves = Actions::from_iter([Action::Serve]);
+        let request = RelayRequest {
+            plan: self.plan.id.clone(),
+            actions: serves.clone(),
+            forward: None,
+            seal_key: None,
+            serve: Some(serve_for(&self.plan, &target.device)),
+            quantity: Bytes(0),
+        };
+        let path = format!("/v1/plans/{}/relay", self.plan.id);
+        let told = self.client()?.post(&paired, &path, &request);
+        let told: Result<RelayAccepted, MoveError> = self.active.unless_cancelled(told).await;
+        match told {
+            Ok(_) => {
+                self.plan.delegated = serves;
+                self.append(SourceEvent::ServesOn)?;
+                Ok(true)
+            }
+            Err(MoveError::Peer(error)) => {
+                tracing::warn!(plan = %self.plan.id, "{error}");
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Lets the target take the list of every tree, and compares it with what is here; the workload is frozen
@@ -235,8 +270,10 @@ impl Move {
 
     /// What the target fetched since this agent was started, and the changes that it mirrored, have taken here.
     pub(super) fn given_out(&self) -> Spent {
-        let data = self.delegator.parts().data.as_ref();
-        data.map_or_else(Spent::default, |data| data.spent(&self.plan.id))
+        let given = self.delegator.given(&self.plan.id);
+        let mut spent = given.target;
+        spent += given.paired;
+        spent
     }
 
     /// The roots and bytes once everything is there and proven; none while it is not.

@@ -134,15 +134,35 @@ impl Arrival {
     }
 }
 
-/// Source → target: blocks of the plan's volumes are given out on demand.
+/// Source → target or paired device, and paired device → target: blocks of the plan's volumes are given out on demand.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Provided {
     /// Where.
     pub data: SocketAddr,
-    /// Proves to the source that a data connection is the target's.
+    /// Proves that a data connection is of who was answered so.
     pub link_key: Secret,
-    /// Blocks are sealed under this key.
-    pub data_key: Secret,
+    /// Blocks are sealed under this key; none for a paired device, to which they go plain over a trusted link.
+    pub data_key: Option<Secret>,
+}
+
+/// Target → paired device: answer in the source's stead what is asked for of this volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandIn {
+    /// Volume.
+    pub volume: VolumeId,
+    /// Number of the target's copy, drawn for it: nothing that was fetched for another one answers it.
+    pub copy: u64,
+    /// Whether what the target does not ask for is fetched too.
+    pub fill: bool,
+}
+
+/// What a paired device answered in the source's stead, since its agent was last started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoodIn {
+    /// Bytes given to the target.
+    pub answered: Bytes,
+    /// Bytes fetched from the source for that.
+    pub fetched: Bytes,
 }
 
 /// Source → paired device, after authorisation: do these actions.
@@ -156,8 +176,20 @@ pub struct RelayRequest {
     pub forward: Option<(SocketAddr, Secret)>,
     /// The target's data key, when `encrypt` is delegated.
     pub seal_key: Option<Secret>,
+    /// Whom it answers, and for which volumes, when `serve` is delegated.
+    #[serde(default)]
+    pub serve: Option<ServeFor>,
     /// The most data to expect.
     pub quantity: Bytes,
+}
+
+/// For whom and what a paired device stands in for the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServeFor {
+    /// The plan's target, which alone is let in.
+    pub target: DeviceId,
+    /// The volumes that it may ask for.
+    pub volumes: Vec<VolumeId>,
 }
 
 /// Paired device → source: ready.

@@ -71,6 +71,12 @@ pub struct Figures {
     pub on_demand: u64,
     /// Blocks fetched before anybody asked.
     pub ahead: u64,
+    /// Bytes of blocks that came from the source itself since this store was opened.
+    #[serde(default)]
+    pub from_source: u64,
+    /// Bytes of blocks that came from the paired device in its stead since then.
+    #[serde(default)]
+    pub from_paired: u64,
     /// Bytes that an earlier copy had brought here already, as far as was asked since this store was opened.
     #[serde(default)]
     pub held: u64,
@@ -293,6 +299,8 @@ impl Store {
             absent: self.presence.absent() * PAGE,
             on_demand: self.on_demand.load(Ordering::Relaxed),
             ahead: self.ahead.load(Ordering::Relaxed),
+            from_source: self.plan.tally.source(),
+            from_paired: self.plan.tally.stand_in(),
             held: self.held_before.load(Ordering::Relaxed),
             refused: self.refused.load(Ordering::Relaxed),
             detached: locked(&self.fetcher).is_none(),

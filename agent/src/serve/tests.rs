@@ -7,12 +7,17 @@ mod holes;
 mod lasting;
 mod mirrored;
 mod nbd;
+mod stands_in;
 
 use super::*;
+use crate::model::fleet::Role;
 use crate::model::ids::{PlanId, Signature, VolumeId};
 use crate::model::trace::FetchOrder;
-use crate::transfer::fetch::{BLOCK, FetchPlan, Grant};
-use crate::transfer::{DataKey, DataServer, Hop, LinkKey, Options, ProvidePlan, ProvideVolume};
+use crate::transfer::fetch::{Admit, BLOCK, FetchPlan, Grant};
+use crate::transfer::{
+    DataKey, DataServer, Door, Hop, LinkKey, Options, ProvidePlan, ProvideVolume, Sealing,
+    Whereabouts,
+};
 use crate::volume::{BlockSize, FleetKey};
 use bench::*;
 use rand::rngs::StdRng;
@@ -20,7 +25,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use serde_json::json;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

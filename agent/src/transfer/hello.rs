@@ -151,15 +151,15 @@ fn receive_all_within(
     Ok(())
 }
 
-/// Listener's side. `find` gives the key and whatever else belongs to an admitted plan. Returns that
-/// and the connection's key.
+/// Listener's side. `find` gives the key of each admission of a plan and whatever else belongs to it. Returns that of
+/// the one whose key the caller proves, and the connection's key.
 ///
 /// # Errors
 /// [`HelloError`]; the caller learns only that it was refused.
 pub fn answer<T>(
     engine: &mut dyn Engine,
     socket: BorrowedFd<'_>,
-    find: impl FnOnce(&PlanId) -> Option<(LinkKey, T)>,
+    find: impl FnOnce(&PlanId) -> Vec<(LinkKey, T)>,
     patience: Duration,
 ) -> Result<(T, Zeroizing<[u8; 32]>), HelloError> {
     let ours: [u8; 32] = random()?;
@@ -187,12 +187,15 @@ pub fn answer<T>(
     };
     let text = String::from_utf8_lossy(name).into_owned();
     let plan = PlanId(text);
-    let Some((key, found)) = find(&plan) else {
+    let admissions = find(&plan);
+    if admissions.is_empty() {
         return refuse(engine, HelloError::UnknownPlan(plan.0));
-    };
-    if proof(&key, "caller", &ours, &theirs, name) != blake3::Hash::from(claimed) {
-        return refuse(engine, HelloError::WrongKey(plan));
     }
+    let claimed = blake3::Hash::from(claimed);
+    let proven = |(key, _): &(LinkKey, T)| proof(key, "caller", &ours, &theirs, name) == claimed;
+    let Some((key, found)) = admissions.into_iter().find(proven) else {
+        return refuse(engine, HelloError::WrongKey(plan));
+    };
     let mut verdict = vec![ACCEPTED];
     verdict.extend_from_slice(proof(&key, "listener", &ours, &theirs, name).as_bytes());
     engine.send(socket, &verdict, patience)?;

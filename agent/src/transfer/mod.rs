@@ -44,14 +44,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 pub use engine::EngineChoice;
-pub use fetch::{ProvidePlan, ProvideVolume};
+pub use fetch::{ProvidePlan, ProvideVolume, Sealing, Whereabouts};
 pub use link::{Hop, LinkError};
 pub use pace::{Limit, Pace};
 pub use receive::{ReceivePlan, ReceiveProgress, ReceiveVolume};
 pub use relay::RelayPlan;
 pub use seal::{DataKey, LinkKey};
 pub use sender::{DataPath, EpochReport, SendError, Sender};
-pub use server::{BindError, DataServer};
+pub use server::{BindError, DataServer, Door};
 pub use spent::{Spent, thread_time};
 
 /// How the data plane behaves.

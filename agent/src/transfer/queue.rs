@@ -55,6 +55,17 @@ impl<T> Queue<T> {
         Ok(())
     }
 
+    /// Adds an item without waiting for room: it had its place here before. Gives it back when the queue is closed.
+    pub(super) fn put_back(&self, item: T) -> Result<(), T> {
+        let mut state = lock(&self.state);
+        if state.closed {
+            return Err(item);
+        }
+        state.items.push_back(item);
+        self.changed.notify_all();
+        Ok(())
+    }
+
     /// Takes an item, waiting for one; none once the queue is closed and empty. Each item taken must
     /// be reported with [`Queue::done`].
     pub(super) fn take(&self) -> Option<T> {

@@ -14,6 +14,7 @@ use super::receive::{ReceivePlan, ReceiveProgress, Reception};
 use super::relay::{Relay, RelayPlan};
 use super::seal::LinkKey;
 use super::spent::Spent;
+use crate::model::fleet::Role;
 use crate::model::ids::{PlanId, VolumeId};
 use crate::model::places::Places;
 use crate::volume::BlockMap;
@@ -35,6 +36,19 @@ pub struct BindError {
     pub addr: SocketAddr,
     /// Why not.
     pub source: io::Error,
+}
+
+/// Which of a plan's connections are let in: each kind has a key of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Door {
+    /// Those that bring its volumes.
+    Receive,
+    /// Those that let this device, as paired device, do a part of the work.
+    Relay,
+    /// Those over which a device in this role fetches its blocks from the source.
+    Provide(Role),
+    /// Those over which the target fetches a volume's blocks from the paired device.
+    StandIn(VolumeId),
 }
 
 /// What a plan may do here.
@@ -66,7 +80,7 @@ impl Admission {
 struct Shared {
     options: Options,
     map: Option<Arc<BlockMap>>,
-    plans: Mutex<HashMap<PlanId, Admission>>,
+    plans: Mutex<HashMap<PlanId, HashMap<Door, Admission>>>,
     /// Connections whose peer knows the key of its plan.
     open: AtomicUsize,
     /// Connections that have not greeted yet.
@@ -124,48 +138,55 @@ impl DataServer {
         self.addr
     }
 
-    /// Lets a source (or its paired device) bring a plan's volumes here. Replaces an admission of the
+    /// Lets a source (or its paired device) bring a plan's volumes here. Replaces such an admission of the
     /// same plan.
     pub fn admit_receive(&self, plan: ReceivePlan) {
         let name = plan.plan.clone();
         let (options, map) = (self.shared.options.clone(), self.shared.map.clone());
         let reception = Reception::new(plan, options, map);
-        self.admit(name, Admission::Receive(Arc::new(reception)));
+        self.admit(name, Door::Receive, Admission::Receive(Arc::new(reception)));
     }
 
-    /// Lets a source use this device as its paired device for a plan. Replaces an admission of the
+    /// Lets a source use this device as its paired device for a plan. Replaces such an admission of the
     /// same plan.
     pub fn admit_relay(&self, plan: RelayPlan) {
         let name = plan.plan.clone();
         let relay = Relay::new(plan, self.shared.options.clone());
-        self.admit(name, Admission::Relay(Arc::new(relay)));
+        self.admit(name, Door::Relay, Admission::Relay(Arc::new(relay)));
     }
 
-    /// Lets a plan's target fetch blocks of its volumes from here on demand. Replaces an admission of the
-    /// same plan.
-    pub fn admit_provide(&self, plan: ProvidePlan) {
+    /// Lets a device fetch blocks of a plan's volumes from here on demand. Replaces an admission of the same plan by
+    /// the same door.
+    pub fn admit_provide(&self, door: Door, plan: ProvidePlan) {
         let name = plan.plan.clone();
         let provision = Provision::new(plan, self.shared.options.clone());
-        self.admit(name, Admission::Provide(Arc::new(provision)));
+        self.admit(name, door, Admission::Provide(Arc::new(provision)));
     }
 
-    fn admit(&self, plan: PlanId, admission: Admission) {
-        let old = lock(&self.shared.plans).insert(plan, admission);
+    fn admit(&self, plan: PlanId, door: Door, admission: Admission) {
+        let old = {
+            let mut plans = lock(&self.shared.plans);
+            plans.entry(plan).or_default().insert(door, admission)
+        };
         if let Some(old) = old {
             old.dismiss();
         }
     }
 
-    /// Whether a plan is admitted, in whichever way.
-    #[must_use]
-    pub fn admits(&self, plan: &PlanId) -> bool {
-        lock(&self.shared.plans).contains_key(plan)
+    fn admission(&self, plan: &PlanId, door: Door) -> Option<Admission> {
+        lock(&self.shared.plans).get(plan)?.get(&door).cloned()
     }
 
-    /// What giving out blocks of an admitted plan has taken here; nothing for any other plan.
+    /// Whether these connections of a plan are let in.
     #[must_use]
-    pub fn spent(&self, plan: &PlanId) -> Spent {
-        match lock(&self.shared.plans).get(plan) {
+    pub fn admits(&self, plan: &PlanId, door: Door) -> bool {
+        self.admission(plan, door).is_some()
+    }
+
+    /// What giving out blocks of an admitted plan by this door has taken here; nothing for any other plan.
+    #[must_use]
+    pub fn spent(&self, plan: &PlanId, door: Door) -> Spent {
+        match self.admission(plan, door) {
             Some(Admission::Provide(provision)) => provision.spent(),
             _ => Spent::default(),
         }
@@ -174,7 +195,7 @@ impl DataServer {
     /// How far each volume of an admitted plan has come here; none for an unknown or relayed plan.
     #[must_use]
     pub fn progress(&self, plan: &PlanId) -> Option<Vec<ReceiveProgress>> {
-        match lock(&self.shared.plans).get(plan) {
+        match self.admission(plan, Door::Receive) {
             Some(Admission::Receive(reception)) => Some(reception.progress()),
             _ => None,
         }
@@ -183,16 +204,25 @@ impl DataServer {
     /// Knows nothing any more of what was received of a volume, whose place is used otherwise from here on; waits
     /// until nothing more is written there. A later epoch looks at what it finds.
     pub fn forget(&self, plan: &PlanId, volume: VolumeId) {
-        let reception = match lock(&self.shared.plans).get(plan) {
-            Some(Admission::Receive(reception)) => Arc::clone(reception),
-            _ => return,
-        };
-        reception.forget(volume);
+        if let Some(Admission::Receive(reception)) = self.admission(plan, Door::Receive) {
+            reception.forget(volume);
+        }
     }
 
     /// Ends a plan's connections and admits no more. What was received stays where it is.
     pub fn dismiss(&self, plan: &PlanId) {
-        let admission = lock(&self.shared.plans).remove(plan);
+        let admissions = lock(&self.shared.plans).remove(plan);
+        for admission in admissions.into_iter().flat_map(HashMap::into_values) {
+            admission.dismiss();
+        }
+    }
+
+    /// Ends a plan's connections of one kind and admits no more of them.
+    pub fn close(&self, plan: &PlanId, door: Door) {
+        let admission = {
+            let mut plans = lock(&self.shared.plans);
+            plans.get_mut(plan).and_then(|doors| doors.remove(&door))
+        };
         if let Some(admission) = admission {
             admission.dismiss();
         }
@@ -203,7 +233,7 @@ impl Drop for DataServer {
     fn drop(&mut self) {
         self.shared.over.store(true, Ordering::Release);
         let plans = std::mem::take(&mut *lock(&self.shared.plans));
-        for admission in plans.values() {
+        for admission in plans.values().flat_map(HashMap::values) {
             admission.dismiss();
         }
         if let Some(thread) = self.thread.take()
@@ -297,8 +327,10 @@ fn greet(
     connection::mark(socket, Class::Background)?;
     let mut greeter = engine(options.engine)?;
     let find = |plan: &PlanId| {
-        let admission = lock(&shared.plans).get(plan).cloned()?;
-        Some((admission.link_key(), admission))
+        let plans = lock(&shared.plans);
+        let doors = plans.get(plan).into_iter().flat_map(HashMap::values);
+        let doors = doors.map(|admission| (admission.link_key(), admission.clone()));
+        doors.collect()
     };
     let agreed = hello::answer(greeter.as_mut(), socket.as_fd(), find, options.patience)?;
     Ok(agreed)

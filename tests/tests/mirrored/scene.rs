@@ -105,20 +105,17 @@ pub(super) fn act() -> Result<bool> {
 
 /// The store in `directory` of what lies at the source whose data plane is at `addr`.
 pub(super) fn open(directory: &Path, addr: SocketAddr, proves: bool) -> Result<Arc<Store>> {
-    let plan = FetchPlan {
-        plan: PlanId::from("plan"),
-        volume: VolumeId(1),
-        fleet_key: FleetKey([3; 32]),
-        admit: Box::new(move || {
-            Ok(Grant {
-                hop: Hop {
-                    addr,
-                    link_key: LinkKey([1; 32]),
-                },
-                data_key: DataKey([2; 32]),
-            })
-        }),
-    };
+    let admit = Box::new(move || {
+        Ok(Grant {
+            hop: Hop {
+                addr,
+                link_key: LinkKey([1; 32]),
+            },
+            data_key: Some(DataKey([2; 32])),
+        })
+    });
+    let (plan, fleet_key) = (PlanId::from("plan"), FleetKey([3; 32]));
+    let plan = FetchPlan::of_source(plan, VolumeId(1), fleet_key, admit);
     let (options, patience) = (options(), SYNC_PATIENCE);
     Ok(Store::open(
         directory, "tree", plan, &options, patience, true, proves,
@@ -139,18 +136,23 @@ pub(super) fn source(place: &Place, addr: Option<SocketAddr>) -> Result<DataServ
     let server = wait_for("the source's address", PATIENCE, || {
         Ok(DataServer::bind(addr, options(), None).ok())
     })?;
-    server.admit_provide(ProvidePlan {
-        plan: PlanId::from("plan"),
-        link_key: LinkKey([1; 32]),
-        data_key: DataKey([2; 32]),
-        fleet_key: FleetKey([3; 32]),
-        volumes: vec![ProvideVolume {
-            id: VolumeId(1),
-            path: place.source(),
-            mirror: Some(place.log()),
-            times: Default::default(),
-        }],
-    });
+    server.admit_provide(
+        Door::Provide(Role::Target),
+        ProvidePlan {
+            plan: PlanId::from("plan"),
+            link_key: LinkKey([1; 32]),
+            sealing: Sealing::Under(DataKey([2; 32])),
+            fleet_key: FleetKey([3; 32]),
+            volumes: vec![ProvideVolume {
+                id: VolumeId(1),
+                at: Whereabouts::Here {
+                    path: place.source(),
+                    mirror: Some(place.log()),
+                    times: Default::default(),
+                },
+            }],
+        },
+    );
     Ok(server)
 }
 

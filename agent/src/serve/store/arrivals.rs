@@ -118,7 +118,7 @@ impl Arrivals for Inlet {
         }
     }
 
-    fn mapped(&self, first: Place, holes: &[Range<u32>]) {
+    fn mapped(&self, first: Place, _count: u32, holes: &[Range<u32>]) {
         if let Some(store) = self.0.upgrade() {
             store.mapped(first, holes);
         }

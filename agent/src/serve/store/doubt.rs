@@ -8,7 +8,7 @@ use super::{Mirror, Store, locked};
 use crate::model::ids::Signature;
 use crate::serve::origins::{Origin, StoreError, read_list};
 use crate::serve::proof::Proof;
-use crate::transfer::fetch::{BLOCK, Block, Class, Content, Fetcher, Place, Refusal};
+use crate::transfer::fetch::{BLOCK, Block, Content, Fetcher, Place, Refusal};
 use crate::volume::Entry;
 use crate::volume::scan::read_full;
 use crate::volume::sign::signature;
@@ -170,7 +170,7 @@ impl Store {
         for (place, came) in differing {
             if !self.is_put_off(place) && locked(&self.doubt).open.insert(place, came).is_none() {
                 let path = &self.origins[place.file as usize].path;
-                fetcher.ask(Class::Background, place, path, None);
+                fetcher.ask_anew(place, path);
             }
         }
         Ok(false)

@@ -2,8 +2,9 @@
 
 use super::*;
 
-/// Carries connections to `to`, each byte so much later; cut, it carries none.
+/// Carries connections to `to`, each byte so much later; cut, it carries none, and frozen nothing more over those it has.
 pub(super) struct Wire {
+    frozen: Arc<AtomicBool>,
     pub(super) addr: SocketAddr,
     cut: Arc<AtomicBool>,
     ends: Arc<Mutex<Vec<TcpStream>>>,
@@ -15,9 +16,11 @@ impl Wire {
         let wire = Self {
             addr: listener.local_addr().unwrap(),
             cut: Arc::default(),
+            frozen: Arc::default(),
             ends: Arc::default(),
         };
         let (cut, ends) = (Arc::clone(&wire.cut), Arc::clone(&wire.ends));
+        let frozen = Arc::clone(&wire.frozen);
         std::thread::spawn(move || {
             for caller in listener.incoming().flatten() {
                 if cut.load(Ordering::Acquire) {
@@ -30,11 +33,15 @@ impl Wire {
                     from.set_nodelay(true).unwrap();
                     let (from, into) = (from.try_clone().unwrap(), into.try_clone().unwrap());
                     ends.lock().unwrap().push(from.try_clone().unwrap());
-                    carry(from, into, delay);
+                    carry(from, into, delay, Arc::clone(&frozen));
                 }
             }
         });
         wire
+    }
+
+    pub(super) fn freeze(&self) {
+        self.frozen.store(true, Ordering::Release);
     }
 
     pub(super) fn cut(&self, cut: bool) {
@@ -45,7 +52,12 @@ impl Wire {
     }
 }
 
-pub(super) fn carry(mut from: TcpStream, mut into: TcpStream, delay: Duration) {
+pub(super) fn carry(
+    mut from: TcpStream,
+    mut into: TcpStream,
+    delay: Duration,
+    frozen: Arc<AtomicBool>,
+) {
     let (sender, receiver) = channel::<(Instant, Vec<u8>)>();
     std::thread::spawn(move || {
         let mut buffer = vec![0; 64 << 10];
@@ -61,6 +73,9 @@ pub(super) fn carry(mut from: TcpStream, mut into: TcpStream, delay: Duration) {
     std::thread::spawn(move || {
         for (due, bytes) in receiver {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            if frozen.load(Ordering::Acquire) {
+                continue;
+            }
             if into.write_all(&bytes).is_err() {
                 break;
             }
@@ -72,7 +87,7 @@ pub(super) fn carry(mut from: TcpStream, mut into: TcpStream, delay: Duration) {
 pub(super) struct Bench {
     pub(super) dir: tempfile::TempDir,
     pub(super) source: PathBuf,
-    _server: DataServer,
+    pub(super) server: DataServer,
     pub(super) wire: Wire,
 }
 
@@ -84,31 +99,41 @@ impl Bench {
         fs::create_dir(&source).unwrap();
         let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
         let server = DataServer::bind(loopback, options(), None).unwrap();
-        server.admit_provide(ProvidePlan {
-            plan: PlanId::from("plan"),
-            link_key: LinkKey([1; 32]),
-            data_key: DataKey([2; 32]),
-            fleet_key: FleetKey([3; 32]),
-            volumes: vec![
-                ProvideVolume {
-                    id: VolumeId(1),
+        let volumes = vec![
+            ProvideVolume {
+                id: VolumeId(1),
+                at: Whereabouts::Here {
                     path: source.clone(),
                     mirror: Some(dir.path().join("mirror")),
                     times: Default::default(),
                 },
-                ProvideVolume {
-                    id: VolumeId(2),
+            },
+            ProvideVolume {
+                id: VolumeId(2),
+                at: Whereabouts::Here {
                     path: source.join("disk.img"),
                     mirror: None,
                     times: Default::default(),
                 },
-            ],
-        });
+            },
+        ];
+        let plan = |link_key, sealing| ProvidePlan {
+            plan: PlanId::from("plan"),
+            link_key: LinkKey(link_key),
+            sealing,
+            fleet_key: FleetKey([3; 32]),
+            volumes: volumes.clone(),
+        };
+        let target = plan([1; 32], Sealing::Under(DataKey([2; 32])));
+        server.admit_provide(Door::Provide(Role::Target), target);
+        let trusts = Arc::new(|address: IpAddr| address.is_loopback());
+        let paired = plan([4; 32], Sealing::Plain(trusts));
+        server.admit_provide(Door::Provide(Role::Paired), paired);
         let wire = Wire::to(server.addr(), delay);
         Self {
             dir,
             source,
-            _server: server,
+            server,
             wire,
         }
     }
@@ -119,20 +144,8 @@ impl Bench {
 
     pub(super) fn plan(&self, volume: VolumeId) -> FetchPlan {
         let addr = self.wire.addr;
-        FetchPlan {
-            plan: PlanId::from("plan"),
-            volume,
-            fleet_key: FleetKey([3; 32]),
-            admit: Box::new(move || {
-                Ok(Grant {
-                    hop: Hop {
-                        addr,
-                        link_key: LinkKey([1; 32]),
-                    },
-                    data_key: DataKey([2; 32]),
-                })
-            }),
-        }
+        let admit = granted(addr, LinkKey([1; 32]), Some(DataKey([2; 32])));
+        FetchPlan::of_source(PlanId::from("plan"), volume, FleetKey([3; 32]), admit)
     }
 
     pub(super) fn open_volume(
@@ -156,6 +169,18 @@ impl Bench {
     pub(super) fn file(&self, name: &str, bytes: &[u8]) {
         fs::write(self.source.join(name), bytes).unwrap();
     }
+}
+
+pub(super) fn granted(addr: SocketAddr, link_key: LinkKey, data_key: Option<DataKey>) -> Admit {
+    Box::new(move || {
+        Ok(Grant {
+            hop: Hop {
+                addr,
+                link_key: link_key.clone(),
+            },
+            data_key: data_key.clone(),
+        })
+    })
 }
 
 pub(super) fn options() -> Options {

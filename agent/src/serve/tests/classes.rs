@@ -28,7 +28,7 @@ impl Arrivals for Counted {
         count.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn mapped(&self, _: Place, _: &[Range<u32>]) {}
+    fn mapped(&self, _: Place, _: u32, _: &[Range<u32>]) {}
 }
 
 #[test]

@@ -4,7 +4,8 @@
 //! one that is sent again changes nothing; it says durable only of what it wrote back to its disk. Non-goals: when
 //! the target sends, and what the log is written over.
 
-use super::target::{Connected, FetchPlan, connect};
+use super::connect::{Connected, connect};
+use super::plan::FetchPlan;
 use super::wire::Fetch;
 use crate::model::ids::{Epoch, VolumeId};
 use crate::transfer::Options;
@@ -46,6 +47,8 @@ pub fn mirror_to(
     log: LogId,
 ) -> Result<(MirrorSender, MirrorReceiver, u64), String> {
     let grant = (plan.admit)()?;
+    let key = grant.data_key.as_ref();
+    let key = key.ok_or("the source let this device in without a key to seal with")?;
     let salt: Salt = crate::transfer::seal::random().map_err(|error| error.to_string())?;
     let open = Fetch::Mirror { log, salt };
     let Connected {
@@ -59,7 +62,7 @@ pub fn mirror_to(
             let sender = MirrorSender {
                 transmitter,
                 socket,
-                sealer: Sealer::to_source(&plan.plan, &grant.data_key, &salt),
+                sealer: Sealer::to_source(&plan.plan, key, &salt),
                 volume: plan.volume,
                 number: 0,
                 record: Vec::new(),

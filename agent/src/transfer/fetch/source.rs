@@ -1,12 +1,16 @@
-//! The source's side: lists a volume and gives out its blocks, what is wanted now before the rest.
+//! The side that is asked, the source or the paired device in its stead: lists a volume and gives out its blocks, what
+//! is wanted now before the rest.
 //!
 //! Invariants: at most [`WAITING_CAP`] questions of a connection wait; the background gets a block in
 //! every [`GIVE_WAY`] at least, however much is wanted now. The containers may go on writing: a block
-//! is what it was when it was read.
+//! is what it was when it was read. Questions that a paired device must pass on hold up no others.
 
+use super::guard::Guard;
 use super::mirror;
 use super::piece::{Cut, PIECES_CAP};
-use super::wire::{Answer, BLOCK, Class, Fetch, RUNS_CAP, Refusal, Want};
+use super::shelf::Shelf;
+use super::stock::{Given, Stock, Waiter};
+use super::wire::{Answer, BLOCK, Class, Fetch, Refusal, Want};
 use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
 use crate::model::volume::TimesKept;
 use crate::transfer::Options;
@@ -18,16 +22,11 @@ use crate::transfer::seal::{DataKey, LinkKey, Salt, Sealer, random};
 use crate::transfer::spent::{Meter, Spent};
 use crate::volume::aligned::Aligned;
 use crate::volume::mirror::{Log, LogId};
-use crate::volume::scan::{next_data, next_hole, open_file, read_full};
 use crate::volume::sign::{ZERO, signature};
-use crate::volume::tree::RootHasher;
-use crate::volume::walk::{self, Found, WalkError, bare_entry, hard_link, kind_of};
-use crate::volume::{BlockSize, Confined, Entry, Exception, FleetKey, Kind};
-use nix::sys::stat::{SFlag, fstat};
+use crate::volume::walk::WalkError;
+use crate::volume::{Entry, FleetKey};
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
-use std::net::{Shutdown, TcpStream};
-use std::ops::Range;
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -35,8 +34,6 @@ use std::time::{Duration, Instant};
 
 /// Questions of one connection that wait; the peer then sends no more until some are answered.
 const WAITING_CAP: usize = 4096;
-/// Files kept open.
-const OPEN_CAP: usize = 128;
 /// Longest time for which a block of the background gives way to what is wanted now.
 const GIVE_WAY: Duration = Duration::from_millis(20);
 
@@ -45,23 +42,70 @@ const GIVE_WAY: Duration = Duration::from_millis(20);
 pub struct ProvideVolume {
     /// Its number within the plan.
     pub id: VolumeId,
-    /// Its directory, or a block device or image file.
-    pub path: PathBuf,
-    /// Where the target's changes of it are kept, in a log that is made there; none: they are refused.
-    pub mirror: Option<PathBuf>,
-    /// Which times the target keeps.
-    pub times: TimesKept,
+    /// Where it is.
+    pub at: Whereabouts,
 }
 
-/// What the target of a plan may ask this source for.
+/// Where a volume is that may be asked for.
 #[derive(Clone, Debug)]
+pub enum Whereabouts {
+    /// On this source's disk.
+    Here {
+        /// Its directory, or a block device or image file.
+        path: PathBuf,
+        /// Where the target's changes of it are kept, in a log that is made there; none: they are refused.
+        mirror: Option<PathBuf>,
+        /// Which times the target keeps.
+        times: TimesKept,
+    },
+    /// On the source, from which this paired device fetches what it lacks.
+    There(Arc<Stock>),
+}
+
+/// Whether an address lies behind a link that the operator declared trusted.
+pub type Trusts = Arc<dyn Fn(IpAddr) -> bool + Send + Sync>;
+
+/// How blocks travel.
+#[derive(Clone)]
+pub enum Sealing {
+    /// Sealed under this key.
+    Under(DataKey),
+    /// Plain with a tag, and only to an address that is trusted.
+    Plain(Trusts),
+}
+
+impl Sealing {
+    fn key(&self) -> Option<&DataKey> {
+        match self {
+            Self::Under(key) => Some(key),
+            Self::Plain(_) => None,
+        }
+    }
+
+    /// Why nothing goes over this connection.
+    fn refuses(&self, socket: &TcpStream) -> Option<String> {
+        let Self::Plain(trusts) = self else {
+            return None;
+        };
+        match socket.peer_addr() {
+            Ok(peer) if trusts(peer.ip()) => None,
+            Ok(peer) => Some(format!(
+                "{peer} is not in `trusted_networks`; unsealed blocks do not go there"
+            )),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+}
+
+/// What another device may ask this one for.
+#[derive(Clone)]
 pub struct ProvidePlan {
     /// The plan.
     pub plan: PlanId,
-    /// Proves that a connection is the target's.
+    /// Proves that a connection is of whom the plan lets in.
     pub link_key: LinkKey,
-    /// Blocks are sealed under this key.
-    pub data_key: DataKey,
+    /// How its blocks travel.
+    pub sealing: Sealing,
     /// Blocks are signed with this key.
     pub fleet_key: FleetKey,
     /// The volumes.
@@ -73,18 +117,34 @@ pub(in crate::transfer) struct Provision {
     plan: ProvidePlan,
     options: Options,
     /// Questions that somebody waits for.
-    demand: AtomicUsize,
+    demand: Arc<AtomicUsize>,
     over: AtomicBool,
     sockets: Mutex<Vec<Weak<TcpStream>>>,
     logs: Mutex<HashMap<VolumeId, Arc<Mutex<Log>>>>,
     meter: Meter,
 }
 
-enum Job {
+/// A question of a connection.
+pub(super) struct Job {
+    asks: Asks,
+    /// What came for it, if it had to be passed on.
+    pub(super) given: Option<Given>,
+    _urgent: Option<Urgent>,
+}
+
+enum Asks {
     List(u8, HashSet<Signature>),
-    Block(Want),
-    Signature(Want),
+    Block { want: Want, with_bytes: bool },
     Map { first: Want, count: u32 },
+}
+
+/// One of the questions that somebody waits for, until it is dropped.
+struct Urgent(Arc<AtomicUsize>);
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Provision {
@@ -92,7 +152,7 @@ impl Provision {
         Self {
             plan,
             options,
-            demand: AtomicUsize::new(0),
+            demand: Arc::default(),
             over: AtomicBool::new(false),
             sockets: Mutex::default(),
             logs: Mutex::default(),
@@ -114,6 +174,11 @@ impl Provision {
             // It may be closed already.
             let _ = socket.shutdown(Shutdown::Both);
         }
+        for volume in &self.plan.volumes {
+            if let Whereabouts::There(stock) = &volume.at {
+                stock.end();
+            }
+        }
     }
 
     /// Serves one agreed connection until it ends.
@@ -129,6 +194,12 @@ impl Provision {
             sockets.push(Arc::downgrade(socket));
         }
         if self.over.load(Ordering::Acquire) {
+            return;
+        }
+        if let Some(why) = self.plan.sealing.refuses(socket) {
+            tracing::warn!(plan = %self.plan.plan, "fetching connection refused: {why}");
+            // It may be closed already.
+            let _ = socket.shutdown(Shutdown::Both);
             return;
         }
         if let Err(error) = self.talk(receiver, transmitter, socket) {
@@ -165,16 +236,21 @@ impl Provision {
         transmitter
             .message(id, Epoch(0), &opened)
             .map_err(|e| text(&e))?;
-        let shelf = Shelf::open(volume).map_err(|e| text(&e))?;
+        let (link_key, data_key) = (&self.plan.link_key, self.plan.sealing.key());
         let desk = Desk {
             provision: self,
             volume: id,
             class,
-            shelf,
-            sealer: Sealer::new(&self.plan.plan, &self.plan.data_key, &salt),
+            store: match &volume.at {
+                Whereabouts::Here { path, times, .. } => {
+                    Store::Shelf(Shelf::open(path, *times).map_err(|e| text(&e))?)
+                }
+                Whereabouts::There(stock) => Store::Stock(stock),
+            },
+            guard: Guard::new(&self.plan.plan, link_key, data_key, &salt),
             number: AtomicU64::new(0),
             transmitter: Mutex::new(transmitter),
-            jobs: Queue::new(WAITING_CAP),
+            jobs: Arc::new(Queue::new(WAITING_CAP)),
         };
         std::thread::scope(|scope| {
             for _ in 0..self.options.workers.max(1) {
@@ -197,22 +273,27 @@ impl Provision {
         receiver: &mut Receiver,
         transmitter: &mut Transmitter,
     ) -> Result<(), String> {
-        let opened = match &volume.mirror {
-            None => Err("this plan mirrors nothing".to_owned()),
-            Some(directory) => {
+        let directory = match &volume.at {
+            Whereabouts::Here { mirror, .. } => mirror.as_ref(),
+            Whereabouts::There(_) => None,
+        };
+        let opened = match directory.zip(self.plan.sealing.key()) {
+            None => Err("this device mirrors nothing of this plan".to_owned()),
+            Some((directory, key)) => {
                 let mut logs = lock(&self.logs);
-                match logs.get(&volume.id) {
+                let log = match logs.get(&volume.id) {
                     Some(log) => Ok(Arc::clone(log)),
                     None => mirror::open_log(directory, id).map(|log| {
                         let log = Arc::new(Mutex::new(log));
                         logs.insert(volume.id, Arc::clone(&log));
                         log
                     }),
-                }
+                };
+                log.map(|log| (log, key))
             }
         };
-        let log = match opened {
-            Ok(log) => log,
+        let (log, key) = match opened {
+            Ok(opened) => opened,
             Err(why) => {
                 tracing::warn!(plan = %self.plan.plan, volume = %volume.id, "keeps no changes of the target: {why}");
                 let refused = Message::Fetch(Fetch::Refused(why));
@@ -220,10 +301,16 @@ impl Provision {
                 return said.map_err(|error| error.to_string());
             }
         };
-        let sealer = Sealer::to_source(&self.plan.plan, &self.plan.data_key, &salt);
+        let sealer = Sealer::to_source(&self.plan.plan, key, &salt);
         let clock = self.meter.clock();
         mirror::keep(&log, id, &sealer, volume.id, (receiver, transmitter), clock)
     }
+}
+
+/// Where a connection's answers come from.
+enum Store<'a> {
+    Shelf(Shelf),
+    Stock(&'a Arc<Stock>),
 }
 
 /// One connection.
@@ -231,12 +318,12 @@ struct Desk<'a> {
     provision: &'a Provision,
     volume: VolumeId,
     class: Class,
-    shelf: Shelf,
-    sealer: Sealer,
+    store: Store<'a>,
+    guard: Guard,
     /// Number of the next record: none is used twice under the connection's salt.
     number: AtomicU64,
     transmitter: Mutex<Transmitter>,
-    jobs: Queue<Job>,
+    jobs: Arc<Queue<Job>>,
 }
 
 impl Desk<'_> {
@@ -251,40 +338,44 @@ impl Desk<'_> {
                     said.map_err(|e| e.to_string())?;
                 }
                 Incoming::Message(_, _, Message::Fetch(Fetch::List { bits, pieces })) => {
-                    self.put(Job::List(bits, pieces.into_iter().collect()))?;
+                    self.put(Asks::List(bits, pieces.into_iter().collect()))?;
                 }
                 Incoming::Message(_, _, Message::Fetch(Fetch::Want(wants))) => {
                     for want in wants {
-                        self.put(Job::Block(want))?;
+                        let with_bytes = true;
+                        self.put(Asks::Block { want, with_bytes })?;
                     }
                 }
                 Incoming::Message(_, _, Message::Fetch(Fetch::Sign(wants))) => {
                     for want in wants {
-                        self.put(Job::Signature(want))?;
+                        let with_bytes = false;
+                        self.put(Asks::Block { want, with_bytes })?;
                     }
                 }
                 Incoming::Message(_, _, Message::Fetch(Fetch::Map { first, count })) => {
-                    self.put(Job::Map { first, count })?;
+                    self.put(Asks::Map { first, count })?;
                 }
                 _ => return Err("a message came out of order".to_owned()),
             }
         }
     }
 
-    fn put(&self, job: Job) -> Result<(), String> {
-        if self.class == Class::Demand {
-            self.provision.demand.fetch_add(1, Ordering::AcqRel);
+    fn put(&self, asks: Asks) -> Result<(), String> {
+        let urgent = (self.class == Class::Demand).then(|| {
+            let demand = &self.provision.demand;
+            demand.fetch_add(1, Ordering::AcqRel);
+            Urgent(Arc::clone(demand))
+        });
+        if let Store::Stock(stock) = &self.store {
+            stock.room(WAITING_CAP);
         }
-        self.jobs.push(job).map_err(|_| {
-            self.answered();
-            "its workers are gone".to_owned()
-        })
-    }
-
-    fn answered(&self) {
-        if self.class == Class::Demand {
-            self.provision.demand.fetch_sub(1, Ordering::AcqRel);
-        }
+        let job = Job {
+            asks,
+            given: None,
+            _urgent: urgent,
+        };
+        let put = self.jobs.push(job);
+        put.map_err(|_| "its workers are gone".to_owned())
     }
 
     fn work(&self) {
@@ -293,17 +384,11 @@ impl Desk<'_> {
         let mut record = Vec::with_capacity(HEADER_LEN + BLOCK as usize + 64);
         let mut broken = false;
         let mut clock = self.provision.meter.clock();
-        // After an error the rest is only counted off.
+        // After an error the rest is only dropped.
         while let Some(job) = self.jobs.take() {
             if !broken {
                 self.give_way();
-                let done = match job {
-                    Job::List(bits, known) => self.list(bits, &known, &mut record),
-                    Job::Block(want) => self.block(&want, true, buffer, &mut record),
-                    Job::Signature(want) => self.block(&want, false, buffer, &mut record),
-                    Job::Map { first, count } => self.map(&first, count, &mut record),
-                };
-                if let Err(error) = done {
+                if let Err(error) = self.answer(job, buffer, &mut record) {
                     tracing::debug!("fetching connection: {error}");
                     broken = true;
                     lock(&self.transmitter).shut();
@@ -311,8 +396,91 @@ impl Desk<'_> {
                 }
             }
             clock.note();
-            self.answered();
             self.jobs.done();
+        }
+    }
+
+    fn answer(&self, job: Job, buffer: &mut [u8], record: &mut Vec<u8>) -> std::io::Result<()> {
+        match (&self.store, &job.asks) {
+            (_, Asks::List(bits, known)) => self.list(*bits, known, record),
+            (Store::Shelf(shelf), Asks::Block { want, with_bytes }) => {
+                let read = shelf.read(&want.path, want.block * BLOCK, buffer);
+                let read = read.map(|length| {
+                    self.provision.meter.read(length);
+                    let signature = signature(&self.provision.plan.fleet_key, &buffer[..length]);
+                    (signature, &buffer[..length])
+                });
+                let read = read.map_err(|error| refusal(&error));
+                self.block(want, *with_bytes, read, record)
+            }
+            (Store::Shelf(shelf), Asks::Map { first, count }) => {
+                let number = first.number;
+                let answer = match shelf.holes(&first.path, first.block, *count) {
+                    Ok(holes) => Answer::Map { number, holes },
+                    Err(error) => Answer::Refused {
+                        number,
+                        why: refusal(&error),
+                    },
+                };
+                self.send(&answer, record)
+            }
+            (Store::Stock(stock), _) => self.answer_of_stock(stock, job, buffer, record),
+        }
+    }
+
+    /// Answers with what this paired device has or was given for the question; it passes on any other.
+    fn answer_of_stock(
+        &self,
+        stock: &Arc<Stock>,
+        mut job: Job,
+        buffer: &mut [u8],
+        record: &mut Vec<u8>,
+    ) -> std::io::Result<()> {
+        let given = job.given.take();
+        match (&job.asks, given) {
+            (Asks::List(..), _) => Ok(()),
+            (Asks::Block { want, .. } | Asks::Map { first: want, .. }, Some(Given::Away)) => {
+                let number = want.number;
+                self.send(&Answer::Away { number }, record)
+            }
+            (Asks::Map { first, .. }, Some(Given::Holes(holes))) => {
+                let number = first.number;
+                self.send(&Answer::Map { number, holes }, record)
+            }
+            (Asks::Map { first, count }, _) => {
+                let (place, count) = (stock.place(&first.path, first.block), *count);
+                let jobs = Arc::clone(&self.jobs);
+                stock.map(place, count, Waiter { jobs, job });
+                Ok(())
+            }
+            (Asks::Block { want, with_bytes }, Some(Given::Block(signature, bytes))) => {
+                let read = Ok((signature, &*bytes));
+                stock.answered(bytes.len());
+                self.block(want, *with_bytes, read, record)
+            }
+            (Asks::Block { want, with_bytes }, Some(Given::Refused(why))) => {
+                self.block(want, *with_bytes, Err(why), record)
+            }
+            (Asks::Block { want, with_bytes }, _) => {
+                let place = stock.place(&want.path, want.block);
+                match stock.read(place, buffer) {
+                    Ok(Some((signature, length))) => {
+                        stock.answered(length);
+                        let read = Ok((signature, &buffer[..length]));
+                        self.block(want, *with_bytes, read, record)
+                    }
+                    Ok(None) => {
+                        let jobs = Arc::clone(&self.jobs);
+                        stock.want(self.class, place, Waiter { jobs, job });
+                        Ok(())
+                    }
+                    Err(error) => {
+                        tracing::warn!("what was fetched for the target cannot be read: {error}");
+                        let number = want.number;
+                        self.send(&Answer::Away { number }, record)
+                    }
+                }
+            }
         }
     }
 
@@ -330,35 +498,21 @@ impl Desk<'_> {
         &self,
         want: &Want,
         with_bytes: bool,
-        buffer: &mut [u8],
+        read: Result<(Signature, &[u8]), Refusal>,
         record: &mut Vec<u8>,
-    ) -> Result<(), std::io::Error> {
+    ) -> std::io::Result<()> {
         let number = want.number;
-        let answer = match self.shelf.read(&want.path, want.block * BLOCK, buffer) {
-            Ok(length) => {
-                let bytes = &buffer[..length];
-                self.provision.meter.read(length);
-                let signature = signature(&self.provision.plan.fleet_key, bytes);
-                Answer::Block {
-                    number,
-                    signature,
-                    bytes: if signature == ZERO || !with_bytes || want.held == Some(signature) {
-                        &[]
-                    } else {
-                        bytes
-                    },
-                }
-            }
-            Err(error) => refused(number, &error),
-        };
-        self.send(&answer, record)
-    }
-
-    fn map(&self, first: &Want, count: u32, record: &mut Vec<u8>) -> Result<(), std::io::Error> {
-        let number = first.number;
-        let answer = match self.shelf.holes(&first.path, first.block, count) {
-            Ok(holes) => Answer::Map { number, holes },
-            Err(error) => refused(number, &error),
+        let answer = match read {
+            Ok((signature, bytes)) => Answer::Block {
+                number,
+                signature,
+                bytes: if signature == ZERO || !with_bytes || want.held == Some(signature) {
+                    &[]
+                } else {
+                    bytes
+                },
+            },
+            Err(why) => Answer::Refused { number, why },
         };
         self.send(&answer, record)
     }
@@ -369,10 +523,30 @@ impl Desk<'_> {
         known: &HashSet<Signature>,
         record: &mut Vec<u8>,
     ) -> Result<(), std::io::Error> {
+        match &self.store {
+            Store::Shelf(shelf) => self.tell(bits, known, shelf.entries(), record),
+            Store::Stock(stock) => {
+                let entries = stock.list().map_err(|error| {
+                    tracing::warn!("listing a volume for the target: {error}");
+                    std::io::Error::other(error.to_string())
+                })?;
+                let entries = entries.into_iter().map(Ok::<_, std::convert::Infallible>);
+                self.tell(bits, known, entries, record)
+            }
+        }
+    }
+
+    fn tell<E: std::fmt::Display>(
+        &self,
+        bits: u8,
+        known: &HashSet<Signature>,
+        entries: impl Iterator<Item = Result<Entry, E>>,
+        record: &mut Vec<u8>,
+    ) -> std::io::Result<()> {
         let mut cut = Cut::new(&self.provision.plan.fleet_key, bits);
         let mut telling = Telling::new(self, record);
         let mut piece = Vec::new();
-        for entry in self.shelf.entries() {
+        for entry in entries {
             let entry = entry.map_err(|error| {
                 tracing::warn!("listing a volume for the target: {error}");
                 std::io::Error::other(error.to_string())
@@ -409,7 +583,7 @@ impl Desk<'_> {
             number: self.number.fetch_add(1, Ordering::Relaxed),
             first_block: 0,
         };
-        self.sealer.seal(&header, record);
+        self.guard.close(&header, record);
         self.provision.meter.sent(record.len());
         lock(&self.transmitter).record(record)
     }
@@ -485,155 +659,10 @@ impl<'a, 'd> Telling<'a, 'd> {
     }
 }
 
-fn refused<'a>(number: u64, error: &WalkError) -> Answer<'a> {
-    let why = if error.vanished() {
-        Refusal::Gone
-    } else {
-        tracing::warn!("wanted by the target: {error}");
-        Refusal::Unreadable
-    };
-    Answer::Refused { number, why }
-}
-
-/// A volume's files, opened as they are asked for.
-struct Shelf {
-    root: Confined,
-    open: Mutex<HashMap<Box<[u8]>, Arc<File>>>,
-}
-
-impl Shelf {
-    fn open(volume: &ProvideVolume) -> Result<Self, WalkError> {
-        Ok(Self {
-            root: walk::open_root(&volume.path)?.keeping(volume.times),
-            open: Mutex::default(),
-        })
+fn refusal(error: &WalkError) -> Refusal {
+    if error.vanished() {
+        return Refusal::Gone;
     }
-
-    fn file(&self, path: &[u8]) -> Result<Arc<File>, WalkError> {
-        let known = lock(&self.open).get(path).cloned();
-        // A file that was replaced or removed since is looked up anew.
-        let known = known.filter(|file| fstat(file).is_ok_and(|stat| stat.st_nlink > 0));
-        if let Some(file) = known {
-            return Ok(file);
-        }
-        let file = Arc::new(open_file(&self.root, path)?.0);
-        let mut open = lock(&self.open);
-        if open.len() >= OPEN_CAP {
-            open.clear();
-        }
-        open.insert(path.into(), Arc::clone(&file));
-        Ok(file)
-    }
-
-    /// Reads a block and returns its length.
-    fn read(&self, path: &[u8], offset: u64, buffer: &mut [u8]) -> Result<usize, WalkError> {
-        let file = self.file(path)?;
-        read_full(&file, buffer, offset)
-            .map_err(|error| WalkError::new(&self.root, "read", path, error))
-    }
-
-    /// Which of `count` blocks from `first` on are nothing but hole, in runs counted from there; what is beyond the
-    /// file's end is.
-    fn holes(&self, path: &[u8], first: u64, count: u32) -> Result<Vec<Range<u32>>, WalkError> {
-        let file = self.file(path)?;
-        let failed = |error| WalkError::new(&self.root, "find holes of", path, error);
-        let (mut runs, mut at) = (Vec::new(), 0);
-        while at < count && runs.len() < RUNS_CAP {
-            let from = (first + u64::from(at)) * BLOCK;
-            let data = next_data(&file, from).map_err(failed)?;
-            // The block in which data begins, as it is counted.
-            let until = data.map_or(u64::MAX, |data| data / BLOCK) - first;
-            let until = u32::try_from(until).unwrap_or(u32::MAX).min(count);
-            if at < until {
-                runs.push(at..until);
-            }
-            let Some(data) = data.filter(|_| until < count) else {
-                break;
-            };
-            let hole = next_hole(&file, data).map_err(failed)?.div_ceil(BLOCK) - first;
-            // A file system without holes names its end, and one that is written meanwhile anything.
-            at = u32::try_from(hole).unwrap_or(u32::MAX).max(until + 1);
-        }
-        Ok(runs)
-    }
-
-    /// Every entry of the volume in path order, files without their blocks.
-    fn entries(&self) -> impl Iterator<Item = Result<Entry, WalkError>> {
-        entries(&self.root, walk::walk(&self.root))
-    }
-}
-
-fn entries<W: Iterator<Item = Result<Found, WalkError>>>(
-    root: &Confined,
-    walk: W,
-) -> impl Iterator<Item = Result<Entry, WalkError>> {
-    let mut primaries = HashMap::new();
-    walk.filter_map(move |found| {
-        let found = match found {
-            Ok(found) => found,
-            Err(error) => return Some(Err(error)),
-        };
-        match entry_of(root, &found, &mut primaries) {
-            Err(error) if error.vanished() => None,
-            entry => Some(entry),
-        }
-    })
-}
-
-fn entry_of(
-    root: &Confined,
-    found: &Found,
-    primaries: &mut HashMap<(u64, u64), Box<[u8]>>,
-) -> Result<Entry, WalkError> {
-    let kind = kind_of(&found.stat);
-    let identity = (found.stat.st_dev, found.stat.st_ino);
-    if let Some(primary) = primaries.get(&identity) {
-        return Ok(hard_link(&found.path, &found.stat, primary, false));
-    }
-    let entry = if kind == SFlag::S_IFREG {
-        file_entry(root, &found.path)?
-    } else {
-        walk::special_entry(root, found, false)?
-    };
-    if found.stat.st_nlink > 1 && kind != SFlag::S_IFDIR {
-        primaries.insert(identity, found.path.clone());
-    }
-    Ok(entry)
-}
-
-/// Root of the list that [`super::Fetcher::list`] gives of a tree, and what is not in it or not as it is.
-///
-/// # Errors
-/// Anything that exists but cannot be looked at.
-pub fn list_root(
-    tree: &Confined,
-    key: &FleetKey,
-) -> Result<(Signature, Vec<Exception>), WalkError> {
-    let mut root = RootHasher::new(key, BlockSize::for_volume(0));
-    let mut walk = walk::walk(tree);
-    for entry in entries(tree, &mut walk) {
-        root.add(&entry?);
-    }
-    Ok((root.finish(), walk.skipped()))
-}
-
-/// Root over a volume's entries, files without their blocks.
-#[must_use]
-pub fn root_of_list(entries: &[Entry], key: &FleetKey) -> Signature {
-    let mut root = RootHasher::new(key, BlockSize::for_volume(0));
-    for entry in entries {
-        root.add(entry);
-    }
-    root.finish()
-}
-
-fn file_entry(root: &Confined, path: &[u8]) -> Result<Entry, WalkError> {
-    let (file, stat) = open_file(root, path)?;
-    let kind = Kind::File {
-        size: u64::try_from(stat.st_size).unwrap_or(0),
-        blocks: Vec::new(),
-    };
-    let mut entry = bare_entry(path, &stat, kind, false);
-    entry.xattrs = walk::read_xattrs(root, path, &file)?;
-    Ok(entry)
+    tracing::warn!("wanted by another device: {error}");
+    Refusal::Unreadable
 }

@@ -1,29 +1,23 @@
-//! The target's side: one connection for what is wanted now, one for the rest, each with many questions
-//! outstanding.
+//! The side that asks: one connection for what is wanted now, one for the rest, each with many questions
+//! outstanding; and such a pair to the paired device that stands in for the source, where there is one.
 //!
-//! Invariants: a question is asked again on every new connection until it is answered; a lost link is
-//! tried again with back-off for as long as questions are open; nothing is handed on that does not open
-//! or does not bear its signature.
+//! Invariants: a question is asked again on every new connection to the source until it is answered; a lost link is
+//! tried again with back-off for as long as questions are open; what the paired device does not answer the source is
+//! asked for; nothing is handed on that does not open or does not bear its signature.
 
-use super::piece::Pieces;
+use super::connect::fetching;
+use super::guard::Guard;
+use super::plan::{Arrivals, Block, By, Content, FetchPlan, Grant, Place};
 use super::wire::{Answer, Class, Fetch, Refusal, Want};
-use crate::model::ids::{Epoch, PlanId, Signature, VolumeId};
-use crate::model::units::Bytes;
-use crate::transfer::connection::{self, Incoming, Receiver, Transmitter};
-use crate::transfer::engine::engine;
-use crate::transfer::hello::{self, HelloError};
-use crate::transfer::link::Hop;
+use crate::model::ids::{Epoch, Signature};
+use crate::transfer::Options;
+use crate::transfer::connection::{Incoming, Receiver, Transmitter};
 use crate::transfer::message::Message;
 use crate::transfer::queue::lock;
-use crate::transfer::seal::{DataKey, Sealer};
-use crate::transfer::{Options, frame::HEADER_LEN};
 use crate::volume::sign::{ZERO, signature};
-use crate::volume::tree::Xattr;
-use crate::volume::{Entry, FleetKey};
 use std::collections::HashMap;
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -31,100 +25,55 @@ use std::time::{Duration, Instant};
 
 /// Longest pause between two tries to reach the source.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-
-/// Where the source gives out blocks, and the keys for it.
-#[derive(Clone, Debug)]
-pub struct Grant {
-    /// Its data address with the key of its door.
-    pub hop: Hop,
-    /// What blocks are sealed with.
-    pub data_key: DataKey,
-}
-
-/// A block of a file: the number that the caller gave the file, and the block's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Place {
-    /// File.
-    pub file: u32,
-    /// Block.
-    pub block: u64,
-}
-
-/// A block as the source gave it.
-#[derive(Clone, Copy, Debug)]
-pub struct Block<'a> {
-    /// Its signature, which the bytes bear.
-    pub signature: Signature,
-    /// What came with it.
-    pub content: Content<'a>,
-}
-
-/// What came with a block's signature.
-#[derive(Clone, Copy, Debug)]
-pub enum Content<'a> {
-    /// Its bytes: fewer than a block at the end of the file, none for zeros.
-    Bytes(&'a [u8]),
-    /// Nothing: it is what was said to be here.
-    Held,
-    /// Nothing: only the signature was asked for.
-    Unasked,
-}
-
-/// Who takes what arrives. Called from the connections' threads; must not ask for more from there.
-pub trait Arrivals: Send + Sync {
-    /// A block, or why it does not come.
-    fn arrived(&self, class: Class, place: Place, block: Result<Block<'_>, Refusal>);
-
-    /// Which of the blocks from `first` on that were asked about are holes, in runs counted from there; none are where
-    /// the source cannot tell.
-    fn mapped(&self, first: Place, holes: &[Range<u32>]);
-}
-
-/// What is fetched from.
-pub struct FetchPlan {
-    /// Plan.
-    pub plan: PlanId,
-    /// Volume.
-    pub volume: VolumeId,
-    /// Blocks are signed with this key.
-    pub fleet_key: FleetKey,
-    /// Asks the source to let this device in; asked again when it does not (it was started anew).
-    pub admit: Box<dyn Fn() -> Result<Grant, String> + Send + Sync>,
-}
-
-/// The source cannot be asked now. Trying again can help.
-#[derive(Debug, thiserror::Error)]
-pub enum FetchError {
-    /// It lets nobody in.
-    #[error("the source does not give out the volume: {0}")]
-    NotAdmitted(String),
-    /// Its list is of no use.
-    #[error("the source's list of the volume is longer than {0}; copy first")]
-    TooLong(Bytes),
-    /// The link failed.
-    #[error("the link to the source failed: {0}; check the network and the agent there")]
-    Link(String),
-}
+/// In the order of their lanes.
+const CLASSES: [Class; 2] = [Class::Demand, Class::Background];
 
 struct Shared {
     plan: Arc<FetchPlan>,
     options: Options,
-    grant: Mutex<Option<Grant>>,
     next: AtomicU64,
     over: AtomicBool,
-    lanes: [Lane; 2],
+    arrivals: Arc<dyn Arrivals>,
+    /// Those to the source, then those to who stands in for it.
+    lanes: Vec<Lane>,
 }
 
 struct Lane {
     class: Class,
+    by: By,
+    grant: Mutex<Option<Grant>>,
     state: Mutex<LaneState>,
     changed: Condvar,
 }
 
-#[derive(Default)]
+impl Lane {
+    fn new(class: Class, by: By) -> Self {
+        let state = LaneState {
+            pending: HashMap::new(),
+            line: None,
+            down: false,
+            missed: false,
+            heard: Instant::now(),
+        };
+        Self {
+            class,
+            by,
+            grant: Mutex::default(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
+    }
+}
+
 struct LaneState {
     pending: HashMap<u64, Question>,
     line: Option<Line>,
+    /// The last try to reach it failed: it is not asked until one succeeds. Never of one that insists.
+    down: bool,
+    /// It would have been asked since the last try.
+    missed: bool,
+    /// When it last answered a question, or was asked the first of those that are open.
+    heard: Instant,
 }
 
 #[derive(Clone)]
@@ -190,28 +139,26 @@ impl Fetcher {
         options: Options,
         arrivals: &Arc<dyn Arrivals>,
     ) -> std::io::Result<Self> {
-        let lane = |class| Lane {
-            class,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        };
+        let by = [By::Source, By::StandIn];
+        let lanes = by.iter().filter(|by| plan.admission(**by).is_some());
+        let lanes = lanes.flat_map(|by| CLASSES.map(|class| Lane::new(class, *by)));
         let shared = Arc::new(Shared {
-            plan,
             options,
-            grant: Mutex::default(),
             next: AtomicU64::new(0),
             over: AtomicBool::new(false),
-            lanes: [lane(Class::Demand), lane(Class::Background)],
+            lanes: lanes.collect(),
+            arrivals: Arc::clone(arrivals),
+            plan,
         });
         let mut fetcher = Self {
             shared: Arc::clone(&shared),
             threads: Vec::new(),
         };
-        for at in 0..2 {
-            let (shared, arrivals) = (Arc::clone(&shared), Arc::clone(arrivals));
+        for at in 0..shared.lanes.len() {
+            let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new()
                 .name("lifeboat-fetch".to_owned())
-                .spawn(move || shared.run(&shared.lanes[at], arrivals.as_ref()))?;
+                .spawn(move || shared.run(&shared.lanes[at]))?;
             fetcher.threads.push(thread);
         }
         let thread = std::thread::Builder::new()
@@ -224,153 +171,35 @@ impl Fetcher {
     /// Asks for a block of the file at `path`, its bytes only where it does not bear the signature of what is `held`
     /// here; the answer goes to the arrivals.
     pub fn ask(&self, class: Class, place: Place, path: &Arc<[u8]>, held: Option<Signature>) {
-        self.put(class, place, path, What::Bytes(held));
+        self.put(By::StandIn, class, place, path, What::Bytes(held));
     }
 
-    /// Asks for the signature alone, behind everything else.
+    /// Asks the source itself for a block once more, behind everything else.
+    pub fn ask_anew(&self, place: Place, path: &Arc<[u8]>) {
+        let what = What::Bytes(None);
+        self.put(By::Source, Class::Background, place, path, what);
+    }
+
+    /// Asks the source itself for the signature alone, behind everything else.
     pub fn ask_signature(&self, place: Place, path: &Arc<[u8]>) {
-        self.put(Class::Background, place, path, What::Signature);
+        self.put(By::Source, Class::Background, place, path, What::Signature);
     }
 
     /// Asks which of `count` blocks from `first` on are holes, before anything that nobody waits for.
     pub fn ask_holes(&self, first: Place, count: u32, path: &Arc<[u8]>) {
-        self.put(Class::Demand, first, path, What::Holes(count));
+        self.put(By::StandIn, Class::Demand, first, path, What::Holes(count));
     }
 
-    fn put(&self, class: Class, place: Place, path: &Arc<[u8]>, what: What) {
+    fn put(&self, by: By, class: Class, place: Place, path: &Arc<[u8]>, what: What) {
         let question = Question {
             place,
             path: Arc::clone(path),
             what,
         };
         let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        let lane = &self.shared.lanes[usize::from(class == Class::Background)];
-        let asks = question.asks(number);
-        let line = {
-            let mut state = lock(&lane.state);
-            state.pending.insert(number, question);
-            lane.changed.notify_all();
-            let line = state.line.as_ref();
-            line.map(|line| Arc::clone(&line.transmitter))
-        };
-        if let Some(transmitter) = line {
-            self.shared.say(&transmitter, asks);
-        }
-    }
-
-    /// Every entry of the volume in path order, files without block signatures, over a connection of its
-    /// own; what of that is in the list that is `known` here already is not sent.
-    ///
-    /// # Errors
-    /// The source cannot be asked.
-    pub fn list(
-        plan: &FetchPlan,
-        options: &Options,
-        known: &[Entry],
-    ) -> Result<Vec<Entry>, FetchError> {
-        let link = |error: &dyn std::fmt::Display| FetchError::Link(error.to_string());
-        let grant = (plan.admit)().map_err(FetchError::NotAdmitted)?;
-        let (_socket, mut receiver, mut transmitter, opener) =
-            fetching(plan, &grant, options, Class::Demand).map_err(|e| link(&e))?;
-        let pieces = Pieces::of(known, &plan.fleet_key);
-        let question = Fetch::List {
-            bits: pieces.bits,
-            pieces: pieces.signatures.clone(),
-        };
-        transmitter
-            .message(plan.volume, Epoch(0), &Message::Fetch(question))
-            .map_err(|e| link(&e))?;
-        let mut listed = Listed::of(known, &pieces, LIST_CAP);
-        let mut record = Vec::new();
-        // Walking a large tree takes longer than a peer may be silent.
-        let until = Instant::now() + LIST_TIME;
-        let mut ping = || {
-            let said = transmitter.message(plan.volume, Epoch(0), &Message::Ping);
-            said.map_err(|e| link(&e))
-        };
-        ping()?;
-        loop {
-            match receiver.next(std::mem::take(&mut record)) {
-                Ok(Incoming::Message(_, _, Message::Ping)) => {
-                    std::thread::sleep(Duration::from_millis(10));
-                    ping()?;
-                }
-                Ok(Incoming::Record(header, bytes)) => {
-                    record = bytes;
-                    let plain = opener
-                        .open(&header, &mut record[HEADER_LEN..])
-                        .map_err(|e| link(&e))?;
-                    let answer = Answer::decode(plain).map_err(|e| link(&e))?;
-                    if listed.take(answer, plain.len())? {
-                        return Ok(listed.entries);
-                    }
-                }
-                Ok(_) => return Err(FetchError::Link("a message came unasked".to_owned())),
-                Err(error) => return Err(link(&error)),
-            }
-            if Instant::now() > until {
-                return Err(FetchError::Link("listing took too long".to_owned()));
-            }
-        }
+        self.shared.put(class, by, number, question);
     }
 }
-
-/// A list as it arrives: of what came and of what is known, each once, so that no source fills the memory here.
-struct Listed<'a> {
-    known: &'a [Entry],
-    pieces: &'a Pieces,
-    /// Bytes that may still come.
-    room: usize,
-    cap: usize,
-    /// Where the known entries begin that were not named.
-    unnamed: usize,
-    entries: Vec<Entry>,
-}
-
-impl<'a> Listed<'a> {
-    fn of(known: &'a [Entry], pieces: &'a Pieces, cap: usize) -> Self {
-        Self {
-            known,
-            pieces,
-            room: cap,
-            cap,
-            unnamed: 0,
-            entries: Vec::new(),
-        }
-    }
-
-    /// Takes an answer of so many bytes; whether it was the last. What holds them counts too: of short entries it is most.
-    fn take(&mut self, answer: Answer<'_>, bytes: usize) -> Result<bool, FetchError> {
-        let wrong = |why: &str| FetchError::Link(why.to_owned());
-        match answer {
-            Answer::Entries { last, entries } => {
-                let attributes: usize = entries.iter().map(|entry| entry.xattrs.len()).sum();
-                let held = entries.len() * size_of::<Entry>() + attributes * size_of::<Xattr>();
-                let room = self.room.checked_sub(bytes + held);
-                self.room = room.ok_or(FetchError::TooLong(Bytes(self.cap as u64)))?;
-                self.entries.extend(entries);
-                Ok(last)
-            }
-            Answer::Same(same) => {
-                for piece in same {
-                    let range = self.pieces.range(&piece);
-                    let range = range.filter(|range| range.start >= self.unnamed);
-                    let range = range.ok_or_else(|| wrong("a piece is named that is not here"))?;
-                    self.unnamed = range.end;
-                    self.entries.extend_from_slice(&self.known[range]);
-                }
-                Ok(false)
-            }
-            _ => Err(wrong("an answer came unasked")),
-        }
-    }
-}
-
-/// Bytes of a list as it is held: some twenty million entries.
-const LIST_CAP: usize = 4 << 30;
-
-/// A tree of millions of files on a slow disk takes minutes to walk.
-const LIST_TIME: Duration = Duration::from_secs(1800);
 
 impl Drop for Fetcher {
     fn drop(&mut self) {
@@ -400,6 +229,72 @@ impl Shared {
         self.over.load(Ordering::Acquire)
     }
 
+    fn lane(&self, class: Class, by: By) -> Option<&Lane> {
+        let mut lanes = self.lanes.iter();
+        lanes.find(|lane| (lane.class, lane.by) == (class, by))
+    }
+
+    /// Asks who stands in for the source, where there is one that answers, or the source.
+    fn put(&self, class: Class, from: By, number: u64, question: Question) {
+        for by in [By::StandIn, By::Source] {
+            let is_asked = by == By::Source || from == By::StandIn;
+            let Some(lane) = self.lane(class, by).filter(|_| is_asked) else {
+                continue;
+            };
+            let asks = question.asks(number);
+            let line = {
+                let mut state = lock(&lane.state);
+                if state.down {
+                    state.missed = true;
+                    lane.changed.notify_all();
+                    continue;
+                }
+                if state.pending.is_empty() {
+                    state.heard = Instant::now();
+                }
+                state.pending.insert(number, question);
+                lane.changed.notify_all();
+                let line = state.line.as_ref();
+                line.map(|line| Arc::clone(&line.transmitter))
+            };
+            if let Some(transmitter) = line {
+                self.say(&transmitter, asks);
+            }
+            return;
+        }
+        self.give_up(&question);
+    }
+
+    fn give_up(&self, question: &Question) {
+        match question.what {
+            What::Holes(count) => self.arrivals.away(question.place, Some(count)),
+            _ => self.arrivals.away(question.place, None),
+        }
+    }
+
+    /// What a connection left unanswered that is not made again for it: the source is asked for what who stands in for
+    /// it did not answer.
+    fn hand_on(&self, lane: &Lane, ended: &str) {
+        let left = {
+            let mut state = lock(&lane.state);
+            if !state.down {
+                let who = match lane.by {
+                    By::Source => "the source",
+                    By::StandIn => "the paired device, which stands in for the source",
+                };
+                tracing::info!(plan = %self.plan.plan, class = ?lane.class, "fetching from {who}: {ended}; it is tried again");
+            }
+            state.down = true;
+            std::mem::take(&mut state.pending)
+        };
+        for (number, question) in left {
+            match lane.by {
+                By::Source => self.give_up(&question),
+                By::StandIn => self.put(lane.class, By::Source, number, question),
+            }
+        }
+    }
+
     /// A failure shows on the receiving half.
     fn say(&self, transmitter: &Mutex<Transmitter>, message: Fetch) {
         let mut transmitter = lock(transmitter);
@@ -422,6 +317,17 @@ impl Shared {
             for lane in &self.lanes {
                 let line = {
                     let state = lock(&lane.state);
+                    // It lives, and has no answer to give: the source is asked.
+                    let stuck = !state.pending.is_empty()
+                        && state.heard.elapsed() > self.options.patience * 2;
+                    if stuck
+                        && lane.by == By::StandIn
+                        && let Some(line) = &state.line
+                    {
+                        // It may be closed already.
+                        let _ = line.socket.shutdown(Shutdown::Both);
+                        continue;
+                    }
                     let line = state.line.as_ref();
                     line.map(|line| Arc::clone(&line.transmitter))
                 };
@@ -436,23 +342,25 @@ impl Shared {
         }
     }
 
-    fn run(&self, lane: &Lane, arrivals: &dyn Arrivals) {
+    fn run(&self, lane: &Lane) {
         let mut backoff = self.options.backoff;
+        let insists = lane.by == By::Source && self.plan.insists;
         loop {
             {
                 let mut state = lock(&lane.state);
-                while state.pending.is_empty() && !self.is_over() {
+                while state.pending.is_empty() && !state.missed && !self.is_over() {
                     state = lane
                         .changed
                         .wait(state)
                         .unwrap_or_else(PoisonError::into_inner);
                 }
+                state.missed = false;
             }
             if self.is_over() {
                 return;
             }
             let mut answered = false;
-            let ended = self.connected(lane, arrivals, &mut answered);
+            let ended = self.connected(lane, &mut answered);
             lock(&lane.state).line = None;
             if self.is_over() {
                 return;
@@ -460,7 +368,11 @@ impl Shared {
             if answered {
                 backoff = self.options.backoff;
             }
-            tracing::info!(plan = %self.plan.plan, class = ?lane.class, "fetching from the source: {ended}; trying again");
+            if insists {
+                tracing::info!(plan = %self.plan.plan, class = ?lane.class, "fetching from the source: {ended}; trying again");
+            } else {
+                self.hand_on(lane, &ended);
+            }
             let until = Instant::now() + backoff;
             while Instant::now() < until && !self.is_over() {
                 std::thread::sleep(Duration::from_millis(20));
@@ -470,17 +382,17 @@ impl Shared {
     }
 
     /// One connection from its beginning to its end, and why it ended.
-    fn connected(&self, lane: &Lane, arrivals: &dyn Arrivals, answered: &mut bool) -> String {
-        let grant = match self.grant() {
+    fn connected(&self, lane: &Lane, answered: &mut bool) -> String {
+        let grant = match self.grant(lane) {
             Ok(grant) => grant,
             Err(error) => return error,
         };
-        let (socket, mut receiver, transmitter, opener) =
+        let (socket, mut receiver, transmitter, guard) =
             match fetching(&self.plan, &grant, &self.options, lane.class) {
                 Ok(connected) => connected,
                 Err(error) => {
-                    // Its keys may be of an earlier life of the source.
-                    *lock(&self.grant) = None;
+                    // Its keys may be of an earlier life of who gave them.
+                    *lock(&lane.grant) = None;
                     return error;
                 }
             };
@@ -491,6 +403,7 @@ impl Shared {
                 transmitter: Arc::clone(&transmitter),
                 socket,
             });
+            state.down = false;
             together(&state.pending)
         };
         if self.is_over() {
@@ -503,28 +416,27 @@ impl Shared {
                     self.say(&transmitter, asks);
                 }
             });
-            let ended = self.receive(lane, arrivals, &mut receiver, &opener, answered);
+            let ended = self.receive(lane, &mut receiver, &guard, answered);
             lock(&transmitter).shut();
             ended
         })
     }
 
-    fn grant(&self) -> Result<Grant, String> {
-        let mut grant = lock(&self.grant);
-        if let Some(grant) = &*grant {
+    fn grant(&self, lane: &Lane) -> Result<Grant, String> {
+        if let Some(grant) = &*lock(&lane.grant) {
             return Ok(grant.clone());
         }
-        let new = (self.plan.admit)()?;
-        *grant = Some(new.clone());
+        let admit = self.plan.admission(lane.by);
+        let new = admit.ok_or("nobody stands in for the source")?()?;
+        *lock(&lane.grant) = Some(new.clone());
         Ok(new)
     }
 
     fn receive(
         &self,
         lane: &Lane,
-        arrivals: &dyn Arrivals,
         receiver: &mut Receiver,
-        opener: &Sealer,
+        guard: &Guard,
         answered: &mut bool,
     ) -> String {
         let mut record = Vec::new();
@@ -538,7 +450,7 @@ impl Shared {
                 }
                 Err(error) => return error.to_string(),
             };
-            let plain = match opener.open(&header, &mut record[HEADER_LEN..]) {
+            let plain = match guard.open(&header, &mut record) {
                 Ok(plain) => plain,
                 Err(error) => return error.to_string(),
             };
@@ -549,6 +461,7 @@ impl Shared {
             let number = match &answer {
                 Answer::Block { number, .. }
                 | Answer::Refused { number, .. }
+                | Answer::Away { number }
                 | Answer::Map { number, .. } => *number,
                 Answer::Entries { .. } | Answer::Same(_) => {
                     return "a list came unasked".to_owned();
@@ -556,17 +469,44 @@ impl Shared {
             };
             *answered = true;
             let known = lock(&lane.state).pending.get(&number).cloned();
-            let Some(Question { place, what, .. }) = known else {
+            let Some(question) = known else {
                 continue;
             };
+            if matches!(answer, Answer::Away { .. }) {
+                if lane.by == By::Source {
+                    return "the source says that it is out of its own reach".to_owned();
+                }
+                {
+                    let mut state = lock(&lane.state);
+                    state.pending.remove(&number);
+                    state.heard = Instant::now();
+                }
+                self.put(lane.class, By::Source, number, question);
+                continue;
+            }
+            let Question { place, what, .. } = question;
             let taken = match self.checked(what, &answer) {
                 Ok(taken) => taken,
                 Err(why) => return why.to_owned(),
             };
-            lock(&lane.state).pending.remove(&number);
+            {
+                let mut state = lock(&lane.state);
+                state.pending.remove(&number);
+                state.heard = Instant::now();
+            }
             match taken {
-                Taken::Block(block) => arrivals.arrived(lane.class, place, block),
-                Taken::Holes(holes) => arrivals.mapped(place, holes),
+                Taken::Block(block) => {
+                    if let Ok(Block {
+                        content: Content::Bytes(bytes),
+                        ..
+                    }) = &block
+                    {
+                        let tally = self.plan.tally.of(lane.by);
+                        tally.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    }
+                    self.arrivals.arrived(lane.class, place, block);
+                }
+                Taken::Holes(count, holes) => self.arrivals.mapped(place, count, holes),
             }
         }
     }
@@ -577,10 +517,10 @@ impl Shared {
             (Answer::Map { holes, .. }, What::Holes(count)) => {
                 return match holes.last() {
                     Some(last) if last.end > count => Err("holes lie beyond what was asked"),
-                    _ => Ok(Taken::Holes(holes)),
+                    _ => Ok(Taken::Holes(count, holes)),
                 };
             }
-            (Answer::Refused { .. }, What::Holes(_)) => return Ok(Taken::Holes(&[])),
+            (Answer::Refused { .. }, What::Holes(count)) => return Ok(Taken::Holes(count, &[])),
             (Answer::Refused { why, .. }, _) => return Ok(Taken::Block(Err(*why))),
             (
                 Answer::Block {
@@ -609,7 +549,7 @@ impl Shared {
 /// What an answer brings.
 enum Taken<'a> {
     Block(Result<Block<'a>, Refusal>),
-    Holes(&'a [Range<u32>]),
+    Holes(u32, &'a [Range<u32>]),
 }
 
 /// Everything that is asked, in as few messages as may be.
@@ -635,117 +575,3 @@ fn together(pending: &HashMap<u64, Question>) -> Vec<Fetch> {
 
 /// Questions in one message.
 const ASKED_AT_ONCE: usize = 32;
-
-/// An agreed connection, and what the source answered to the message that opened it.
-pub(super) struct Connected {
-    pub(super) socket: Arc<TcpStream>,
-    pub(super) receiver: Receiver,
-    pub(super) transmitter: Transmitter,
-    pub(super) answer: Fetch,
-}
-
-pub(super) fn connect(
-    plan: &FetchPlan,
-    grant: &Grant,
-    options: &Options,
-    open: Fetch,
-) -> Result<Connected, String> {
-    let text = |error: &dyn std::fmt::Display| error.to_string();
-    let patience = options.patience;
-    let Hop { addr, link_key } = &grant.hop;
-    let socket = TcpStream::connect_timeout(addr, patience).map_err(|e| text(&e))?;
-    connection::tune(&socket, patience).map_err(|e| text(&e))?;
-    let class = if open.is_waited_for() {
-        connection::Class::Demand
-    } else {
-        connection::Class::Background
-    };
-    connection::mark(&socket, class).map_err(|e| text(&e))?;
-    let socket = Arc::new(socket);
-    let mut greeter = engine(options.engine).map_err(|e| text(&e))?;
-    let key = hello::call(
-        greeter.as_mut(),
-        socket.as_fd(),
-        &plan.plan,
-        link_key,
-        patience,
-    )
-    .map_err(|error: HelloError| text(&error))?;
-    let (mut receiver, mut transmitter) =
-        connection::split(&socket, &key, true, options.engine, patience).map_err(|e| text(&e))?;
-    transmitter
-        .message(plan.volume, Epoch(0), &Message::Fetch(open))
-        .map_err(|e| text(&e))?;
-    match receiver.next(Vec::new()).map_err(|e| text(&e))? {
-        Incoming::Message(_, _, Message::Fetch(answer)) => Ok(Connected {
-            socket,
-            receiver,
-            transmitter,
-            answer,
-        }),
-        _ => Err("the source answered out of order".to_owned()),
-    }
-}
-
-type Fetching = (Arc<TcpStream>, Receiver, Transmitter, Sealer);
-
-/// A connection that fetches.
-fn fetching(
-    plan: &FetchPlan,
-    grant: &Grant,
-    options: &Options,
-    class: Class,
-) -> Result<Fetching, String> {
-    let connected = connect(plan, grant, options, Fetch::Open(class))?;
-    match connected.answer {
-        Fetch::Opened(salt) => {
-            let opener = Sealer::new(&plan.plan, &grant.data_key, &salt);
-            let Connected {
-                socket,
-                receiver,
-                transmitter,
-                ..
-            } = connected;
-            Ok((socket, receiver, transmitter, opener))
-        }
-        _ => Err("the source answered out of order".to_owned()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::volume::Kind;
-    use crate::volume::tree::{Seen, Timestamp};
-
-    #[test]
-    fn a_list_that_never_ends_or_names_what_is_known_again_and_again_is_refused() {
-        let entry = |number: usize| Entry {
-            path: format!("{number:08}").into_bytes().into(),
-            mode: 0o644,
-            uid: 0,
-            gid: 0,
-            mtime: Timestamp::default(),
-            xattrs: Vec::new(),
-            kind: Kind::Fifo,
-            seen: Seen::default(),
-        };
-        let known: Vec<Entry> = (0..10_000).map(entry).collect();
-        let pieces = Pieces::of(&known, &FleetKey([3; 32]));
-        let all = || Answer::Same(pieces.signatures.clone());
-        let more = |last| Answer::Entries {
-            last,
-            entries: vec![entry(10_000)],
-        };
-        // For one entry with its bytes, and the bytes of the next alone.
-        let mut listed = Listed::of(&known, &pieces, size_of::<Entry>() + 610);
-        assert!(!listed.take(all(), 10).unwrap());
-        let named = listed.entries.len();
-        assert!(named > 9000 && listed.take(more(true), 600).unwrap());
-        assert_eq!(listed.entries.len(), named + 1);
-        let said = listed.take(more(false), 10).unwrap_err().to_string();
-        assert!(said.contains("is longer than"), "{said}");
-        assert!(listed.take(all(), 10).is_err());
-        assert_eq!(listed.entries.len(), named + 1);
-    }
-}

@@ -290,6 +290,11 @@ pub enum Answer<'a> {
         /// Why.
         why: Refusal,
     },
+    /// The paired device lacks it, and cannot have it from the source now.
+    Away {
+        /// Number of the question.
+        number: u64,
+    },
     /// Which of the blocks that were asked about are holes.
     Map {
         /// Number of the question.
@@ -327,6 +332,10 @@ impl<'a> Answer<'a> {
                 out.push(3);
                 out.extend_from_slice(&number.to_le_bytes());
                 out.push(u8::from(*why == Refusal::Unreadable));
+            }
+            Self::Away { number } => {
+                out.push(6);
+                out.extend_from_slice(&number.to_le_bytes());
             }
             Self::Map { number, holes } => {
                 out.push(4);
@@ -392,6 +401,9 @@ impl<'a> Answer<'a> {
                 Self::Map { number, holes }
             }
             5 => Self::Same(signatures(&mut reader)?),
+            6 => Self::Away {
+                number: reader.u64()?,
+            },
             _ => return Err(Malformed("an answer is of an unknown kind")),
         };
         if !reader.is_empty() {
